@@ -1,0 +1,152 @@
+"""The command line: one verb per thing a user does. What takes time to import is imported by the verb that needs it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fusechat.errors import FuseChatError, storage_error
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fuses several chat LLMs into one model.",
+)
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+WorkDirectory = Annotated[Path, typer.Argument(metavar="WORKDIR", help="The directory of a run.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    workdir: Annotated[Path | None, typer.Option(help="Where the run keeps its files. [default: runs/NAME]")] = None,
+    until: Annotated[str | None, typer.Option(metavar="STAGE", help="Stop after this stage.")] = None,
+    only: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Only this source's branch, without the merge.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+    ] = None,
+) -> None:
+    """Run the whole pipeline, resuming where an earlier run stopped."""
+    from fusechat.pipeline import run as run_pipeline
+    from fusechat.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    workdir = workdir or Path("runs") / loaded.name
+    run_pipeline(loaded, workdir, until=until, only=only)
+    if until in (None, "report") and only is None:
+        _print_results(workdir, loaded.name)
+
+
+@app.command()
+def status(workdir: WorkDirectory, as_json: AsJson = False) -> None:
+    """Show what is done, begun, stale or damaged, and why."""
+    from fusechat.errors import WorkdirError
+    from fusechat.pipeline import RECIPE, build_steps
+    from fusechat.recipe_file import load_recipe
+
+    if not (workdir / RECIPE).is_file():
+        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    states = [(step.label, *step.state()) for step in build_steps(load_recipe(workdir / RECIPE), workdir)]
+    if as_json:
+        print(json.dumps([{"step": label, "state": state, "why": why} for label, state, why in states], indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("step", "state", "why")
+    for row in states:
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+def report(workdir: WorkDirectory) -> None:
+    """Write the report of a finished run again, and print its table."""
+    from fusechat.errors import WorkdirError
+    from fusechat.pipeline import RECIPE, build_steps
+    from fusechat.recipe_file import load_recipe
+
+    if not (workdir / RECIPE).is_file():
+        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    recipe = load_recipe(workdir / RECIPE)
+    *before, page = build_steps(recipe, workdir)
+    unfinished = [f"{step.label} is {step.state()[0]}" for step in before if step.state()[0] != "done"]
+    if unfinished:
+        raise WorkdirError(f"{workdir}: not finished: {unfinished[0]}; run the recipe first")
+    page.redo()
+    _print_results(workdir, recipe.name)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model directory, or any other model reference.")],
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="For a temperature above 0.")] = 0,
+    device: Annotated[str | None, typer.Option(help="[default: what is there]")] = None,
+) -> None:
+    """Talk to a model. Questions come from the terminal, or a line each from standard input."""
+    from fusechat.chat import talk
+
+    talk(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
+
+
+@app.callback(invoke_without_command=True)
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
+) -> None:
+    if version:
+        from fusechat import __version__
+
+        print(f"fusechat {__version__}")
+        raise typer.Exit
+    if "--help" not in sys.argv:
+        from fusechat.core.progress import setup_logging
+
+        setup_logging(verbose=verbose)
+
+
+def _print_results(workdir: Path, name: str) -> None:
+    from rich.console import Console
+
+    from fusechat.core.files import read_json
+    from fusechat.report.results import result_table, terminal_table
+
+    console = Console()
+    results = workdir / "evaluate" / "results.json"
+    if results.is_file():
+        console.print(terminal_table(result_table(read_json(results)), name))
+    console.print(f"fused model: {workdir / 'merge' / 'model'}", soft_wrap=True)
+    console.print(f"report:      {workdir / 'report' / 'index.html'}", soft_wrap=True)
+
+
+def main() -> Any:
+    """Runs the command line. Exit status 0 when done, 2 for what the user can mend, 1 for a defect of FuseChat."""
+    try:
+        app()
+    except FuseChatError as error:
+        _fail(*error.messages)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", status=130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+    except Exception as error:
+        storage = storage_error(error)
+        if storage is None:
+            raise
+        _fail(storage)
+
+
+def _fail(*messages: str, status: int = 2) -> None:
+    for message in messages:
+        print(f"fusechat: error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,251 @@
+"""The recipe: what a user writes, checked as a whole before any work. Reading the file is in `recipe_file.py`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import DataSet
+from fusechat.core.references import Reference
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+PIVOT, FUSED, COMMON = "pivot", "fused", "data"  # names that no source may have; COMMON is the recipe's own data set
+STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSpec(Section):
+    """A chat LLM. In a recipe a bare reference stands for `{model: reference}`."""
+
+    model: str | None = None
+    wheel: list[str] | None = None
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"model": value}
+        if isinstance(value, dict):
+            inner = value.get("model")
+            if isinstance(inner, dict):  # model: {wheel: [...], sha256: ...}
+                return {**{key: item for key, item in value.items() if key != "model"}, **inner}
+            if isinstance(value.get("wheel"), str):
+                return {**value, "wheel": [value["wheel"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> "ModelSpec":
+        if (self.model is None) == (not self.wheel):
+            raise ValueError("names no model, or two: give either model or wheel")
+        problem = self.reference.check()
+        if problem:
+            raise ValueError(problem)
+        if self.sha256 and not self.reference.is_wheel:
+            raise ValueError("sha256 goes with a wheel: reference")
+        return self
+
+    @property
+    def reference(self) -> Reference:
+        parts = (
+            (self.model,)
+            if self.model
+            else tuple(part if part.startswith("wheel:") else f"wheel:{part}" for part in self.wheel or ())
+        )
+        return Reference(parts, self.sha256, self.trust_remote_code)
+
+
+class DataPath(Section):
+    path: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_form(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class SourceData(Section):
+    train: DataPath
+    validation: DataPath | None = None
+
+
+class Data(Section):
+    train: DataPath | None = None
+    validation: DataPath | None = None
+    max_length: int = Field(default=2048, ge=8)
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+class SourceCapture(Section):
+    """What a source may set for itself; None takes the recipe's `capture`."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    dtype: Dtype | None = None
+    batch_tokens: int | None = Field(default=None, ge=1)
+
+
+class SourceSpec(ModelSpec):
+    data: SourceData | None = None
+    capture: SourceCapture = SourceCapture()
+
+
+class Capture(Section):
+    top_k: int = Field(default=10, ge=1)
+    dtype: Dtype = "bfloat16"
+    batch_tokens: int = Field(default=2048, ge=1)
+    shard_conversations: int = Field(default=256, ge=1)
+
+
+class Align(Section):
+    sequence: Literal["boundary"] = "boundary"
+    vocabulary: Literal["statistics"] = "statistics"
+    top_1: bool = False
+    unaligned: Literal["label", "skip"] = "label"
+    top_k: int | None = Field(default=None, ge=1)
+
+
+class Fuse(Section):
+    function: Literal["mince"] = "mince"
+    loss: Literal["cross_entropy", "kl", "reverse_kl", "jsd"] = "cross_entropy"
+    tail: Literal["renormalise", "bucket"] = "renormalise"
+    temperature: float = Field(default=1.0, gt=0)
+    sft_weight: float = Field(default=0.9, ge=0, le=1)
+    training: dict[str, Any] = {}
+
+    @field_validator("training")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from fusechat.fuse.arguments import check_names
+
+        problems = check_names(value)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return value
+
+
+class Merge(Section):
+    method: Literal["sce", "linear"] = "sce"
+    select_topk: float = Field(default=0.1, ge=0, le=1)
+    select_deltas: bool = True
+    normalize: bool = True
+    dtype: Dtype | None = None
+
+
+class Evaluate(Section):
+    bits_per_byte: bool = True
+    dtype: Dtype = "bfloat16"
+    batch_tokens: int = Field(default=2048, ge=1)
+
+
+class Recipe(Section):
+    name: Name
+    pivot: ModelSpec
+    sources: dict[Name, SourceSpec] = Field(min_length=1)
+    data: Data = Data()
+    capture: Capture = Capture()
+    align: Align = Align()
+    fuse: Fuse = Fuse()
+    merge: Merge = Merge()
+    evaluate: Evaluate = Evaluate()
+    seed: int = Field(default=0, ge=0)
+    device: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        problems = []
+        for name, source in self.sources.items():
+            if name.lower() in (PIVOT, FUSED, COMMON):
+                problems.append(f"sources.{name}: this name is taken; call the source something else")
+            if source.data is None and self.data.train is None:
+                problems.append(f"sources.{name}: has no data; set data.train for all, or data for this source")
+        if len({name.lower() for name in self.sources}) < len(self.sources):
+            problems.append("sources: two names differ in case only")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def chatter(self, name: str) -> Chatter:
+        spec = self.pivot if name == PIVOT else self.sources[name]
+        return Chatter(name, spec.reference, spec.chat_template)
+
+    def training_set(self, source: str) -> DataSet:
+        """The conversations on which `source` teaches: its own, else the recipe's."""
+        own = self.sources[source].data
+        if own is not None:
+            return DataSet(source, own.train.path, self.data.on_error)
+        assert self.data.train is not None  # by _fits_together
+        return DataSet(COMMON, self.data.train.path, self.data.on_error)
+
+    def validation_sets(self) -> list[DataSet]:
+        """Held-out conversations, on which every model is measured: the recipe's, and each source's own."""
+        sets = []
+        if self.data.validation is not None:
+            sets.append(DataSet(f"{COMMON}-held-out", self.data.validation.path, self.data.on_error))
+        for name, source in self.sources.items():
+            if source.data is not None and source.data.validation is not None:
+                sets.append(DataSet(f"{name}-held-out", source.data.validation.path, self.data.on_error))
+        return sets
+
+    def capture_for(self, name: str) -> Capture:
+        if name == PIVOT:
+            return self.capture
+        own = self.sources[name].capture.model_dump(exclude_none=True)
+        return self.capture.model_copy(update=own)
+
+    def resolved(self, base: Path) -> "Recipe":
+        """The recipe with every path absolute: relative ones are meant from `base`, the recipe's directory."""
+        return Recipe.model_validate(absolute_paths(self.model_dump(), base))
+
+
+def absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Makes data files, local models and template files of a raw recipe absolute. Leaves alone what is of another form."""
+
+    def model(spec: Any) -> Any:
+        if isinstance(spec, str):
+            return _absolute(spec, base)
+        if not isinstance(spec, dict):
+            return spec
+        spec = dict(spec)
+        if isinstance(spec.get("model"), str):
+            spec["model"] = _absolute(spec["model"], base)
+        if "data" in spec:
+            spec["data"] = data(spec["data"])
+        return spec
+
+    def data(section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        section = dict(section)
+        for key in ("train", "validation"):
+            entry = section.get(key)
+            if isinstance(entry, str):
+                section[key] = _absolute(entry, base)
+            elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                section[key] = {**entry, "path": _absolute(entry["path"], base)}
+        return section
+
+    recipe = dict(recipe)
+    if "pivot" in recipe:
+        recipe["pivot"] = model(recipe["pivot"])
+    if isinstance(recipe.get("sources"), dict):
+        recipe["sources"] = {name: model(spec) for name, spec in recipe["sources"].items()}
+    if "data" in recipe:
+        recipe["data"] = data(recipe["data"])
+    return recipe
+
+
+def _absolute(text: str, base: Path) -> str:
+    """A path from `base` where there is such a file or where it can be nothing else; a hub id or wheel as it is."""
+    if text.startswith("wheel:"):
+        return text
+    path = Path(text).expanduser()
+    local = path if path.is_absolute() else base / path
+    looks_local = text.startswith((".", "~", "/")) or path.suffix in (".jsonl", ".json", ".parquet", ".gguf")
+    return str(local.resolve()) if looks_local or local.exists() else text

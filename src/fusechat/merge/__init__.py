@@ -1,0 +1,1 @@
+"""Stage 5, merge: the targets become one model in parameter space."""

@@ -1,0 +1,169 @@
+"""The main path, to be read first: from a recipe to its steps, in order, skipping what is done.
+
+    conversations ─► prepare ─► capture ─► align ─► fuse ─► merge ─► evaluate ─► report
+
+A step knows its upstream steps, so that its fingerprint changes when anything that it rests on does; see `core/steps.py`.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fusechat.align import stage as align
+from fusechat.capture import stage as capture
+from fusechat.config import FUSED, PIVOT, STAGES, Recipe
+from fusechat.core.gguf import convert_together
+from fusechat.core.progress import log
+from fusechat.core.steps import Step, with_upstream
+from fusechat.errors import RecipeError, WorkdirError
+from fusechat.evaluate import stage as evaluate
+from fusechat.fuse import stage as fuse
+from fusechat.merge import stage as merge
+from fusechat.prepare import stage as prepare
+from fusechat.recipe_file import load_recipe, save_recipe
+from fusechat.report import stage as report
+
+RECIPE = "recipe.yaml"
+
+
+def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
+    """Every step of the recipe, upstream first."""
+    chatters = {name: recipe.chatter(name) for name in (PIVOT, *recipe.sources)}
+    held_out = recipe.validation_sets() if recipe.evaluate.bits_per_byte else []
+    training = {name: recipe.training_set(name) for name in recipe.sources}
+
+    def prepared(model: str, data) -> Step:  # type: ignore[no-untyped-def]
+        return prepare.step(recipe, workdir, chatters[model], data)
+
+    align_steps, fuse_steps = {}, {}
+    for source, data in training.items():
+        pivot_prepared, source_prepared = prepared(PIVOT, data), prepared(source, data)
+        pivot_captured = capture.step(recipe, workdir, chatters[PIVOT], pivot_prepared)
+        source_captured = capture.step(recipe, workdir, chatters[source], source_prepared)
+        align_steps[source] = align.step(
+            recipe,
+            workdir,
+            source,
+            pivot_prepared=pivot_prepared,
+            source_prepared=source_prepared,
+            source_captured=source_captured,
+        )
+        fuse_steps[source] = fuse.step(
+            recipe,
+            workdir,
+            source,
+            {
+                "pivot": pivot_prepared,
+                "pivot_capture": pivot_captured,
+                "source": source_prepared,
+                "source_capture": source_captured,
+                "align": align_steps[source],
+            },
+        )
+    merge_step = merge.step(recipe, workdir, fuse_steps)
+
+    def held_out_for(model: str) -> dict[str, Step]:
+        return {data.name: prepared(model, data) for data in held_out}
+
+    subjects = [_pivot(recipe, workdir, held_out_for(PIVOT)), *_sources(recipe, workdir, held_out_for)]
+    for name, step in [*fuse_steps.items(), (FUSED, merge_step)]:
+        role = FUSED if name == FUSED else "target"
+        label = FUSED if name == FUSED else f"target-{name}"
+        measured = evaluate.tuned_step(recipe, workdir, label, step, held_out_for(PIVOT))
+        subjects.append(evaluate.Subject(role, recipe.name if name == FUSED else name, measured))
+    upstream = {f"align/{name}": step for name, step in align_steps.items()}
+    upstream |= {f"fuse/{name}": step for name, step in fuse_steps.items()}
+    upstream["merge"] = merge_step
+    if held_out:
+        upstream["evaluate"] = evaluate.results_step(workdir, subjects, [data.name for data in held_out])
+    return list(with_upstream([report.step(recipe, workdir, upstream)]))
+
+
+def _pivot(recipe: Recipe, workdir: Path, prepared: dict[str, Step]) -> evaluate.Subject:
+    chatter = recipe.chatter(PIVOT)
+    return evaluate.Subject(
+        PIVOT, chatter.reference.label, evaluate.pivot_or_source_step(recipe, workdir, chatter, prepared)
+    )
+
+
+def _sources(recipe: Recipe, workdir: Path, held_out_for) -> Iterator[evaluate.Subject]:  # type: ignore[no-untyped-def]
+    """Sources that are one model with one template, each on data of its own, are measured once."""
+    seen = set()
+    for name in recipe.sources:
+        chatter = recipe.chatter(name)
+        if chatter.tokenizer_identity not in seen:
+            seen.add(chatter.tokenizer_identity)
+            step = evaluate.pivot_or_source_step(recipe, workdir, chatter, held_out_for(name))
+            yield evaluate.Subject("source", chatter.reference.label, step)
+
+
+def select_steps(steps: list[Step], *, until: str | None = None, only: str | None = None) -> list[Step]:
+    """The steps up to stage `until`, and of source `only` its own branch alone (which ends before the merge)."""
+    if only is not None:
+        branch = [step for step in steps if step.stage == "fuse" and step.name == only]
+        if not branch:
+            sources = ", ".join(step.name for step in steps if step.stage == "fuse")
+            raise RecipeError(f"--only {only}: the recipe has no such source; it has {sources}")
+        steps = list(with_upstream(branch))
+    if until is None:
+        return steps
+    if until not in STAGES:
+        raise RecipeError(f"--until {until}: no such stage; choose one of {', '.join(STAGES)}")
+    return [step for step in steps if STAGES.index(step.stage) <= STAGES.index(until)]
+
+
+def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
+    """Runs what is not done yet; returns how many steps there were to do. Raises a FuseChatError for what a user can mend."""
+    check_workdir(recipe, workdir)
+    with _lock(workdir):
+        steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
+        save_recipe(recipe, workdir / RECIPE)
+        waiting = [step for step in steps if step.state()[0] != "done"]
+        if any(step.stage == "fuse" for step in waiting):
+            fuse.check(recipe)
+        if waiting:
+            convert_together([recipe.chatter(name).reference for name in (PIVOT, *recipe.sources)])
+        for step in steps:
+            state, why = step.state()
+            if state in ("stale", "damaged"):
+                log.info("%s is %s (%s): doing it again", step.label, state, why)
+            step.run()
+        log.info("%d steps done now, %d were done before", len(waiting), len(steps) - len(waiting))
+    return len(waiting)
+
+
+def check_workdir(recipe: Recipe, workdir: Path) -> None:
+    """Refuses a work directory that belongs to another recipe: one of another name or with another pivot."""
+    if workdir.exists() and not workdir.is_dir():
+        raise WorkdirError(f"{workdir}: is a file, not a directory")
+    if not (workdir / RECIPE).is_file():
+        if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / ".lock").exists():
+            raise WorkdirError(f"{workdir}: is not empty and no work directory of FuseChat; choose another --workdir")
+        return
+    other = load_recipe(workdir / RECIPE)
+    for key, theirs, ours in (
+        ("name", other.name, recipe.name),
+        ("pivot", other.pivot.reference, recipe.pivot.reference),
+    ):
+        if theirs != ours:
+            raise WorkdirError(
+                f"{workdir}: was made by a recipe with {key} {theirs}, not {ours}; choose another --workdir"
+            )
+
+
+@contextmanager
+def _lock(workdir: Path) -> Iterator[None]:
+    """One run at a time in a work directory; the system frees the lock however the holder ends."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            raise WorkdirError(f"{workdir}: process {handle.read().strip() or '?'} is using it") from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield

@@ -1,0 +1,1 @@
+"""Stage 1, prepare: conversations become tokens and response rows, once for each model and data set."""

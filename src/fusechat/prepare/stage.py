@@ -1,0 +1,84 @@
+"""prepare/<model>/<data set>/: `conversations.arrow`, `rejected.jsonl`."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fusechat.config import Recipe
+from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import Conversation, DataSet, Malformed, read_conversations
+from fusechat.core.files import write_text
+from fusechat.core.prepared import FILE, Prepared, write_prepared
+from fusechat.core.progress import progress
+from fusechat.core.steps import Step
+from fusechat.errors import DataError
+
+
+def step(recipe: Recipe, workdir: Path, chatter: Chatter, data: DataSet) -> Step:
+    """Renders and tokenises one data set for one model."""
+    settings = {
+        "model": chatter.tokenizer_identity,
+        "data": data.identity(),
+        "on_error": data.on_error,
+        "max_length": recipe.data.max_length,
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        return _prepare(directory, chatter, data, recipe.data.max_length)
+
+    return Step(
+        "prepare", f"{chatter.name}/{data.name}", workdir / "prepare" / chatter.name / data.name, settings, work
+    )
+
+
+def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) -> dict[str, Any]:
+    from fusechat.prepare.tokenise import RejectedError, prepare_conversation
+
+    template = chatter.template()
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    rejected: list[str] = []
+    seen: set[str] = set()
+
+    def reject(where: str, reason: str) -> None:
+        reasons[reason] += 1
+        rejected.append(json.dumps({"where": where, "reason": reason}, ensure_ascii=False))
+
+    def prepared() -> Iterator[Prepared]:
+        with progress(f"prepare {chatter.name}/{data.name}", None, "conversations") as advance:
+            for conversation in read_conversations(data):
+                advance()
+                if isinstance(conversation, Malformed):
+                    if data.on_error == "stop":
+                        raise DataError(f"{conversation.where}: {conversation.reason}")
+                    reject(conversation.where, f"malformed: {conversation.reason}")
+                    continue
+                kept = one(conversation)
+                if kept is not None:
+                    yield kept
+
+    def one(conversation: Conversation) -> Prepared | None:
+        if conversation.id in seen:
+            reject(conversation.where, "the same conversation came before")
+            return None
+        seen.add(conversation.id)
+        try:
+            result, marks = prepare_conversation(conversation, template, max_length=max_length)
+        except RejectedError as error:
+            reject(conversation.where, str(error))
+            return None
+        counts.update({mark: 1 for mark, happened in marks.items() if happened})
+        counts["tokens"] += len(result.input_ids)
+        counts["response_tokens"] += len(result)
+        counts["responses"] += len(result.content_bytes)
+        counts["response_bytes"] += int(result.content_bytes.sum())
+        return result
+
+    kept = write_prepared(directory / FILE, prepared())
+    if not kept:
+        why = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3)) or "it holds no records"
+        raise DataError(f"{data.path}: no usable conversation for {chatter.name}: {why}")
+    write_text(directory / "rejected.jsonl", "".join(line + "\n" for line in rejected))
+    return {"conversations": kept, "rejected": dict(sorted(reasons.items())), **dict(sorted(counts.items()))}

@@ -1,0 +1,144 @@
+"""Reading a recipe: YAML with line numbers, every mistake found and reported together, each with its place and, for a
+misspelt key, the right one."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from fusechat.config import Recipe, absolute_paths
+from fusechat.core.files import write_text
+from fusechat.errors import RecipeError
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which `5e-6` is the number that its writer means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+Lines = dict[tuple[str, ...], int]
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in `path`, with `KEY=VALUE` overrides, paths made absolute. Raises RecipeError with all that is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+    raw, lines = _parse(text, path)
+    for override in overrides or []:
+        _set(raw, override)
+    try:
+        return Recipe.model_validate(absolute_paths(raw, path.resolve().parent))
+    except ValidationError as error:
+        raise RecipeError(*_explain(error, path, lines)) from None
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """The recipe as resolved, defaults filled in; `load_recipe` reads it back the same."""
+    write_text(
+        path, yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=120)
+    )
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+        lines: Lines = {}
+        repeated: list[str] = []
+        if node is not None:
+            _walk(node, (), lines, repeated)
+        raw = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(
+            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {type(raw).__name__}")
+    if repeated:
+        raise RecipeError(*(f"{path}:{place}" for place in repeated))
+    return raw, lines
+
+
+def _walk(node: yaml.Node, at: tuple[str, ...], lines: Lines, repeated: list[str]) -> None:
+    lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            place = (*at, str(key.value))
+            if key.value in seen:
+                repeated.append(f"{key.start_mark.line + 1}: {'.'.join(place)}: stands here twice")
+            seen.add(key.value)
+            lines[place] = key.start_mark.line + 1
+            _walk(value, place, lines, repeated)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _walk(value, (*at, str(index)), lines, repeated)
+
+
+def _set(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise RecipeError(f"--set {override}: not of the form KEY=VALUE, such as fuse.sft_weight=0.5")
+    *above, last = key.split(".")
+    section = raw
+    for name in above:
+        inner = section.get(name)
+        if isinstance(inner, str):  # a bare model reference stands for {model: reference}, a bare path for {path: …}
+            inner = {"path" if name in ("train", "validation") else "model": inner}
+        section[name] = dict(inner) if isinstance(inner, dict) else {}
+        section = section[name]
+    try:
+        section[last] = yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: the value is not YAML") from None
+
+
+def _explain(error: ValidationError, path: Path, lines: Lines) -> list[str]:
+    messages = []
+    for item in error.errors():
+        place = tuple(str(part) for part in item["loc"] if part != "[key]")
+        line = next((lines[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in lines), None)
+        key = ".".join(place)
+        what = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            what = "unknown key" + _suggestion(place)
+        elif item["type"] == "missing":
+            what = "is missing"
+        elif item["type"] == "string_pattern_mismatch" and place[-1] != "sha256":
+            what = "a name holds letters, digits, '.', '_' and '-' only"
+        elif isinstance(item["input"], str | int | float | bool):
+            what += f", not {item['input']!r}" if item["type"] != "value_error" else ""
+        messages.append(f"{path}{f':{line}' if line else ''}: {f'{key}: ' if key else ''}{what}")
+    return messages
+
+
+def _suggestion(place: tuple[str, ...]) -> str:
+    """The key that was meant, among those of the section that `place` is in."""
+    section: type[BaseModel] | None = Recipe
+    above = list(place[:-1])
+    while above and section is not None:
+        field = section.model_fields.get(above.pop(0))
+        kind = field.annotation if field is not None else None
+        if get_origin(kind) is dict and above:
+            above.pop(0)  # the name of a source
+        section = next((kind for kind in (kind, *get_args(kind)) if _is_section(kind)), None)
+    if section is None:
+        return ""
+    close = difflib.get_close_matches(place[-1], list(section.model_fields), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(section.model_fields)}"
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)

@@ -1,0 +1,1 @@
+"""Stage 7, report: results that one can look at, on a page and on the terminal."""
