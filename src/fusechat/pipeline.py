@@ -78,7 +78,8 @@ def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     upstream["merge"] = merge_step
     if held_out:
         upstream["evaluate"] = evaluate.results_step(workdir, subjects, [data.name for data in held_out])
-    return list(with_upstream([report.step(recipe, workdir, upstream)]))
+    steps = with_upstream([report.step(recipe, workdir, upstream)])
+    return sorted(steps, key=lambda step: STAGES.index(step.stage))  # stable: upstream stays first
 
 
 def _pivot(recipe: Recipe, workdir: Path, prepared: dict[str, Step]) -> evaluate.Subject:

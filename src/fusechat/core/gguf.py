@@ -79,12 +79,12 @@ def _convert_new(reference: Reference, sha: str, target: Path) -> None:
 
 def convert(file: Path, directory: Path) -> None:
     """Writes configuration, generation configuration, tokenizer, chat template and float32 safetensors to `directory`."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     from fusechat.core.models import quiet_transformers
 
     quiet_transformers()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     options = {"gguf_file": file.name, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(

@@ -34,9 +34,11 @@ def step(recipe: Recipe, workdir: Path, source: str, upstream: dict[str, Step]) 
 
 def check(recipe: Recipe) -> None:
     """Lets Transformers judge the values in `fuse.training` before any work. Raises RecipeError."""
+    from fusechat.core.models import choose_device
     from fusechat.fuse.trainer import training_arguments
 
-    training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=recipe.device)
+    device = str(choose_device(recipe.device))
+    training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
 
 
 def _fuse(directory: Path, source: str, upstream: dict[str, Step], recipe: Recipe, pivot: Chatter) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class _Watch(TrainerCallback):
                 marker.touch()
 
 
-def training_arguments(training: dict[str, Any], *, output: Path, seed: int, device: str | None) -> TrainingArguments:
+def training_arguments(training: dict[str, Any], *, output: Path, seed: int, device: str) -> TrainingArguments:
     """TrainingArguments from the recipe's `fuse.training`. Raises RecipeError for a value that Transformers refuses."""
     defaults = {"report_to": "none", "logging_steps": 1, "dataloader_pin_memory": False}
     given = defaults | training
@@ -101,7 +101,7 @@ def training_arguments(training: dict[str, Any], *, output: Path, seed: int, dev
             data_seed=seed,
             remove_unused_columns=False,
             disable_tqdm=True,
-            use_cpu=device is not None and torch.device(device).type == "cpu",
+            use_cpu=torch.device(device).type == "cpu",
             **given,
         )
     except (ValueError, TypeError, ImportError) as error:

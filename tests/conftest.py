@@ -1,0 +1,42 @@
+"""Fixtures that all tests share: tiny models and their tokenizers, built once a session."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
+
+import pytest
+import tiny
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A model directory of each kind of `tiny.KINDS`."""
+    root = tmp_path_factory.mktemp("models")
+    return {kind: tiny.build(kind, root / kind) for kind in tiny.KINDS}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(models: dict[str, Path]) -> dict[str, Any]:
+    """The tokenizer of each model directory, as AutoTokenizer loads it."""
+    from transformers import AutoTokenizer
+
+    return {kind: AutoTokenizer.from_pretrained(directory) for kind, directory in models.items()}
+
+
+@pytest.fixture(scope="session")
+def loaded(models: dict[str, Path]) -> dict[str, Any]:
+    """The model of each directory in float32 and evaluation mode, as AutoModelForCausalLM loads it; not to be changed."""
+    from transformers import AutoModelForCausalLM
+
+    return {
+        kind: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        for kind, directory in models.items()
+    }

@@ -1,0 +1,199 @@
+"""Chat LLMs of a few thousand parameters, built in seconds: three architectures with three kinds of tokenizer.
+
+| kind    | model                                     | tokenizer                                             | chat template        |
+| ------- | ----------------------------------------- | ----------------------------------------------------- | -------------------- |
+| llama   | Llama, tied embeddings                    | byte-level BPE                                        | ChatML, system text  |
+| mistral | Mistral, vocabulary padded past the       | SentencePiece-like BPE, dummy prefix, byte fallback   | [INST], no system    |
+|         | tokenizer's                               |                                                       | role, strips answers |
+| gemma   | Gemma 3, sliding window, tied embeddings  | Unigram with Metaspace, no dummy prefix, byte fallback| none: `TEMPLATE`     |
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+KINDS = ("llama", "mistral", "gemma")
+PADDED = 7  # ids that mistral's model has past its tokenizer's
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+INST = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}"
+    "{% endfor %}"
+)
+# For gemma, whose tokenizer brings none.
+TEMPLATE_WITHOUT_END = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ {'system': 'System', 'user': 'Question', 'assistant': 'Answer'}[message['role']] + ': ' + message['content'] }}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}"
+)
+TEMPLATE = TEMPLATE_WITHOUT_END.replace(
+    "{{ '\\n\\n' }}", "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
+)
+TEMPLATES: dict[str, str | None] = {"llama": None, "mistral": None, "gemma": TEMPLATE}  # what a recipe has to give
+
+TEXT = """\
+The quick brown fox jumps over the lazy dog, and the dog does not mind at all.
+What is the capital of France? The capital of France is Paris, a city of two million people on the river Seine.
+Please explain how a large language model predicts the next token, step by step, in simple words.
+Sure! A model reads the text that it was given, and then it gives every token of its vocabulary a probability.
+If a train travels 60 miles in 1.5 hours, its speed is 60 / 1.5 = 40 miles per hour. The answer is 40.
+There are 12 eggs in a box; she buys 3 boxes, uses 7 eggs and has 29 left: 12 * 3 - 7 = 29.
+def add(a, b):\n    return a + b\n\nfor i in range(10):\n    print(add(i, 1))
+Die Straße über den Fluß ist schön, aber für größere Wagen gesperrt. Übung macht den Meister.
+El niño comió mañana una manzana; ¿dónde está la biblioteca? Le garçon a mangé une pêche à l'école, déjà.
+Москва является столицей России. Как тебя зовут? Меня зовут Анна.
+北京是中国的首都。你好，世界！日本の首都は東京です。ありがとうございます。
+مرحبا بالعالم، كيف حالك اليوم؟ שלום עולם, מה שלומך היום?
+Emoji are text as well: 🙂 👍 🚀 and so are arrows → and dashes – or “quotes”.
+"""
+LINES = TEXT.splitlines(keepends=True)
+
+
+def build(kind: str, directory: Path, seed: int = 0) -> Path:
+    """Writes a tiny chat LLM to `directory` as a plain Hugging Face model directory; the same seed gives the same weights."""
+    tokenizer = tokenizer_of(kind)
+    model_of(kind, tokenizer, seed).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a kind, as Transformers has it, with its chat template where it has one."""
+    backend, names, template = {"llama": _byte_level, "mistral": _sentencepiece, "gemma": _unigram}[kind]()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=2048, clean_up_tokenization_spaces=False, **names
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def model_of(kind: str, tokenizer: Any, seed: int = 0) -> Any:
+    """A randomly initialised model whose distributions are far from uniform."""
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.3,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    size = len(tokenizer)
+    makers: dict[str, Callable[[], Any]] = {
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=size, tie_word_embeddings=True, **shape)),
+        "mistral": lambda: MistralForCausalLM(
+            MistralConfig(vocab_size=size + PADDED, tie_word_embeddings=False, sliding_window=None, **shape)
+        ),
+        "gemma": lambda: Gemma3ForCausalLM(
+            Gemma3TextConfig(
+                vocab_size=size,
+                tie_word_embeddings=True,
+                sliding_window=16,
+                layer_types=["sliding_attention", "full_attention"],
+                query_pre_attn_scalar=8,
+                **shape,
+            )
+        ),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return makers[kind]().eval()
+
+
+def _byte_level() -> tuple[Tokenizer, dict[str, str], str | None]:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return tokenizer, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}, CHATML
+
+
+def _sentencepiece() -> tuple[Tokenizer, dict[str, str], str | None]:
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace()  # in training only: merges stay inside words
+    trained.train_from_iterator(
+        LINES[:9], trainers.BpeTrainer(vocab_size=280, special_tokens=["<unk>"], show_progress=False)
+    )  # other scripts are left to the byte tokens
+    state = _state(trained)
+    pieces = ["<unk>", "<s>", "</s>", *_byte_tokens(), *sorted(state["vocab"], key=state["vocab"].get)]
+    vocabulary = {piece: token for token, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [tuple(pair) for pair in state["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")])
+    return tokenizer, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}, INST
+
+
+def _unigram() -> tuple[Tokenizer, dict[str, str], str | None]:
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    trained = Tokenizer(models.Unigram())
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    trained.train_from_iterator(
+        LINES,
+        trainers.UnigramTrainer(vocab_size=260, special_tokens=special, unk_token="<unk>", show_progress=False),
+    )
+    learnt = [(piece, score) for piece, score in _state(trained)["vocab"] if piece not in special]
+    vocabulary = [(piece, 0.0) for piece in special] + [(piece, -20.0) for piece in _byte_tokens()] + learnt
+    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=3, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Metaspace(prepend_scheme="never"), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    names = {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
+    return tokenizer, names, None
+
+
+def _byte_tokens() -> list[str]:
+    return [f"<0x{byte:02X}>" for byte in range(256)]
+
+
+def _state(tokenizer: Tokenizer) -> dict[str, Any]:
+    return dict(json.loads(tokenizer.to_str())["model"])
