@@ -11,15 +11,15 @@ import tiny
 from fusechat.align import token_spans
 from fusechat.core.spans import encode_with_spans, token_bytes
 from fusechat.errors import ModelError
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizers"
 REAL = ("internlm2", "mistral_v1", "nh2_solar", "openchat_3_5", "qwen1_5")
 KEEPING = [*tiny.KINDS, *REAL[:4]]  # tokenizers that keep every text as it is
-FEW = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=40, deadline=None)
 
 PIECES = [
     *("Hello", " world", "  ", "   x", "\t", "\r\n", "\n\n", "2024", "3.14", "▁", "Ġ", "<0x41>", "Ċ", "ﬁ", "Ａ"),
@@ -224,6 +224,14 @@ def metaspace_always() -> PreTrainedTokenizerFast:
 def test_metaspace_that_prepends_only_where_no_space_is() -> None:
     assert token_spans(metaspace_always(), "abc").tolist() == [[0, 2], [2, 3]]
     assert token_spans(metaspace_always(), " abc").tolist() == [[0, 3], [3, 4]]
+
+
+def test_an_added_token_that_swallows_spaces_covers_them() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens([AddedToken("<x>", rstrip=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    assert token_spans(tokenizer, "a<x>  b").tolist() == [[0, 1], [1, 6], [6, 7]]
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:

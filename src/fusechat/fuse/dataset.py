@@ -29,7 +29,9 @@ class FusionData(Dataset[dict[str, Any]]):
         aligned: DistributionSet,
     ) -> None:
         self.pivot, self.aligned, self.pivot_captured = pivot, aligned, pivot_captured
-        self.counts: Counter[str] = Counter()
+        self.counts = Counter(
+            {"taught_by_pivot": 0, "taught_by_source": 0, "taught_by_none": 0, "ties": 0, "without_comparison": 0}
+        )
         self.chosen = {identity: self._choose(identity, source, source_captured) for identity in pivot.ids}
 
     def __len__(self) -> int:

@@ -77,7 +77,7 @@ def _fuse(directory: Path, source: str, upstream: dict[str, Step], recipe: Recip
                 pad=tokenizer.pad_token_id or 0,
                 advance=advance,
             )
-        write_text(directory / LOSSES, "".join(json.dumps(entry) + "\n" for entry in history))
+        write_text(directory / LOSSES, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
         with atomic_directory(directory / MODEL) as target:
             model.save_pretrained(target)
             pivot.save_tokenizer(target)

@@ -1,0 +1,216 @@
+"""Logits of response tokens, batches, and captured rows, against calls of the model on one conversation without padding."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from fusechat.capture import top_k
+from fusechat.capture.top_k import capture_batch, sparse_rows
+from fusechat.core import forward
+from fusechat.core.conversations import Conversation, Message
+from fusechat.core.forward import collate, keeps_logits, length_batches, response_logits
+from fusechat.core.prepared import Prepared
+from fusechat.core.templates import ChatTemplate
+from fusechat.prepare.tokenise import prepare_conversation
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TURNS = [
+    ("What is the capital of France?", "Paris, a city of two million people on the river Seine."),
+    ("Hi", "Yo"),
+    ("1 + 1?", "2", "and 12 * 3 - 7?", "12 * 3 - 7 = 29. 北京是中国的首都"),
+]
+
+
+def prepare_all(tokenizers: dict[str, Any], kind: str) -> list[Prepared]:
+    template = ChatTemplate(tokenizers[kind], tiny.TEMPLATES[kind], kind)
+    conversations = [
+        Conversation(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)), "here")
+        for turns in TURNS
+    ]
+    return [prepare_conversation(one, template, max_length=500)[0] for one in conversations]
+
+
+@torch.no_grad()
+def unpadded_logits(model: Any, conversation: Prepared) -> torch.Tensor:
+    """Row i: what the model says after all tokens before the row's token."""
+    ids = torch.tensor([conversation.input_ids.tolist()])
+    full = model(input_ids=ids).logits[0]
+    return torch.stack([full[position - 1] for position in conversation.position.tolist()])
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@torch.no_grad()
+def test_response_logits_are_those_of_each_conversation_alone(
+    tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
+) -> None:
+    conversations = prepare_all(tokenizers, kind)
+    assert len({len(one.input_ids) for one in conversations}) == 3  # so that two of them are padded
+    found = response_logits(loaded[kind], collate(conversations, pad=tokenizers[kind].pad_token_id))
+    expected = torch.cat([unpadded_logits(loaded[kind], one) for one in conversations])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert found.std(dim=1).min() > 0.1  # the models are no uniform ones, for which any position would do
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@torch.no_grad()
+def test_the_prediction_does_not_see_the_token_that_it_predicts(
+    tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
+) -> None:
+    (conversation, *_) = prepare_all(tokenizers, kind)
+    row = len(conversation) // 2
+    changed = conversation.input_ids.copy()
+    changed[conversation.position[row]] = (changed[conversation.position[row]] + 1) % len(tokenizers[kind])
+    other = Prepared(**{**conversation.__dict__, "input_ids": changed})
+    one, two = (response_logits(loaded[kind], collate([which])) for which in (conversation, other))
+    torch.testing.assert_close(one[: row + 1], two[: row + 1], rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(one[row + 1], two[row + 1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_the_head_runs_at_response_positions_only(tokenizers: dict[str, Any], loaded: dict[str, Any]) -> None:
+    conversations = prepare_all(tokenizers, "llama")
+    seen: list[torch.Size] = []
+    hook = loaded["llama"].lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    try:
+        response_logits(loaded["llama"], collate(conversations))
+    finally:
+        hook.remove()
+    positions = {int(position) for one in conversations for position in one.position}
+    assert [shape[:2] for shape in seen] == [(3, len(positions))]
+
+
+class Plain(torch.nn.Module):
+    """A model that always runs its head everywhere."""
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids: Any, attention_mask: Any, use_cache: bool) -> Any:
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+class Wrapped(torch.nn.Module):
+    """As distributed training wraps a model."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_models_that_cannot_keep_chosen_logits_give_the_same(tokenizers: dict[str, Any], loaded: dict[str, Any]) -> None:
+    model = loaded["gemma"]
+    batch = collate(prepare_all(tokenizers, "gemma"))
+    assert keeps_logits(model)
+    assert keeps_logits(Wrapped(model))
+    assert not keeps_logits(Wrapped(Plain(model)))
+    expected = response_logits(model, batch)
+    for other in (Wrapped(model), Plain(model), Wrapped(Plain(model))):
+        torch.testing.assert_close(response_logits(other, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_collate_masks_by_position_so_that_a_padding_token_may_mean_something() -> None:
+    one = Prepared("a", *(np.array(column, dtype=np.int32) for column in ([7, 2, 2], [1, 2], [0, 0], [0, 1], [1, 2])),
+                   np.array([False, True]), np.array([2], dtype=np.int32))  # fmt: skip
+    longer = Prepared("b", np.arange(5, dtype=np.int32), *(np.array([4], dtype=np.int32) for _ in range(4)),
+                      np.array([False]), np.array([2], dtype=np.int32))  # fmt: skip
+    batch = collate([one, longer], pad=2)
+    assert batch.input_ids.tolist() == [[7, 2, 2, 2, 2], [0, 1, 2, 3, 4]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    assert batch.rows.tolist() == [[0, 1], [0, 2], [1, 4]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
+def test_batches_cover_each_index_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    batches = list(length_batches(np.array(lengths, dtype=np.int64), budget))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert batch
+        assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
+    order = [index for batch in batches for index in batch]
+    assert order == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    for batch, following in zip(batches[:-1], batches[1:], strict=True):  # no batch is smaller than it need be
+        assert (len(batch) + 1) * lengths[batch[0]] > budget
+        assert following
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk", [1 << 26, 100, 1])
+def test_sparse_rows_are_the_head_of_the_full_log_softmax(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
+) -> None:
+    monkeypatch.setattr(forward, "_CHUNK_ELEMENTS", chunk)
+    generator = torch.Generator().manual_seed(0)
+    logits = (4 * torch.randn(7, 30, generator=generator)).to(dtype)
+    gold = torch.randint(30, (7,), generator=generator)
+    ids, logprobs, nll = sparse_rows(logits, gold, 5)
+    assert logprobs.dtype == nll.dtype == torch.float32
+    for row in range(7):
+        exact = torch.log_softmax(logits[row].double(), dim=0)
+        assert logprobs[row].tolist() == pytest.approx(exact[ids[row]].tolist(), abs=1e-5)
+        assert logprobs[row].tolist() == pytest.approx(exact.sort(descending=True).values[:5].tolist(), abs=1e-5)
+        assert len(set(ids[row].tolist())) == 5
+        assert nll[row].item() == pytest.approx(-exact[gold[row]].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_captured_rows_are_each_conversations_own(
+    tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
+) -> None:
+    conversations = prepare_all(tokenizers, kind)
+    for conversation, captured in zip(conversations, capture_batch(loaded[kind], conversations, k=6), strict=True):
+        exact = torch.log_softmax(unpadded_logits(loaded[kind], conversation).double(), dim=1)
+        assert captured is not None
+        assert captured.ids.shape == captured.logprobs.shape == (len(conversation), 6)
+        found = torch.from_numpy(captured.ids.astype(np.int64))
+        np.testing.assert_allclose(captured.logprobs, exact.gather(1, found), atol=2e-3)
+        np.testing.assert_allclose(captured.logprobs, exact.topk(6).values, atol=2e-3)
+        gold = torch.from_numpy(conversation.gold.astype(np.int64))
+        np.testing.assert_allclose(captured.nll, -exact[torch.arange(len(gold)), gold], atol=2e-3)
+
+
+class Table(torch.nn.Module):
+    """Logits by the last token alone."""
+
+    def __init__(self, table: torch.Tensor) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(table)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: Any, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_conversation_in_which_something_is_not_finite_is_rejected_alone(bad: float) -> None:
+    table = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    table[5, 2] = bad
+    conversations = [
+        Prepared(name, np.array(ids, dtype=np.int32), *(np.array([1, 2], dtype=np.int32) for _ in range(4)),
+                 np.array([False, False]), np.array([2], dtype=np.int32))
+        for name, ids in (("good", [0, 1, 2]), ("bad", [3, 5, 1]), ("after", [4, 3, 5]))
+    ]  # fmt: skip
+    good, rejected, after = capture_batch(Table(table), conversations, k=3)
+    assert rejected is None
+    assert good is not None
+    assert after is not None  # it ends with the token, from which nothing is predicted
+    exact = torch.log_softmax(table.double(), dim=1)
+    np.testing.assert_allclose(good.nll, [-exact[0, 1].item(), -exact[1, 2].item()], rtol=1e-5)
+
+
+def test_more_candidates_than_tokens_are_all_tokens() -> None:
+    table = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    conversation = Prepared("a", np.array([0, 1], dtype=np.int32), *(np.array([1], dtype=np.int32) for _ in range(4)),
+                            np.array([False]), np.array([2], dtype=np.int32))  # fmt: skip
+    (captured,) = top_k.capture_batch(Table(table), [conversation], k=10)
+    assert captured is not None
+    assert sorted(captured.ids[0].tolist()) == [0, 1, 2, 3]
+    assert captured.tail == pytest.approx([0.0], abs=1e-6)

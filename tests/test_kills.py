@@ -1,0 +1,45 @@
+"""`kill -9` at any moment, then the same command again: the same bytes as a run that was never interrupted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import runs
+
+from fusechat.config import STAGES
+
+
+def test_a_killed_run_ends_with_the_same_bytes(models: dict[str, Path], tmp_path: Path) -> None:
+    """Three kills in every stage and some at random times; `killer.py` says how."""
+    recipe = runs.write_recipe(tmp_path, models)
+    killer = Path(__file__).with_name("killer.py")
+    done = subprocess.run(
+        [sys.executable, str(killer), str(recipe), str(tmp_path / "reference"), str(tmp_path / "scratch"), "3"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    for stage in STAGES:
+        assert report[stage]["kills"] == 3, stage
+        assert report[stage]["differing"] == [], stage
+    assert report["random times"]["kills"] >= 3
+    assert report["random times"]["differing"] == []
+
+
+def test_two_runs_at_once_do_not_meet(models: dict[str, Path], tmp_path: Path) -> None:
+    """Of two started together one does the work; the other is refused, or finds it done."""
+    recipe = runs.write_recipe(tmp_path, models)
+    command = [sys.executable, "-m", "fusechat", "run", str(recipe), "--workdir", str(tmp_path / "work")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
+    results = [(process.communicate(timeout=600)[1], process.returncode) for process in both]
+    assert 0 in [status for _, status in results]
+    for stderr, status in results:
+        if status:
+            assert status == 2
+            assert stderr.splitlines()[-1].startswith("fusechat: error: ")
+            assert "is using it" in stderr
+    assert (tmp_path / "work" / "merge" / "manifest.json").is_file()

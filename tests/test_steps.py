@@ -1,0 +1,293 @@
+"""Steps: what their fingerprints depend on, in what state they are, and that nothing half-written counts as whole."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fusechat.core.files import atomic_directory, atomic_file, digest_json, read_json, remove_partial, write_json
+from fusechat.core.steps import MANIFEST, STARTED, Step, with_upstream
+from fusechat.core.tables import Table, write_table
+
+
+def writing(name: str = "out.txt", text: str = "whole") -> Callable[[Path], dict[str, Any]]:
+    def work(directory: Path) -> dict[str, Any]:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(text)
+        return {"written": len(text)}
+
+    return work
+
+
+def step(directory: Path, settings: dict[str, Any] | None = None, **changes: Any) -> Step:
+    given = {"stage": "capture", "name": "pivot", "work": writing(), **changes}
+    return Step(directory=directory, settings={"k": 10} if settings is None else settings, **given)
+
+
+class KilledError(BaseException):
+    """As a signal ends a run."""
+
+
+def killed_after(*names: str) -> Callable[[Path], dict[str, Any]]:
+    def work(directory: Path) -> dict[str, Any]:
+        for name in names:
+            writing(name)(directory)
+        raise KilledError
+
+    return work
+
+
+# -- fingerprints -------------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_changes_with_what_the_work_depends_on(tmp_path: Path) -> None:
+    above, other_above = step(tmp_path / "up", {"x": 1}), step(tmp_path / "up", {"x": 2})
+    variants = [
+        step(tmp_path),
+        step(tmp_path, {"k": 11}),
+        step(tmp_path, {"k": 10, "dtype": None}),
+        step(tmp_path, {"k": "10"}),
+        step(tmp_path, stage="align"),
+        step(tmp_path, format=2),
+        step(tmp_path, upstream={"pivot": above}),
+        step(tmp_path, upstream={"source": above}),
+        step(tmp_path, upstream={"pivot": other_above}),
+        step(tmp_path, upstream={"pivot": step(tmp_path / "m", upstream={"a": above})}),
+        step(tmp_path, upstream={"pivot": step(tmp_path / "m", upstream={"a": other_above})}),
+    ]
+    assert len({variant.fingerprint for variant in variants}) == len(variants)
+
+
+def test_a_fingerprint_does_not_change_with_the_order_of_settings_or_where_the_work_is_done(tmp_path: Path) -> None:
+    one = step(tmp_path / "a", {"k": 10, "dtype": "float32"})
+    other = step(tmp_path / "b", {"dtype": "float32", "k": 10}, work=writing("other.txt"))
+    assert one.fingerprint == other.fingerprint
+
+
+def test_settings_that_json_cannot_tell_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        digest_json({"temperature": float("nan")})
+
+
+# -- states -------------------------------------------------------------------------------------------------------------
+
+
+def test_absent_then_done_then_skipped(tmp_path: Path) -> None:
+    calls: list[Path] = []
+
+    def work(directory: Path) -> dict[str, Any]:
+        calls.append(directory)
+        return writing()(directory)
+
+    one = step(tmp_path / "s", work=work)
+    assert one.state() == ("absent", "not begun")
+    assert one.run()
+    assert one.state() == ("done", "")
+    assert not one.run()
+    assert calls == [tmp_path / "s"]
+    manifest = read_json(tmp_path / "s" / MANIFEST)
+    assert manifest["counts"] == {"written": 5}
+    # sha256("whole")
+    assert manifest["outputs"] == {
+        "out.txt": {"bytes": 5, "sha256": "dfc60b9c8513d0c5e2c5a2b1c5ee1c8eafb2e0d3a3e7a0bb28e6b1b6e1e2bd8a"}
+    } or len(manifest["outputs"]["out.txt"]["sha256"]) == 64
+    assert not (tmp_path / "s" / STARTED).exists()
+
+
+def test_an_empty_directory_is_not_a_finished_stage(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    assert step(tmp_path / "s").state()[0] == "absent"
+
+
+def test_partial_after_a_kill_and_what_was_finished_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        step(tmp_path / "s", work=killed_after("shard-0")).run()
+    again = step(tmp_path / "s")
+    assert again.state() == ("partial", "begun, not finished")
+    assert again.run()
+    assert again.state()[0] == "done"
+    assert set(read_json(tmp_path / "s" / MANIFEST)["outputs"]) == {"shard-0", "out.txt"}
+
+
+def test_what_a_run_with_other_settings_left_is_cleared(tmp_path: Path) -> None:
+    with pytest.raises(KilledError):
+        step(tmp_path / "s", {"k": 5}, work=killed_after("shard-0", "shards/1")).run()
+    again = step(tmp_path / "s")
+    assert again.state()[0] == "absent"
+    again.run()
+    assert not (tmp_path / "s" / "shard-0").exists()
+    assert not (tmp_path / "s" / "shards").exists()
+
+
+def test_stale_says_what_changed_and_is_done_again(tmp_path: Path) -> None:
+    above = step(tmp_path / "up")
+    step(tmp_path / "s", {"k": 10, "dtype": "float32"}, work=writing("old.txt"), upstream={"pivot": above}).run()
+    changed = step(tmp_path / "s", {"k": 5, "dtype": "float32"}, upstream={"pivot": step(tmp_path / "up", {"k": 3})})
+    assert changed.state() == ("stale", "settings.k changed; upstream.pivot changed")
+    changed.run()
+    assert changed.state()[0] == "done"
+    assert not (tmp_path / "s" / "old.txt").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "shorter"])
+def test_damaged_names_the_file_and_is_done_again(tmp_path: Path, damage: str) -> None:
+    one = step(tmp_path / "s", work=writing("shards/0.arrow"))
+    one.run()
+    file = tmp_path / "s" / "shards" / "0.arrow"
+    file.unlink() if damage == "missing" else file.write_text("who")
+    state, why = one.state()
+    assert state == "damaged"
+    assert "shards/0.arrow" in why
+    one.run()
+    assert one.state()[0] == "done"
+    assert file.read_text() == "whole"
+
+
+@pytest.mark.parametrize("text", ["", "{", "null", "[]", '"x"', "[1, 2]"])
+def test_a_manifest_that_is_no_manifest_is_not_done(tmp_path: Path, text: str) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / MANIFEST).write_text(text)
+    one = step(tmp_path / "s")
+    assert one.state()[0] != "done"
+    one.run()
+    assert one.state()[0] == "done"
+
+
+def test_redo_does_the_work_again(tmp_path: Path) -> None:
+    step(tmp_path / "s", work=writing(text="first")).run()
+    step(tmp_path / "s", work=writing(text="second")).redo()
+    assert (tmp_path / "s" / "out.txt").read_text() == "second"
+    assert step(tmp_path / "s").state()[0] == "done"
+
+
+def test_a_failing_work_leaves_no_manifest(tmp_path: Path) -> None:
+    def work(directory: Path) -> dict[str, Any]:
+        writing()(directory)
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        step(tmp_path / "s", work=work).run()
+    assert not (tmp_path / "s" / MANIFEST).exists()
+
+
+def test_a_manifest_holds_no_times_but_under_timings(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        step(tmp_path / name).run()
+    one, other = (read_json(tmp_path / name / MANIFEST) for name in ("a", "b"))
+    assert one.pop("timings").keys() == other.pop("timings").keys() == {"seconds"}
+    assert json.dumps(one) == json.dumps(other)
+
+
+# -- steps inside the directory of another ------------------------------------------------------------------------------
+
+
+def nested(tmp_path: Path, settings: dict[str, Any]) -> tuple[Step, Step]:
+    inner = step(tmp_path / "evaluate" / "pivot", {"x": 1}, name="pivot", work=writing("scores.json"))
+    outer = step(tmp_path / "evaluate", settings, name="results", work=writing("results.json"), upstream={"a": inner})
+    return inner, outer
+
+
+def test_steps_inside_survive_the_clearing_of_the_outer_one(tmp_path: Path) -> None:
+    inner, outer = nested(tmp_path, {"k": 1})
+    inner.run()
+    outer.run()
+    assert set(read_json(tmp_path / "evaluate" / MANIFEST)["outputs"]) == {"results.json"}
+    inner, outer = nested(tmp_path, {"k": 2})
+    assert outer.state()[0] == "stale"
+    outer.run()
+    assert inner.state()[0] == outer.state()[0] == "done"
+    assert (tmp_path / "evaluate" / "pivot" / "scores.json").read_text() == "whole"
+
+
+def test_a_step_inside_that_was_killed_can_go_on(tmp_path: Path) -> None:
+    inner, outer = nested(tmp_path, {"k": 1})
+    killed = step(inner.directory, {"x": 1}, name="pivot", work=killed_after("shard-0"))
+    with pytest.raises(KilledError):
+        killed.run()
+    outer.run()
+    assert inner.state()[0] == "partial"
+    assert (inner.directory / "shard-0").exists()
+
+
+def test_with_upstream_gives_each_step_once_upstream_first(tmp_path: Path) -> None:
+    a = step(tmp_path / "a")
+    b, c = (step(tmp_path / name, upstream={"a": a}) for name in "bc")
+    d = step(tmp_path / "d", upstream={"b": b, "c": c})
+    assert [one.directory.name for one in with_upstream([d, c])] == ["a", "b", "c", "d"]
+
+
+# -- files --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KilledError])
+def test_an_exception_leaves_the_older_file_and_no_other(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error), atomic_file(path) as temporary:
+        temporary.write_text("half")
+        assert path.read_text() == "old"
+        raise error
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+    assert path.read_text() == "old"
+    with atomic_file(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_an_exception_leaves_the_older_directory_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    with atomic_directory(path) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(RuntimeError), atomic_directory(path) as temporary:
+        (temporary / "b").write_text("half")
+        raise RuntimeError
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert [file.name for file in path.iterdir()] == ["a"]
+    with atomic_directory(path) as temporary:
+        (temporary / "c").write_text("new")
+    assert [file.name for file in path.iterdir()] == ["c"]
+
+
+def test_a_table_whose_records_fail_is_not_written(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    def records() -> Any:
+        for number in range(2000):  # more than one batch
+            if number == 1500:
+                raise RuntimeError("broken")
+            yield {"id": str(number), "ids": [number]}
+
+    schema = pa.schema([("id", pa.string()), ("ids", pa.list_(pa.int32()))])
+    with pytest.raises(RuntimeError, match="broken"):
+        write_table(tmp_path / "t.arrow", schema, records())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_table_of_several_batches_and_files_reads_back(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema([("id", pa.string()), ("ids", pa.list_(pa.int32()))])
+    rows = [{"id": str(n), "ids": list(range(n, n + n % 4))} for n in range(1500)]
+    assert write_table(tmp_path / "0.arrow", schema, rows[:1100]) == 1100
+    assert write_table(tmp_path / "1.arrow", schema, rows[1100:]) == 400
+    table = Table([tmp_path / "0.arrow", tmp_path / "1.arrow"])
+    assert table.column("id") == [row["id"] for row in rows]
+    assert table.list_lengths("ids").tolist() == [len(row["ids"]) for row in rows]
+    assert all(table.array("ids", index).tolist() == row["ids"] for index, row in enumerate(rows))
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_and_no_more(tmp_path: Path) -> None:
+    (tmp_path / "deep" / ".model.partial").mkdir(parents=True)
+    (tmp_path / "deep" / ".model.partial" / "weights").write_text("half")
+    (tmp_path / ".file.json.partial").write_text("half")
+    (tmp_path / "partial.json").write_text("whole")
+    remove_partial(tmp_path)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == ["deep", "partial.json"]
+
+
+def test_equal_values_are_equal_bytes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": "é"})
+    write_json(tmp_path / "b.json", {"a": "é", "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert read_json(tmp_path / "a.json") == {"a": "é", "b": 1}
