@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import tiny
+import yaml
 
 SOURCES = ("mistral", "gemma")
 TRAINING = {

@@ -124,8 +124,9 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
         waiting = [step for step in steps if step.state()[0] != "done"]
         if any(step.stage == "fuse" for step in waiting):
             fuse.check(recipe)
-        if waiting:
-            convert_together([recipe.chatter(name).reference for name in (PIVOT, *recipe.sources)])
+        if any(step.stage != "report" for step in waiting):
+            names = [PIVOT, *([only] if only else recipe.sources)]
+            convert_together([recipe.chatter(name).reference for name in names])
         for step in steps:
             state, why = step.state()
             if state in ("stale", "damaged"):

@@ -36,9 +36,9 @@ class Figures:
 
     def add_origins(self, candidates: np.ndarray, mass: np.ndarray, vocabulary_map: VocabularyMap) -> None:
         """Captured mass by where its row of W comes from."""
-        kinds, code = np.unique(np.array(vocabulary_map.how), return_inverse=True)
+        kinds, code = vocabulary_map.origins
         sums = np.bincount(code[vocabulary_map.rows_of(candidates)], weights=mass, minlength=len(kinds))
-        self.mass_by_origin.update(dict(zip(kinds.tolist(), sums.tolist(), strict=True)))
+        self.mass_by_origin.update(dict(zip(kinds, sums.tolist(), strict=True)))
 
     def summary(self) -> dict[str, object]:
         captured = sum(self.mass_by_origin.values())

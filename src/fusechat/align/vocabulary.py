@@ -7,6 +7,7 @@ W is sparse and row-stochastic, [source vocabulary × pivot vocabulary]: `W[s, t
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -73,6 +74,12 @@ class VocabularyMap:
             raise KeyError("a token that the map was not built for")
         return rows
 
+    @cached_property
+    def origins(self) -> tuple[list[str], np.ndarray]:
+        """The distinct values of `how`, and for each row which of them it has."""
+        kinds, code = np.unique(np.array(self.how), return_inverse=True)
+        return kinds.tolist(), code
+
     def entropy(self) -> float:
         """Mean entropy of the counted rows, in bits: 0 where every source token always met the same pivot token."""
         terms = -self.weight * np.log2(np.where(self.weight > 0, self.weight, 1.0))
@@ -88,9 +95,12 @@ class BackOff:
     def __init__(self, pivot: TokenBytes) -> None:
         self.pivot = pivot
         self._by_bytes: dict[bytes, int] = {}
-        for token in range(len(pivot)):
-            data = b"" if token in pivot.special else pivot[token]
-            if data:
+        tokens = sorted(
+            range(len(pivot)), key=pivot.is_byte
+        )  # a byte's own token is written only where no other spells it
+        for token in tokens:
+            data = pivot.all()[token]
+            if data and token not in pivot.special:
                 self._by_bytes.setdefault(data, token)  # of equal spellings the lowest id
         self._longest = max(map(len, self._by_bytes), default=0)
 

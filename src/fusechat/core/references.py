@@ -35,9 +35,9 @@ class Reference:
 
     @property
     def label(self) -> str:
-        """A short name for tables: the hub's name, or the file's."""
-        name = re.sub(r"(\.gguf)?(\.part\d+)?$", "", self.parts[0].rstrip("/").rpartition("/")[2])
-        return name.partition("@")[0]
+        """A short name for tables: the hub's name, or the file's without its endings and quantisation."""
+        name = self.parts[0].rstrip("/").rpartition("/")[2].partition("@")[0]
+        return re.sub(r"([.-][qQ]\d\w*)?\.gguf(\.part\d+)?$", "", name)
 
     @property
     def is_wheel(self) -> bool:

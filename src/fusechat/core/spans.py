@@ -43,15 +43,34 @@ class TokenBytes:
             token["id"] for token in state.get("added_tokens", []) if token["special"]
         }
         self._known: dict[int, bytes] = {}
+        self._all: list[bytes] | None = None
+        self._bytes: set[int] = set()
 
     def __getitem__(self, token: int) -> bytes:
         found = self._known.get(token)
         if found is None:
-            found = self._known[token] = self._spell(token)
+            piece = self.tokenizer.convert_ids_to_tokens(int(token))
+            found = self._known[token] = self._spell(token, piece)
         return found
 
     def __len__(self) -> int:
         return len(self.tokenizer)
+
+    def all(self) -> list[bytes]:
+        """The bytes of every token of the tokenizer, by id."""
+        if self._all is None:
+            self._all = [b""] * len(self)
+            for piece, token in self.tokenizer.get_vocab().items():
+                if token < len(self._all):
+                    self._all[token] = self._spell(token, piece)
+                    if self._writes_byte(piece):
+                        self._bytes.add(token)
+        return self._all
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the token is a byte written as `<0x41>`, the last resort of a tokenizer with byte fallback."""
+        self.all()
+        return token in self._bytes
 
     def piece(self, data: str) -> str:
         """How `data`, in the middle of a text, is written in the tokenizer's own alphabet."""
@@ -59,15 +78,17 @@ class TokenBytes:
             return "".join(_BYTE_TO_CHARACTER[byte] for byte in data.encode())
         return data.replace(" ", SPACE_MARK) if self.space_mark else data
 
-    def _spell(self, token: int) -> bytes:
+    def _writes_byte(self, piece: str) -> bool:
+        return self.byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+    def _spell(self, token: int, piece: str | None) -> bytes:
         if token in self.added:
             return self.added[token]
-        piece = self.tokenizer.convert_ids_to_tokens(int(token))
         if piece is None:  # an id past the tokenizer's, in a vocabulary that the model pads
             return b""
         if self.byte_level:
-            return b"".join(_CHARACTER_TO_BYTE.get(character, character.encode()) for character in piece)
-        if self.byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return _from_byte_alphabet(piece)
+        if self._writes_byte(piece):
             return bytes([int(piece[3:5], 16)])
         return (piece.replace(self.space_mark, " ") if self.space_mark else piece).encode()
 
@@ -181,5 +202,14 @@ def _byte_alphabet() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
+def _from_byte_alphabet(piece: str) -> bytes:
+    """The bytes that a piece of byte-level BPE stands for; a character outside the alphabet stands for itself."""
+    try:
+        return piece.translate(_TO_LATIN).encode("latin-1")
+    except UnicodeEncodeError:
+        return b"".join(_CHARACTER_TO_BYTE.get(character, character.encode()) for character in piece)
+
+
 _BYTE_TO_CHARACTER = _byte_alphabet()
 _CHARACTER_TO_BYTE = {character: byte.to_bytes() for byte, character in _BYTE_TO_CHARACTER.items()}
+_TO_LATIN = {ord(character): byte for byte, character in _BYTE_TO_CHARACTER.items()}

@@ -55,7 +55,14 @@ def _fuse(directory: Path, source: str, upstream: dict[str, Step], recipe: Recip
         aligned=open_distributions(upstream["align"].directory),
     )
     counts = dict(sorted(data.counts.items()))
-    log.info("fuse %s: MinCE chose %s", source, ", ".join(f"{name} {number}" for name, number in counts.items()))
+    log.info(
+        "fuse %s: of %d conversations the pivot teaches %d, the source %d (ties: %d)",
+        source,
+        len(data),
+        counts["taught_by_pivot"],
+        counts["taught_by_source"],
+        counts["ties"],
+    )
     checkpoints = directory / "checkpoints"
     if not (directory / MODEL).is_dir():
         device = choose_device(recipe.device)

@@ -71,7 +71,7 @@ def loss_plots(losses: dict[str, list[dict[str, float]]]) -> list[str]:
                 full_html=False,
                 include_plotlyjs=not plots,
                 div_id=f"loss-{len(plots)}",
-                config={"responsive": True, "displaylogo": False},
+                config={"responsive": True, "displayModeBar": False},
             )
         )
     return plots
