@@ -92,7 +92,7 @@ def test_status_says_what_is_done_and_what_is_stale(recipe: Path) -> None:
         assert "merge" in runs.fusechat("status", work).stdout
     finally:
         manifest.write_text(kept)
-    assert "no work directory" in runs.fusechat("status", recipe.parent).stderr
+    assert "no work directory" in runs.fusechat("status", recipe.parent.parent).stderr
 
 
 def test_report_writes_the_page_again(recipe: Path) -> None:

@@ -22,7 +22,7 @@ from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
 from fusechat.prepare import stage as prepare
-from fusechat.recipe_file import load_recipe, save_recipe
+from fusechat.recipe_file import recipe_identity, save_recipe
 from fusechat.report import stage as report
 
 RECIPE = "recipe.yaml"
@@ -144,11 +144,8 @@ def check_workdir(recipe: Recipe, workdir: Path) -> None:
         if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / ".lock").exists():
             raise WorkdirError(f"{workdir}: is not empty and no work directory of FuseChat; choose another --workdir")
         return
-    other = load_recipe(workdir / RECIPE)
-    for key, theirs, ours in (
-        ("name", other.name, recipe.name),
-        ("pivot", other.pivot.reference, recipe.pivot.reference),
-    ):
+    name, pivot = recipe_identity(workdir / RECIPE)
+    for key, theirs, ours in (("name", name, recipe.name), ("pivot", pivot, recipe.pivot.reference.parts)):
         if theirs != ours:
             raise WorkdirError(
                 f"{workdir}: was made by a recipe with {key} {theirs}, not {ours}; choose another --workdir"

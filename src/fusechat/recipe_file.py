@@ -49,6 +49,14 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     )
 
 
+def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:
+    """Name and pivot of a saved recipe, without asking whether its models and data are still there."""
+    raw, _ = _parse(path.read_text(encoding="utf-8"), path)
+    pivot = raw.get("pivot") or {}
+    wheels = (f"wheel:{part.removeprefix('wheel:')}" for part in pivot.get("wheel", []))
+    return str(raw.get("name")), (pivot["model"],) if pivot.get("model") else tuple(wheels)
+
+
 def _parse(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         node = yaml.compose(text, Loader=_Loader)
