@@ -10,6 +10,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 import pytest
 import tiny
 import torch
+from hypothesis import settings
+
+settings.register_profile("fusechat", deadline=None, derandomize=True, database=None)
+settings.load_profile("fusechat")
 
 
 def pytest_configure(config: pytest.Config) -> None:

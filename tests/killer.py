@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import transformers.trainer  # noqa: F401  (slow: imported before the forks)
+from runs import digests
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import fusechat.fuse.trainer  # noqa: F401
 from fusechat.config import STAGES
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
-from runs import digests
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")
@@ -63,9 +63,7 @@ def watch(workdir: Path, stage: str | None, at: int) -> dict[str, int]:
         if here not in counts:
             return
         counts[here] += 1
-        if stage is not None and (
-            (here == stage and counts[here] == at) or STAGES.index(here) > STAGES.index(stage)
-        ):
+        if stage is not None and ((here == stage and counts[here] == at) or STAGES.index(here) > STAGES.index(stage)):
             os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
@@ -96,7 +94,9 @@ def kill_in_every_stage(recipe: Path, reference: Path, scratch: Path, points: in
             kills += finish(child(recipe, workdir, stage=stage, at=at)) == "killed"
             assert finish(child(recipe, workdir)) == "done"
             found = digests(workdir)
-            differing += [f"{at}: {name}" for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+            differing += [
+                f"{at}: {name}" for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+            ]
             shutil.rmtree(workdir)
         report[stage] = {"operations": events[stage], "kills": kills, "differing": sorted(differing)}
     return report
@@ -116,7 +116,10 @@ def kill_at_random_times(recipe: Path, reference: Path, workdir: Path, seed: int
             assert finish(child(recipe, workdir)) == "done"
             break
     expected, found = digests(reference), digests(workdir)
-    return {"kills": kills, "differing": sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k))}
+    return {
+        "kills": kills,
+        "differing": sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)),
+    }
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+
 from fusechat.core.conversations import Conversation, Message
 from fusechat.core.prepared import Prepared
 from fusechat.core.templates import ChatTemplate

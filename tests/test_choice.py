@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fusechat.core.distributions import (
     DistributionSet,
     SparseDistribution,
@@ -111,7 +112,9 @@ def data(tmp_path: Path) -> FusionData:
     for name, rows in (("pivot", own), ("source", others)):
         (tmp_path / name).mkdir()
         write_prepared(tmp_path / name / "conversations.arrow", reversed(rows) if name == "source" else rows)
-    of_pivot = {name: captured(3, 50, value or 1.0) for name, value in names.items() if name not in ("sources", "nobodys")}
+    of_pivot = {
+        name: captured(3, 50, value or 1.0) for name, value in names.items() if name not in ("sources", "nobodys")
+    }
     of_source = {name: captured(3, 60, 1.0) for name, value in names.items() if value is not None}
     aligned = {one.id: captured(3, 70 + number, 0.0, k=3) for number, one in enumerate(own)}
     return FusionData(

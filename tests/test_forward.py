@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fusechat.capture import top_k
 from fusechat.capture.top_k import capture_batch, sparse_rows
 from fusechat.core import forward
@@ -15,8 +18,6 @@ from fusechat.core.forward import collate, keeps_logits, length_batches, respons
 from fusechat.core.prepared import Prepared
 from fusechat.core.templates import ChatTemplate
 from fusechat.prepare.tokenise import prepare_conversation
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 TURNS = [
     ("What is the capital of France?", "Paris, a city of two million people on the river Seine."),
@@ -106,7 +107,9 @@ class Wrapped(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_models_that_cannot_keep_chosen_logits_give_the_same(tokenizers: dict[str, Any], loaded: dict[str, Any]) -> None:
+def test_models_that_cannot_keep_chosen_logits_give_the_same(
+    tokenizers: dict[str, Any], loaded: dict[str, Any]
+) -> None:
     model = loaded["gemma"]
     batch = collate(prepare_all(tokenizers, "gemma"))
     assert keeps_logits(model)
@@ -138,9 +141,8 @@ def test_batches_cover_each_index_once_within_the_budget(lengths: list[int], bud
         assert len(batch) == 1 or len(batch) * max(lengths[index] for index in batch) <= budget
     order = [index for batch in batches for index in batch]
     assert order == sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
-    for batch, following in zip(batches[:-1], batches[1:], strict=True):  # no batch is smaller than it need be
+    for batch in batches[:-1]:  # none is smaller than it need be
         assert (len(batch) + 1) * lengths[batch[0]] > budget
-        assert following
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fusechat.fuse import fusion_loss
 from fusechat.fuse.loss import fusion_loss_parts
 
@@ -26,7 +27,9 @@ def dense_terms(
     sft, fusion = logits.new_zeros(()), logits.new_zeros(())
     for z, label, ids, logprobs in zip(logits, labels, target_ids, target_logprobs, strict=True):
         sft = sft - torch.softmax(z, dim=0)[label].log()
-        kept = [(int(token), logprob.double().exp()) for token, logprob in zip(ids, logprobs, strict=True) if token >= 0]
+        kept = [
+            (int(token), logprob.double().exp()) for token, logprob in zip(ids, logprobs, strict=True) if token >= 0
+        ]
         if not kept:
             continue
         q_full = torch.softmax(z / temperature, dim=0)
@@ -38,11 +41,9 @@ def dense_terms(
             q = torch.cat([q, q_full[others].sum()[None]])
         p = p ** (1 / temperature)
         p = p / p.sum()
+        p, q = p[p > 0], q[p > 0]
         if kind in ("reverse_kl", "jsd"):
-            q = q[p > 0] / q[p > 0].sum()
-        else:
-            q = q[p > 0]
-        p = p[p > 0]
+            q = q / q.sum()
         m = (p + q) / 2
         value = {
             "cross_entropy": lambda p=p, q=q: -(p * q.log()).sum(),

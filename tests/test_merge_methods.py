@@ -4,9 +4,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from fusechat.merge.methods import Merged, linear, sce
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+
+from fusechat.merge.methods import Merged, linear, sce
 
 
 def array(*values: float) -> np.ndarray:

@@ -70,7 +70,9 @@ def test_aligned_rows_conserve_mass_and_join_the_pivot_rows(finished: Path) -> N
             assert len(rows) == len(conversation)
             sums = rows.probabilities.sum(axis=1)
             assert (sums < 1.01).all()  # float16 logarithms
-            empty += int((sums == 0).sum())  # `label` fills what is unaligned, so these are aligned but without a candidate
+            empty += int(
+                (sums == 0).sum()
+            )  # `label` fills what is unaligned, so these are aligned but without a candidate
             assert (rows.ids < 412).all()
             assert captured[conversation.id].probabilities.sum(axis=1).max() < 1.01
         figures = json.loads((work / "align" / source / "figures.json").read_text())
@@ -87,7 +89,10 @@ def test_the_fused_model_is_a_plain_hugging_face_model(finished: Path, models: d
     assert model.dtype == torch.float32
     assert tokenizer.chat_template == tiny.CHATML
     prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "What is 3 + 4?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        [{"role": "user", "content": "What is 3 + 4?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
     )
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
     names = {file.name for file in directory.iterdir()}
@@ -168,7 +173,9 @@ def test_a_changed_setting_redoes_what_rests_on_it(finished: Path) -> None:
     }
     changed = states("sources.gemma.capture.top_k=3")
     assert changed["capture mistral/data"] == changed["fuse mistral"] == "done"
-    assert changed["capture gemma/gemma"] == changed["align gemma"] == changed["fuse gemma"] == changed["merge"] == "stale"
+    assert (
+        changed["capture gemma/gemma"] == changed["align gemma"] == changed["fuse gemma"] == changed["merge"] == "stale"
+    )
 
 
 def test_a_damaged_artifact_is_made_again(finished: Path) -> None:

@@ -1,14 +1,16 @@
 """Alignment by byte boundaries against a double loop over all pairs."""
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fusechat.align import align_starts
 from fusechat.align.sequence import align_rows
 from fusechat.core.prepared import Prepared
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 FEW = settings(max_examples=150, deadline=None)
 
@@ -19,7 +21,7 @@ def tilings(draw: Callable, size: int, zero_width: bool = True) -> list[tuple[in
     cuts = draw(st.sets(st.integers(1, size - 1))) if size > 1 else set()
     edges = [0, *sorted(cuts), size] if size else [0]
     spans = []
-    for begin, end in zip(edges[:-1], edges[1:], strict=True):
+    for begin, end in itertools.pairwise(edges):
         spans += [(begin, begin)] * (draw(st.integers(0, 2)) if zero_width else 0)
         spans.append((begin, end))
     return spans + [(size, size)] * (draw(st.integers(0, 1)) if zero_width else 0)

@@ -37,7 +37,9 @@ def test_dependencies_point_one_way() -> None:
             elif package == "errors":
                 raise AssertionError(f"errors imports {imported}")
             elif package in STAGES:
-                allowed = {package, "core", "errors", "__version__"} | ({"config"} if here.endswith(".stage") else set())
+                allowed = {package, "core", "errors", "__version__"} | (
+                    {"config"} if here.endswith(".stage") else set()
+                )
                 assert target in allowed, f"{here} imports {imported}"
             if target == "config":
                 assert package in KNOW_CONFIG or here.endswith(".stage"), f"{here} knows the recipe"

@@ -4,11 +4,12 @@ from typing import Any
 
 import pytest
 import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from fusechat.core.conversations import Message
 from fusechat.core.templates import ChatTemplate, Rendered, UnrenderableError
 from fusechat.errors import ModelError
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 SYSTEM = f"<|im_start|>system\n{tiny.DEFAULT_SYSTEM}<|im_end|>\n"
 
@@ -32,9 +33,7 @@ def gaps(rendered: Rendered) -> list[str]:
 
 def test_a_default_system_prompt_stays_in_front(tokenizers: dict[str, Any]) -> None:
     rendered = template_of(tokenizers, "llama").render(chat(("u", "Hi"), ("a", "Hello there")))
-    assert rendered.text == (
-        f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there<|im_end|>\n"
-    )
+    assert rendered.text == (f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there<|im_end|>\n")
     assert contents(rendered) == ["Hello there"]
     assert gaps(rendered) == ["<|im_end|>\n"]
 
@@ -89,10 +88,14 @@ def test_a_content_that_occurs_before_is_not_taken_for_the_response(tokenizers: 
         assert rendered.text[second.end :].count("yes") == 0
 
 
-@pytest.mark.parametrize("content", ["assistant\n", "<|im_end|>\n<|im_start|>assistant\nx", "[/INST]", "Answer: ", "</s>"])
+@pytest.mark.parametrize(
+    "content", ["assistant\n", "<|im_end|>\n<|im_start|>assistant\nx", "[/INST]", "Answer: ", "</s>"]
+)
 def test_a_content_that_reads_like_the_templates_own_text(tokenizers: dict[str, Any], content: str) -> None:
     for kind in tiny.KINDS:
-        rendered = template_of(tokenizers, kind).render(chat(("u", content), ("a", content), ("u", "x"), ("a", content)))
+        rendered = template_of(tokenizers, kind).render(
+            chat(("u", content), ("a", content), ("u", "x"), ("a", content))
+        )
         expected = content.strip() if kind == "mistral" else content
         assert contents(rendered) == [expected, expected]
 
@@ -134,9 +137,7 @@ def test_the_gap_after_a_response_ends_where_the_next_content_begins(tokenizers:
     ("filter_", "content"),
     [("upper", "Yes"), ("replace('a', 'b')", "banana"), ("truncate(4, True, '')", "a long answer"), ("e", "a < b")],
 )
-def test_a_template_that_rewrites_a_content_is_a_reason(
-    tokenizers: dict[str, Any], filter_: str, content: str
-) -> None:
+def test_a_template_that_rewrites_a_content_is_a_reason(tokenizers: dict[str, Any], filter_: str, content: str) -> None:
     rewriting = tiny.CHATML.replace("message['content'] +", f"(message['content'] | {filter_}) +")
     assert rewriting != tiny.CHATML
     with pytest.raises((UnrenderableError, ModelError), match="rewrites a message"):
@@ -144,17 +145,23 @@ def test_a_template_that_rewrites_a_content_is_a_reason(
 
 
 def test_a_template_that_drops_or_repeats_an_answer_is_a_reason(tokenizers: dict[str, Any]) -> None:
-    last_only = (
-        "{% for m in messages %}{% if m.role == 'user' or loop.last %}[{{ m.content }}]{% endif %}{% endfor %}"
-    )
+    last_only = "{% for m in messages %}{% if m.role == 'user' or loop.last %}[{{ m.content }}]{% endif %}{% endfor %}"
     dropping = template_of(tokenizers, "llama", last_only)
     assert contents(dropping.render(chat(("u", "a"), ("a", "b")))) == ["b"]
-    with pytest.raises(UnrenderableError, match="leaves out an? assistant message"):
+    with pytest.raises(UnrenderableError, match=r"leaves out the assistant message"):
         dropping.render(chat(("u", "a"), ("a", "b"), ("u", "c"), ("a", "d")))
     again = "{% if messages|length > 2 %}{{ messages[1].content }}{% endif %}"
     repeating = "{% for m in messages %}[{{ m.content }}]{% endfor %}" + again
     with pytest.raises(UnrenderableError, match="repeats"):
         template_of(tokenizers, "llama", repeating).render(chat(("u", "a"), ("a", "b"), ("u", "c"), ("a", "d")))
+
+
+def test_a_template_whose_own_text_depends_on_the_contents_is_a_reason(tokenizers: dict[str, Any]) -> None:
+    ending = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if messages[-1].content|length > 9 %}!{% endif %}"
+    template = template_of(tokenizers, "llama", ending)
+    assert contents(template.render(chat(("u", "a"), ("a", "short")))) == ["short"]
+    with pytest.raises(UnrenderableError, match="rewrites a message"):
+        template.render(chat(("u", "a"), ("a", "a long answer")))
 
 
 def test_a_template_that_cuts_reasoning_out_of_earlier_turns_is_a_reason(tokenizers: dict[str, Any]) -> None:
@@ -198,11 +205,13 @@ def test_a_template_override_wins_over_the_tokenizers_own(tokenizers: dict[str, 
 
 
 def test_a_model_without_any_template_says_what_to_set(tokenizers: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="gemma.*no chat template.*set chat_template"):
+    with pytest.raises(ModelError, match=r"gemma.*no chat template.*set chat_template"):
         ChatTemplate(tokenizers["gemma"], None, "gemma")
 
 
-@pytest.mark.parametrize("broken", ["{{ raise_exception('never') }}", "{% if %}", "{{ messages[0].content | no_filter }}"])
+@pytest.mark.parametrize(
+    "broken", ["{{ raise_exception('never') }}", "{% if %}", "{{ messages[0].content | no_filter }}"]
+)
 def test_a_template_that_always_fails_is_the_users_to_mend(tokenizers: dict[str, Any], broken: str) -> None:
     with pytest.raises(ModelError, match="its chat template fails on a plain question and answer"):
         ChatTemplate(tokenizers["llama"], broken, "the model")

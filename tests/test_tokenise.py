@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
 from fusechat.core.conversations import Conversation, Message
 from fusechat.core.prepared import Prepared, PreparedSet, write_prepared
 from fusechat.core.templates import ChatTemplate
 from fusechat.prepare.tokenise import RejectedError, prepare_conversation
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 END_OF_TURN = {"llama": "<|im_end|>", "mistral": "</s>", "gemma": "<eos>"}
 Row = tuple[int, int, int, int, bool]  # position, response, begin, end, end of turn
@@ -99,6 +100,7 @@ ANSWERS = st.text(st.sampled_from("the ab\n日é.1"), min_size=1, max_size=12).f
 @example(turns=("the", "the", "the", "the"))
 @example(turns=("a", " the "))
 @example(turns=("a", "日</s>the"))
+@example(turns=("a", "b</s>日"))  # a token without width inside the response
 def test_rows_are_those_that_a_search_over_all_tokens_finds(tokenizers: dict[str, Any], turns: tuple[str, ...]) -> None:
     for kind in tiny.KINDS:
         prepared, done = prepare_conversation(conversation(*turns), template_of(tokenizers, kind), max_length=10_000)

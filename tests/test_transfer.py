@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fusechat.align.aligner import Aligner, Side
 from fusechat.align.sequence import Alignment
 from fusechat.align.transfer import Transferred, clipped_entries, mapped_entries, transfer
@@ -16,8 +19,6 @@ from fusechat.core.prepared import Prepared
 from fusechat.core.spans import TokenBytes
 from fusechat.core.templates import ChatTemplate
 from fusechat.prepare.tokenise import prepare_conversation
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 SOURCE, PIVOT, K = 9, 7, 4  # sizes of two vocabularies, and the candidates captured
 
@@ -153,7 +154,13 @@ def token(tokens: TokenBytes, piece: str) -> int:
 
 
 def clipped(
-    tokenizers: dict[str, Any], *, pivot: str, source: str, candidates: dict[str, float], golds: tuple[str, str], clip: tuple[int, int]
+    tokenizers: dict[str, Any],
+    *,
+    pivot: str,
+    source: str,
+    candidates: dict[str, float],
+    golds: tuple[str, str],
+    clip: tuple[int, int],
 ) -> dict[str, float]:
     """What one clipped position gives: pivot piece → mass."""
     ours, theirs = TokenBytes(tokenizers[pivot]), TokenBytes(tokenizers[source])

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fusechat.align.vocabulary import (
     TAIL,
     BackOff,
@@ -18,8 +21,6 @@ from fusechat.align.vocabulary import (
     role_map,
 )
 from fusechat.core.spans import TokenBytes
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 PAIRS = st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=12), max_size=5)
 FEW = settings(max_examples=60, deadline=None)
@@ -90,9 +91,7 @@ def test_rows_are_the_counts_over_their_sum(
     expected = {}
     for token in {s for s, _ in total} | {ours[index] for index in needed}:
         row = {t: count for (s, t), count in total.items() if s == token}
-        expected[token] = {t: count / sum(row.values()) for t, count in row.items()} or {
-            theirs[ours.index(token)]: 1.0
-        }
+        expected[token] = {t: count / sum(row.values()) for t, count in row.items()} or {theirs[ours.index(token)]: 1.0}
     assert rows_of(found).keys() == expected.keys()
     assert all(row == pytest.approx(expected[token]) for token, row in rows_of(found).items())
     assert [sum(row.values()) for row in rows_of(found).values()] == pytest.approx([1.0] * len(expected))

@@ -1,11 +1,10 @@
 """Chat LLMs of a few thousand parameters, built in seconds: three architectures with three kinds of tokenizer.
 
-| kind    | model                                     | tokenizer                                             | chat template        |
-| ------- | ----------------------------------------- | ----------------------------------------------------- | -------------------- |
-| llama   | Llama, tied embeddings                    | byte-level BPE                                        | ChatML, system text  |
-| mistral | Mistral, vocabulary padded past the       | SentencePiece-like BPE, dummy prefix, byte fallback   | [INST], no system    |
-|         | tokenizer's                               |                                                       | role, strips answers |
-| gemma   | Gemma 3, sliding window, tied embeddings  | Unigram with Metaspace, no dummy prefix, byte fallback| none: `TEMPLATE`     |
+- `llama`: Llama, tied embeddings; byte-level BPE; ChatML with a default system text
+- `mistral`: Mistral, vocabulary padded past the tokenizer's; SentencePiece-like BPE with a dummy prefix and byte fallback;
+  [INST] turns, refuses a system role, strips answers
+- `gemma`: Gemma 3, sliding window, tied embeddings; Unigram with Metaspace and byte fallback, no dummy prefix; no chat
+  template of its own: `TEMPLATE`
 """
 
 import json

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
@@ -13,6 +22,15 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Dtype = Literal["float32", "bfloat16", "float16"]
 PIVOT, FUSED, COMMON = "pivot", "fused", "data"  # names that no source may have; COMMON is the recipe's own data set
 STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
+
+
+def _not_taken(name: str) -> str:
+    if name.lower() in (PIVOT, FUSED, COMMON):
+        raise ValueError("this name is taken; call the source something else")
+    return name
+
+
+SourceName = Annotated[Name, AfterValidator(_not_taken)]
 
 
 class Section(BaseModel):
@@ -126,7 +144,7 @@ class Fuse(Section):
 
         problems = check_names(value)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError(*problems)
         return value
 
 
@@ -147,8 +165,8 @@ class Evaluate(Section):
 class Recipe(Section):
     name: Name
     pivot: ModelSpec
-    sources: dict[Name, SourceSpec] = Field(min_length=1)
-    data: Data = Data()
+    sources: dict[SourceName, SourceSpec] = Field(min_length=1)
+    data: Data = Field(default=Data(), validate_default=True)
     capture: Capture = Capture()
     align: Align = Align()
     fuse: Fuse = Fuse()
@@ -157,19 +175,22 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     device: str | None = None
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "Recipe":
-        problems = []
-        for name, source in self.sources.items():
-            if name.lower() in (PIVOT, FUSED, COMMON):
-                problems.append(f"sources.{name}: this name is taken; call the source something else")
-            if source.data is None and self.data.train is None:
-                problems.append(f"sources.{name}: has no data; set data.train for all, or data for this source")
-        if len({name.lower() for name in self.sources}) < len(self.sources):
-            problems.append("sources: two names differ in case only")
-        if problems:
-            raise ValueError("; ".join(problems))
-        return self
+    @field_validator("sources")
+    @classmethod
+    def _differ(cls, sources: dict[str, SourceSpec]) -> dict[str, SourceSpec]:
+        if len({name.lower() for name in sources}) < len(sources):
+            raise ValueError("two names differ in case only")
+        return sources
+
+    @field_validator("data")
+    @classmethod
+    def _for_every_source(cls, data: Data, info: ValidationInfo) -> Data:
+        lacking = [name for name, source in info.data.get("sources", {}).items() if source.data is None]
+        if lacking and data.train is None:
+            raise ValueError(
+                *(f"source {name} has no data: set data.train for all, or its own data" for name in lacking)
+            )
+        return data
 
     def chatter(self, name: str) -> Chatter:
         spec = self.pivot if name == PIVOT else self.sources[name]
@@ -180,7 +201,7 @@ class Recipe(Section):
         own = self.sources[source].data
         if own is not None:
             return DataSet(source, own.train.path, self.data.on_error)
-        assert self.data.train is not None  # by _fits_together
+        assert self.data.train is not None  # by _for_every_source
         return DataSet(COMMON, self.data.train.path, self.data.on_error)
 
     def validation_sets(self) -> list[DataSet]:

@@ -46,15 +46,20 @@ class StorageError(FuseChatError):
     pass
 
 
-_STORAGE_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-# What libraries written in Rust and C++ say where Python would raise an OSError with a number.
-_STORAGE_TEXT = (
-    "No space left on device",
-    "File too large",
-    "Disk quota exceeded",
-    "Read-only file system",
-    "PytorchStreamWriter failed writing",
-)
+_STORAGE_ERRNO = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENOTDIR, errno.ENAMETOOLONG),
+}
+# What libraries written in Rust and C++ say where Python would raise an OSError with a number, and what to say for it.
+_STORAGE_TEXT = {
+    "No space left on device": "",
+    "File too large": "",
+    "Disk quota exceeded": "",
+    "Read-only file system": "",
+    "PytorchStreamWriter failed writing": "a checkpoint could not be written",
+    "unexpected pos": "a checkpoint could not be written",  # PyTorch, when it finds that less was written than it gave
+}
+_ADVICE = "free some room or choose another --workdir, then run again to resume"
 
 
 def storage_error(error: BaseException) -> str | None:
@@ -63,10 +68,14 @@ def storage_error(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRNO:
             where = f" ({seen.filename})" if seen.filename else ""
-            return (
-                f"{seen.strerror or seen}{where}; free some room or choose another --workdir, then run again to resume"
-            )
-        if any(text in str(seen) for text in _STORAGE_TEXT):
-            return f"{str(seen).splitlines()[0]}; free some room or choose another --workdir, then run again to resume"
+            return f"{seen.strerror or seen}{where}; {_ADVICE}"
+        for text, words in _STORAGE_TEXT.items():
+            if text in str(seen):
+                return f"{words or first_line(seen)}; {_ADVICE}"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -27,19 +27,16 @@ Lines = dict[tuple[str, ...], int]
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in `path`, with `KEY=VALUE` overrides, paths made absolute. Raises RecipeError with all that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
-    raw, lines = _parse(text, path)
+    raw, lines, repeated = _parse(_read(path), path)
     for override in overrides or []:
         _set(raw, override)
     try:
-        return Recipe.model_validate(absolute_paths(raw, path.resolve().parent))
+        recipe = Recipe.model_validate(absolute_paths(raw, path.resolve().parent))
     except ValidationError as error:
-        raise RecipeError(*_explain(error, path, lines)) from None
+        raise RecipeError(*repeated, *_explain(error, path, lines)) from None
+    if repeated:
+        raise RecipeError(*repeated)
+    return recipe
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -51,13 +48,24 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:
     """Name and pivot of a saved recipe, without asking whether its models and data are still there."""
-    raw, _ = _parse(path.read_text(encoding="utf-8"), path)
-    pivot = raw.get("pivot") or {}
+    raw, _, _ = _parse(_read(path), path)
+    pivot = raw.get("pivot")
+    pivot = pivot if isinstance(pivot, dict) else {"model": str(pivot)}
     wheels = (f"wheel:{part.removeprefix('wheel:')}" for part in pivot.get("wheel", []))
     return str(raw.get("name")), (pivot["model"],) if pivot.get("model") else tuple(wheels)
 
 
-def _parse(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+
+
+def _parse(text: str, path: Path) -> tuple[dict[str, Any], Lines, list[str]]:
+    """The mapping, the line of every key, and a message for every key that stands twice."""
     try:
         node = yaml.compose(text, Loader=_Loader)
         lines: Lines = {}
@@ -72,11 +80,11 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], Lines]:
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nests too deep, or in itself") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys, not {type(raw).__name__}")
-    if repeated:
-        raise RecipeError(*(f"{path}:{place}" for place in repeated))
-    return raw, lines
+    return raw, lines, [f"{path}:{place}" for place in repeated]
 
 
 def _walk(node: yaml.Node, at: tuple[str, ...], lines: Lines, repeated: list[str]) -> None:
@@ -84,10 +92,11 @@ def _walk(node: yaml.Node, at: tuple[str, ...], lines: Lines, repeated: list[str
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, value in node.value:
-            place = (*at, str(key.value))
-            if key.value in seen:
+            name = str(key.value)
+            place = (*at, name)
+            if name in seen:
                 repeated.append(f"{key.start_mark.line + 1}: {'.'.join(place)}: stands here twice")
-            seen.add(key.value)
+            seen.add(name)
             lines[place] = key.start_mark.line + 1
             _walk(value, place, lines, repeated)
     elif isinstance(node, yaml.SequenceNode):
@@ -119,17 +128,26 @@ def _explain(error: ValidationError, path: Path, lines: Lines) -> list[str]:
         place = tuple(str(part) for part in item["loc"] if part != "[key]")
         line = next((lines[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in lines), None)
         key = ".".join(place)
-        what = item["msg"].removeprefix("Value error, ")
+        what = item["msg"]
+        if item["type"] == "value_error":  # one of our own checks, which may have found several things
+            messages += [_at(path, line, key, str(what)) for what in item["ctx"]["error"].args]
+            continue
         if item["type"] == "extra_forbidden":
             what = "unknown key" + _suggestion(place)
         elif item["type"] == "missing":
             what = "is missing"
+        elif item["type"] in ("model_type", "dict_type"):
+            what = f"should be a mapping of keys, not {type(item['input']).__name__}"
         elif item["type"] == "string_pattern_mismatch" and place[-1] != "sha256":
             what = "a name holds letters, digits, '.', '_' and '-' only"
         elif isinstance(item["input"], str | int | float | bool):
-            what += f", not {item['input']!r}" if item["type"] != "value_error" else ""
-        messages.append(f"{path}{f':{line}' if line else ''}: {f'{key}: ' if key else ''}{what}")
+            what += f", not {item['input']!r}"
+        messages.append(_at(path, line, key, what))
     return messages
+
+
+def _at(path: Path, line: int | None, key: str, what: str) -> str:
+    return f"{path}{f':{line}' if line else ''}: {f'{key}: ' if key else ''}{what}"
 
 
 def _suggestion(place: tuple[str, ...]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.core.files import digest
-from fusechat.errors import DataError
+from fusechat.errors import DataError, first_line
 
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES = ("system", "user", "assistant")
@@ -92,22 +92,13 @@ def read_conversations(data: DataSet) -> Iterator[Conversation | Malformed]:
 def _records(data: DataSet) -> Iterator[tuple[str, Any]]:
     path = data.local()
     if path.is_dir():
-        import datasets  # slow to import, and few need it
-
-        rows = datasets.load_dataset(str(path), split="train", streaming=True)
-        yield from ((f"{data.path}, record {number}", row) for number, row in enumerate(rows, 1))
+        yield from _hub(data.path, path)
     elif path.suffix == ".jsonl":
         yield from _jsonl(path)
     elif path.suffix == ".json":
         yield from _json(path)
     else:
-        import pyarrow.parquet as parquet
-
-        number = 0
-        for batch in parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, record {number}", row
+        yield from _parquet(path)
 
 
 def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -122,16 +113,45 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, Malformed(where, "not UTF-8")
             except json.JSONDecodeError as error:
                 yield where, Malformed(where, f"not JSON ({error.msg}, column {error.colno})")
+            except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+                yield where, Malformed(where, f"not JSON ({error})")
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from None
     if not isinstance(records, list):
         raise DataError(f"{path}: holds {type(records).__name__}, not a list of conversations")
     yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, 1))
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, record {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not Parquet past record {number} ({error})") from error
+
+
+def _hub(name: str, directory: Path) -> Iterator[tuple[str, Any]]:
+    import datasets  # slow to import, and few need it
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of an error is said below
+    number = 0
+    try:
+        for row in datasets.load_dataset(str(directory), split="train", streaming=True):
+            number += 1
+            yield f"{name}, record {number}", row
+    except Exception as error:  # of many kinds; all mean that the data cannot be read
+        raise DataError(f"{name}: cannot be read past record {number} ({first_line(error)})") from error
 
 
 def _messages(record: Any) -> tuple[Message, ...]:
@@ -166,7 +186,6 @@ def _fetch_hub_data(reference: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, repo_type="dataset"))
     except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
-        reason = str(error).splitlines()[0]
         raise DataError(
-            f"{reference}: no such file, and no data set of that name could be fetched ({reason})"
+            f"{reference}: no such file, and no data set of that name could be fetched ({first_line(error)})"
         ) from error

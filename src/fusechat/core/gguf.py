@@ -1,19 +1,17 @@
 """GGUF files: converted once to a directory of float32 safetensors, kept in the cache by the checksum of the file."""
 
-import fcntl
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from fusechat.core.files import atomic_directory, digest
 from fusechat.core.progress import log, progress
-from fusechat.core.references import Reference, cache_directory
+from fusechat.core.references import Reference, cache_directory, locked
 from fusechat.core.wheels import fetch_joined, forget_wheels, wheel_digest
-from fusechat.errors import ModelError
+from fusechat.errors import ModelError, first_line
 
 _FORMAT = 1  # raised when the conversion changes what it writes
 
@@ -22,7 +20,7 @@ def converted(reference: Reference) -> Path:
     """The directory of the converted model; fetches and converts it the first time. Two runs at once convert once."""
     sha = wheel_digest(reference) if reference.is_wheel else digest(Path(reference.parts[0]))
     target = cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
-    with _lock(target):
+    with locked(target):
         if not target.is_dir():
             _convert_new(reference, sha, target)
     return target
@@ -71,15 +69,18 @@ def _convert_new(reference: Reference, sha: str, target: Path) -> None:
             raise ModelError(f"{reference}: is no GGUF file")
         log.info("converting %s to safetensors, once", reference.label)
         with progress(f"convert {reference.label}", None):
-            convert(file, directory)
+            convert(file, directory, name=str(reference))
         file.unlink()
     if reference.is_wheel:
         forget_wheels(reference)
 
 
-def convert(file: Path, directory: Path) -> None:
-    """Writes configuration, generation configuration, tokenizer, chat template and float32 safetensors to `directory`."""
-    from fusechat.core.models import quiet_transformers
+def convert(file: Path, directory: Path, *, name: str) -> None:
+    """Writes configuration, generation configuration, tokenizer, chat template and float32 safetensors to `directory`.
+
+    Raises ModelError, which calls the file `name`, where it is damaged, incomplete or of an unknown architecture.
+    """
+    from fusechat.core.models import quiet_transformers, refuse_missing
 
     quiet_transformers()
     import torch
@@ -87,20 +88,18 @@ def convert(file: Path, directory: Path) -> None:
 
     options = {"gguf_file": file.name, "trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            file.parent, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True), **options
+        model, report = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            output_loading_info=True,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **options)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ModelError(f"{file.name}: Transformers cannot read this GGUF file: {error}") from error
+    except Exception as error:
+        if isinstance(error, MemoryError):
+            raise
+        raise ModelError(f"{name}: Transformers cannot read this GGUF file: {first_line(error)}") from error
+    refuse_missing(report, name)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-@contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Held by the process, freed by the system however the process ends."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with (target.parent / f".{target.name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield

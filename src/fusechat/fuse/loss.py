@@ -96,8 +96,11 @@ def _model_outcomes(
     kept = logits.gather(1, ids.clamp(min=0)) / temperature - logsumexp[:, None]
     log_q = torch.where(ids >= 0, kept, _NONE)
     if tail == "bucket":
-        inside = torch.where(ids >= 0, kept.exp(), 0.0).sum(dim=1, keepdim=True)
-        log_q = torch.cat([log_q, torch.log1p(-inside.clamp(max=1 - 1e-6))], dim=1)
+        # The tokens outside, summed as they are: 1 - Σ kept would cancel to nothing where the model is sure.
+        inside = torch.zeros(len(logits), logits.shape[1] + 1, dtype=torch.bool, device=logits.device)
+        inside.scatter_(1, torch.where(ids >= 0, ids, logits.shape[1]), True)
+        outside = (logits / temperature).masked_fill(inside[:, :-1], _NONE).logsumexp(dim=1) - logsumexp
+        log_q = torch.cat([log_q, outside[:, None]], dim=1)
     return log_q
 
 

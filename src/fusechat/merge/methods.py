@@ -67,6 +67,7 @@ def _select(deltas: np.ndarray, select_topk: float) -> np.ndarray | None:
     if select_topk >= 1 or len(deltas) == 1:
         return None
     variance = deltas.var(axis=0, dtype=np.float32)
+    variance[(deltas == deltas[0]).all(axis=0)] = 0  # the mean of equal numbers may differ from them by rounding
     keep = int(select_topk * np.count_nonzero(variance))
     chosen = np.zeros(deltas.shape[1], dtype=bool)
     if keep:
