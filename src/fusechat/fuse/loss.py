@@ -72,6 +72,7 @@ def fusion_loss_parts(
     return LossParts(sft_weight * sft + (1 - sft_weight) * fusion, sft, fusion)
 
 
+_ROUNDING = 1e-6  # a tail below it is the rounding of the kept tokens, not a tail
 _NONE = -1e30  # the logarithm of a probability of zero, finite so that 0 · log 0 and its gradient are 0
 
 
@@ -81,7 +82,7 @@ def _target_outcomes(ids: torch.Tensor, logprobs: torch.Tensor, tail: str, tempe
     log_p = torch.where(present, logprobs.float(), _NONE)
     if tail == "bucket":
         rest = (1.0 - torch.where(present, log_p.exp(), 0.0).sum(dim=1, keepdim=True)).clamp(min=0.0)
-        log_p = torch.cat([log_p, torch.where(rest > 0, rest.clamp(min=1e-30).log(), _NONE)], dim=1)
+        log_p = torch.cat([log_p, torch.where(rest > _ROUNDING, rest.clamp(min=_ROUNDING).log(), _NONE)], dim=1)
     log_p = torch.where(log_p > _NONE, log_p / temperature, _NONE)
     normaliser = log_p.logsumexp(dim=1, keepdim=True)
     return torch.where(log_p > _NONE, log_p - normaliser, _NONE)
