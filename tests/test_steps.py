@@ -214,3 +214,29 @@ def test_with_upstream_gives_each_step_once_upstream_first(tmp_path: Path) -> No
     b, c = (step(tmp_path / name, upstream={"a": a}) for name in "bc")
     d = step(tmp_path / "d", upstream={"b": b, "c": c})
     assert [one.directory.name for one in with_upstream([d, c])] == ["a", "b", "c", "d"]
+
+
+def test_contents_that_came_out_different_are_passed_on(tmp_path: Path) -> None:
+    """One fingerprint, other bytes (as a GPU may give): what was built from the old ones is stale."""
+    written = iter(["first", "second", "second"])
+
+    def above(directory: Path) -> dict[str, Any]:
+        (directory / "out").write_text(next(written))
+        return {}
+
+    def below(directory: Path) -> dict[str, Any]:
+        (directory / "copy").write_text((upper.directory / "out").read_text())
+        return {}
+
+    upper = Step("capture", "above", tmp_path / "above", {}, above)
+    lower = Step("align", "below", tmp_path / "below", {}, below, {"above": upper})
+    for step in (upper, lower):
+        assert step.run()
+    (upper.directory / "out").unlink()
+    assert upper.run()
+    assert lower.state() == ("stale", "capture above was made again and came out different")
+    assert lower.run()
+    assert (lower.directory / "copy").read_text() == "second"
+    (upper.directory / "out").unlink()
+    assert upper.run()
+    assert lower.state()[0] == "done", "the same bytes again change nothing"

@@ -127,13 +127,14 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
         if any(step.stage != "report" for step in waiting):
             names = [PIVOT, *([only] if only else recipe.sources)]
             convert_together([recipe.chatter(name).reference for name in names])
+        done_now = 0
         for step in steps:
             state, why = step.state()
             if state in ("stale", "damaged"):
                 log.info("%s is %s (%s): doing it again", step.label, state, why)
-            step.run()
-        log.info("%d steps done now, %d were done before", len(waiting), len(steps) - len(waiting))
-    return len(waiting)
+            done_now += step.run()
+        log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
+    return done_now
 
 
 def check_workdir(recipe: Recipe, workdir: Path) -> None:

@@ -48,7 +48,8 @@ class Reference:
     @property
     def label(self) -> str:
         """A short name for tables: the hub's name, or the file's without its endings and quantisation."""
-        name = self.parts[0].rstrip("/").rpartition("/")[2].partition("@")[0]
+        text = self.parts[0].rstrip("/")
+        name = (text.partition("@")[0] if _HUB_ID.fullmatch(text) else text).rpartition("/")[2]
         return re.sub(r"([.-][qQ]\d\w*)?\.gguf(\.part\d+)?$", "", name)
 
     @property

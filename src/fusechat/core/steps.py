@@ -72,7 +72,17 @@ class Step:
             file = self.directory / name
             if not file.is_file() or file.stat().st_size != size["bytes"]:
                 return "damaged", f"{name} is missing or not of the size that was written"
+        built_from = manifest.get("built_from", {})
+        for key, contents in self._upstream_contents().items():
+            if contents is not None and contents != built_from.get(key):
+                return "stale", f"{self.upstream[key].label} was made again and came out different"
         return "done", ""
+
+    def _upstream_contents(self) -> dict[str, str | None]:
+        """A digest of what each upstream step wrote, None where it is not finished. With one fingerprint contents may still
+        differ: a GPU does not give the same bits twice."""
+        manifests = {key: step.manifest() for key, step in self.upstream.items()}
+        return {key: digest_json(found.get("outputs")) if found else None for key, found in manifests.items()}
 
     def run(self) -> bool:
         """Does the work unless it is done; returns whether there was anything to do."""
@@ -109,6 +119,7 @@ class Step:
                 "name": self.name,
                 "fingerprint": self.fingerprint,
                 "inputs": self.inputs,
+                "built_from": self._upstream_contents(),
                 "versions": _versions(),
                 "counts": counts,
                 "outputs": outputs,

@@ -37,7 +37,7 @@ def result_table(results: dict[str, Any]) -> ResultTable:
     models = list(dict.fromkeys((score["role"], score["model"]) for score in results["scores"]))
     by_place = {(score["data"], score["role"], score["model"]): score for score in results["scores"]}
     rows = tuple(Row(role, model, tuple(_cell(by_place[name, role, model]) for name in sets)) for role, model in models)
-    return ResultTable(tuple(f"{name} (n={counts[name]})" for name in sets), rows)
+    return ResultTable(tuple(f"{name.removesuffix('-held-out')} (n={counts[name]})" for name in sets), rows)
 
 
 def _cell(score: dict[str, Any]) -> Cell:
