@@ -1,5 +1,6 @@
 """`kill -9` at any moment, then the same command again: the same bytes as a run that was never interrupted."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -43,3 +44,21 @@ def test_two_runs_at_once_do_not_meet(models: dict[str, Path], tmp_path: Path) -
             assert stderr.splitlines()[-1].startswith("fusechat: error: ")
             assert "is using it" in stderr
     assert (tmp_path / "work" / "merge" / "manifest.json").is_file()
+
+
+def test_status_tells_running_from_begun(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe, work = runs.write_recipe(tmp_path, models), tmp_path / "work"
+    assert runs.fusechat("run", recipe, "--workdir", work, "--until", "prepare").returncode == 0
+    manifest = json.loads((work / "prepare" / "pivot" / "data" / "manifest.json").read_text())
+    begun = work / "prepare" / "pivot" / "data" / "started.json"
+    begun.write_text(json.dumps({"fingerprint": manifest["fingerprint"]}))
+    (begun.parent / "manifest.json").unlink()
+
+    def state() -> str:
+        states = json.loads(runs.fusechat("status", work, "--json").stdout)
+        return next(entry["state"] for entry in states if entry["step"] == "prepare pivot/data")
+
+    assert state() == "partial"
+    with (work / ".lock").open("a") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert state() == "running"

@@ -25,7 +25,7 @@ from fusechat.prepare import stage as prepare
 from fusechat.recipe_file import recipe_identity, save_recipe
 from fusechat.report import stage as report
 
-RECIPE = "recipe.yaml"
+RECIPE, LOCK = "recipe.yaml", ".lock"
 
 
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
@@ -142,7 +142,7 @@ def check_workdir(recipe: Recipe, workdir: Path) -> None:
     if workdir.exists() and not workdir.is_dir():
         raise WorkdirError(f"{workdir}: is a file, not a directory")
     if not (workdir / RECIPE).is_file():
-        if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / ".lock").exists():
+        if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / LOCK).exists():
             raise WorkdirError(f"{workdir}: is not empty and no work directory of FuseChat; choose another --workdir")
         return
     name, pivot = recipe_identity(workdir / RECIPE)
@@ -153,11 +153,23 @@ def check_workdir(recipe: Recipe, workdir: Path) -> None:
             )
 
 
+def in_use(workdir: Path) -> bool:
+    """Whether a run is going on in the work directory."""
+    try:
+        with (workdir / LOCK).open("r") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 @contextmanager
 def _lock(workdir: Path) -> Iterator[None]:
     """One run at a time in a work directory; the system frees the lock however the holder ends."""
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("a+") as handle:
+    with (workdir / LOCK).open("a+") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
