@@ -77,5 +77,6 @@ def storage_error(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as one line."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    """What an error of a library says, as one line: its first, or all of it where that one only leads on to the rest."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return " ".join(str(error).split()) if first.endswith(":") else first

@@ -83,7 +83,7 @@ def _parse(text: str, path: Path) -> tuple[dict[str, Any], Lines, list[str]]:
     except RecursionError:
         raise RecipeError(f"{path}: nests too deep, or in itself") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {type(raw).__name__}")
+        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {_kind(raw)}")
     return raw, lines, [f"{path}:{place}" for place in repeated]
 
 
@@ -137,13 +137,17 @@ def _explain(error: ValidationError, path: Path, lines: Lines) -> list[str]:
         elif item["type"] == "missing":
             what = "is missing"
         elif item["type"] in ("model_type", "dict_type"):
-            what = f"should be a mapping of keys, not {type(item['input']).__name__}"
+            what = f"should be a mapping of keys, not {_kind(item['input'])}"
         elif item["type"] == "string_pattern_mismatch" and place[-1] != "sha256":
             what = "a name holds letters, digits, '.', '_' and '-' only"
         elif isinstance(item["input"], str | int | float | bool):
             what += f", not {item['input']!r}"
         messages.append(_at(path, line, key, what))
     return messages
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
 
 
 def _at(path: Path, line: int | None, key: str, what: str) -> str:

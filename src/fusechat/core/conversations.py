@@ -108,7 +108,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             if not raw.strip():
                 continue
             try:
-                yield where, json.loads(raw.decode("utf-8"))
+                yield where, json.loads(raw.decode("utf-8").rstrip("\r\n"))
             except UnicodeDecodeError:
                 yield where, Malformed(where, "not UTF-8")
             except json.JSONDecodeError as error:

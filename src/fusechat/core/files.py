@@ -14,8 +14,11 @@ PARTIAL = ".partial"  # every temporary name ends with it
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what was written there becomes `path` if nothing was raised."""
-    temporary = path.with_name(f".{path.name}{PARTIAL}")
+    """Yields a temporary path beside `path`; what was written there becomes `path` if nothing was raised.
+
+    Two processes that write one file do not meet; the last one's whole file stays.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield temporary
         _flush(temporary)

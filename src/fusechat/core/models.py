@@ -48,6 +48,7 @@ def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remot
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, in words that name them
             output_loading_info=True,
         )
     except Exception as error:
@@ -57,7 +58,9 @@ def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remot
 
 
 def refuse_missing(report: dict[str, Any], name: str) -> None:
-    """Raises ModelError where weights were not in the file, which Transformers then draws at random."""
+    """Raises ModelError for weights that the file does not have, or not in that shape: Transformers draws them at random."""
+    for tensor, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(f"{name}: {tensor} is {list(found)} in the weights, and {list(expected)} by config.json")
     missing = sorted(report["missing_keys"])
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
