@@ -10,7 +10,7 @@ import huggingface_hub.constants
 import pytest
 import runs
 
-from fusechat.core import references
+from fusechat.core import cache
 from fusechat.core.conversations import Conversation, DataSet, read_conversations
 from fusechat.core.references import Reference, identity, local_directory
 from fusechat.errors import DataError, ModelError
@@ -101,7 +101,7 @@ def test_only_changed_files_are_read_again(model: Path, monkeypatch: pytest.Monk
         read.append(path.name)
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    monkeypatch.setattr(references, "digest", counted)
+    monkeypatch.setattr(cache, "digest", counted)
     first = of(model)
     content = [file.name for file in model.iterdir()]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(content)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.files import digest
+from fusechat.core.cache import known_digest
 from fusechat.errors import DataError, first_line
 
 _SHAREGPT_ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -61,7 +61,7 @@ class DataSet:
         path = self.local()
         if path.is_dir():
             return f"hub:{self.path}@{path.name}"
-        return f"sha256:{digest(path)}"
+        return f"sha256:{known_digest(path)}"
 
     def local(self) -> Path:
         """The file, or the directory to which a hub data set was fetched."""

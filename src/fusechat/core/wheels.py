@@ -8,9 +8,10 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fusechat.core.cache import cache_directory, locked
 from fusechat.core.files import atomic_file, digest_json, write_text
 from fusechat.core.progress import log, progress
-from fusechat.core.references import WHEEL, Reference, cache_directory, locked
+from fusechat.core.references import WHEEL, Reference
 from fusechat.errors import ModelError
 
 _CHUNK = 1 << 20

@@ -1,0 +1,37 @@
+"""The cache: fetched and converted models, and checksums that need not be computed again."""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fusechat.core.files import digest, digest_json, read_json, write_json
+
+
+def cache_directory() -> Path:
+    """Where fetched and converted models are kept: `FUSECHAT_CACHE`, else `~/.cache/fusechat`."""
+    return Path(os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat").expanduser()
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time works on `path` in the cache. The system frees the lock however the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def known_digest(file: Path) -> str:
+    """SHA-256 of a file, remembered in the cache for as long as its size and time of change stay the same."""
+    file = file.resolve()
+    seen = {"path": str(file), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+    memo = cache_directory() / "digests" / f"{digest_json(str(file))[:32]}.json"
+    if memo.is_file():
+        known = read_json(memo)
+        if all(known.get(key) == value for key, value in seen.items()):
+            return str(known["sha256"])
+    found = digest(file)
+    write_json(memo, {**seen, "sha256": found})
+    return found
