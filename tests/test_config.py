@@ -55,8 +55,8 @@ def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -
 @pytest.mark.parametrize("text", ["e5", "1e", "model-5e-6", '"5e-6"', "0x1e5f"])
 def test_what_only_looks_like_a_number_is_none(tmp_path: Path, text: str) -> None:
     path = write(tmp_path)
-    path.write_text(f"{path.read_text()}fuse: {{training: {{run_name: {text}}}}}\n")
-    assert not isinstance(load_recipe(path).fuse.training["run_name"], float)
+    path.write_text(f"{path.read_text()}fuse: {{training: {{lr_scheduler_kwargs: {{power: {text}}}}}}}\n")
+    assert not isinstance(load_recipe(path).fuse.training["lr_scheduler_kwargs"]["power"], float)
 
 
 def test_paths_are_meant_from_the_recipes_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ def _print_results(workdir: Path, name: str) -> None:
 def main() -> Any:
     """Runs the command line. Exit status 0 when done, 2 for what the user can mend, 1 for a defect of FuseChat."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except FuseChatError as error:
         _fail(*error.messages)
     except KeyboardInterrupt:
@@ -144,10 +144,20 @@ def main() -> Any:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
+        if hasattr(error, "format_message"):  # a mistake in the command itself, as Typer reports it
+            _usage(error)
         storage = storage_error(error)
         if storage is None:
             raise
         _fail(storage)
+
+
+def _usage(error: Any) -> None:
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+        sys.exit(2)
+    command = error.ctx.command_path if getattr(error, "ctx", None) else "fusechat"
+    _fail(f"{error.format_message().rstrip('.')}; see {command} --help")
 
 
 def _fail(*messages: str, status: int = 2) -> None:

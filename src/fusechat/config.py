@@ -66,6 +66,8 @@ class ModelSpec(Section):
         problem = self.reference.check()
         if problem:
             raise ValueError(problem)
+        if self.chat_template is not None and is_template_file(self.chat_template):
+            raise ValueError(f"chat_template: {self.chat_template}: no such file")
         if self.sha256 and not self.reference.is_wheel:
             raise ValueError("sha256 goes with a wheel: reference")
         return self
@@ -140,9 +142,9 @@ class Fuse(Section):
     @field_validator("training")
     @classmethod
     def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from fusechat.fuse.arguments import check_names
+        from fusechat.fuse.arguments import check_arguments
 
-        problems = check_names(value)
+        problems = check_arguments(value)
         if problems:
             raise ValueError(*problems)
         return value
@@ -225,8 +227,14 @@ class Recipe(Section):
         return Recipe.model_validate(absolute_paths(self.model_dump(), base))
 
 
+def is_template_file(text: str) -> bool:
+    """Whether a chat template is given as the name of a file: `template.jinja`."""
+    return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text
+
+
 def absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Makes data files, local models and template files of a raw recipe absolute. Leaves alone what is of another form."""
+    """Makes data files and local models of a raw recipe absolute, and reads template files. Leaves alone what is of another
+    form."""
 
     def model(spec: Any) -> Any:
         if isinstance(spec, str):
@@ -236,6 +244,9 @@ def absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
         spec = dict(spec)
         if isinstance(spec.get("model"), str):
             spec["model"] = _absolute(spec["model"], base)
+        template = spec.get("chat_template")
+        if isinstance(template, str) and is_template_file(template) and (base / template).is_file():
+            spec["chat_template"] = (base / template).read_text(encoding="utf-8")
         if "data" in spec:
             spec["data"] = data(spec["data"])
         return spec

@@ -59,7 +59,9 @@ _STORAGE_TEXT = {
     "PytorchStreamWriter failed writing": "a checkpoint could not be written",
     "unexpected pos": "a checkpoint could not be written",  # PyTorch, when it finds that less was written than it gave
 }
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ADVICE = "free some room or choose another --workdir, then run again to resume"
+_OTHER_ADVICE = "make it writable or choose another --workdir, then run again to resume"
 
 
 def storage_error(error: BaseException) -> str | None:
@@ -68,7 +70,7 @@ def storage_error(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRNO:
             where = f" ({seen.filename})" if seen.filename else ""
-            return f"{seen.strerror or seen}{where}; {_ADVICE}"
+            return f"{seen.strerror or seen}{where}; {_ADVICE if seen.errno in _NO_ROOM else _OTHER_ADVICE}"
         for text, words in _STORAGE_TEXT.items():
             if text in str(seen):
                 return f"{words or first_line(seen)}; {_ADVICE}"

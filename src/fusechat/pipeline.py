@@ -17,7 +17,7 @@ from fusechat.config import FUSED, PIVOT, STAGES, Recipe
 from fusechat.core.gguf import convert_together
 from fusechat.core.progress import log
 from fusechat.core.steps import Step, with_upstream
-from fusechat.errors import RecipeError, WorkdirError
+from fusechat.errors import DataError, RecipeError, WorkdirError
 from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
@@ -33,6 +33,10 @@ def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     chatters = {name: recipe.chatter(name) for name in (PIVOT, *recipe.sources)}
     held_out = recipe.validation_sets() if recipe.evaluate.bits_per_byte else []
     training = {name: recipe.training_set(name) for name in recipe.sources}
+    paths = dict.fromkeys(data.path for data in (*training.values(), *held_out))
+    missing = [f"{path}: no such file" for path in paths if Path(path).is_absolute() and not Path(path).exists()]
+    if missing:
+        raise DataError(*missing)
 
     def prepared(model: str, data) -> Step:  # type: ignore[no-untyped-def]
         return prepare.step(recipe, workdir, chatters[model], data)
@@ -146,7 +150,10 @@ def check_workdir(recipe: Recipe, workdir: Path) -> None:
             raise WorkdirError(f"{workdir}: is not empty and no work directory of FuseChat; choose another --workdir")
         return
     name, pivot = recipe_identity(workdir / RECIPE)
-    for key, theirs, ours in (("name", name, recipe.name), ("pivot", pivot, recipe.pivot.reference.parts)):
+    for key, theirs, ours in (
+        ("name", name, recipe.name),
+        ("pivot", ", ".join(pivot), ", ".join(recipe.pivot.reference.parts)),
+    ):
         if theirs != ours:
             raise WorkdirError(
                 f"{workdir}: was made by a recipe with {key} {theirs}, not {ours}; choose another --workdir"

@@ -24,9 +24,10 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def known_digest(file: Path) -> str:
-    """SHA-256 of a file, remembered in the cache for as long as its size and time of change stay the same."""
+    """SHA-256 of a file, remembered in the cache for as long as its size and times of change stay the same."""
     file = file.resolve()
-    seen = {"path": str(file), "bytes": file.stat().st_size, "mtime_ns": file.stat().st_mtime_ns}
+    stat = file.stat()
+    seen = {"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
     memo = cache_directory() / "digests" / f"{digest_json(str(file))[:32]}.json"
     if memo.is_file():
         known = read_json(memo)

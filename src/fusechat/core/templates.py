@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from fusechat.core.conversations import Message
 from fusechat.core.spans import encode_with_spans, token_bytes
 from fusechat.errors import ModelError
@@ -54,7 +52,7 @@ class ChatTemplate:
             raise ModelError(f"{model}: has several chat templates; choose one by chat_template in the recipe")
         try:
             self.end_of_turn = self._find_end_of_turn()
-        except (UnrenderableError, TemplateError) as error:
+        except UnrenderableError as error:
             raise ModelError(f"{model}: its chat template fails on a plain question and answer: {error}") from None
 
     def render(self, messages: Sequence[Message]) -> Rendered:
@@ -108,7 +106,7 @@ class ChatTemplate:
         turns = [{"role": message.role, "content": message.content} for message in messages]
         try:
             return str(self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False))
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of the user's: it may raise whatever Python can
             raise UnrenderableError(f"the template refuses it: {error}") from None
 
     def _find_end_of_turn(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import ast
 import difflib
+import re
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,30 +27,53 @@ RESERVED = {
 }
 
 
+POSITIVE = (
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "logging_steps",
+    "save_steps",
+)
+_PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
+
+
 @lru_cache(maxsize=1)
-def known_names() -> frozenset[str]:
-    """The fields of TrainingArguments, read from its source: importing it takes seconds."""
+def known_arguments() -> dict[str, str]:
+    """The fields of TrainingArguments and their annotations, read from its source: importing it takes seconds."""
     spec = find_spec("transformers")
     if spec is None or spec.origin is None:
-        return frozenset()
+        return {}
     tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
-            return frozenset(
-                field.target.id
+            return {
+                field.target.id: ast.unparse(field.annotation)
                 for field in node.body
                 if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
-            )
-    return frozenset()
+            }
+    return {}
 
 
-def check_names(training: dict[str, Any]) -> list[str]:
-    """A line for each name that cannot be set."""
+def check_arguments(training: dict[str, Any]) -> list[str]:
+    """A line for each name that cannot be set, and for each value that is of the wrong kind."""
     problems = []
-    for name in training:
+    for name, value in training.items():
         if name in RESERVED:
             problems.append(f"{name} cannot be set: {RESERVED[name]}")
-        elif name not in known_names():
-            close = difflib.get_close_matches(name, known_names(), n=1)
+        elif name not in known_arguments():
+            close = difflib.get_close_matches(name, known_arguments(), n=1)
             problems.append(f"unknown training argument {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        elif not _fits(value, known_arguments()[name]):
+            problems.append(f"{name} should be {known_arguments()[name]}, not {value!r}")
+        elif name in POSITIVE and isinstance(value, int | float) and value <= 0:
+            problems.append(f"{name} should be more than 0, not {value!r}")
     return problems
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    """Whether a value from YAML is of the kind that an annotation names; kinds of Transformers' own are left to it."""
+    kinds = set(re.findall(r"\w+", annotation))
+    if value is None or not kinds <= _PLAIN | {"Optional", "Union"}:
+        return True
+    return type(value).__name__ in kinds or (type(value) is int and "float" in kinds)
