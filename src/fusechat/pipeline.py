@@ -14,6 +14,8 @@ from pathlib import Path
 from fusechat.align import stage as align
 from fusechat.capture import stage as capture
 from fusechat.config import FUSED, PIVOT, STAGES, Recipe
+from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import DataSet
 from fusechat.core.gguf import convert_together
 from fusechat.core.progress import log
 from fusechat.core.steps import Step, with_upstream
@@ -29,79 +31,76 @@ RECIPE, LOCK = "recipe.yaml", ".lock"
 
 
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
-    """Every step of the recipe, upstream first."""
-    chatters = {name: recipe.chatter(name) for name in (PIVOT, *recipe.sources)}
+    """Every step of the recipe, upstream first. Raises DataError naming all data files that are not there."""
     held_out = recipe.validation_sets() if recipe.evaluate.bits_per_byte else []
-    training = {name: recipe.training_set(name) for name in recipe.sources}
-    paths = dict.fromkeys(data.path for data in (*training.values(), *held_out))
-    missing = [f"{path}: no such file" for path in paths if Path(path).is_absolute() and not Path(path).exists()]
-    if missing:
-        raise DataError(*missing)
-
-    def prepared(model: str, data) -> Step:  # type: ignore[no-untyped-def]
-        return prepare.step(recipe, workdir, chatters[model], data)
-
-    align_steps, fuse_steps = {}, {}
-    for source, data in training.items():
-        pivot_prepared, source_prepared = prepared(PIVOT, data), prepared(source, data)
-        pivot_captured = capture.step(recipe, workdir, chatters[PIVOT], pivot_prepared)
-        source_captured = capture.step(recipe, workdir, chatters[source], source_prepared)
-        align_steps[source] = align.step(
-            recipe,
-            workdir,
-            source,
-            pivot_prepared=pivot_prepared,
-            source_prepared=source_prepared,
-            source_captured=source_captured,
-        )
-        fuse_steps[source] = fuse.step(
-            recipe,
-            workdir,
-            source,
-            {
-                "pivot": pivot_prepared,
-                "pivot_capture": pivot_captured,
-                "source": source_prepared,
-                "source_capture": source_captured,
-                "align": align_steps[source],
-            },
-        )
-    merge_step = merge.step(recipe, workdir, fuse_steps)
-
-    def held_out_for(model: str) -> dict[str, Step]:
-        return {data.name: prepared(model, data) for data in held_out}
-
-    subjects = [_pivot(recipe, workdir, held_out_for(PIVOT)), *_sources(recipe, workdir, held_out_for)]
-    for name, step in [*fuse_steps.items(), (FUSED, merge_step)]:
-        role = FUSED if name == FUSED else "target"
-        label = FUSED if name == FUSED else f"target-{name}"
-        measured = evaluate.tuned_step(recipe, workdir, label, step, held_out_for(PIVOT))
-        subjects.append(evaluate.Subject(role, recipe.name if name == FUSED else name, measured))
-    upstream = {f"align/{name}": step for name, step in align_steps.items()}
-    upstream |= {f"fuse/{name}": step for name, step in fuse_steps.items()}
-    upstream["merge"] = merge_step
+    _check_files([*map(recipe.training_set, recipe.sources), *held_out])
+    aligned, targets = {}, {}
+    for source in recipe.sources:
+        aligned[source], targets[source] = _branch(recipe, workdir, source)
+    merged = merge.step(recipe, workdir, targets)
+    upstream = {f"align/{name}": step for name, step in aligned.items()}
+    upstream |= {f"fuse/{name}": step for name, step in targets.items()}
+    upstream["merge"] = merged
     if held_out:
-        upstream["evaluate"] = evaluate.results_step(workdir, subjects, [data.name for data in held_out])
+        upstream["evaluate"] = _evaluation(recipe, workdir, held_out, targets, merged)
     steps = with_upstream([report.step(recipe, workdir, upstream)])
     return sorted(steps, key=lambda step: STAGES.index(step.stage))  # stable: upstream stays first
 
 
-def _pivot(recipe: Recipe, workdir: Path, prepared: dict[str, Step]) -> evaluate.Subject:
-    chatter = recipe.chatter(PIVOT)
-    return evaluate.Subject(
-        PIVOT, chatter.reference.label, evaluate.pivot_or_source_step(recipe, workdir, chatter, prepared)
+def _branch(recipe: Recipe, workdir: Path, source: str) -> tuple[Step, Step]:
+    """The align and the fuse step of one source, and through them all that its branch needs."""
+    data = recipe.training_set(source)
+    pivot, teacher = recipe.chatter(PIVOT), recipe.chatter(source)
+    pivot_prepared = prepare.step(recipe, workdir, pivot, data)
+    source_prepared = prepare.step(recipe, workdir, teacher, data)
+    pivot_captured = capture.step(recipe, workdir, pivot, pivot_prepared)
+    source_captured = capture.step(recipe, workdir, teacher, source_prepared)
+    aligned = align.step(
+        recipe,
+        workdir,
+        source,
+        pivot_prepared=pivot_prepared,
+        source_prepared=source_prepared,
+        source_captured=source_captured,
     )
+    upstream = {
+        "pivot": pivot_prepared,
+        "pivot_capture": pivot_captured,
+        "source": source_prepared,
+        "source_capture": source_captured,
+        "align": aligned,
+    }
+    return aligned, fuse.step(recipe, workdir, source, upstream)
 
 
-def _sources(recipe: Recipe, workdir: Path, held_out_for) -> Iterator[evaluate.Subject]:  # type: ignore[no-untyped-def]
-    """Sources that are one model with one template, each on data of its own, are measured once."""
-    seen = set()
-    for name in recipe.sources:
+def _evaluation(recipe: Recipe, workdir: Path, held_out: list[DataSet], targets: dict[str, Step], merged: Step) -> Step:
+    """Every model on every held-out set. Sources that are one model with one template are measured once."""
+
+    def prepared(chatter: Chatter) -> dict[str, Step]:
+        return {data.name: prepare.step(recipe, workdir, chatter, data) for data in held_out}
+
+    subjects, seen = [], set()
+    for name in (PIVOT, *recipe.sources):
         chatter = recipe.chatter(name)
-        if chatter.tokenizer_identity not in seen:
-            seen.add(chatter.tokenizer_identity)
-            step = evaluate.pivot_or_source_step(recipe, workdir, chatter, held_out_for(name))
-            yield evaluate.Subject("source", chatter.reference.label, step)
+        role = PIVOT if name == PIVOT else "source"
+        if (role, chatter.tokenizer_identity) not in seen:
+            seen.add((role, chatter.tokenizer_identity))
+            step = evaluate.pivot_or_source_step(recipe, workdir, chatter, prepared(chatter))
+            subjects.append(evaluate.Subject(role, chatter.reference.label, step))
+    pivot_prepared = prepared(recipe.chatter(PIVOT))
+    for name, target in targets.items():
+        step = evaluate.tuned_step(recipe, workdir, f"target-{name}", target, pivot_prepared)
+        subjects.append(evaluate.Subject("target", name, step))
+    fused = evaluate.tuned_step(recipe, workdir, FUSED, merged, pivot_prepared)
+    subjects.append(evaluate.Subject(FUSED, recipe.name, fused))
+    return evaluate.results_step(workdir, subjects, [data.name for data in held_out])
+
+
+def _check_files(sets: list[DataSet]) -> None:
+    paths = dict.fromkeys(data.path for data in sets)
+    missing = [f"{path}: no such file" for path in paths if Path(path).is_absolute() and not Path(path).exists()]
+    if missing:
+        raise DataError(*missing)
 
 
 def select_steps(steps: list[Step], *, until: str | None = None, only: str | None = None) -> list[Step]:

@@ -32,7 +32,7 @@ class Figures:
         self.clipped += int((aligned & ~alignment.unclipped).sum())
         self.empty += int((aligned & (result.rows.ids < 0).all(axis=1)).sum())
         self.mapped_mass += float(result.mapped[aligned].sum())
-        self.kept_mass += float(result.rows.probabilities[aligned].sum())
+        self.kept_mass += float((1.0 - result.tail)[aligned].sum())
 
     def add_origins(self, candidates: np.ndarray, mass: np.ndarray, vocabulary_map: VocabularyMap) -> None:
         """Captured mass by where its row of W comes from."""

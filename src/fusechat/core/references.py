@@ -11,7 +11,7 @@ from fusechat.core.cache import known_digest
 from fusechat.core.files import digest_json
 from fusechat.errors import ModelError, first_line
 
-WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
+WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")  # what makes a model directory what it is
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
