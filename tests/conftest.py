@@ -8,9 +8,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
 
 import pytest
-import tiny
 import torch
 from hypothesis import settings
+
+import tiny
 
 settings.register_profile("fusechat", deadline=None, derandomize=True, database=None)
 settings.load_profile("fusechat")

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 import transformers.trainer  # noqa: F401  (slow: imported before the forks)
-from runs import digests
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import fusechat.fuse.trainer  # noqa: F401
 from fusechat.config import STAGES
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
+from runs import digests
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "shutil.rmtree")

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tiny
 import yaml
+
+import tiny
 
 SOURCES = ("mistral", "gemma")
 TRAINING = {

@@ -10,8 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-import runs
 
+import runs
 from fusechat.cli import main
 
 PREFIX = "fusechat: error: "

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
 from safetensors.torch import load_file, save_file
+
+import runs
+import tiny
 from test_bad_input import complaints, done
 
 FAILS = "its chat template fails on a plain question and answer: "

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+import tiny
 from fusechat.core.conversations import Conversation, Message
 from fusechat.core.prepared import Prepared
 from fusechat.core.templates import ChatTemplate

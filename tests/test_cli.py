@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import runs
 
+import runs
 from fusechat import __version__
 
 

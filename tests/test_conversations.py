@@ -7,13 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import runs
 from pyarrow import parquet
-from test_bad_input import PREFIX, complaints, done
 
+import runs
 from fusechat.core.conversations import Conversation, DataSet, Malformed, Message, read_conversations
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
+from test_bad_input import PREFIX, complaints, done
 
 TURNS = [
     [("system", "Be short."), ("user", "Wie heißt du?"), ("assistant", " Anna 🙂\n")],

@@ -15,16 +15,16 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-import runs
 import torch
 from safetensors.torch import save_file
-from test_bad_input import PREFIX, complaints, done
 
+import runs
 from fusechat.core.files import atomic_file, write_json
 from fusechat.core.tables import write_table
 from fusechat.errors import storage_error
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
+from test_bad_input import PREFIX, complaints, done
 
 
 def test_a_work_directory_of_another_recipe(tmp_path: Path, models: dict[str, Path]) -> None:

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from fusechat.capture import top_k
 from fusechat.capture.top_k import capture_batch, sparse_rows
 from fusechat.core import forward

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import runs
-
 from fusechat.config import STAGES
 
 

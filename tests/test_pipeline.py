@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runs
+import tiny
 from fusechat.core.distributions import open_distributions
 from fusechat.core.prepared import PreparedSet
 from fusechat.pipeline import build_steps, run
@@ -50,6 +50,14 @@ def test_every_stage_leaves_what_the_design_names(finished: Path) -> None:
     assert not list(work.rglob("*.partial")), "nothing half-written is left"
     assert not list(work.rglob("started.json"))
     assert not list(work.rglob("checkpoint*"))
+
+
+def test_what_had_to_be_done_to_conversations_is_counted(finished: Path) -> None:
+    """Of ten conversations 0, 3, 6 and 9 have a system message, which mistral's template alone refuses."""
+    assert manifest(finished, "prepare/mistral/data")["counts"]["system_folded"] == 4
+    assert "system_folded" not in manifest(finished, "prepare/pivot/data")["counts"]
+    assert manifest(finished, "prepare/pivot/data")["counts"]["conversations"] == 10
+    assert manifest(finished, "prepare/pivot/data")["counts"]["responses"] == 15
 
 
 def test_a_second_run_does_nothing(finished: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 import runs
 
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import runs
-
 from fusechat.config import Recipe, SourceSpec
 
 ROOT = Path(__file__).parents[1]

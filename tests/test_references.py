@@ -8,8 +8,8 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
-import runs
 
+import runs
 from fusechat.core import cache
 from fusechat.core.conversations import Conversation, DataSet, read_conversations
 from fusechat.core.references import Reference, identity, local_directory

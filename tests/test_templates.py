@@ -3,10 +3,10 @@
 from typing import Any
 
 import pytest
-import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tiny
 from fusechat.core.conversations import Message
 from fusechat.core.templates import ChatTemplate, Rendered, UnrenderableError
 from fusechat.errors import ModelError

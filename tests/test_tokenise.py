@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import tiny
 from fusechat.core.conversations import Conversation, Message
 from fusechat.core.prepared import Prepared, PreparedSet, write_prepared
 from fusechat.core.templates import ChatTemplate
@@ -109,7 +109,7 @@ def test_rows_are_those_that_a_search_over_all_tokens_finds(tokenizers: dict[str
         assert rows_of(prepared) == rows
         assert prepared.gold.tolist() == [ids[row[0]] for row in rows]
         assert prepared.content_bytes.tolist() == [end - begin for begin, end, _ in naive_text(kind, turns)[1]]
-        assert done == {"truncated": False, "offsets": False}
+        assert done == {"truncated": False, "system_folded": False, "offsets": False}
 
 
 def test_a_token_that_takes_the_templates_space_begins_before_the_content(tokenizers: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def test_a_response_that_begins_the_text_has_nothing_to_predict_it(tokenizers: d
 
 def test_a_tokenizer_that_changes_the_text_is_reported(tokenizers: dict[str, Any]) -> None:
     _, done = prepare_conversation(conversation("Hi", "a▁b"), template_of(tokenizers, "mistral"), max_length=99)
-    assert done == {"truncated": False, "offsets": True}
+    assert done == {"truncated": False, "system_folded": False, "offsets": True}
 
 
 def test_prepared_conversations_survive_their_file(tokenizers: dict[str, Any], tmp_path: Any) -> None:

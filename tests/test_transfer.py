@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from fusechat.align.aligner import Aligner, Side
 from fusechat.align.sequence import Alignment
 from fusechat.align.transfer import Transferred, clipped_entries, mapped_entries, transfer

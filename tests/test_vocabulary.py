@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tiny
 from fusechat.align.vocabulary import (
     TAIL,
     BackOff,

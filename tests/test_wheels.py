@@ -14,18 +14,18 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import runs
-import tiny
 import torch
 from safetensors.torch import load_file
-from test_bad_input import complaints, done
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import runs
+import tiny
 from fusechat.core.gguf import convert_together, converted
 from fusechat.core.references import Reference, identity
 from fusechat.errors import ModelError
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
+from test_bad_input import complaints, done
 
 PART1 = "wheel:tiny-model-part1==1.0.0/tiny_model_part1/data/tiny.Q4_1.gguf.part00"
 PART2 = "wheel:tiny-model-part2==1.0.0/tiny_model_part2/data/tiny.Q4_1.gguf.part01"

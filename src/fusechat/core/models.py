@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fusechat.core.forward import keeps_logits
+from fusechat.core.progress import log
 from fusechat.errors import ModelError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -54,6 +56,10 @@ def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remot
     except Exception as error:
         raise _model_error(directory, "the model", error) from error
     refuse_missing(report, str(directory))
+    if not keeps_logits(model):
+        log.warning(
+            "%s computes logits at every position: it cannot be told at which ones, and takes more memory", directory
+        )
     return model.to(device).eval()
 
 

@@ -5,7 +5,7 @@ between the markers is the template's own text, and between those pieces the con
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fusechat.core.conversations import Message
@@ -35,6 +35,9 @@ class Response:
 class Rendered:
     text: str
     responses: tuple[Response, ...]  # one for each assistant message, in order
+    system_folded: bool = (
+        False  # the template refused the system message, which went in front of the first user message
+    )
 
 
 class ChatTemplate:
@@ -66,7 +69,7 @@ class ChatTemplate:
             folded = _fold_system(messages)
             if folded is None:
                 raise
-            return self._locate(folded)
+            return replace(self._locate(folded), system_folded=True)
 
     def _locate(self, messages: Sequence[Message]) -> Rendered:
         text = self._apply(messages)

@@ -16,7 +16,8 @@ def prepare_conversation(
     conversation: Conversation, template: ChatTemplate, *, max_length: int
 ) -> tuple[Prepared, dict[str, bool]]:
     """Tokens and rows of a conversation, and what had to be done to it: `truncated` (responses that end after `max_length`
-    tokens are gone), `offsets` (the tokenizer changes the text, so that spans come from its character offsets).
+    tokens are gone), `system_folded` (into the first user message, by a template that refuses it), `offsets` (the tokenizer
+    changes the text, so that spans come from its character offsets).
 
     Raises RejectedError with the reason where nothing is left to learn from.
     """
@@ -65,7 +66,11 @@ def prepare_conversation(
             end_of_turn=joined["end_of_turn"].astype(bool),
             content_bytes=np.asarray(content_bytes, dtype=np.int32),
         ),
-        {"truncated": len(content_bytes) < len(rendered.responses), "offsets": not encoded.exact},
+        {
+            "truncated": len(content_bytes) < len(rendered.responses),
+            "system_folded": rendered.system_folded,
+            "offsets": not encoded.exact,
+        },
     )
 
 
