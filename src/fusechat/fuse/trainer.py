@@ -130,6 +130,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Fine-tunes `model` in place, resuming from the last complete checkpoint; returns the log, an entry each logged step."""
     directory = Path(arguments.output_dir)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # DataParallel would split rows and labels as if they were batches
     trainer = FusionTrainer(
         model=model,
         args=arguments,
