@@ -1,0 +1,110 @@
+"""The trainer: what is divided by what, and what stops it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runs
+from fusechat.core.distributions import open_distributions
+from fusechat.core.prepared import PreparedSet
+from fusechat.errors import TrainingError
+from fusechat.fuse.dataset import FusionData, collate_fusion
+from fusechat.fuse.trainer import last_checkpoint, train, training_arguments
+from fusechat.pipeline import run
+from fusechat.recipe_file import load_recipe
+
+SETTINGS = {"sft_weight": 0.5, "kind": "cross_entropy", "tail": "renormalise", "temperature": 1.0}
+
+
+@pytest.fixture(scope="module")
+def data(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> FusionData:
+    directory = tmp_path_factory.mktemp("training")
+    work = directory / "work"
+    run(load_recipe(runs.write_recipe(directory, models)), work, until="align")
+    return FusionData(
+        PreparedSet(work / "prepare" / "pivot" / "data"),
+        PreparedSet(work / "prepare" / "mistral" / "data"),
+        pivot_captured=open_distributions(work / "capture" / "pivot" / "data"),
+        source_captured=open_distributions(work / "capture" / "mistral" / "data"),
+        aligned=open_distributions(work / "align" / "mistral"),
+    )
+
+
+def fine_tune(models: dict[str, Path], data: FusionData, output: Path, **training: Any) -> tuple[list[dict], Any]:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+    arguments = training_arguments(
+        {"learning_rate": 1e-2, "max_steps": 3, "save_strategy": "no", **training}, output=output, seed=0, device="cpu"
+    )
+    log = train(model, data, arguments, loss_settings=SETTINGS, pad=0, advance=lambda amount=1, note="": None)
+    return log, model
+
+
+def test_accumulation_changes_nothing_but_rounding(models: dict[str, Path], data: FusionData, tmp_path: Path) -> None:
+    """Conversations differ in length, so a mean of means would differ from the mean over all tokens."""
+    whole, a = fine_tune(models, data, tmp_path / "a", per_device_train_batch_size=4)
+    parts, b = fine_tune(models, data, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    assert len(whole) == len(parts) == 3
+    for left, right in zip(whole, parts, strict=True):
+        for name in ("loss", "sft_loss", "fusion_loss", "grad_norm"):
+            assert left[name] == pytest.approx(right[name], rel=1e-3), name
+        assert left["loss"] == pytest.approx(0.5 * left["sft_loss"] + 0.5 * left["fusion_loss"], rel=1e-4)
+    assert torch.allclose(a.lm_head.weight, b.lm_head.weight, atol=2e-3)
+
+
+def test_the_first_loss_is_the_mean_over_all_response_tokens(
+    models: dict[str, Path], data: FusionData, loaded: dict[str, Any], tmp_path: Path
+) -> None:
+    """Against a naive loop over tokens with an unpadded forward pass of each conversation, in float64."""
+    log, _ = fine_tune(models, data, tmp_path, per_device_train_batch_size=len(data), max_steps=1)
+    sft, fusion, tokens = 0.0, 0.0, 0
+    for index in range(len(data)):
+        conversation, targets = data[index]["conversation"], data[index]["targets"]
+        with torch.inference_mode():
+            logits = loaded["llama"](torch.tensor(conversation.input_ids[None].astype("int64"))).logits[0].double()
+        logprobs = logits.log_softmax(-1)
+        for row, position in enumerate(conversation.position.tolist()):
+            sft -= float(logprobs[position - 1, conversation.input_ids[position]])
+            kept = [(t, math.exp(p)) for t, p in zip(targets.ids[row], targets.logprobs[row], strict=True) if t >= 0]
+            mass = sum(p for _, p in kept)
+            fusion -= sum(p / mass * float(logprobs[position - 1, t]) for t, p in kept)
+            tokens += 1
+    assert log[0]["sft_loss"] == pytest.approx(sft / tokens, rel=1e-4)
+    assert log[0]["fusion_loss"] == pytest.approx(fusion / tokens, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_names_the_conversations(
+    models: dict[str, Path], data: FusionData, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainingError, match=r"not finite at step \d+, conversations [0-9a-f]{20}"):
+        fine_tune(models, data, tmp_path, learning_rate=1e38, max_grad_norm=0.0, max_steps=5)
+
+
+def test_only_complete_checkpoints_are_resumed_from(tmp_path: Path) -> None:
+    for step, complete in ((2, True), (10, True), (12, False)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        if complete:
+            (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10", "by number, not by name"
+    assert not (tmp_path / "checkpoint-12").exists()
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_a_batch_keeps_rows_and_targets_together(data: FusionData) -> None:
+    items = [data[index] for index in (0, 3, 1)]
+    batch = collate_fusion(items, pad=0)
+    begin = 0
+    for place, item in enumerate(items):
+        n = len(item["conversation"])
+        assert (batch["rows"][begin : begin + n, 0] == place).all()
+        assert batch["labels"][begin : begin + n].tolist() == item["conversation"].gold.tolist()
+        k = item["targets"].ids.shape[1]
+        assert batch["target_ids"][begin : begin + n, :k].tolist() == item["targets"].ids.tolist()
+        begin += n
+    assert begin == len(batch["labels"])
