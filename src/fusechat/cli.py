@@ -105,7 +105,6 @@ def chat(
 @app.callback(invoke_without_command=True)
 def _common(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")] = False,
 ) -> None:
     if version:
         from fusechat import __version__
@@ -115,7 +114,7 @@ def _common(
     if "--help" not in sys.argv:
         from fusechat.core.progress import setup_logging
 
-        setup_logging(verbose=verbose)
+        setup_logging()
 
 
 def _print_results(workdir: Path, name: str) -> None:

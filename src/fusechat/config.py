@@ -222,10 +222,6 @@ class Recipe(Section):
         own = self.sources[name].capture.model_dump(exclude_none=True)
         return self.capture.model_copy(update=own)
 
-    def resolved(self, base: Path) -> "Recipe":
-        """The recipe with every path absolute: relative ones are meant from `base`, the recipe's directory."""
-        return Recipe.model_validate(absolute_paths(self.model_dump(), base))
-
 
 def is_template_file(text: str) -> bool:
     """Whether a chat template is given as the name of a file: `template.jinja`."""

@@ -95,9 +95,8 @@ class BackOff:
     def __init__(self, pivot: TokenBytes) -> None:
         self.pivot = pivot
         self._by_bytes: dict[bytes, int] = {}
-        tokens = sorted(
-            range(len(pivot)), key=pivot.is_byte
-        )  # a byte's own token is written only where no other spells it
+        # A byte's own token comes last: it is written only where no other spells the byte.
+        tokens = sorted(range(len(pivot)), key=pivot.is_byte)
         for token in tokens:
             data = pivot.all()[token]
             if data and token not in pivot.special:

@@ -29,10 +29,12 @@ def known_digest(file: Path) -> str:
     stat = file.stat()
     seen = {"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
     memo = cache_directory() / "digests" / f"{digest_json(str(file))[:32]}.json"
-    if memo.is_file():
+    try:
         known = read_json(memo)
-        if all(known.get(key) == value for key, value in seen.items()):
-            return str(known["sha256"])
+    except (OSError, ValueError):  # not seen before, or damaged
+        known = {}
+    if "sha256" in known and all(known.get(key) == value for key, value in seen.items()):
+        return str(known["sha256"])
     found = digest(file)
     write_json(memo, {**seen, "sha256": found})
     return found

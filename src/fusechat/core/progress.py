@@ -22,7 +22,7 @@ class Advance(Protocol):
     def __call__(self, amount: int = 1, note: str = "") -> None: ...
 
 
-def setup_logging(*, verbose: bool = False) -> None:
+def setup_logging() -> None:
     handler: logging.Handler
     if sys.stderr.isatty():
         handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
@@ -30,7 +30,7 @@ def setup_logging(*, verbose: bool = False) -> None:
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
-    log.setLevel(logging.DEBUG if verbose else logging.INFO)
+    log.setLevel(logging.INFO)
     log.propagate = False
 
 

@@ -35,9 +35,7 @@ class Response:
 class Rendered:
     text: str
     responses: tuple[Response, ...]  # one for each assistant message, in order
-    system_folded: bool = (
-        False  # the template refused the system message, which went in front of the first user message
-    )
+    system_folded: bool = False  # the template refuses the system message: it went in front of the first user message
 
 
 class ChatTemplate:

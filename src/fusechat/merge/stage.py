@@ -60,7 +60,8 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
         _complete(building, pivot, dtype=settings.dtype)
         (building / "README.md").write_text(_card(recipe, pivot, report), encoding="utf-8")
         building.rename(model)
-    return {"tensors": len(Weights.open(model).files), "targets": len(targets)}
+    own, made = Weights.open(pivot.directory).files, Weights.open(model).files
+    return {"tensors": len(made), "targets": len(targets), "left_out": sorted(own.keys() - made.keys())}
 
 
 def _complete(model: Path, pivot: Chatter, *, dtype: str | None) -> None:
