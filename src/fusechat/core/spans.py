@@ -4,16 +4,13 @@ Spans come from the tokens' own bytes, because character offsets overlap where a
 How a token is spelt is decided by the tokenizer's decoder, not by what its vocabulary looks like.
 """
 
-import json
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from fusechat.core.token_bytes import TokenBytes, token_bytes
 from fusechat.errors import ModelError
-
-SPACE_MARK = "▁"
 
 
 @dataclass(frozen=True)
@@ -24,79 +21,6 @@ class Encoded:
     ids: np.ndarray
     spans: np.ndarray
     exact: bool
-
-
-class TokenBytes:
-    """The bytes that each token of a fast tokenizer stands for in the middle of a text."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ModelError(f"{tokenizer.name_or_path}: a slow tokenizer has no spans; a tokenizer.json is needed")
-        self.tokenizer = tokenizer
-        state = json.loads(tokenizer.backend_tokenizer.to_str())
-        kinds = {part["type"]: part for part in _parts(state.get("decoder"), "decoders")}
-        self.byte_level = "ByteLevel" in kinds
-        self.space_mark = SPACE_MARK if not self.byte_level and _replaces_space_mark(kinds) else None
-        self.byte_fallback = "ByteFallback" in kinds
-        self.added = {token["id"]: token["content"].encode() for token in state.get("added_tokens", [])}
-        self.special = frozenset(tokenizer.all_special_ids) | {
-            token["id"] for token in state.get("added_tokens", []) if token["special"]
-        }
-        self._known: dict[int, bytes] = {}
-        self._all: list[bytes] | None = None
-        self._bytes: set[int] = set()
-
-    def __getitem__(self, token: int) -> bytes:
-        found = self._known.get(token)
-        if found is None:
-            piece = self.tokenizer.convert_ids_to_tokens(int(token))
-            found = self._known[token] = self._spell(token, piece)
-        return found
-
-    def __len__(self) -> int:
-        return len(self.tokenizer)
-
-    def all(self) -> list[bytes]:
-        """The bytes of every token of the tokenizer, by id."""
-        if self._all is None:
-            self._all = [b""] * len(self)
-            for piece, token in self.tokenizer.get_vocab().items():
-                if token < len(self._all):
-                    self._all[token] = self._spell(token, piece)
-                    if self._writes_byte(piece):
-                        self._bytes.add(token)
-        return self._all
-
-    def is_byte(self, token: int) -> bool:
-        """Whether the token is a byte written as `<0x41>`, the last resort of a tokenizer with byte fallback."""
-        self.all()
-        return token in self._bytes
-
-    def piece(self, data: str) -> str:
-        """How `data`, in the middle of a text, is written in the tokenizer's own alphabet."""
-        if self.byte_level:
-            return "".join(_BYTE_TO_CHARACTER[byte] for byte in data.encode())
-        return data.replace(" ", SPACE_MARK) if self.space_mark else data
-
-    def _writes_byte(self, piece: str) -> bool:
-        return self.byte_fallback and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-
-    def _spell(self, token: int, piece: str | None) -> bytes:
-        if token in self.added:
-            return self.added[token]
-        if piece is None:  # an id past the tokenizer's, in a vocabulary that the model pads
-            return b""
-        if self.byte_level:
-            return _from_byte_alphabet(piece)
-        if self._writes_byte(piece):
-            return bytes([int(piece[3:5], 16)])
-        return (piece.replace(self.space_mark, " ") if self.space_mark else piece).encode()
-
-
-@lru_cache(maxsize=64)
-def token_bytes(tokenizer: Any) -> TokenBytes:
-    """One `TokenBytes` a tokenizer, kept."""
-    return TokenBytes(tokenizer)
 
 
 def token_spans(tokenizer: Any, text: str) -> np.ndarray:
@@ -133,7 +57,7 @@ def _spans_from_bytes(ids: np.ndarray, table: TokenBytes, data: bytes) -> np.nda
         while last < len(ids) and int(ids[last]) not in table.added:
             last += 1
         pieces = [table[int(token)] for token in ids[first:last]]
-        closing = table.added[int(ids[last])] if last < len(ids) else None
+        closing = table[int(ids[last])] if last < len(ids) else None
         offset = _run_offset(data, cursor, b"".join(pieces), closing, has_mark=table.space_mark is not None)
         if offset is None:
             return None
@@ -180,39 +104,3 @@ def _spans_from_offsets(offsets: list[tuple[int, int]], text: str) -> np.ndarray
     for index in np.flatnonzero(spans[:, 1] == spans[:, 0]).tolist():
         spans[index] = int(spans[index - 1, 1]) if index else 0
     return spans
-
-
-def _parts(component: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
-    if component is None:
-        return []
-    return list(component[key]) if component["type"] == "Sequence" else [component]
-
-
-def _replaces_space_mark(kinds: dict[str, dict[str, Any]]) -> bool:
-    if "Metaspace" in kinds:
-        return True
-    replace = kinds.get("Replace")
-    return replace is not None and replace["pattern"].get("String") == SPACE_MARK and replace["content"] == " "
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """The printable stand-in for each byte that byte-level BPE uses: itself where printable, else a letter from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-
-
-def _from_byte_alphabet(piece: str) -> bytes:
-    """The bytes that a piece of byte-level BPE stands for; a character outside the alphabet stands for itself."""
-    try:
-        return piece.translate(_TO_LATIN).encode("latin-1")
-    except UnicodeEncodeError:
-        return b"".join(_CHARACTER_TO_BYTE.get(character, character.encode()) for character in piece)
-
-
-_BYTE_TO_CHARACTER = _byte_alphabet()
-_CHARACTER_TO_BYTE = {character: byte.to_bytes() for byte, character in _BYTE_TO_CHARACTER.items()}
-# What is not of the alphabet is sent where Latin-1 has nothing, so that it is not taken for a byte.
-_TO_LATIN = dict.fromkeys(range(256), "\ufffd") | {
-    ord(character): byte for byte, character in _BYTE_TO_CHARACTER.items()
-}

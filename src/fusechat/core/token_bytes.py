@@ -1,0 +1,148 @@
+"""What the tokens of a fast tokenizer stand for: the bytes of every token, as it is written in the middle of a text.
+
+How a token is spelt is decided by what the tokenizer does to a text and back, not by what its vocabulary looks like.
+"""
+
+import json
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+
+from fusechat.errors import ModelError
+
+SPACE_MARK = "▁"
+
+
+class TokenBytes:
+    """The bytes that each token of a fast tokenizer stands for in the middle of a text, by id.
+
+    `added` and `special` are ids; `byte_tokens` are those written as `<0x41>`, the last resort of a tokenizer with byte
+    fallback. A pickled one carries the bytes and leaves the tokenizer behind. Raises ModelError for a slow tokenizer.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(f"{self.name}: a slow tokenizer has no spans; a tokenizer.json is needed")
+        self.tokenizer = tokenizer
+        backend = tokenizer.backend_tokenizer
+        steps = [
+            step for part in (backend.normalizer, backend.pre_tokenizer, backend.decoder) for step in _steps_of(part)
+        ]
+        kinds = {step["type"] for step in steps}
+        self.byte_level = "ByteLevel" in kinds
+        self.space_mark = None if self.byte_level else _space_mark(steps)
+        self.added: dict[int, Any] = backend.get_added_tokens_decoder()
+        self.special = frozenset(tokenizer.all_special_ids) | {
+            token for token, content in self.added.items() if content.special
+        }
+        self._byte_of: dict[int, int] = {}
+        if "ByteFallback" in kinds:
+            spelt = {backend.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+            self._byte_of = {token: byte for token, byte in spelt.items() if token is not None}
+        self.byte_tokens = frozenset(self._byte_of)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, token: int) -> bytes:
+        """The token's bytes; none for an id past the tokenizer's, in a vocabulary that the model pads."""
+        return self.pieces[token] if token < len(self.pieces) else b""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "pieces": self.pieces, "tokenizer": None, "added": {}}
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of every token of the tokenizer."""
+        vocabulary = self.tokenizer.get_vocab()
+        found = [b""] * max(len(self.tokenizer), 1 + max(vocabulary.values(), default=-1))
+        prefix, suffix = _affixes(self.tokenizer.backend_tokenizer.model)
+        for piece, token in vocabulary.items():
+            if token not in self.added:
+                piece = piece.removeprefix(prefix).removesuffix(suffix)
+            found[token] = self._spell(token, piece)
+        return found
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """How many bytes every token has, int32 [len(self)]."""
+        return np.fromiter(map(len, self.pieces), dtype=np.int32, count=len(self))
+
+    def all(self) -> list[bytes]:
+        """The bytes of every token of the tokenizer, by id."""
+        return self.pieces
+
+    def is_byte(self, token: int) -> bool:
+        """Whether the token is a byte written as `<0x41>`."""
+        return token in self.byte_tokens
+
+    def piece(self, data: str) -> str:
+        """How `data`, in the middle of a text, is written in the tokenizer's own alphabet."""
+        if self.byte_level:
+            return "".join(_BYTE_TO_CHARACTER[byte] for byte in data.encode())
+        return data.replace(" ", self.space_mark) if self.space_mark else data
+
+    def _spell(self, token: int, piece: str) -> bytes:
+        if token in self._byte_of:
+            return bytes([self._byte_of[token]])
+        if self.byte_level and token not in self.added:
+            return _from_byte_alphabet(piece)
+        return (piece.replace(self.space_mark, " ") if self.space_mark else piece).encode()
+
+
+@lru_cache(maxsize=64)
+def token_bytes(tokenizer: Any) -> TokenBytes:
+    """One `TokenBytes` a tokenizer, kept."""
+    return TokenBytes(tokenizer)
+
+
+def _steps_of(part: Any) -> list[dict[str, Any]]:
+    """A normalizer, pre-tokenizer or decoder as the steps that it does one after another."""
+
+    def flat(state: dict[str, Any]) -> list[dict[str, Any]]:
+        inner = [step for key in ("normalizers", "pretokenizers", "decoders") for step in state.get(key, ())]
+        return [leaf for step in inner for leaf in flat(step)] if state["type"] == "Sequence" else [state]
+
+    return [] if part is None else flat(json.loads(part.__getstate__()))
+
+
+def _space_mark(steps: list[dict[str, Any]]) -> str | None:
+    """The character that a piece has for a space, where it has another one."""
+    for step in steps:
+        if step["type"] == "Metaspace":
+            return str(step["replacement"])
+        if step["type"] == "Replace" and step["pattern"].get("String") == SPACE_MARK and step["content"] == " ":
+            return SPACE_MARK
+    return None
+
+
+def _affixes(model: Any) -> tuple[str, str]:
+    """What marks a piece inside a word (`##ing`) and at its end (`ing</w>`): no part of the text."""
+    return (
+        getattr(model, "continuing_subword_prefix", None) or "",
+        getattr(model, "end_of_word_suffix", None) or "",
+    )
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """The printable stand-in for each byte that byte-level BPE uses: itself where printable, else a letter from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def _from_byte_alphabet(piece: str) -> bytes:
+    """The bytes that a piece of byte-level BPE stands for; one with a character outside the alphabet stands for itself."""
+    try:
+        return piece.translate(_TO_LATIN).encode("latin-1")
+    except UnicodeEncodeError:
+        return piece.encode()
+
+
+_BYTE_TO_CHARACTER = _byte_alphabet()
+# What is not of the alphabet is sent where Latin-1 has nothing, so that it is not taken for a byte.
+_TO_LATIN = dict.fromkeys(range(256), "\ufffd") | {
+    ord(character): byte for byte, character in _BYTE_TO_CHARACTER.items()
+}
