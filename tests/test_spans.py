@@ -61,9 +61,9 @@ def assert_tiles(spans: np.ndarray, size: int) -> None:
 
 def naive_bytes(tokenizer: Any, token: int) -> bytes:
     """A token's bytes, by its spelling and what one knows about the kinds of tokenizer here."""
+    if token in tokenizer.added_tokens_decoder:
+        return str(tokenizer.added_tokens_decoder[token].content).encode()
     piece = tokenizer.convert_ids_to_tokens(token)
-    if token in tokenizer.get_added_vocab().values():
-        return str(piece).encode()
     if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder):
         return bytes(BYTE_OF[character] for character in piece)
     if len(piece) == 6 and piece.startswith("<0x"):

@@ -70,6 +70,11 @@ class TokenBytes:
         """How many bytes every token has, int32 [len(self)]."""
         return np.fromiter(map(len, self.pieces), dtype=np.int32, count=len(self))
 
+    @cached_property
+    def is_added(self) -> np.ndarray:
+        """Which tokens are added to the vocabulary of the tokenizer's model, bool [len(self)]."""
+        return np.isin(np.arange(len(self)), list(self.added))
+
     def all(self) -> list[bytes]:
         """The bytes of every token of the tokenizer, by id."""
         return self.pieces
