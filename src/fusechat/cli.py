@@ -102,6 +102,37 @@ def chat(
     talk(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
 
 
+@app.command()
+def tokens(
+    pivot: Annotated[str, typer.Argument(metavar="PIVOT", help="A model, or a tokenizer.json; of a run: pivot.")],
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="The other one; of a run: a source's name.")],
+    text: Annotated[str | None, typer.Option(help="The text; - reads standard input.")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="A run, of which to show a conversation.")] = None,
+    conversation: Annotated[
+        str | None, typer.Option(metavar="ID", help="Its number from 0 on, or its id or how that begins.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw on a page, with all about each token.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw two models' tokens of a text one above the other, aligned at bytes."""
+    from fusechat.errors import RecipeError
+    from fusechat.show.tokens import of_text, present
+
+    if html is not None and html.is_dir():
+        raise RecipeError(f"--html {html}: is a directory; name a file")
+    if text is not None and workdir is None and conversation is None:
+        shown = of_text(pivot, source, text=text)
+    elif text is None and workdir is not None and conversation is not None:
+        from fusechat.show.conversation import of_run
+
+        shown = of_run(workdir, pivot, source, conversation=conversation)
+    else:
+        raise RecipeError("give either --text, or --workdir and --conversation; see fusechat tokens --help")
+    present(shown, html=html, as_json=as_json)
+
+
 @app.callback(invoke_without_command=True)
 def _common(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,

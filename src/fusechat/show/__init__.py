@@ -1,0 +1,1 @@
+"""Two tokenizations of one text, one above the other, aligned at bytes: on the terminal, as a page, as JSON."""

