@@ -17,6 +17,7 @@ from pydantic import (
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.core.references import Reference
+from fusechat.errors import RecipeError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -124,11 +125,34 @@ class Capture(Section):
 
 
 class Align(Section):
-    sequence: Literal["boundary"] = "boundary"
-    vocabulary: Literal["statistics"] = "statistics"
+    sequence: Literal["boundary", "dtw"] = "boundary"
+    vocabulary: Literal["exact", "edit", "statistics"] = "statistics"
     top_1: bool = False
-    unaligned: Literal["label", "skip"] = "label"
+    unaligned: Literal["label", "skip", "pivot", "condition"] = "condition"
+    look_ahead: bool | None = None
+    chain_rule: bool = False
     top_k: int | None = Field(default=None, ge=1)
+    processes: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _counted(self) -> "Align":
+        if self.look_ahead and self.vocabulary != "statistics":
+            raise ValueError("look_ahead needs vocabulary: statistics")
+        return self
+
+    def strategy(self) -> Any:
+        """As the alignment takes it: without a word on `look_ahead`, it is used where the map is counted."""
+        from fusechat.align.aligner import Strategy
+
+        look_ahead = self.vocabulary == "statistics" if self.look_ahead is None else self.look_ahead
+        return Strategy(
+            self.sequence,
+            self.vocabulary,
+            top_1=self.top_1,
+            unaligned=self.unaligned,
+            look_ahead=look_ahead,
+            chain_rule=self.chain_rule,
+        )
 
 
 class Fuse(Section):
@@ -215,6 +239,14 @@ class Recipe(Section):
             if source.data is not None and source.data.validation is not None:
                 sets.append(DataSet(f"{name}-held-out", source.data.validation.path, self.data.on_error))
         return sets
+
+    def validation_set(self, source: str) -> DataSet:
+        """The held-out conversations on which `source` is measured: its own, else the recipe's. Raises RecipeError."""
+        found = {data.name: data for data in self.validation_sets()}
+        for name in (source, COMMON):
+            if f"{name}-held-out" in found:
+                return found[f"{name}-held-out"]
+        raise RecipeError(f"source {source} has no held-out conversations: set data.validation")
 
     def capture_for(self, name: str) -> Capture:
         if name == PIVOT:

@@ -60,6 +60,7 @@ def _branch(recipe: Recipe, workdir: Path, source: str) -> tuple[Step, Step]:
         workdir,
         source,
         pivot_prepared=pivot_prepared,
+        pivot_captured=pivot_captured,
         source_prepared=source_prepared,
         source_captured=source_captured,
     )
@@ -121,7 +122,7 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
 def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
     """Runs what is not done yet; returns how many steps there were to do. Raises a FuseChatError for what a user can mend."""
     check_workdir(recipe, workdir)
-    with _lock(workdir):
+    with lock(workdir):
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
         save_recipe(recipe, workdir / RECIPE)
         waiting = [step for step in steps if step.state()[0] != "done"]
@@ -172,7 +173,7 @@ def in_use(workdir: Path) -> bool:
 
 
 @contextmanager
-def _lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[None]:
     """One run at a time in a work directory; the system frees the lock however the holder ends."""
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / LOCK).open("a+") as handle:

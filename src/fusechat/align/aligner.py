@@ -1,136 +1,218 @@
-"""The default alignment as a whole: boundary, statistics, transfer. Two passes: count every conversation, then align each."""
+"""One strategy of alignment, conversation by conversation. Two passes: `Survey` sees every conversation, `Aligner` aligns each.
 
-from dataclasses import dataclass
-from pathlib import Path
+Both are made of what can be sent to another process; the vocabulary map between them is made in one.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
+from fusechat.align.ahead import Ahead, bytes_ahead, open_tokens, rows_ahead, with_ahead
+from fusechat.align.back_off import BackOff
+from fusechat.align.bias import RARELY, cut_share
+from fusechat.align.candidates import Candidates, Rests, gather, rests_clipped, rests_inside
+from fusechat.align.chain import with_own_token
+from fusechat.align.counts import Counts, Seen, count_pairs
+from fusechat.align.dtw import dtw_rows
 from fusechat.align.figures import Figures
 from fusechat.align.sequence import Alignment, align_rows
-from fusechat.align.transfer import Transferred, clipped_entries, mapped_entries, transfer
-from fusechat.align.vocabulary import BackOff, Roles, VocabularyMap, back_offs, build_map, count_pairs, role_map
+from fusechat.align.spelling import Spelling
+from fusechat.align.transfer import Transfer, Transferred
+from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map
 from fusechat.core.distributions import SparseDistribution
-from fusechat.core.files import atomic_file
 from fusechat.core.prepared import Prepared
-from fusechat.core.spans import TokenBytes
+from fusechat.core.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How to align; the keys of a recipe's `align` section."""
+
+    sequence: Literal["boundary", "dtw"] = "boundary"
+    vocabulary: Literal["exact", "edit", "statistics"] = "statistics"
+    top_1: bool = False
+    unaligned: Literal["label", "skip", "pivot", "condition"] = "label"
+    look_ahead: bool = False
+    chain_rule: bool = False
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model's tokens: their bytes, and the token that its template ends a turn with."""
+    """One model's tokens: their bytes, and what its special tokens do."""
 
     tokens: TokenBytes
-    end_of_turn: int | None
+    roles: Roles
+    spelling: Spelling
 
-    @property
-    def roles(self) -> Roles:
-        tokenizer = self.tokens.tokenizer
-        return Roles(self.end_of_turn, tokenizer.eos_token_id, tokenizer.bos_token_id)
+    @classmethod
+    def of(cls, tokens: TokenBytes, end_of_turn: int | None) -> "Side":
+        """`end_of_turn`: the token that the model's template ends a turn with."""
+        tokenizer: Any = tokens.tokenizer
+        return cls(tokens, Roles(end_of_turn, tokenizer.eos_token_id, tokenizer.bos_token_id), Spelling.of(tokens))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A pivot and a source, and how the second is aligned to the first."""
+
+    pivot: Side
+    source: Side
+    strategy: Strategy
+
+    def align(self, pivot: Prepared, source: Prepared) -> Alignment:
+        """Which source row each pivot row corresponds to."""
+        if self.strategy.sequence == "dtw":
+            return align_rows(pivot, source, dtw_rows(pivot, source, (self.pivot.tokens, self.source.tokens)))
+        return align_rows(pivot, source)
+
+    def rests(
+        self, alignment: Alignment, pivot: Prepared, source: Prepared, captured: SparseDistribution
+    ) -> list[Rests]:
+        """What candidates have left where they are not whole source tokens."""
+        spell = (self.pivot.tokens, self.source.tokens)
+        several = [rests_clipped(alignment, pivot, source, captured, spell=spell)]
+        if self.strategy.unaligned == "condition" and alignment.inside.any():
+            inside = rests_inside(alignment, source, captured, tokens=self.source.tokens, spelling=self.source.spelling)
+            several.append(inside)
+        return several
+
+    def ahead(self, alignment: Alignment, source: Prepared, is_open: np.ndarray) -> Ahead:
+        """Where to look one source token ahead."""
+        inside = self.strategy.unaligned == "condition"
+        return rows_ahead(alignment, source, is_open, self.source.tokens, inside=inside)
+
+    def open_tokens(self, counts: Counts) -> np.ndarray:
+        """bool [source tokens]: which of them longer pivot tokens start with."""
+        return open_tokens(counts, self.pivot.tokens, self.source.tokens)
+
+    def build_map(self, seen: Seen, back_off: BackOff) -> VocabularyMap:
+        return build_map(
+            seen,
+            source=self.source.tokens,
+            back_off=back_off,
+            roles=role_map(self.pivot.roles, self.source.roles),
+            vocabulary=self.strategy.vocabulary,
+            top_1=self.strategy.top_1,
+        )
+
+
+class Survey:
+    """Sees conversations, and says what the vocabulary map must know of them: first all are counted, then `need` has its turn."""
+
+    def __init__(self, pair: Pair, is_open: np.ndarray | None = None) -> None:
+        self.pair = pair
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+        self._parts: Counter[tuple[bytes, int]] = Counter()
+        self._tokens: list[np.ndarray] = []
+        self._rests: set[bytes] = set()
+        self._open = is_open if pair.strategy.look_ahead else None
+
+    def count(self, pivot: Prepared, source: Prepared) -> None:
+        """Adds the tokens of one conversation that start together to the statistics."""
+        alignment = self.pair.align(pivot, source)
+        rows = np.flatnonzero(alignment.unclipped & ~pivot.end_of_turn)
+        self._pairs.append((source.gold[alignment.source_row[rows]], pivot.gold[rows]))
+
+    def counts(self) -> Counts:
+        return count_pairs(self._pairs)
+
+    def need(self, pivot: Prepared, source: Prepared, captured: SparseDistribution | None) -> None:
+        """Adds what the map must have a row for: tokens and bytes that the distributions hold, and how bytes were continued in
+        the conversation itself. Without distributions only the latter."""
+        pair, spell = self.pair, self.pair.source.tokens
+        alignment = pair.align(pivot, source)
+        if pair.strategy.unaligned == "condition":
+            rows = np.flatnonzero(alignment.inside)
+            tokens, given = source.gold[alignment.inside_row[rows]].tolist(), alignment.given[rows].tolist()
+            self._continue([spell[token][first:] for token, first in zip(tokens, given, strict=True)], pivot.gold[rows])
+        if captured is not None:
+            self._tokens += [np.unique(captured.ids[captured.ids >= 0]), np.unique(source.gold)]
+            for rests in pair.rests(alignment, pivot, source, captured):
+                self._rests.update(rests.data)
+        if self._open is not None:
+            ahead = pair.ahead(alignment, source, self._open)
+            following = source.gold[ahead.source_row + 1][:, None]
+            self._continue(bytes_ahead(ahead, following, spell), pivot.gold[ahead.pivot_row])
+            if captured is not None:
+                self._rests.update(bytes_ahead(ahead, captured.ids[ahead.source_row + 1], spell))
+
+    def _continue(self, rests: list[bytes], tokens: np.ndarray) -> None:
+        """Adds pivot tokens that started where these bytes came next."""
+        self._parts.update((rest, token) for rest, token in zip(rests, tokens.tolist(), strict=True) if rest)
+
+    def seen(self) -> Seen:
+        tokens = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *self._tokens]))
+        return Seen(self.counts(), self._parts, tokens, self._rests - {b""})
 
 
 class Aligner:
-    """Aligns a source's distributions to the pivot's tokens. `unaligned` is `label` (one-hot gold token) or `skip`."""
+    """Aligns a source's distributions to the pivot's tokens, through a finished map."""
 
-    def __init__(self, pivot: Side, source: Side, *, top_1: bool = False, unaligned: str = "label") -> None:
-        self.pivot, self.source = pivot, source
-        self.top_1, self.label = top_1, unaligned == "label"
-        self.roles = role_map(pivot.roles, source.roles)
-        self.back_off = BackOff(pivot.tokens)
+    def __init__(self, pair: Pair, vocabulary_map: VocabularyMap, is_open: np.ndarray) -> None:
+        self.pair, self.map, self.is_open = pair, vocabulary_map, is_open
+        self.transfer = Transfer(vocabulary_map, len(pair.pivot.tokens))
         self.figures = Figures()
-        self.map: VocabularyMap | None = None
-        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
-        self._needed: list[np.ndarray] = []
 
-    def count(self, pivot: Prepared, source: Prepared, captured: SparseDistribution) -> None:
-        """Adds one conversation to the statistics, and its candidates to what the map must know."""
-        alignment = align_rows(pivot, source)
-        rows = np.flatnonzero(alignment.unclipped & ~pivot.end_of_turn)
-        self._pairs.append((source.gold[alignment.source_row[rows]], pivot.gold[rows]))
-        self._needed.append(np.unique(captured.ids))
+    def align(
+        self,
+        pivot: Prepared,
+        source: Prepared,
+        captured: SparseDistribution,
+        *,
+        k: int,
+        fill: SparseDistribution | None = None,
+    ) -> SparseDistribution:
+        """Targets for the pivot's rows of one conversation, [n_pivot, k]. `fill`: the pivot's own distributions (`pivot`)."""
+        alignment, candidates, result = self.transferred(pivot, source, captured, k=k)
+        self.figures.add(alignment, candidates, result, self.map)
+        share = cut_share(source, captured, self.pair.source.spelling)[alignment.source_row]
+        self.figures.rarely_cut += int(((alignment.source_row >= 0) & (share < RARELY)).sum())
+        return self._fill(pivot, covered(alignment, result), result.rows, fill)
 
-    def finish_counting(self) -> VocabularyMap:
-        needed = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *self._needed]))
-        self.map = build_map(
-            count_pairs(self._pairs),
-            needed[needed >= 0].astype(np.int64),
-            source=self.source.tokens,
-            back_off=self.back_off,
-            roles=self.roles,
-            top_1=self.top_1,
-        )
-        self._pairs, self._needed = [], []
-        return self.map
+    def transferred(
+        self, pivot: Prepared, source: Prepared, captured: SparseDistribution, *, k: int
+    ) -> tuple[Alignment, Candidates, Transferred]:
+        """The alignment, the source's candidates at the pivot's rows, and what the map makes of them."""
+        alignment = self.pair.align(pivot, source)
+        candidates = gather(alignment, captured, self.map, self.pair.rests(alignment, pivot, source, captured))
+        if self.pair.strategy.chain_rule:
+            candidates = with_own_token(candidates, alignment, pivot, source, captured, self.map)
+        if self.pair.strategy.look_ahead:
+            ahead = self.pair.ahead(alignment, source, self.is_open)
+            candidates = with_ahead(candidates, ahead, source, captured, self.map, self.pair.source.tokens)
+        return alignment, candidates, self.transfer(candidates, pivot.gold, k=k)
 
-    def align(self, pivot: Prepared, source: Prepared, captured: SparseDistribution, *, k: int) -> SparseDistribution:
-        """Targets for the pivot's rows of one conversation, [n_pivot, k]."""
-        assert self.map is not None, "count every conversation first"
-        alignment = align_rows(pivot, source)
-        entries = mapped_entries(alignment, captured, self.map)
-        clipped = clipped_entries(
-            alignment,
-            captured,
-            gold=(pivot.gold, source.gold),
-            spell=(self.pivot.tokens, self.source.tokens),
-            back_off=self.back_off,
-            roles=self.roles,
-        )
-        row, token, mass = (np.concatenate(pair) for pair in zip(entries, clipped, strict=True))
-        result = transfer(row, token, mass, n=len(pivot), k=k)
-        self._count_figures(alignment, captured, result)
-        return self._fill(pivot, alignment.source_row < 0, result.rows)
-
-    def unaligned(self, pivot: Prepared, *, k: int) -> SparseDistribution:
+    def unaligned(self, pivot: Prepared, *, k: int, fill: SparseDistribution | None = None) -> SparseDistribution:
         """Targets for a conversation that the source does not have."""
+        n = len(pivot)
         empty = SparseDistribution(
-            np.full((len(pivot), k), -1, dtype=np.int32),
-            np.full((len(pivot), k), -np.inf),
-            np.zeros(0, dtype=np.float32),
+            np.full((n, k), -1, np.int32), np.full((n, k), -np.inf), np.zeros(0, dtype=np.float32)
         )
-        self.figures.without_source += 1
-        self.figures.conversations += 1
-        self.figures.positions += len(pivot)
-        return self._fill(pivot, np.ones(len(pivot), dtype=bool), empty)
+        self.figures.add_without_source(n)
+        return self._fill(pivot, np.zeros(n, dtype=bool), empty, fill)
 
-    def summary(self) -> dict[str, object]:
-        assert self.map is not None, "count every conversation first"
-        return {
-            **self.figures.summary(),
-            "map_rows": len(self.map.source),
-            "map_entries": len(self.map.pivot),
-            "map_entropy_bits": round(self.map.entropy(), 6),
-            "map_rows_by_origin": back_offs(self.map),
-        }
-
-    def save_map(self, path: Path) -> None:
-        """W as an Arrow IPC file: `source` int32, `pivot` int32 and `weight` float32 of every entry."""
-        assert self.map is not None, "count every conversation first"
-        source = np.repeat(self.map.source, np.diff(self.map.offset))
-        table = pa.table(
-            {
-                "source": pa.array(source.astype(np.int32)),
-                "pivot": pa.array(self.map.pivot.astype(np.int32)),
-                "weight": pa.array(self.map.weight.astype(np.float32)),
-            }
-        )
-        with (
-            atomic_file(path) as temporary,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, table.schema) as file,
-        ):
-            file.write_table(table)
-
-    def _fill(self, pivot: Prepared, unaligned: np.ndarray, rows: SparseDistribution) -> SparseDistribution:
-        if self.label:
-            rows.ids[unaligned, 0] = pivot.gold[unaligned]
-            rows.logprobs[unaligned, 0] = 0.0
+    def _fill(
+        self, pivot: Prepared, covered: np.ndarray, rows: SparseDistribution, fill: SparseDistribution | None
+    ) -> SparseDistribution:
+        """What stands where the source says nothing: the gold token, the pivot's own distribution, or nothing."""
+        kind = self.pair.strategy.unaligned
+        if kind == "pivot" and fill is not None:
+            k = min(rows.ids.shape[1], fill.ids.shape[1])
+            rows.ids[~covered, :k] = fill.ids[~covered, :k]
+            rows.logprobs[~covered, :k] = fill.logprobs[~covered, :k]
+        elif kind in ("label", "condition"):
+            rows.ids[~covered, 0] = pivot.gold[~covered]
+            rows.logprobs[~covered, 0] = 0.0
         return rows
 
-    def _count_figures(self, alignment: Alignment, captured: SparseDistribution, result: Transferred) -> None:
-        assert self.map is not None
-        self.figures.add(alignment, result)
-        rows = alignment.source_row[alignment.unclipped]
-        real = captured.ids[rows] >= 0
-        self.figures.add_origins(
-            captured.ids[rows][real].astype(np.int64), captured.probabilities[rows][real], self.map
-        )
+
+def covered(alignment: Alignment, result: Transferred) -> np.ndarray:
+    """bool [n_pivot]: rows at which the source says something: aligned ones, and those where it could be conditioned."""
+    return (alignment.source_row >= 0) | (alignment.inside & (result.mapped > 0))
+
+
+def with_strategy(pair: Pair, strategy: Strategy) -> Pair:
+    """The same two models under another strategy."""
+    return replace(pair, strategy=strategy)

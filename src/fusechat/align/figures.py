@@ -1,10 +1,12 @@
 """What an alignment covered, dropped and fell back on: counts that go to the manifest and the report."""
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from fusechat.align.back_off import ORIGINS
+from fusechat.align.candidates import Candidates
 from fusechat.align.sequence import Alignment
 from fusechat.align.transfer import Transferred
 from fusechat.align.vocabulary import VocabularyMap
@@ -19,41 +21,68 @@ class Figures:
     positions: int = 0
     aligned: int = 0
     clipped: int = 0
+    inside: int = 0  # pivot tokens that start inside a source token
+    conditioned: int = 0  # those of them that have a distribution
+    chained: int = 0  # pivot tokens whose probability the chain rule gave
+    rarely_cut: int = 0  # aligned where the source itself would rarely have cut
     empty: int = 0  # aligned, but no candidate corresponds to a pivot token
     mapped_mass: float = 0.0
     kept_mass: float = 0.0
     mass_by_origin: Counter[str] = field(default_factory=Counter)
 
-    def add(self, alignment: Alignment, result: Transferred) -> None:
+    def add(
+        self, alignment: Alignment, candidates: Candidates, result: Transferred, vocabulary_map: VocabularyMap
+    ) -> None:
         aligned = alignment.source_row >= 0
+        conditioned = alignment.inside & (result.mapped > 0)
+        covered = aligned | conditioned
         self.conversations += 1
         self.positions += len(aligned)
         self.aligned += int(aligned.sum())
         self.clipped += int((aligned & ~alignment.unclipped).sum())
+        self.inside += int(alignment.inside.sum())
+        self.conditioned += int(conditioned.sum())
+        self.chained += int((candidates.own & ~np.isnan(candidates.chained)).sum())
         self.empty += int((aligned & (result.rows.ids < 0).all(axis=1)).sum())
-        self.mapped_mass += float(result.mapped[aligned].sum())
-        self.kept_mass += float((1.0 - result.tail)[aligned].sum())
+        self.mapped_mass += float(result.mapped[covered].sum())
+        self.kept_mass += float((1.0 - result.tail)[covered].sum())
+        real = candidates.row >= 0
+        sums = np.bincount(vocabulary_map.origin[candidates.row[real]], candidates.mass[real], minlength=len(ORIGINS))
+        self.mass_by_origin.update({name: mass for name, mass in zip(ORIGINS, sums.tolist(), strict=True) if mass})
 
-    def add_origins(self, candidates: np.ndarray, mass: np.ndarray, vocabulary_map: VocabularyMap) -> None:
-        """Captured mass by where its row of W comes from."""
-        kinds, code = vocabulary_map.origins
-        sums = np.bincount(code[vocabulary_map.rows_of(candidates)], weights=mass, minlength=len(kinds))
-        self.mass_by_origin.update(dict(zip(kinds, sums.tolist(), strict=True)))
+    def add_without_source(self, positions: int) -> None:
+        self.without_source += 1
+        self.conversations += 1
+        self.positions += positions
 
     def summary(self) -> dict[str, object]:
         captured = sum(self.mass_by_origin.values())
+        covered = self.aligned + self.conditioned
         return {
             "conversations": self.conversations,
             "conversations_without_source": self.without_source,
             "positions": self.positions,
             "positions_aligned": self.aligned,
             "positions_clipped": self.clipped,
+            "positions_inside_a_source_token": self.inside,
+            "positions_conditioned": self.conditioned,
+            "positions_by_the_chain_rule": self.chained,
+            "positions_where_the_source_rarely_cuts": self.rarely_cut,
             "positions_without_candidate": self.empty,
-            "coverage_of_positions": _share(self.aligned, self.positions),
-            "coverage_of_mass": _share(self.mapped_mass, self.aligned),
-            "kept_mass": _share(self.kept_mass, self.aligned),
+            "coverage_of_positions": _share(covered, self.positions),
+            "coverage_of_mass": _share(self.mapped_mass, covered),
+            "kept_mass": _share(self.kept_mass, covered),
             "mass_by_origin": {kind: _share(mass, captured) for kind, mass in sorted(self.mass_by_origin.items())},
         }
+
+
+def add_figures(total: Figures, part: Figures) -> None:
+    """Adds `part` to `total`."""
+    for each in fields(Figures):
+        if each.name == "mass_by_origin":
+            total.mass_by_origin.update(part.mass_by_origin)
+        else:
+            setattr(total, each.name, getattr(total, each.name) + getattr(part, each.name))
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -1,70 +1,83 @@
-"""align/<source>/: `vocabulary_map.arrow` (W as source, pivot, weight), `aligned.arrow` (distributions in the pivot's vocabulary,
+"""align/<source>/: `vocabulary_map.arrow` (W, see `VocabularyMap.save`), `aligned.arrow` (distributions in the pivot's vocabulary,
 a row for every response token of the pivot), `figures.json` (coverage)."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.chatters import Chatter
-from fusechat.core.distributions import SparseDistribution, open_distributions, write_distributions, write_store
+from fusechat.core.distributions import open_distributions, write_distributions, write_store
 from fusechat.core.files import write_json
-from fusechat.core.progress import log, track
+from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
 
-TARGETS, FIGURES = "aligned.arrow", "figures.json"
+TARGETS, FIGURES, FORMAT = "aligned.arrow", "figures.json", 2
 
 
 def step(
-    recipe: Recipe, workdir: Path, source: str, *, pivot_prepared: Step, source_prepared: Step, source_captured: Step
+    recipe: Recipe,
+    workdir: Path,
+    source: str,
+    *,
+    pivot_prepared: Step,
+    pivot_captured: Step,
+    source_prepared: Step,
+    source_captured: Step,
 ) -> Step:
     """Aligns one source's captured distributions to the pivot's tokens."""
-    settings = recipe.align.model_dump()
+    settings = recipe.align.model_dump(exclude={"processes"})  # results do not depend on how many there are
     upstream = {"pivot": pivot_prepared, "source": source_prepared, "capture": source_captured}
+    if recipe.align.unaligned == "pivot":
+        upstream["pivot_capture"] = pivot_captured
 
     def work(directory: Path) -> dict[str, Any]:
-        return _align(directory, upstream, recipe.chatter(PIVOT), recipe.chatter(source), settings)
+        return _align(directory, upstream, recipe, source)
 
-    return Step("align", source, workdir / "align" / source, settings, work, upstream)
+    return Step("align", source, workdir / "align" / source, settings, work, upstream, FORMAT)
 
 
-def _align(
-    directory: Path, upstream: dict[str, Step], pivot: Chatter, source: Chatter, settings: dict[str, Any]
-) -> dict[str, Any]:
-    from fusechat.align.aligner import Aligner, Side
-    from fusechat.core.prepared import PreparedSet
-    from fusechat.core.spans import token_bytes
+def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
+    """The two models' tokens and how to align them; the pivot's back-off; how errors call the models, and their vocabularies."""
+    from fusechat.align.aligner import Pair, Side
+    from fusechat.align.back_off import BackOff
+    from fusechat.core.token_bytes import token_bytes
 
-    distributions = open_distributions(upstream["capture"].directory)
-    pivot_data, source_data = (PreparedSet(upstream[side].directory) for side in ("pivot", "source"))
-    pivot_side, source_side = (
-        Side(token_bytes(chatter.tokenizer()), chatter.template().end_of_turn) for chatter in (pivot, source)
-    )
-    aligner = Aligner(pivot_side, source_side, top_1=settings["top_1"], unaligned=settings["unaligned"])
-    common = [identity for identity in pivot_data.ids if identity in source_data.row_of and identity in distributions]
+    chatters: tuple[Chatter, Chatter] = (recipe.chatter(PIVOT), recipe.chatter(source))
+    pivot, teacher = (Side.of(token_bytes(each.tokenizer()), each.template().end_of_turn) for each in chatters)
+    about = {
+        "names": tuple(f"{each.name} ({each.reference})" for each in chatters),
+        "sizes": tuple(each.vocabulary_size() for each in chatters),
+    }
+    return Pair(pivot, teacher, recipe.align.strategy()), BackOff(pivot.tokens), about
 
-    for identity in track(common, f"count {source.name}", unit="conversations"):
-        aligner.count(*_pair(identity, pivot_data, source_data), distributions[identity])
-    aligner.finish_counting()
-    aligner.save_map(directory / "vocabulary_map.arrow")
-    k = settings["top_k"] or distributions.k
 
-    def records() -> Iterator[tuple[str, SparseDistribution]]:
-        for identity in track(pivot_data.ids, f"transfer {source.name}", unit="conversations"):
-            if identity in source_data.row_of and identity in distributions:
-                rows = aligner.align(*_pair(identity, pivot_data, source_data), distributions[identity], k=k)
-            else:
-                rows = aligner.unaligned(pivot_data[pivot_data.row_of[identity]], k=k)
-            yield identity, rows
+def _align(directory: Path, upstream: dict[str, Step], recipe: Recipe, source: str) -> dict[str, Any]:
+    from fusechat.align.blocks import Blocks, Conversations
+    from fusechat.align.figures import Figures
 
-    write_distributions(directory / TARGETS, records())
+    pair, back_off, about = models(recipe, source)
+    captured = upstream["capture"].directory
+    fill = upstream["pivot_capture"].directory if "pivot_capture" in upstream else None
+    data = Conversations(upstream["pivot"].directory, upstream["source"].directory, captured, fill=fill, **about)
+    blocks = Blocks(pair, data, processes=recipe.align.processes)
+    common = len(data.common())
+    with progress(f"count {source}", 2 * common, "conversations") as advance:
+        vocabulary_map, is_open = blocks.build_map(back_off, advance)
+    vocabulary_map.save(directory / "vocabulary_map.arrow")
+    k = recipe.align.top_k or open_distributions(captured).k
+    sums = Figures()
+    with progress(f"transfer {source}", len(data.pivot), "conversations") as advance:
+        targets = blocks.align(vocabulary_map, is_open, k=k, advance=advance, figures=sums)
+        write_distributions(directory / TARGETS, targets)
     write_store(directory, k=k, files=TARGETS)
-    figures = aligner.summary()
+    figures = {
+        **sums.summary(),
+        "map_rows": len(vocabulary_map.origin),
+        "map_entries": len(vocabulary_map.pivot),
+        "map_entropy_bits": round(vocabulary_map.entropy(), 6),
+        "map_rows_by_origin": vocabulary_map.rows_by_origin(),
+    }
     write_json(directory / FIGURES, figures)
     if not common:
-        log.warning("align %s: no conversation is usable for both the pivot and this source", source.name)
+        log.warning("align %s: no conversation is usable for both the pivot and this source", source)
     return figures
-
-
-def _pair(identity: str, pivot: Any, source: Any) -> tuple[Any, Any]:
-    return pivot[pivot.row_of[identity]], source[source.row_of[identity]]

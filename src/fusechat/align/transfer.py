@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
-from fusechat.align.sequence import Alignment
-from fusechat.align.vocabulary import TAIL, BackOff, VocabularyMap
+from fusechat.align.candidates import Candidates
+from fusechat.align.vocabulary import VocabularyMap
 from fusechat.core.distributions import SparseDistribution
-from fusechat.core.spans import TokenBytes
 
 
 @dataclass(frozen=True)
@@ -20,84 +20,98 @@ class Transferred:
     mapped: np.ndarray
 
 
-def transfer(rows: np.ndarray, tokens: np.ndarray, mass: np.ndarray, *, n: int, k: int) -> Transferred:
-    """Sums `mass` [m] of (row, pivot token) entries, `rows`, `tokens` int64 [m], and keeps the `k` largest of each of `n` rows.
+class Transfer:
+    """Carries candidates over to a pivot vocabulary of `size` tokens; keeps room for a dense row between conversations."""
 
-    Ties go to the lower token id. What is not kept stays in the tail, so that kept mass and tail sum to one.
-    """
-    keys, where = np.unique((rows << 32) | tokens, return_inverse=True)
-    summed = np.bincount(where, weights=mass, minlength=len(keys)) if len(keys) else np.zeros(0)
-    row, token = keys >> 32, keys & 0xFFFFFFFF
-    mapped = np.bincount(row, weights=summed, minlength=n) if len(keys) else np.zeros(n)
-    order = np.lexsort((token, -summed, row))
-    row, token, summed = row[order], token[order], summed[order]
-    first = np.searchsorted(row, np.arange(n))
-    rank = np.arange(len(row)) - first[row]
-    kept = (rank < k) & (summed > 0)
-    ids = np.full((n, k), -1, dtype=np.int32)
-    logprobs = np.full((n, k), -np.inf)
-    ids[row[kept], rank[kept]] = token[kept]
-    logprobs[row[kept], rank[kept]] = np.log(summed[kept])
-    probabilities = np.where(ids >= 0, np.exp(logprobs), 0.0).sum(axis=1)
-    return Transferred(
-        rows=SparseDistribution(ids, logprobs, np.zeros(0, dtype=np.float32)),
-        tail=np.clip(1.0 - probabilities, 0.0, 1.0),
-        mapped=np.minimum(mapped, 1.0),
-    )
+    def __init__(self, vocabulary_map: VocabularyMap, size: int) -> None:
+        self.map = vocabulary_map
+        self._dense = np.zeros(max(size, int(vocabulary_map.pivot.max(initial=-1)) + 1))
+
+    def __call__(self, candidates: Candidates, gold: np.ndarray, *, k: int) -> Transferred:
+        """Sums what arrives at each pivot token, and keeps the `k` largest of each row; of equals the lower token id first.
+
+        `gold` int [n]: the rows' own pivot tokens, kept in any case where the source's own token is a candidate (`candidates.own`).
+        """
+        ids, mass, mapped = _transfer(
+            candidates.row,
+            candidates.mass,
+            gold.astype(np.int64),
+            (candidates.own, candidates.chained),
+            (self.map.offset, self.map.pivot, self.map.weight),
+            self._dense,
+            k,
+        )
+        logprobs = np.full(mass.shape, -np.inf)
+        np.log(mass, out=logprobs, where=ids >= 0)
+        return Transferred(
+            rows=SparseDistribution(ids, logprobs, np.zeros(0, dtype=np.float32)),
+            tail=np.clip(1.0 - mass.sum(axis=1), 0.0, 1.0),
+            mapped=np.minimum(mapped, 1.0),
+        )
 
 
-def mapped_entries(
-    alignment: Alignment, source: SparseDistribution, vocabulary_map: VocabularyMap
+@numba.njit(cache=True, nogil=True)
+def _transfer(
+    row: np.ndarray,
+    mass: np.ndarray,
+    gold: np.ndarray,
+    chain: tuple[np.ndarray, np.ndarray],
+    entries: tuple[np.ndarray, np.ndarray, np.ndarray],
+    dense: np.ndarray,
+    k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pivot row, pivot token, mass) of every candidate at unclipped aligned positions, through W."""
-    pivot_rows = np.flatnonzero(alignment.unclipped)
-    source_rows = alignment.source_row[pivot_rows]
-    candidates = source.ids[source_rows]  # [aligned, k]
-    real = candidates >= 0
-    row = np.repeat(pivot_rows, candidates.shape[1]).reshape(candidates.shape)[real]
-    mass = source.probabilities[source_rows][real]
-    entry = vocabulary_map.rows_of(candidates[real].astype(np.int64))
-    length = np.diff(vocabulary_map.offset)[entry]
-    index = np.repeat(vocabulary_map.offset[entry] - np.concatenate([[0], np.cumsum(length)[:-1]]), length) + np.arange(
-        length.sum()
-    )
-    return np.repeat(row, length), vocabulary_map.pivot[index], np.repeat(mass, length) * vocabulary_map.weight[index]
-
-
-def clipped_entries(
-    alignment: Alignment,
-    source: SparseDistribution,
-    *,
-    gold: tuple[np.ndarray, np.ndarray],
-    spell: tuple[TokenBytes, TokenBytes],
-    back_off: BackOff,
-    roles: dict[int, int],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same where a token takes in template text before the content (`▁Hello`): a candidate loses what the source's own token
-    took in, gets what the pivot's did, and is looked up by its bytes; one that does not begin with it goes to the tail.
-
-    `gold` are the pivot's and the source's own tokens of their rows, `spell` the bytes of their tokens.
-    """
-    row, token, mass = [], [], []
-    probabilities = source.probabilities
-    for pivot_row in np.flatnonzero((alignment.source_row >= 0) & ~alignment.unclipped).tolist():
-        source_row = int(alignment.source_row[pivot_row])
-        given = spell[0][int(gold[0][pivot_row])][: int(alignment.pivot_clip[pivot_row])]
-        taken = spell[1][int(gold[1][source_row])][: int(alignment.source_clip[pivot_row])]
-        for candidate, probability in zip(
-            source.ids[source_row].tolist(), probabilities[source_row].tolist(), strict=True
-        ):
-            if candidate < 0:
+    """`dense` is zero before and after."""
+    (is_own, chained), (offset, pivot, weight) = chain, entries
+    n, width = row.shape
+    ids, kept = np.full((n, k), -1, dtype=np.int32), np.zeros((n, k))
+    mapped = np.zeros(n)
+    touched = np.empty(len(dense), dtype=np.int64)
+    for i in range(n):
+        count = 0
+        for c in range(width):
+            entry = row[i, c]
+            if entry < 0 or mass[i, c] <= 0.0:
                 continue
-            data = spell[1][candidate]
-            if candidate in spell[1].special:
-                target = roles.get(candidate, TAIL)
-            elif data.startswith(taken) and len(data) > len(taken):
-                target, _ = back_off(given + data[len(taken) :])
-            else:
-                target = TAIL
-            if target != TAIL:
-                row.append(pivot_row)
-                token.append(target)
-                mass.append(probability)
-    return np.array(row, dtype=np.int64), np.array(token, dtype=np.int64), np.array(mass, dtype=np.float64)
+            factor, sharpened = mass[i, c], False
+            if c == width - 1 and is_own[i] and not np.isnan(chained[i]):
+                # The row of W of the source's own token gives its gold pivot token `chained`, and scales the others down.
+                share = 0.0
+                for at in range(offset[entry], offset[entry + 1]):
+                    if pivot[at] == gold[i]:
+                        share = weight[at]
+                factor = mass[i, c] * (1.0 - chained[i]) / (1.0 - share) if share < 1.0 else 0.0
+                sharpened = True
+                if dense[gold[i]] == 0.0:
+                    touched[count] = gold[i]
+                    count += 1
+                dense[gold[i]] += mass[i, c] * chained[i]
+            for at in range(offset[entry], offset[entry + 1]):
+                token = pivot[at]
+                if sharpened and token == gold[i]:
+                    continue
+                if dense[token] == 0.0:
+                    touched[count] = token
+                    count += 1
+                dense[token] += factor * weight[at]
+        own = dense[gold[i]]
+        filled = 0
+        for at in range(count):
+            token = touched[at]
+            value = dense[token]
+            dense[token] = 0.0
+            mapped[i] += value
+            if value <= 0.0:
+                continue
+            place = filled if filled < k else k - 1
+            if filled == k and (kept[i, place] > value or (kept[i, place] == value and ids[i, place] < token)):
+                continue
+            while place > 0 and (
+                kept[i, place - 1] < value or (kept[i, place - 1] == value and ids[i, place - 1] > token)
+            ):
+                kept[i, place], ids[i, place] = kept[i, place - 1], ids[i, place - 1]
+                place -= 1
+            kept[i, place], ids[i, place] = value, token
+            filled = min(filled + 1, k)
+        if is_own[i] and own > 0.0 and not (ids[i] == gold[i]).any():
+            ids[i, k - 1], kept[i, k - 1] = gold[i], own
+    return ids, kept, mapped

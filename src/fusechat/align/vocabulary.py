@@ -1,47 +1,24 @@
 """The vocabulary map W: which pivot token stands where a source token does. Source: METHOD, "Vocabulary map".
 
 W is sparse and row-stochastic, [source vocabulary × pivot vocabulary]: `W[s, t]` is the probability that the pivot's token is
-`t` where the source's is `s` and both start at the same byte.
+`t` where the source's is `s` and both start at the same byte. It also has rows for bytes: what is left of a source token
+where a pivot token starts inside it, or before the content.
 """
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from fusechat.core.spans import TokenBytes
+from fusechat.align.back_off import ORIGINS, SEEN, SPECIAL, TAIL, TO_TAIL, BackOff
+from fusechat.align.counts import Counts, Seen
+from fusechat.core.files import atomic_file
+from fusechat.core.token_bytes import TokenBytes
 
-TAIL = -1  # a source token that corresponds to no pivot token: its mass joins the tail
-SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, TO_TAIL = (
-    "seen",
-    "special",
-    "same bytes",
-    "first token",
-    "longest prefix",
-    "tail",
-)
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Pairs of tokens seen at shared starts: `source`, `pivot` int64 [p], sorted, distinct; `count` int64 [p]."""
-
-    source: np.ndarray
-    pivot: np.ndarray
-    count: np.ndarray
-
-
-def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Counts:
-    """Counts (source ids, pivot ids) of aligned positions. A pair that occurs twice counts twice, in whatever order."""
-    sources, pivots = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    for source, pivot in pairs:
-        sources.append(source.astype(np.int64))
-        pivots.append(pivot.astype(np.int64))
-    keys = (np.concatenate(sources) << 32) | np.concatenate(pivots)
-    keys, count = np.unique(keys, return_counts=True)
-    return Counts(source=keys >> 32, pivot=keys & 0xFFFFFFFF, count=count.astype(np.int64))
+Lookup = Callable[[Sequence[bytes]], list[tuple[int, str]]]
 
 
 @dataclass(frozen=True)
@@ -51,85 +28,6 @@ class Roles:
     end_of_turn: int | None
     end_of_sequence: int | None
     begin_of_sequence: int | None
-
-
-@dataclass
-class VocabularyMap:
-    """W in compressed rows for the source tokens that it knows: row r is source token `source[r]` and has the entries
-    `pivot[offset[r] : offset[r + 1]]` with `weight`s that sum to one; a token that goes to the tail has none.
-
-    `how` says, for each row, where it comes from: the counts, a special token's role, or which back-off.
-    """
-
-    source: np.ndarray  # int64 [rows], sorted
-    offset: np.ndarray  # int64 [rows + 1]
-    pivot: np.ndarray  # int64 [entries]
-    weight: np.ndarray  # float64 [entries]
-    how: list[str] = field(default_factory=list)
-
-    def rows_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Index of each token's row; every token must be known."""
-        rows = np.searchsorted(self.source, tokens)
-        if len(tokens) and (rows.max() >= len(self.source) or (self.source[rows] != tokens).any()):
-            raise KeyError("a token that the map was not built for")
-        return rows
-
-    @cached_property
-    def origins(self) -> tuple[list[str], np.ndarray]:
-        """The distinct values of `how`, and for each row which of them it has."""
-        kinds, code = np.unique(np.array(self.how), return_inverse=True)
-        return kinds.tolist(), code
-
-    def entropy(self) -> float:
-        """Mean entropy of the counted rows, in bits: 0 where every source token always met the same pivot token."""
-        terms = -self.weight * np.log2(np.where(self.weight > 0, self.weight, 1.0))
-        per_row = np.add.reduceat(np.append(terms, 0.0), self.offset[:-1]) * (np.diff(self.offset) > 0)
-        seen = np.array([how == SEEN for how in self.how], dtype=bool)
-        return float(per_row[seen].mean()) if seen.any() else 0.0
-
-
-class BackOff:
-    """Finds a pivot token for bytes that were never seen aligned: the token with the same bytes, else the first token of the
-    pivot's encoding of them in the middle of a text, else (not UTF-8) the longest token that begins them, else none."""
-
-    def __init__(self, pivot: TokenBytes) -> None:
-        self.pivot = pivot
-        self._by_bytes: dict[bytes, int] = {}
-        # A byte's own token comes last: it is written only where no other spells the byte.
-        tokens = sorted(range(len(pivot)), key=pivot.is_byte)
-        for token in tokens:
-            data = pivot.all()[token]
-            if data and token not in pivot.special:
-                self._by_bytes.setdefault(data, token)  # of equal spellings the lowest id
-        self._longest = max(map(len, self._by_bytes), default=0)
-
-    def __call__(self, data: bytes) -> tuple[int, str]:
-        """The pivot token (or TAIL) for `data`, and how it was found."""
-        if not data:
-            return TAIL, TO_TAIL
-        if data in self._by_bytes:
-            return self._by_bytes[data], SAME_BYTES
-        try:
-            text = data.decode()
-        except UnicodeDecodeError:
-            return self._longest_prefix(data)
-        first = self._first_token(text)
-        return (first, FIRST_TOKEN) if first is not None else self._longest_prefix(data)
-
-    def _first_token(self, text: str) -> int | None:
-        pieces = self.pivot.tokenizer.backend_tokenizer.model.tokenize(self.pivot.piece(text))
-        if not pieces:
-            return None
-        token = int(pieces[0].id)
-        begins = self.pivot[token] and text.encode().startswith(self.pivot[token])
-        return token if begins and token not in self.pivot.special else None
-
-    def _longest_prefix(self, data: bytes) -> tuple[int, str]:
-        for length in range(min(len(data), self._longest), 0, -1):
-            token = self._by_bytes.get(data[:length])
-            if token is not None:
-                return token, LONGEST_PREFIX
-        return TAIL, TO_TAIL
 
 
 def role_map(pivot: Roles, source: Roles) -> dict[int, int]:
@@ -143,46 +41,153 @@ def role_map(pivot: Roles, source: Roles) -> dict[int, int]:
     return {s: TAIL if p is None else p for s, p in pairs if s is not None}
 
 
+@dataclass
+class VocabularyMap:
+    """W in compressed rows: row r has the entries `pivot[offset[r] : offset[r + 1]]` with `weight`s that sum to one; what goes
+    to the tail has none. The first rows are source tokens, `source`, the others bytes, `rests`, in order.
+
+    `origin` says, for each row, where it comes from, as an index into `ORIGINS`: the counts, a special token's role, a back-off.
+    """
+
+    source: np.ndarray  # int64 [token rows], sorted
+    rests: list[bytes]
+    offset: np.ndarray  # int64 [rows + 1]
+    pivot: np.ndarray  # int64 [entries]
+    weight: np.ndarray  # float64 [entries]
+    origin: np.ndarray  # int8 [rows]
+
+    def rows_of(self, tokens: np.ndarray) -> np.ndarray:
+        """Index of each source token's row; every token must be known."""
+        rows = self._row_of_token[np.minimum(tokens, len(self._row_of_token) - 1)]
+        if (rows < 0).any():
+            raise KeyError("a token that the map was not built for")
+        return rows
+
+    @cached_property
+    def _row_of_token(self) -> np.ndarray:
+        size = int(self.source[-1]) + 2 if len(self.source) else 1  # one more, for all that come after
+        rows = np.full(size, -1, dtype=np.int64)
+        rows[self.source] = np.arange(len(self.source))
+        return rows
+
+    @cached_property
+    def row_of_rest(self) -> dict[bytes, int]:
+        """Index of the row of each `rests`."""
+        return {rest: len(self.source) + index for index, rest in enumerate(self.rests)}
+
+    def entropy(self) -> float:
+        """Mean entropy of the counted rows, in bits: 0 where every source token always met the same pivot token."""
+        seen = (self.origin == ORIGINS.index(SEEN)) & (np.diff(self.offset) > 0)
+        if not seen.any():
+            return 0.0
+        terms = -self.weight * np.log2(np.where(self.weight > 0, self.weight, 1.0))
+        return float(np.add.reduceat(np.append(terms, 0.0), self.offset[:-1])[seen].mean())
+
+    def rows_by_origin(self) -> dict[str, int]:
+        """How many rows were found in which way."""
+        counts = np.bincount(self.origin, minlength=len(ORIGINS)).tolist()
+        return {name: count for name, count in zip(ORIGINS, counts, strict=True) if count}
+
+    def save(self, path: Path) -> None:
+        """An Arrow IPC file with a record for every entry: `source` int32 (null for a row of bytes), `rest` binary (null for a
+        row of a token), `pivot` int32, `weight` float32, `origin` string."""
+        length = np.diff(self.offset)
+        tokens = len(self.source)
+        source = np.repeat(np.append(self.source, np.full(len(self.rests), -1)), length).astype(np.int32)
+        rest = np.repeat(np.append(np.full(tokens, -1), np.arange(len(self.rests))), length).astype(np.int32)
+        origin = pa.array(np.repeat(self.origin, length).astype(np.int8))
+        table = pa.table(
+            {
+                "source": pa.array(source, mask=source < 0),
+                "rest": pa.array(self.rests, pa.binary()).take(pa.array(rest, mask=rest < 0)),
+                "pivot": pa.array(self.pivot.astype(np.int32)),
+                "weight": pa.array(self.weight.astype(np.float32)),
+                "origin": pa.DictionaryArray.from_arrays(origin, pa.array(ORIGINS)).cast(pa.string()),
+            }
+        )
+        with (
+            atomic_file(path) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as file,
+        ):
+            file.write_table(table)
+
+
 def build_map(
-    counts: Counts, needed: np.ndarray, *, source: TokenBytes, back_off: BackOff, roles: dict[int, int], top_1: bool
+    seen: Seen,
+    *,
+    source: TokenBytes,
+    back_off: BackOff,
+    roles: dict[int, int],
+    vocabulary: str = "statistics",
+    top_1: bool = False,
 ) -> VocabularyMap:
-    """W for the source tokens `needed` (sorted, distinct) and all that were counted (the statistics map, "MS" in the paper)."""
-    tokens = np.union1d(counts.source, needed)
-    begin = np.searchsorted(counts.source, tokens, side="left")
-    end = np.searchsorted(counts.source, tokens, side="right")
-    pivots: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    how: list[str] = []
-    one = np.ones(1)
-    for token, first, last in zip(tokens.tolist(), begin.tolist(), end.tolist(), strict=True):
-        if token in roles or token in source.special:
-            target, reason = roles.get(token, TAIL), SPECIAL if roles.get(token, TAIL) != TAIL else TO_TAIL
-        elif last > first:
-            row = counts.count[first:last].astype(np.float64)
-            if top_1:
-                best = first + int(row.argmax())  # of equal counts the lowest pivot id
-                pivots.append(counts.pivot[best : best + 1])
-                weights.append(one)
-            else:
-                pivots.append(counts.pivot[first:last])
-                weights.append(row / row.sum())
-            how.append(SEEN)
-            continue
-        else:
-            target, reason = back_off(source[token])
-        pivots.append(np.array([target] if target != TAIL else [], dtype=np.int64))
-        weights.append(one[: len(pivots[-1])])
-        how.append(reason)
-    lengths = [len(row) for row in pivots]
+    """W for all source tokens and bytes of `seen`. `vocabulary`: `exact`, `edit` or `statistics` ("EM", "MinED", "MS" in the
+    paper); `top_1` keeps the most frequent pivot token of a counted row only, of equals the lowest id."""
+    counts = seen.pairs if vocabulary == "statistics" else Counts(*(np.zeros(0, dtype=np.int64),) * 3)
+    tokens = np.union1d(counts.source, seen.tokens)
+    special = np.array(sorted(source.special | roles.keys()), dtype=np.int64)
+    counts = _without(counts, special)
+    parts, rests = _parts(seen, counted=vocabulary == "statistics")
+    # One table of counts for both kinds of rows: the row's index in the place of the source token.
+    index = np.concatenate([np.searchsorted(tokens, counts.source), len(tokens) + parts.source])
+    counts = Counts(index, np.concatenate([counts.pivot, parts.pivot]), np.concatenate([counts.count, parts.count]))
+    if top_1:
+        counts = _most_frequent(counts)
+    rows = len(tokens) + len(rests)
+    length = np.bincount(counts.source, minlength=rows)
+    origin = np.full(rows, ORIGINS.index(SEEN), dtype=np.int8)
+    single = np.full(rows, TAIL, dtype=np.int64)
+    unseen = np.flatnonzero(length == 0)
+    data = [source[int(tokens[row])] if row < len(tokens) else rests[row - len(tokens)] for row in unseen.tolist()]
+    lookups: dict[str, Lookup] = {
+        "exact": lambda several: [back_off.same_bytes(data) for data in several],
+        "edit": back_off.nearest,
+        "statistics": lambda several: [back_off(data) for data in several],
+    }
+    found = lookups[vocabulary](data)
+    for row, (target, how) in zip(unseen.tolist(), found, strict=True):
+        single[row], origin[row] = target, ORIGINS.index(how)
+    for row in np.flatnonzero(np.isin(tokens, special)).tolist():
+        single[row] = roles.get(int(tokens[row]), TAIL)
+        origin[row] = ORIGINS.index(SPECIAL if single[row] != TAIL else TO_TAIL)
+    return _assemble(tokens, rests, counts, length, single, origin)
+
+
+def _assemble(
+    tokens: np.ndarray, rests: list[bytes], counts: Counts, length: np.ndarray, single: np.ndarray, origin: np.ndarray
+) -> VocabularyMap:
+    """Joins counted rows and those of one entry or none."""
+    alone = np.flatnonzero(single != TAIL)
+    total = np.bincount(counts.source, weights=counts.count, minlength=len(length))
+    row = np.concatenate([counts.source, alone])
+    order = np.argsort(row, kind="stable")
     return VocabularyMap(
         source=tokens,
-        offset=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        pivot=np.concatenate([np.zeros(0, dtype=np.int64), *pivots]),
-        weight=np.concatenate([np.zeros(0), *weights]),
-        how=how,
+        rests=rests,
+        offset=np.concatenate([[0], np.cumsum(length + (single != TAIL))]).astype(np.int64),
+        pivot=np.concatenate([counts.pivot, single[alone]])[order],
+        weight=np.concatenate([counts.count / total[counts.source], np.ones(len(alone))])[order],
+        origin=origin,
     )
 
 
-def back_offs(vocabulary_map: VocabularyMap) -> dict[str, int]:
-    """How many source tokens were mapped in which way."""
-    return dict(sorted(Counter(vocabulary_map.how).items()))
+def _without(counts: Counts, tokens: np.ndarray) -> Counts:
+    keep = ~np.isin(counts.source, tokens)
+    return Counts(counts.source[keep], counts.pivot[keep], counts.count[keep])
+
+
+def _parts(seen: Seen, *, counted: bool) -> tuple[Counts, list[bytes]]:
+    """All rests in order, and the counts of theirs, with the rest's index in the place of the source token."""
+    parts = sorted(seen.parts.items()) if counted else []
+    rests = sorted(seen.rests | {rest for (rest, _), _ in parts})
+    index = {rest: at for at, rest in enumerate(rests)}
+    columns = [(index[rest], pivot, count) for (rest, pivot), count in parts]
+    table = np.array(columns, dtype=np.int64).reshape(-1, 3)
+    return Counts(table[:, 0], table[:, 1], table[:, 2]), rests
+
+
+def _most_frequent(counts: Counts) -> Counts:
+    order = np.lexsort((counts.pivot, -counts.count, counts.source))
+    best = order[np.append(True, np.diff(counts.source[order]) != 0)] if len(order) else order
+    return Counts(counts.source[best], counts.pivot[best], counts.count[best])

@@ -16,9 +16,10 @@ from fusechat.core.steps import Step
 from fusechat.errors import DataError
 
 
-def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step) -> Step:
-    """Runs one model over one prepared data set."""
+def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_least: int = 1) -> Step:
+    """Runs one model over one prepared data set. Keeps `at_least` so many tokens, whatever the recipe says."""
     capture = recipe.capture_for(chatter.name)
+    capture = capture.model_copy(update={"top_k": max(capture.top_k, at_least)})
     settings = {"model": chatter.identity, "device": recipe.device, **capture.model_dump()}
     name = prepared.name
 

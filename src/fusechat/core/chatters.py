@@ -42,6 +42,12 @@ class Chatter:
 
         return ChatTemplate(self.tokenizer(), self.chat_template, f"{self.name} ({self.reference})")
 
+    def vocabulary_size(self) -> int:
+        """How many tokens the model knows; a padded vocabulary has more than the tokenizer."""
+        from fusechat.core.models import vocabulary_size
+
+        return vocabulary_size(self.directory, trust_remote_code=self.reference.trust_remote_code)
+
     def model(self, *, dtype: str, device: Any) -> Any:
         from fusechat.core.models import load_model
 

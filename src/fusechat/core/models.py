@@ -39,6 +39,18 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
+def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
+    """How many rows the embedding of a model directory has, by its configuration; no weights are read."""
+    quiet_transformers()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        return int(config.get_text_config().vocab_size)
+    except Exception as error:
+        raise _model_error(directory, "its configuration", error) from error
+
+
 def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
     """A causal language model in evaluation mode, weights in `dtype` on `device`."""
     quiet_transformers()

@@ -61,6 +61,6 @@ def _losses(step: Step) -> list[dict[str, float]]:
 def _alignment(step: Step) -> dict[str, Any]:
     figures = read_json(step.directory / "figures.json")
     origins = figures["mass_by_origin"]
-    kinds = ("same bytes", "first token", "longest prefix", "tail")
+    kinds = ("same bytes", "first token", "longest prefix", "edit distance", "tail")
     figures["back_off_mass"] = ", ".join(f"{kind} {origins[kind]:.4f}" for kind in kinds if origins.get(kind))
     return dict(figures)

@@ -1,0 +1,89 @@
+"""A pivot token for bytes that no count speaks of. Source: METHOD, "Vocabulary map": exact, unseen tokens, edit."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fusechat.align.dtw import surface
+from fusechat.core.token_bytes import TokenBytes
+
+TAIL = -1  # what corresponds to no pivot token: its mass joins the tail
+SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL = ORIGINS = (
+    "seen",
+    "special",
+    "same bytes",
+    "first token",
+    "longest prefix",
+    "edit distance",
+    "tail",
+)
+_CELLS = 1 << 25  # distances computed at a time
+
+
+class BackOff:
+    """Finds a pivot token for bytes that were never seen aligned: the token with the same bytes, else the first token of the
+    pivot's encoding of them in the middle of a text, else (not UTF-8) the longest token that begins them, else none."""
+
+    def __init__(self, pivot: TokenBytes) -> None:
+        self.pivot = pivot
+        self._by_bytes: dict[bytes, int] = {}
+        # A byte's own token comes last: it is written only where no other spells the byte.
+        for token in sorted(range(len(pivot)), key=pivot.is_byte):
+            data = pivot.pieces[token]
+            if data and token not in pivot.special:
+                self._by_bytes.setdefault(data, token)  # of equal spellings the lowest id
+        self._longest = max(map(len, self._by_bytes), default=0)
+
+    def __call__(self, data: bytes) -> tuple[int, str]:
+        """The pivot token (or TAIL) for `data`, and how it was found."""
+        found = self.same_bytes(data)
+        if found[0] != TAIL or not data:
+            return found
+        try:
+            text = data.decode()
+        except UnicodeDecodeError:
+            return self._longest_prefix(data)
+        first = self._first_token(text)
+        return (first, FIRST_TOKEN) if first is not None else self._longest_prefix(data)
+
+    def same_bytes(self, data: bytes) -> tuple[int, str]:
+        """The pivot token with the same bytes or TAIL (`exact`, "EM" in the paper)."""
+        token = self._by_bytes.get(data, TAIL)
+        return token, TO_TAIL if token == TAIL else SAME_BYTES
+
+    def nearest(self, several: Sequence[bytes]) -> list[tuple[int, str]]:
+        """For each the pivot token with the smallest edit distance, ties to the lower id (`edit`, "MinED" in the paper)."""
+        from rapidfuzz.distance import Levenshtein
+        from rapidfuzz.process import cdist
+
+        found = [self.same_bytes(data) for data in several]
+        tokens = np.array(sorted(self._by_bytes.values()), dtype=np.int64)
+        surfaces = [surface(self.pivot.pieces[token]) for token in tokens.tolist()]
+        missing = [index for index, (token, _) in enumerate(found) if token == TAIL and several[index] and surfaces]
+        step = max(1, _CELLS // max(len(surfaces), 1))
+        for begin in range(0, len(missing), step):
+            part = missing[begin : begin + step]
+            asked = [surface(several[index]) for index in part]
+            distances = cdist(asked, surfaces, scorer=Levenshtein.distance, dtype=np.uint16, workers=1)
+            for index, token in zip(part, tokens[distances.argmin(axis=1)].tolist(), strict=True):
+                found[index] = token, EDIT
+        return found
+
+    def _first_token(self, text: str) -> int | None:
+        backend = self.pivot.tokenizer.backend_tokenizer
+        word = self.pivot.piece(text)
+        if self.pivot.byte_level and backend.pre_tokenizer is not None:
+            word = next(iter(backend.pre_tokenizer.pre_tokenize_str(text)), (word,))[0]
+        pieces = backend.model.tokenize(word)
+        if not pieces:
+            return None
+        token = int(pieces[0].id)
+        begins = self.pivot[token] and text.encode().startswith(self.pivot[token])
+        return token if begins and token not in self.pivot.special else None
+
+    def _longest_prefix(self, data: bytes) -> tuple[int, str]:
+        for length in range(min(len(data), self._longest), 0, -1):
+            token = self._by_bytes.get(data[:length])
+            if token is not None:
+                return token, LONGEST_PREFIX
+        return TAIL, TO_TAIL

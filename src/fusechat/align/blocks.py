@@ -1,0 +1,193 @@
+"""Conversations aligned block by block, in this process or over several: what a block gives depends on the block alone, and
+blocks are joined in their order, so that results do not depend on how many processes there are.
+"""
+
+import os
+import pickle
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fusechat.align.aligner import Aligner, Pair, Survey
+from fusechat.align.back_off import BackOff
+from fusechat.align.check import check_conversation
+from fusechat.align.counts import Counts, Seen, add_counts, add_seen
+from fusechat.align.figures import Figures, add_figures
+from fusechat.align.vocabulary import VocabularyMap
+from fusechat.core.distributions import DistributionSet, SparseDistribution, open_distributions
+from fusechat.core.prepared import Prepared, PreparedSet
+from fusechat.core.progress import Advance
+from fusechat.errors import WorkdirError
+
+R = TypeVar("R")
+SIZE = 256  # conversations a block
+Rows = list[tuple[str, SparseDistribution]]
+
+
+class Conversations:
+    """What two models have of the same conversations: directories, opened by each process for itself.
+
+    `pivot`, `source`: prepared; `captured`: the source's distributions; `fill`: the pivot's own, where they are asked for. `names`:
+    how errors call the two models. `sizes`: how many tokens each model knows, its padding counted.
+    """
+
+    def __init__(
+        self,
+        pivot: Path,
+        source: Path,
+        captured: Path | None,
+        *,
+        names: tuple[str, str],
+        sizes: tuple[int, int],
+        fill: Path | None = None,
+    ) -> None:
+        self._places = pivot, source, captured, fill
+        self.names, self.sizes = names, sizes
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: self.__dict__[key] for key in ("_places", "names", "sizes")}
+
+    @cached_property
+    def pivot(self) -> PreparedSet:
+        return PreparedSet(self._places[0])
+
+    @cached_property
+    def source(self) -> PreparedSet:
+        return PreparedSet(self._places[1])
+
+    @cached_property
+    def captured(self) -> DistributionSet | None:
+        return open_distributions(self._places[2]) if self._places[2] else None
+
+    @cached_property
+    def fill(self) -> DistributionSet | None:
+        return open_distributions(self._places[3]) if self._places[3] else None
+
+    def common(self) -> list[str]:
+        """The conversations that both models have, in the pivot's order."""
+        known = self.captured.index if self.captured else self.source.row_of
+        return [identity for identity in self.pivot.ids if identity in self.source.row_of and identity in known]
+
+    def pair(self, identity: str) -> tuple[Prepared, Prepared]:
+        return self.pivot[self.pivot.row_of[identity]], self.source[self.source.row_of[identity]]
+
+
+class Blocks:
+    """The three passes over the conversations of a training set, over `processes` processes."""
+
+    def __init__(self, pair: Pair, data: Conversations, *, processes: int | None = None, size: int = SIZE) -> None:
+        self.pair, self.data, self.size = pair, data, size
+        self.processes = processes or len(os.sched_getaffinity(0))
+
+    def count(self, advance: Advance) -> Counts:
+        """Pass one: pairs of tokens at shared starts. Checks what is stored."""
+        return add_counts(self._over(_count, (self.pair, self.data), self.data.common(), advance))
+
+    def survey(self, is_open: np.ndarray, advance: Advance) -> Seen:
+        """Pass two: what else the map must know."""
+        return add_seen(self._over(_survey, (self.pair, self.data, is_open), self.data.common(), advance))
+
+    def build_map(self, back_off: BackOff, advance: Advance) -> tuple[VocabularyMap, np.ndarray]:
+        """Passes one and two, and the map that they lead to; and which source tokens longer pivot tokens start with."""
+        counts = self.count(advance)
+        is_open = self.pair.open_tokens(counts)
+        seen = self.survey(is_open, advance)
+        seen.pairs = counts
+        return self.pair.build_map(seen, back_off), is_open
+
+    def align(
+        self, vocabulary_map: VocabularyMap, is_open: np.ndarray, *, k: int, advance: Advance, figures: Figures
+    ) -> Iterator[tuple[str, SparseDistribution]]:
+        """Pass three: targets for all conversations of the pivot, in order; adds to `figures`."""
+        state = (self.pair, self.data, vocabulary_map, is_open, k)
+        for rows, part in self._over(_align, state, self.data.pivot.ids, advance):
+            yield from rows
+            add_figures(figures, part)
+
+    def _over(
+        self, work: Callable[[Any, list[str]], R], state: Any, ids: Sequence[str], advance: Advance
+    ) -> Iterator[R]:
+        """`work(state, block)` for every block, in order."""
+        blocks = [list(ids[begin : begin + self.size]) for begin in range(0, len(ids), self.size)]
+        processes = min(self.processes, len(blocks))
+        results = (work(state, block) for block in blocks) if processes < 2 else _spread(work, state, blocks, processes)
+        for block, result in zip(blocks, results, strict=True):
+            yield result
+            advance(len(block))
+
+
+def _spread(work: Callable[[Any, list[str]], R], state: Any, blocks: list[list[str]], processes: int) -> Iterator[R]:
+    """The same in other processes; no more than two blocks each are under way, so that results do not pile up."""
+    waiting: deque[Future[R]] = deque()
+    with tempfile.TemporaryDirectory() as room:
+        file = Path(room) / "state"
+        file.write_bytes(pickle.dumps(state, protocol=5))
+        with ProcessPoolExecutor(processes, get_context("spawn"), _load, (str(file),)) as pool:
+            try:
+                for block in blocks:
+                    waiting.append(pool.submit(_in_process, work, block))
+                    if len(waiting) > 2 * processes:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            except BrokenProcessPool:
+                raise WorkdirError(
+                    "align: a process of it was killed (out of memory?); set align.processes to 1, then run again"
+                ) from None
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+
+_state: Any = None  # of a process that blocks are sent to
+
+
+def _load(file: str) -> None:
+    global _state
+    _state = pickle.loads(Path(file).read_bytes())
+
+
+def _in_process(work: Callable[[Any, list[str]], R], block: list[str]) -> R:
+    return work(_state, block)
+
+
+def _count(state: tuple[Pair, Conversations], block: list[str]) -> Counts:
+    pair, data = state
+    survey = Survey(pair)
+    for identity in block:
+        pivot, source = data.pair(identity)
+        captured = data.captured[identity] if data.captured else None
+        check_conversation(pivot, source, captured, pair=pair, names=data.names, sizes=data.sizes)
+        survey.count(pivot, source)
+    return survey.counts()
+
+
+def _survey(state: tuple[Pair, Conversations, np.ndarray], block: list[str]) -> Seen:
+    pair, data, is_open = state
+    survey = Survey(pair, is_open)
+    for identity in block:
+        survey.need(*data.pair(identity), data.captured[identity] if data.captured else None)
+    return survey.seen()
+
+
+def _align(state: tuple[Pair, Conversations, VocabularyMap, np.ndarray, int], block: list[str]) -> tuple[Rows, Figures]:
+    pair, data, vocabulary_map, is_open, k = state
+    aligner = Aligner(pair, vocabulary_map, is_open)
+    rows: Rows = []
+    for identity in block:
+        fill = data.fill[identity] if data.fill and identity in data.fill else None
+        if data.captured and identity in data.source.row_of and identity in data.captured:
+            pivot, source = data.pair(identity)
+            rows.append((identity, aligner.align(pivot, source, data.captured[identity], k=k, fill=fill)))
+        else:
+            pivot = data.pivot[data.pivot.row_of[identity]]
+            rows.append((identity, aligner.unaligned(pivot, k=k, fill=fill)))
+    return rows, aligner.figures

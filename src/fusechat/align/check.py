@@ -1,0 +1,64 @@
+"""What two models have of one conversation, before it is aligned: the same text, and distributions that belong to it."""
+
+import numpy as np
+
+from fusechat.align.aligner import Pair, Side
+from fusechat.core.distributions import SparseDistribution
+from fusechat.core.prepared import Prepared
+from fusechat.errors import WorkdirError
+
+
+def check_conversation(
+    pivot: Prepared,
+    source: Prepared,
+    captured: SparseDistribution | None,
+    *,
+    pair: Pair,
+    names: tuple[str, str],
+    sizes: tuple[int, int],
+) -> None:
+    """Raises WorkdirError naming the model and the conversation. `sizes`: how many tokens each model knows."""
+    where = f"conversation {pivot.id}"
+    for rows, name, size in zip((pivot, source), names, sizes, strict=True):
+        if not len(rows):
+            raise WorkdirError(f"{name}: {where} has no response tokens; run its prepare step again")
+        _check_ids(rows.input_ids, size, f"{name}: {where}")
+    if captured is not None:
+        if len(captured) != len(source) or len(captured.nll) != len(source):
+            raise WorkdirError(
+                f"{names[1]}: {where} has {len(captured)} distributions for {len(source)} response tokens: "
+                "they were captured from another text"
+            )
+        _check_ids(captured.ids, sizes[1], f"{names[1]}: {where}", "its distributions hold")
+    for response in np.intersect1d(pivot.response, source.response).tolist():
+        texts = [content(rows, side, response) for rows, side in ((pivot, pair.pivot), (source, pair.source))]
+        if texts[0] is not None and texts[1] is not None and not _agree(texts[0], texts[1]):
+            raise WorkdirError(f"{names[0]} and {names[1]}: {where} is not of the same text for both")
+
+
+def _check_ids(ids: np.ndarray, size: int, where: str, what: str = "it holds") -> None:
+    if len(ids) and int(ids.max()) >= size:
+        raise WorkdirError(f"{where}: {what} token {int(ids.max())}, past the model's vocabulary of {size} tokens")
+
+
+def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes] | None:
+    """The first byte of a response that a model has, and the response from there on by its tokens' bytes; None where the tokens'
+    bytes are not their spans (a tokenizer that changes the text)."""
+    which = np.flatnonzero((rows.response == response) & ~rows.end_of_turn)
+    tokens, begin, end = rows.gold[which], rows.begin[which], rows.end[which]
+    lengths = side.tokens.lengths
+    width = np.where(tokens < len(lengths), lengths[np.minimum(tokens, len(lengths) - 1)], 0)
+    if not len(which) or (width[1:-1] != (end - begin)[1:-1]).any():
+        return None
+    data = b"".join([side.tokens[token] for token in tokens.tolist()])
+    first, size = max(int(begin[0]), 0), int(end[-1] - begin[0])
+    if len(which) > 1 and int(width[0]) != int(end[0] - begin[0]):
+        return None  # a dummy prefix
+    return first, data[first - int(begin[0]) : size]
+
+
+def _agree(one: tuple[int, bytes], other: tuple[int, bytes]) -> bool:
+    """Whether two parts of a response have the same bytes where both have any."""
+    first = max(one[0], other[0])
+    last = min(one[0] + len(one[1]), other[0] + len(other[1]))
+    return one[1][first - one[0] : last - one[0]] == other[1][first - other[0] : last - other[0]]

@@ -1,0 +1,89 @@
+"""How often tokens met at shared starts, over a whole training set. Source: the paper, section 3.3; METHOD, "Vocabulary map"."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+_ROOM = 1 << 22  # keys that wait before they are folded in
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Pairs of tokens seen at shared starts: `source`, `pivot` int64 [p], sorted, distinct; `count` int64 [p]."""
+
+    source: np.ndarray
+    pivot: np.ndarray
+    count: np.ndarray
+
+
+def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Counts:
+    """Counts (source ids, pivot ids) of aligned positions. A pair that occurs twice counts twice, in whatever order."""
+    keys, count = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    waiting: list[np.ndarray] = []
+    size = 0
+    for source, pivot in pairs:
+        waiting.append((source.astype(np.int64) << 32) | pivot)
+        size += len(source)
+        if size > _ROOM:
+            keys, count = _fold(keys, count, waiting)
+            waiting, size = [], 0
+    keys, count = _fold(keys, count, waiting)
+    return Counts(source=keys >> 32, pivot=keys & 0xFFFFFFFF, count=count)
+
+
+def add_counts(parts: Iterable[Counts]) -> Counts:
+    """The sum of several counts; their order does not matter."""
+    parts = list(parts)
+    keys = np.concatenate([np.zeros(0, dtype=np.int64), *((part.source << 32) | part.pivot for part in parts)])
+    weights = np.concatenate([np.zeros(0, dtype=np.int64), *(part.count for part in parts)])
+    keys, count = _summed(keys, weights)
+    return Counts(source=keys >> 32, pivot=keys & 0xFFFFFFFF, count=count)
+
+
+def _fold(keys: np.ndarray, count: np.ndarray, waiting: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of what was known and of the `waiting` keys together."""
+    new = np.concatenate([np.zeros(0, dtype=np.int64), *waiting])
+    new.sort()
+    first = np.flatnonzero(np.append(True, new[1:] != new[:-1])) if len(new) else np.zeros(0, dtype=np.int64)
+    times = np.diff(np.append(first, len(new)))
+    if not len(keys):
+        return new[first], times
+    return _summed(np.concatenate([keys, new[first]]), np.concatenate([count, times]))
+
+
+def _summed(keys: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    distinct, where = np.unique(keys, return_inverse=True)
+    total = np.zeros(len(distinct), dtype=np.int64)
+    np.add.at(total, where, weights)
+    return distinct, total
+
+
+@dataclass
+class Seen:
+    """What the map must know, as a pass over conversations finds it.
+
+    `pairs`: counts of tokens at shared starts. `parts`: how often a pivot token started where these bytes of the source came next,
+    up to the end of a source token. `tokens`: the source tokens that any captured distribution holds. `rests`: bytes that stand for
+    candidates which are no whole source token.
+    """
+
+    pairs: Counts = field(default_factory=lambda: count_pairs([]))
+    parts: Counter[tuple[bytes, int]] = field(default_factory=Counter)
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    rests: set[bytes] = field(default_factory=set)
+
+
+def add_seen(parts: Iterable[Seen]) -> Seen:
+    """What several parts of a training set have seen together; their order does not matter."""
+    parts = list(parts)
+    total: Counter[tuple[bytes, int]] = Counter()
+    for part in parts:
+        total.update(part.parts)
+    return Seen(
+        pairs=add_counts(part.pairs for part in parts),
+        parts=total,
+        tokens=np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(part.tokens for part in parts)])),
+        rests=set().union(*(part.rests for part in parts)),
+    )

@@ -1,0 +1,131 @@
+"""Dynamic time warping over token surfaces, as the paper aligns sequences. Source: METHOD, "Sequence alignment" (`dtw`);
+FuseLLM (arXiv 2401.10491), section 3.2.
+
+The cost of a cell is the edit distance between two surfaces, computed once for each pair of distinct ones. A pair of the path is
+kept where the surfaces agree: equal, or one ends with the other. Of several tokens against one the last is meant, so that
+a kept pair ends together, and what follows both is the same text: the rows after it correspond.
+"""
+
+from collections.abc import Sequence
+
+import numba
+import numpy as np
+
+from fusechat.align.sequence import align_starts, number_line
+from fusechat.core.prepared import Prepared
+from fusechat.core.token_bytes import TokenBytes
+
+_DIAGONAL, _SOURCE, _PIVOT = 0, 1, 2  # a step's kind, in the order in which ties go
+
+
+def surface(data: bytes) -> str:
+    """Bytes as the characters that edit distance compares; bytes that are no whole character stay apart from all others."""
+    return data.decode("utf-8", errors="surrogateescape")
+
+
+def warping_path(pivot: Sequence[str], source: Sequence[str]) -> np.ndarray:
+    """The cheapest path from the first pair to the last, int64 [p, 2] of (pivot, source) indices, both never empty.
+
+    Ties go to the diagonal step first, then to the one along the source. Takes n_pivot × n_source bytes for the steps.
+    """
+    distances, ours, theirs = distinct_distances(pivot, source)
+    return _backtrack(_steps(distances, ours, theirs))
+
+
+def distinct_distances(pivot: Sequence[str], source: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edit distances between distinct surfaces int32 [u, v], and which of them each token has, int64 [n], [m]."""
+    from rapidfuzz.distance import Levenshtein
+    from rapidfuzz.process import cdist
+
+    (some, ours), (others, theirs) = _distinct(pivot), _distinct(source)
+    distances = cdist(some, others, scorer=Levenshtein.distance, dtype=np.int32, workers=1)
+    return distances, ours, theirs
+
+
+def kept_pairs(path: np.ndarray, pivot: Sequence[str], source: Sequence[str]) -> list[tuple[int, int]]:
+    """The pairs of a path at which both tokens end: the last of each run, where one surface ends with the other."""
+    last = np.append((np.diff(path, axis=0) == 1).all(axis=1), True)
+    return [(i, j) for i, j in path[last].tolist() if pivot[i].endswith(source[j]) or source[j].endswith(pivot[i])]
+
+
+def dtw_rows(pivot: Prepared, source: Prepared, spell: tuple[TokenBytes, TokenBytes]) -> np.ndarray:
+    """For every pivot row the source's row, int64 [n_pivot], -1 where none: each response is warped on its own.
+
+    The first content rows of a response correspond, and the rows after a kept pair; end-of-turn rows as in `align_rows`.
+    """
+    ours, theirs = number_line(pivot, source)
+    result = np.where(pivot.end_of_turn, align_starts(ours, theirs), -1)
+    for response in np.intersect1d(pivot.response, source.response).tolist():
+        rows = [_content_rows(side, response) for side in (pivot, source)]
+        if not len(rows[0]) or not len(rows[1]):
+            continue
+        surfaces = [_surfaces(side, r, table) for side, r, table in zip((pivot, source), rows, spell, strict=True)]
+        pairs = kept_pairs(warping_path(*surfaces), *surfaces)
+        for i, j in [(-1, -1), *pairs]:
+            if i + 1 < len(rows[0]) and j + 1 < len(rows[1]):
+                result[rows[0][i + 1]] = rows[1][j + 1]
+    return result
+
+
+def _distinct(surfaces: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    index: dict[str, int] = {}
+    where = np.array([index.setdefault(text, len(index)) for text in surfaces], dtype=np.int64)
+    return list(index), where
+
+
+def _content_rows(rows: Prepared, response: int) -> np.ndarray:
+    """The rows of a response's content that have a width."""
+    wide = rows.end > np.maximum(rows.begin, 0)
+    return np.flatnonzero((rows.response == response) & ~rows.end_of_turn & wide)
+
+
+def _surfaces(rows: Prepared, which: np.ndarray, table: TokenBytes) -> list[str]:
+    """The tokens' surfaces, less what they take in of the template before the content."""
+    tokens, clip = rows.gold[which].tolist(), np.maximum(-rows.begin[which], 0).tolist()
+    return [surface(table[token][taken:]) for token, taken in zip(tokens, clip, strict=True)]
+
+
+@numba.njit(cache=True, nogil=True)
+def _steps(distances: np.ndarray, pivot: np.ndarray, source: np.ndarray) -> np.ndarray:
+    """The kind of step uint8 [n, m] that leads to every cell on the cheapest way to it."""
+    n, m = len(pivot), len(source)
+    steps = np.empty((n, m), dtype=np.uint8)
+    cost = np.empty(m, dtype=np.int64)  # of the row above, overwritten from left to right
+    for i in range(n):
+        row = distances[pivot[i]]
+        diagonal = np.int64(0)
+        for j in range(m):
+            above = cost[j]
+            if i == 0 and j == 0:
+                best, step = np.int64(0), _DIAGONAL
+            elif i == 0:
+                best, step = cost[j - 1], _SOURCE
+            elif j == 0:
+                best, step = above, _PIVOT
+            else:
+                best, step = diagonal, _DIAGONAL
+                if cost[j - 1] < best:
+                    best, step = cost[j - 1], _SOURCE
+                if above < best:
+                    best, step = above, _PIVOT
+            diagonal = above
+            cost[j] = best + row[source[j]]
+            steps[i, j] = step
+    return steps
+
+
+@numba.njit(cache=True, nogil=True)
+def _backtrack(steps: np.ndarray) -> np.ndarray:
+    i, j = steps.shape[0] - 1, steps.shape[1] - 1
+    path = np.empty((i + j + 1, 2), dtype=np.int64)
+    at = len(path) - 1
+    path[at] = i, j
+    while i > 0 or j > 0:
+        step = steps[i, j]
+        if step != _SOURCE:
+            i -= 1
+        if step != _PIVOT:
+            j -= 1
+        at -= 1
+        path[at] = i, j
+    return path[at:].copy()

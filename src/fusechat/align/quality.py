@@ -1,0 +1,123 @@
+"""How good an alignment is: transferred nll beside the source's own, and coverage. Source: METHOD, "How good is a map?".
+
+The gold pivot tokens' cross-entropy under the stored distributions, a token outside of them at p = 1e-4, is compared with the
+source's own nll on the same bytes. The text is cut where both models start a token; a *segment* between two cuts counts where
+every pivot token in it has a distribution, so that both sides speak of the very same bytes.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fusechat.align.sequence import number_line
+from fusechat.core.distributions import SparseDistribution
+from fusechat.core.prepared import Prepared
+
+FLOOR = 1e-4  # probability of a gold token outside the kept ones
+
+
+@dataclass
+class Quality:
+    """Sums over conversations, in nats and bytes; `summary` makes bits per byte of them."""
+
+    positions: int = 0
+    covered: int = 0
+    mapped: float = 0.0
+    common_nll: float = 0.0  # transferred, on positions that all strategies compared have
+    common_bytes: int = 0
+    segment_nll: float = 0.0  # transferred, on segments that are covered
+    segment_own: float = 0.0
+    segment_own_kept: float = 0.0  # the source's own, cut to its k most likely tokens and the same floor
+    segment_bytes: int = 0
+    bytes: int = 0
+    own: float = 0.0  # the source's, on everything
+    rare: int = 0
+    rare_nll: float = 0.0  # transferred, where the source would rarely have cut
+
+    def add(
+        self,
+        pivot: Prepared,
+        source: Prepared,
+        captured: SparseDistribution,
+        *,
+        rows: SparseDistribution,
+        mapped: np.ndarray,
+        covered: np.ndarray,
+        common: np.ndarray,
+        rare: np.ndarray,
+    ) -> None:
+        """Adds a conversation: the stored `rows` [n_pivot, k] and their `mapped` mass, where they are `covered`, where all
+        strategies have a distribution (`common`), where the source would rarely have cut (`rare`); bool [n_pivot] each."""
+        nll = gold_nll(rows, pivot.gold)
+        content = _content(pivot)
+        width = (pivot.end - np.maximum(pivot.begin, 0)).astype(np.int64)
+        self.positions += len(pivot)
+        self.covered += int(covered.sum())
+        self.mapped += float(mapped[covered].sum())
+        both = common & content
+        self.common_nll += float(nll[both].sum())
+        self.common_bytes += int(width[both].sum())
+        self.rare += int((rare & content).sum())
+        self.rare_nll += float(nll[rare & content].sum())
+        own_content = _content(source)
+        self.own += float(captured.nll[~source.end_of_turn].sum(dtype=np.float64))
+        self.bytes += int((source.end - np.maximum(source.begin, 0))[own_content].sum())
+        ours, theirs = covered_segments(pivot, source, covered)
+        own_kept = gold_nll(captured, source.gold)
+        self.segment_nll += float(nll[ours].sum())
+        self.segment_own += float(captured.nll[theirs].sum(dtype=np.float64))
+        self.segment_own_kept += float(own_kept[theirs].sum())
+        self.segment_bytes += int(width[ours].sum())
+
+    def summary(self) -> dict[str, float | None]:
+        """Bits per byte and shares; None where there is nothing to divide by."""
+        return {
+            "coverage_of_positions": _ratio(self.covered, self.positions),
+            "coverage_of_mass": _ratio(self.mapped, self.covered),
+            "coverage_of_bytes": _ratio(self.segment_bytes, self.bytes),
+            "own": _bits(self.own, self.bytes),
+            "common": _bits(self.common_nll, self.common_bytes),
+            "transferred": _bits(self.segment_nll, self.segment_bytes),
+            "own_there": _bits(self.segment_own, self.segment_bytes),
+            "own_kept_there": _bits(self.segment_own_kept, self.segment_bytes),
+            "ratio": _ratio(self.segment_nll, self.segment_own),
+            "ratio_to_kept": _ratio(self.segment_nll, self.segment_own_kept),
+            "rarely_cut": _ratio(self.rare, self.positions),
+            "nats_where_rarely_cut": _ratio(self.rare_nll, self.rare),
+        }
+
+
+def gold_nll(rows: SparseDistribution, gold: np.ndarray) -> np.ndarray:
+    """`-log p` of the gold tokens under stored distributions, float64 [n], with the floor for those outside."""
+    found = (rows.ids == gold[:, None]) & (rows.ids >= 0)
+    probability = np.where(found, rows.probabilities, 0.0).sum(axis=1)
+    return np.asarray(-np.log(np.clip(probability, FLOOR, 1.0)))
+
+
+def covered_segments(pivot: Prepared, source: Prepared, covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which content rows of the pivot and of the source, bool [n] each, are in a segment that is covered."""
+    ours, theirs = number_line(pivot, source)
+    own, other = _content(pivot), _content(source)
+    cuts = np.intersect1d(ours[own, 0], theirs[other, 0])
+    if not len(cuts):
+        return np.zeros(len(pivot), dtype=bool), np.zeros(len(source), dtype=bool)
+    segment, segment_there = (np.searchsorted(cuts, spans[:, 0], side="right") - 1 for spans in (ours, theirs))
+    lacking = np.zeros(len(cuts), dtype=bool)
+    lacking[segment[own & ~covered & (segment >= 0)]] = True
+    # A row without width (a dummy prefix) has nll of its own: it counts with the token that it stands before.
+    return (
+        own & (segment >= 0) & ~lacking[segment],
+        ~source.end_of_turn & (segment_there >= 0) & ~lacking[segment_there],
+    )
+
+
+def _content(rows: Prepared) -> np.ndarray:
+    return np.asarray(~rows.end_of_turn & (rows.end > np.maximum(rows.begin, 0)))
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return round(part / whole, 6) if whole else None
+
+
+def _bits(nats: float, size: int) -> float | None:
+    return round(nats / np.log(2) / size, 6) if size else None

@@ -1,0 +1,171 @@
+"""`fusechat eval alignment`: strategies of alignment side by side, on conversations that their maps were not counted on."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fusechat.align.aligner import Aligner, Pair, Strategy, covered, with_strategy
+from fusechat.align.back_off import BackOff
+from fusechat.align.bias import RARELY, cut_share
+from fusechat.align.blocks import Blocks, Conversations
+from fusechat.align.quality import Quality
+from fusechat.align.stage import models
+from fusechat.capture import stage as capture
+from fusechat.config import PIVOT, Recipe
+from fusechat.core.distributions import SparseDistribution
+from fusechat.core.progress import Advance, progress
+from fusechat.pipeline import RECIPE, check_workdir, lock
+from fusechat.prepare import stage as prepare
+from fusechat.recipe_file import save_recipe
+
+STRATEGIES = (
+    Strategy("dtw", "exact"),
+    Strategy("dtw", "edit"),
+    Strategy("dtw", "statistics", top_1=True),
+    Strategy("dtw", "statistics"),
+    Strategy("boundary", "exact"),
+    Strategy("boundary", "edit"),
+    Strategy("boundary", "statistics", top_1=True),
+    Strategy("boundary", "statistics"),
+    Strategy("boundary", "statistics", unaligned="condition"),
+    Strategy("boundary", "statistics", unaligned="condition", look_ahead=True),
+    Strategy("boundary", "statistics", unaligned="condition", look_ahead=True, chain_rule=True),
+)
+
+_COLUMNS = (
+    ("coverage_of_positions", "rows"),
+    ("coverage_of_mass", "mass"),
+    ("common", "common"),
+    ("transferred", "there"),
+    ("own_there", "own"),
+    ("ratio", "ratio"),
+)
+_CAPTION = (
+    "rows, mass: covered. common: bits per byte of the gold tokens on the rows that all have, less is better; "
+    "there: on all that is covered; own: the source's own on the same bytes; ratio: of the two before."
+)
+_MORE = (("unaligned", "condition", "condition"), ("look_ahead", True, "ahead"), ("chain_rule", True, "chain"))
+
+
+def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> list[dict[str, Any]]:
+    """A record for each source, k and strategy. Counts on the training set, measures on the held-out one, which the source is
+    run over once. Raises RecipeError for a source without held-out conversations."""
+    held_out = {source: recipe.validation_set(source) for source in recipe.sources}
+    check_workdir(recipe, workdir)
+    records = []
+    with lock(workdir):
+        save_recipe(recipe, workdir / RECIPE)
+        for source in recipe.sources:
+            data = _conversations(recipe, workdir, source, held_out[source], k=max(top_ks))
+            records += [{"source": source, **record} for record in _compare(recipe, source, *data, top_ks)]
+    return records
+
+
+def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *, k: int) -> tuple[Any, Any]:
+    """Directories of the training set, prepared, and of the held-out set, prepared and captured; done where they are not."""
+    pivot, teacher = recipe.chatter(PIVOT), recipe.chatter(source)
+    steps = {}
+    for data in (recipe.training_set(source), held_out):
+        steps[data.name] = [prepare.step(recipe, workdir, chatter, data) for chatter in (pivot, teacher)]
+    captured = capture.step(recipe, workdir, teacher, steps[held_out.name][1], at_least=k)
+    for step in [step for pair in steps.values() for step in pair] + [captured]:
+        step.run()
+    training, measured = ([step.directory for step in steps[name]] for name in steps)
+    return (*training, None), (*measured, captured.directory)
+
+
+def _compare(recipe: Recipe, source: str, training: Any, measured: Any, top_ks: list[int]) -> list[dict[str, Any]]:
+    pair, back_off, about = models(recipe, source)
+    data = Conversations(*training, **about)
+    held_out = Conversations(*measured, **about)
+    records = []
+    total = len(STRATEGIES) * (2 * len(data.common()) + 2 * len(top_ks) * len(held_out.common()))
+    with progress(f"compare {source}", total, "conversations") as advance:
+        for strategy in STRATEGIES:
+            compared = with_strategy(pair, strategy)
+            for k, quality in _measure(compared, back_off, data, held_out, top_ks, advance, recipe.align.processes):
+                records.append({"k": k, **asdict(strategy), **quality.summary()})
+    return records
+
+
+def _measure(
+    pair: Pair,
+    back_off: BackOff,
+    data: Conversations,
+    held_out: Conversations,
+    top_ks: list[int],
+    advance: Advance,
+    processes: int | None,
+) -> list[tuple[int, Quality]]:
+    """One strategy's quality at each k."""
+    training = Blocks(pair, data, processes=processes)
+    counts = training.count(advance)
+    is_open = pair.open_tokens(counts)
+    counted = training.survey(is_open, advance)
+    seen = Blocks(pair, held_out, processes=1).survey(is_open, advance)
+    seen.pairs, seen.parts = counts, counted.parts  # of the training set alone
+    vocabulary_map = pair.build_map(seen, back_off)
+    return [(k, _quality(Aligner(pair, vocabulary_map, is_open), held_out, k, advance)) for k in top_ks]
+
+
+def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance) -> Quality:
+    quality = Quality()
+    boundary, warped = (with_strategy(aligner.pair, Strategy(kind)) for kind in ("boundary", "dtw"))
+    for identity in held_out.common():
+        pivot, source = held_out.pair(identity)
+        assert held_out.captured is not None
+        captured = cut_to(held_out.captured[identity], k)
+        alignment, _, result = aligner.transferred(pivot, source, captured, k=k)
+        common = (boundary.align(pivot, source).source_row >= 0) & (warped.align(pivot, source).source_row >= 0)
+        share = cut_share(source, captured, aligner.pair.source.spelling)[alignment.source_row]
+        quality.add(
+            pivot,
+            source,
+            captured,
+            rows=result.rows,
+            mapped=result.mapped,
+            covered=covered(alignment, result),
+            common=common,
+            rare=(alignment.source_row >= 0) & (share < RARELY),
+        )
+        advance()
+    return quality
+
+
+def cut_to(captured: SparseDistribution, k: int) -> SparseDistribution:
+    """The k most likely tokens of distributions that hold more."""
+    return SparseDistribution(captured.ids[:, :k], captured.logprobs[:, :k], captured.nll)
+
+
+def strategy_name(record: dict[str, Any]) -> str:
+    """What tables call a strategy."""
+    vocabulary = "top 1" if record["top_1"] else record["vocabulary"]
+    return " + ".join([f"{record['sequence']}, {vocabulary}", *(name for key, on, name in _MORE if record[key] == on)])
+
+
+def terminal_tables(records: list[dict[str, Any]]) -> list[Any]:
+    """A table for each source and k, for Rich to print."""
+    from rich import box
+    from rich.table import Table
+
+    tables = []
+    for source, k in dict.fromkeys((record["source"], record["k"]) for record in records):
+        rows = [record for record in records if (record["source"], record["k"]) == (source, k)]
+        own = rows[0]["own"]
+        table = Table(
+            box=box.SIMPLE_HEAD,
+            padding=(0, 1, 0, 0),
+            title=f"{source}, k = {k}: the source's own {_number(own)} bits per byte",
+            caption=_CAPTION,
+        )
+        table.add_column("strategy", overflow="fold")
+        for _, heading in _COLUMNS:
+            table.add_column(heading, justify="right")
+        for row in rows:
+            table.add_row(strategy_name(row), *(_number(row[key]) for key, _ in _COLUMNS))
+        tables.append(table)
+    return tables
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
