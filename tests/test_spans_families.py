@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from fusechat.core.spans import encode_with_spans
-from test_spans import FEW, TEXTS, assert_tiles, naive_bytes
+from test_spans import FEW, TEXTS, assert_own_bytes, assert_tiles, stands_for
 
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ADDED = [
@@ -194,16 +194,6 @@ def family(name: str, *, added: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-def stands_for(tokenizer: Any, token: int, part: bytes) -> bool:
-    """Whether a token may stand for this part of a text, be it less a dummy prefix, or with space around an added token."""
-    own = naive_bytes(tokenizer, token).removeprefix(b"##").removesuffix(b"</w>")
-    if "ByteLevel" not in str(tokenizer.backend_tokenizer.decoder):  # there a space mark is as good as a space
-        own, part = own.replace("▁".encode(), b" "), part.replace("▁".encode(), b" ")
-    if token in tokenizer.added_tokens_decoder:
-        return part.decode().strip() == own.decode().strip()
-    return part in (own, own.removeprefix(b" "), tokenizer.convert_ids_to_tokens(token).encode())
-
-
 # Line feeds that are tokens of their own, and space that another token swallows, are in no tokenizer together.
 EVERY = [(name, added) for name in [*KEEPING, *CHANGING] for added in (False, True) if (name, added) != ("gemma", True)]
 
@@ -214,12 +204,7 @@ EVERY = [(name, added) for name in [*KEEPING, *CHANGING] for added in (False, Tr
 @example(text="  <|r|>  <|r|> \n <|l|>  <|l|><|lr|>  ")
 @example(text=" a<|r|>▁<0x41> <0x3C>")
 def test_a_tokenizer_that_keeps_the_text_gives_every_token_its_bytes(name: str, added: bool, text: str) -> None:
-    tokenizer = family(name, added=added)
-    encoded = encode_with_spans(tokenizer, text)
-    assert encoded.exact
-    assert_tiles(encoded.spans, len(text.encode()))
-    for token, (begin, end) in zip(encoded.ids.tolist(), encoded.spans.tolist(), strict=True):
-        assert stands_for(tokenizer, token, text.encode()[begin:end]), (token, begin, end)
+    assert_own_bytes(family(name, added=added), text)
 
 
 @pytest.mark.parametrize(("name", "added"), EVERY)

@@ -6,7 +6,7 @@ Only where the tokenizer changes the text, or drops some of it, do its offsets s
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,7 +59,7 @@ def encode_with_spans(tokenizer: Any, text: str) -> Encoded:
         ends = np.cumsum(widths, dtype=np.int64)
         spans, exact = np.stack([ends - widths, ends], axis=1), True
     else:
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        offsets = np.fromiter(chain.from_iterable(encoding.offsets), dtype=np.int64).reshape(-1, 2)
         spans, exact = _spans_by_cluster(ids, offsets, table, text)
     if len(marks):
         spans += np.searchsorted(marks, spans) * (len(str(table.space_mark).encode()) - 1)
@@ -218,8 +218,10 @@ def _from_offsets(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tup
 
 
 def _without_gaps(spans: np.ndarray, size: int) -> np.ndarray:
-    """Monotone spans [n, 2] with the bytes that no token covers given to the token before, at the start to the first."""
+    """Monotone spans [n, 2]: bytes that no token covers go to the one with a width before, at the start to the first of these;
+    where none has a width, all go to the last token."""
     wide = np.flatnonzero(spans[:, 1] > spans[:, 0])
+    wide = wide if len(wide) else np.array([len(spans) - 1])
     edges = np.concatenate([[0], spans[wide[1:], 0], [size]])
     after = np.searchsorted(wide, np.arange(len(spans)), side="right")  # how many spans with a width begin up to here
     before = np.searchsorted(wide, np.arange(len(spans)), side="left")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fusechat.core.conversations import Message
-from fusechat.core.spans import encode_with_spans, token_bytes
+from fusechat.core.spans import encode_with_spans
+from fusechat.core.token_bytes import token_bytes
 from fusechat.errors import ModelError
 
 _OPEN, _CLOSE = "\ue1a7", "\ue1a8"  # private use: in no text that one would train on

@@ -17,8 +17,9 @@ SPACE_MARK = "▁"
 class TokenBytes:
     """The bytes that each token of a fast tokenizer stands for in the middle of a text, by id.
 
-    `added` and `special` are ids; `byte_tokens` are those written as `<0x41>`, the last resort of a tokenizer with byte
-    fallback. A pickled one carries the bytes and leaves the tokenizer behind. Raises ModelError for a slow tokenizer.
+    `added` has the tokenizer's AddedToken by id; `special` are ids, and so are `byte_tokens`: those written as `<0x41>`, the
+    last resort of a tokenizer with byte fallback. A pickled one carries the bytes and leaves the tokenizer behind. Raises
+    ModelError for a slow tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -48,10 +49,10 @@ class TokenBytes:
 
     def __getitem__(self, token: int) -> bytes:
         """The token's bytes; none for an id past the tokenizer's, in a vocabulary that the model pads."""
-        return self.pieces[token] if token < len(self.pieces) else b""
+        return self.pieces[token] if 0 <= token < len(self.pieces) else b""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "pieces": self.pieces, "tokenizer": None, "added": {}}
+        return {**self.__dict__, "pieces": self.pieces, "tokenizer": None}
 
     @cached_property
     def pieces(self) -> list[bytes]:
@@ -74,10 +75,6 @@ class TokenBytes:
     def is_added(self) -> np.ndarray:
         """Which tokens are added to the vocabulary of the tokenizer's model, bool [len(self)]."""
         return np.isin(np.arange(len(self)), list(self.added))
-
-    def all(self) -> list[bytes]:
-        """The bytes of every token of the tokenizer, by id."""
-        return self.pieces
 
     def is_byte(self, token: int) -> bool:
         """Whether the token is a byte written as `<0x41>`."""
