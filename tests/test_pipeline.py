@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def test_aligned_rows_conserve_mass_and_join_the_pivot_rows(finished: Path) -> N
             assert (sums < 1.01).all()  # float16 logarithms
             empty += int(
                 (sums == 0).sum()
-            )  # `label` fills what is unaligned, so these are aligned but without a candidate
+            )  # the gold token fills what is unaligned, so these are aligned but without a candidate
             assert (rows.ids < 412).all()
             assert captured[conversation.id].probabilities.sum(axis=1).max() < 1.01
         figures = json.loads((work / "align" / source / "figures.json").read_text())
@@ -184,6 +185,79 @@ def test_a_changed_setting_redoes_what_rests_on_it(finished: Path) -> None:
     assert (
         changed["capture gemma/gemma"] == changed["align gemma"] == changed["fuse gemma"] == changed["merge"] == "stale"
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "sequence=dtw",
+        "vocabulary=exact",
+        "vocabulary=edit",
+        "top_1=true",
+        *(f"unaligned={kind}" for kind in ("label", "skip", "pivot")),
+        "look_ahead=false",
+        "chain_rule=true",
+        "top_k=3",
+    ],
+)
+def test_another_way_to_align_makes_alignment_stale_and_nothing_before_it(finished: Path, change: str) -> None:
+    steps = build_steps(load_recipe(finished / "recipe.yaml", [f"align.{change}"]), finished / "work")
+    stale = {step.stage for step in steps if step.state()[0] != "done"}
+    assert stale == {"align", "fuse", "merge", "evaluate", "report"}
+    assert {step.name for step in steps if step.state()[0] != "done" and step.stage == "align"} == {"mistral", "gemma"}
+
+
+def test_more_processes_make_nothing_stale_but_the_page_that_shows_the_recipe(finished: Path) -> None:
+    steps = build_steps(load_recipe(finished / "recipe.yaml", ["align.processes=2"]), finished / "work")
+    assert [step.label for step in steps if step.state()[0] != "done"] == ["report"]
+
+
+@pytest.mark.parametrize(("unaligned", "needs"), [("label", 0), ("skip", 0), ("condition", 0), ("pivot", 2)])
+def test_alignment_rests_on_what_the_pivot_was_captured_to_say_only_where_it_fills_gaps_with_that(
+    finished: Path, unaligned: str, needs: int
+) -> None:
+    steps = build_steps(load_recipe(finished / "recipe.yaml", [f"align.unaligned={unaligned}"]), finished / "work")
+    aligned = [step for step in steps if step.stage == "align"]
+    above = [one.label for step in aligned for one in step.upstream.values() if one.stage == "capture"]
+    assert [label for label in above if "pivot" not in label] == ["capture mistral/data", "capture gemma/gemma"]
+    assert len(above) - 2 == needs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["vocabulary=exact", "unaligned=label", "top_1=true"],
+        ["vocabulary=edit", "unaligned=skip", "top_k=3"],
+        ["sequence=dtw", "unaligned=pivot", "look_ahead=true", "top_k=9"],
+        ["chain_rule=true", "look_ahead=false", "processes=1"],
+        ["sequence=dtw", "vocabulary=edit", "chain_rule=true", "unaligned=condition"],
+    ],
+    ids=" ".join,
+)
+def test_a_recipe_sets_every_way_to_align(finished: Path, tmp_path: Path, changes: list[str]) -> None:
+    work = tmp_path / "work"
+    for name in ("recipe.yaml", "prepare", "capture"):
+        source = finished / "work" / name
+        shutil.copytree(source, work / name) if source.is_dir() else (work.mkdir(), shutil.copy(source, work / name))
+    recipe = load_recipe(finished / "recipe.yaml", [f"align.{change}" for change in changes])
+    assert run(recipe, work, until="align") == 2
+    totals = {"positions_conditioned": 0, "positions_by_the_chain_rule": 0}
+    for source, data in (("mistral", "data"), ("gemma", "gemma")):
+        figures = json.loads((work / "align" / source / "figures.json").read_text())
+        prepared = PreparedSet(work / "prepare" / "pivot" / data)
+        rows = [open_distributions(work / "align" / source)[identity] for identity in prepared.ids]
+        size = recipe.align.top_k or 6
+        assert {each.ids.shape[1] for each in rows} == {size}
+        missing = figures["positions"] - figures["positions_aligned"] - figures["positions_conditioned"]
+        empty = sum(int((each.ids < 0).all(axis=1).sum()) for each in rows)
+        unfilled = missing if recipe.align.unaligned == "skip" else 0
+        assert empty - figures["positions_without_candidate"] == unfilled
+        for key in totals:
+            totals[key] += figures[key]
+        assert ("seen" in figures["map_rows_by_origin"]) == (recipe.align.vocabulary == "statistics")
+        assert ("edit distance" in figures["map_rows_by_origin"]) == (recipe.align.vocabulary == "edit")
+    assert (totals["positions_conditioned"] > 0) == (recipe.align.unaligned == "condition")
+    assert (totals["positions_by_the_chain_rule"] > 0) == recipe.align.chain_rule
 
 
 def test_a_damaged_artifact_is_made_again(finished: Path) -> None:

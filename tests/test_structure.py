@@ -9,7 +9,7 @@ import fusechat.fuse
 
 ROOT = Path(fusechat.__file__).parent
 STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
-KNOW_CONFIG = {"cli", "pipeline", "recipe_file", "config"}
+KNOW_CONFIG = {"cli", "pipeline", "alignment", "recipe_file", "config"}
 
 
 def imports(file: Path) -> set[str]:
