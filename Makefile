@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench clean
+.PHONY: install quickstart test check bench bench-alignment clean
 
 install: .venv/.installed
 
@@ -25,6 +25,12 @@ check: install
 
 bench: install
 	$(BIN)/python benchmarks/quickstart.py
+
+# Quality and speed of token alignment; DATA has the files that benchmarks/alignment_quality.py names.
+DATA ?= ../shared/data
+bench-alignment: install
+	$(BIN)/python benchmarks/alignment_quality.py $(DATA)
+	$(BIN)/python benchmarks/alignment_speed.py $(DATA)/gsm8k_train.jsonl $(DATA)/mbpp.jsonl $(DATA)/oasst_threads.jsonl
 
 clean:
 	rm -rf .venv build dist src/*.egg-info

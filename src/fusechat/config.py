@@ -1,6 +1,5 @@
 """The recipe: what a user writes, checked as a whole before any work. Reading the file is in `recipe_file.py`."""
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -258,54 +257,3 @@ class Recipe(Section):
 def is_template_file(text: str) -> bool:
     """Whether a chat template is given as the name of a file: `template.jinja`."""
     return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text
-
-
-def absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Makes data files and local models of a raw recipe absolute, and reads template files. Leaves alone what is of another
-    form."""
-
-    def model(spec: Any) -> Any:
-        if isinstance(spec, str):
-            return _absolute(spec, base)
-        if not isinstance(spec, dict):
-            return spec
-        spec = dict(spec)
-        if isinstance(spec.get("model"), str):
-            spec["model"] = _absolute(spec["model"], base)
-        template = spec.get("chat_template")
-        if isinstance(template, str) and is_template_file(template) and (base / template).is_file():
-            spec["chat_template"] = (base / template).read_text(encoding="utf-8")
-        if "data" in spec:
-            spec["data"] = data(spec["data"])
-        return spec
-
-    def data(section: Any) -> Any:
-        if not isinstance(section, dict):
-            return section
-        section = dict(section)
-        for key in ("train", "validation"):
-            entry = section.get(key)
-            if isinstance(entry, str):
-                section[key] = _absolute(entry, base)
-            elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
-                section[key] = {**entry, "path": _absolute(entry["path"], base)}
-        return section
-
-    recipe = dict(recipe)
-    if "pivot" in recipe:
-        recipe["pivot"] = model(recipe["pivot"])
-    if isinstance(recipe.get("sources"), dict):
-        recipe["sources"] = {name: model(spec) for name, spec in recipe["sources"].items()}
-    if "data" in recipe:
-        recipe["data"] = data(recipe["data"])
-    return recipe
-
-
-def _absolute(text: str, base: Path) -> str:
-    """A path from `base` where there is such a file or where it can be nothing else; a hub id or wheel as it is."""
-    if text.startswith("wheel:"):
-        return text
-    path = Path(text).expanduser()
-    local = path if path.is_absolute() else base / path
-    looks_local = text.startswith((".", "~", "/")) or path.suffix in (".jsonl", ".json", ".parquet", ".gguf")
-    return str(local.resolve()) if looks_local or local.exists() else text

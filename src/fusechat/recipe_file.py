@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fusechat.config import Recipe, absolute_paths
+from fusechat.config import Recipe, is_template_file
 from fusechat.core.files import write_text
 from fusechat.errors import RecipeError
 
@@ -31,7 +31,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _set(raw, override)
     try:
-        recipe = Recipe.model_validate(absolute_paths(raw, path.resolve().parent))
+        recipe = Recipe.model_validate(_absolute_paths(raw, path.resolve().parent))
     except ValidationError as error:
         raise RecipeError(*repeated, *_explain(error, path, lines)) from None
     if repeated:
@@ -172,3 +172,54 @@ def _suggestion(place: tuple[str, ...]) -> str:
 
 def _is_section(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Makes data files and local models of a raw recipe absolute, and reads template files. Leaves alone what is of another
+    form."""
+
+    def model(spec: Any) -> Any:
+        if isinstance(spec, str):
+            return _absolute(spec, base)
+        if not isinstance(spec, dict):
+            return spec
+        spec = dict(spec)
+        if isinstance(spec.get("model"), str):
+            spec["model"] = _absolute(spec["model"], base)
+        template = spec.get("chat_template")
+        if isinstance(template, str) and is_template_file(template) and (base / template).is_file():
+            spec["chat_template"] = (base / template).read_text(encoding="utf-8")
+        if "data" in spec:
+            spec["data"] = data(spec["data"])
+        return spec
+
+    def data(section: Any) -> Any:
+        if not isinstance(section, dict):
+            return section
+        section = dict(section)
+        for key in ("train", "validation"):
+            entry = section.get(key)
+            if isinstance(entry, str):
+                section[key] = _absolute(entry, base)
+            elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
+                section[key] = {**entry, "path": _absolute(entry["path"], base)}
+        return section
+
+    recipe = dict(recipe)
+    if "pivot" in recipe:
+        recipe["pivot"] = model(recipe["pivot"])
+    if isinstance(recipe.get("sources"), dict):
+        recipe["sources"] = {name: model(spec) for name, spec in recipe["sources"].items()}
+    if "data" in recipe:
+        recipe["data"] = data(recipe["data"])
+    return recipe
+
+
+def _absolute(text: str, base: Path) -> str:
+    """A path from `base` where there is such a file or where it can be nothing else; a hub id or wheel as it is."""
+    if text.startswith("wheel:"):
+        return text
+    path = Path(text).expanduser()
+    local = path if path.is_absolute() else base / path
+    looks_local = text.startswith((".", "~", "/")) or path.suffix in (".jsonl", ".json", ".parquet", ".gguf")
+    return str(local.resolve()) if looks_local or local.exists() else text

@@ -17,16 +17,16 @@ from fusechat.core.distributions import SparseDistribution
 from fusechat.core.prepared import Prepared
 from fusechat.core.token_bytes import TokenBytes
 
-OPEN = 0.01  # a source token is open where at least this share of its counts is with longer pivot tokens
+OPEN = 0.01  # a source token is open where at least this share of its counts is with longer pivot tokens, or has none
 
 
 def open_tokens(counts: Counts, pivot: TokenBytes, source: TokenBytes) -> np.ndarray:
-    """bool [source tokens]: which of them a longer pivot token starts with often enough."""
+    """bool [source tokens]: which of them a longer pivot token may well start with; all of those that were never counted."""
     own, other = _lengths(source, counts.source), _lengths(pivot, counts.pivot)
     size = max(len(source), int(counts.source.max(initial=-1)) + 1)
     longer = np.bincount(counts.source, weights=counts.count * (other > own), minlength=size)
     total = np.bincount(counts.source, weights=counts.count, minlength=size)
-    return (longer >= OPEN * total) & (longer > 0)
+    return (longer >= OPEN * total) & ((longer > 0) | (total == 0))
 
 
 def _lengths(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:

@@ -164,7 +164,8 @@ class Aligner:
         k: int,
         fill: SparseDistribution | None = None,
     ) -> SparseDistribution:
-        """Targets for the pivot's rows of one conversation, [n_pivot, k]. `fill`: the pivot's own distributions (`pivot`)."""
+        """Targets for the pivot's rows of a conversation, or of several joined, [n_pivot, k]. `fill` [n_pivot, k]: the pivot's own
+        distributions."""
         alignment, candidates, result = self.transferred(pivot, source, captured, k=k)
         self.figures.add(alignment, candidates, result, self.map)
         share = cut_share(source, captured, self.pair.source.spelling)[alignment.source_row]
@@ -199,9 +200,7 @@ class Aligner:
         """What stands where the source says nothing: the gold token, the pivot's own distribution, or nothing."""
         kind = self.pair.strategy.unaligned
         if kind == "pivot" and fill is not None:
-            k = min(rows.ids.shape[1], fill.ids.shape[1])
-            rows.ids[~covered, :k] = fill.ids[~covered, :k]
-            rows.logprobs[~covered, :k] = fill.logprobs[~covered, :k]
+            rows.ids[~covered], rows.logprobs[~covered] = fill.ids[~covered], fill.logprobs[~covered]
         elif kind in ("label", "condition"):
             rows.ids[~covered, 0] = pivot.gold[~covered]
             rows.logprobs[~covered, 0] = 0.0

@@ -71,15 +71,16 @@ class BackOff:
 
     def _first_token(self, text: str) -> int | None:
         backend = self.pivot.tokenizer.backend_tokenizer
-        word = self.pivot.piece(text)
-        if self.pivot.byte_level and backend.pre_tokenizer is not None:
-            word = next(iter(backend.pre_tokenizer.pre_tokenize_str(text)), (word,))[0]
-        pieces = backend.model.tokenize(word)
-        if not pieces:
-            return None
-        token = int(pieces[0].id)
-        begins = self.pivot[token] and text.encode().startswith(self.pivot[token])
-        return token if begins and token not in self.pivot.special else None
+        written = [self.pivot.piece(text)]
+        if self.pivot.byte_level and backend.pre_tokenizer is not None:  # it cuts words, which the model must not join
+            written = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)[:1]] + written
+        for word in written:
+            pieces = backend.model.tokenize(word)
+            token = int(pieces[0].id) if pieces else TAIL
+            data = self.pivot[token] if token not in self.pivot.special else b""
+            if data and text.encode().startswith(data):
+                return token
+        return None
 
     def _longest_prefix(self, data: bytes) -> tuple[int, str]:
         for length in range(min(len(data), self._longest), 0, -1):

@@ -16,7 +16,7 @@ RARELY = 0.1  # of the source's mass on what begins with the bytes of the token 
 def cut_share(source: Prepared, captured: SparseDistribution, spelling: Spelling) -> np.ndarray:
     """For every source row the share of its mass, one row before, on the very token that stands there, among that token and
     the kept candidates that go on after its bytes: float64 [n]; 1 at the start of a response and at its end of turn."""
-    lengths = np.diff(spelling.offset)
+    lengths = spelling.lengths
     known = np.minimum(source.gold, len(lengths) - 1)
     length = np.where(source.gold < len(lengths), lengths[known], 0)
     longer = spelling.left_over(captured.ids, source.gold, length) > 0

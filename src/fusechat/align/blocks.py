@@ -21,6 +21,7 @@ from fusechat.align.back_off import BackOff
 from fusechat.align.check import check_conversation
 from fusechat.align.counts import Counts, Seen, add_counts, add_seen
 from fusechat.align.figures import Figures, add_figures
+from fusechat.align.joined import Joined, groups, join, join_distributions, split
 from fusechat.align.vocabulary import VocabularyMap
 from fusechat.core.distributions import DistributionSet, SparseDistribution, open_distributions
 from fusechat.core.prepared import Prepared, PreparedSet
@@ -71,10 +72,25 @@ class Conversations:
     def fill(self) -> DistributionSet | None:
         return open_distributions(self._places[3]) if self._places[3] else None
 
+    def has(self, identity: str) -> bool:
+        """Whether both models have the conversation, and the source its distributions if there are any."""
+        known = self.captured.index if self.captured else self.source.row_of
+        return identity in self.pivot.row_of and identity in self.source.row_of and identity in known
+
+    def filling(self, identity: str, rows: int, k: int) -> SparseDistribution:
+        """The pivot's own distributions of a conversation, cut or padded to `k` tokens; nothing but pads where there are none."""
+        result = SparseDistribution(
+            np.full((rows, k), -1, np.int32), np.full((rows, k), -np.inf), np.zeros(0, dtype=np.float32)
+        )
+        if self.fill and identity in self.fill:
+            own = self.fill[identity]
+            width = min(k, own.ids.shape[1])
+            result.ids[:, :width], result.logprobs[:, :width] = own.ids[:, :width], own.logprobs[:, :width]
+        return result
+
     def common(self) -> list[str]:
         """The conversations that both models have, in the pivot's order."""
-        known = self.captured.index if self.captured else self.source.row_of
-        return [identity for identity in self.pivot.ids if identity in self.source.row_of and identity in known]
+        return [identity for identity in self.pivot.ids if self.has(identity)]
 
     def pair(self, identity: str) -> tuple[Prepared, Prepared]:
         return self.pivot[self.pivot.row_of[identity]], self.source[self.source.row_of[identity]]
@@ -159,35 +175,48 @@ def _in_process(work: Callable[[Any, list[str]], R], block: list[str]) -> R:
     return work(_state, block)
 
 
+def _joined(data: Conversations, block: list[str]) -> Iterator[Joined]:
+    """The conversations of a block that both models have, several at a time."""
+    both = [identity for identity in block if data.has(identity)]
+    pairs = [data.pair(identity) for identity in both]
+    for group in groups([len(pivot) for pivot, _ in pairs]):
+        captured = [data.captured[both[index]] for index in group] if data.captured else None
+        yield join([pairs[index] for index in group], captured)
+
+
 def _count(state: tuple[Pair, Conversations], block: list[str]) -> Counts:
     pair, data = state
     survey = Survey(pair)
     for identity in block:
-        pivot, source = data.pair(identity)
         captured = data.captured[identity] if data.captured else None
-        check_conversation(pivot, source, captured, pair=pair, names=data.names, sizes=data.sizes)
-        survey.count(pivot, source)
+        check_conversation(*data.pair(identity), captured, pair=pair, names=data.names, sizes=data.sizes)
+    for joined in _joined(data, block):
+        survey.count(joined.pivot, joined.source)
     return survey.counts()
 
 
 def _survey(state: tuple[Pair, Conversations, np.ndarray], block: list[str]) -> Seen:
     pair, data, is_open = state
     survey = Survey(pair, is_open)
-    for identity in block:
-        survey.need(*data.pair(identity), data.captured[identity] if data.captured else None)
+    for joined in _joined(data, block):
+        survey.need(joined.pivot, joined.source, joined.captured)
     return survey.seen()
 
 
 def _align(state: tuple[Pair, Conversations, VocabularyMap, np.ndarray, int], block: list[str]) -> tuple[Rows, Figures]:
     pair, data, vocabulary_map, is_open, k = state
     aligner = Aligner(pair, vocabulary_map, is_open)
-    rows: Rows = []
+    rows: dict[str, SparseDistribution] = {}
+    for joined in _joined(data, block):
+        assert joined.captured is not None
+        fill = join_distributions(
+            [data.filling(identity, n, k) for identity, n in zip(joined.ids, joined.lengths, strict=True)]
+        )
+        several = aligner.align(joined.pivot, joined.source, joined.captured, k=k, fill=fill)
+        rows.update(zip(joined.ids, split(several, joined.lengths), strict=True))
+        aligner.figures.conversations += len(joined.ids)
     for identity in block:
-        fill = data.fill[identity] if data.fill and identity in data.fill else None
-        if data.captured and identity in data.source.row_of and identity in data.captured:
-            pivot, source = data.pair(identity)
-            rows.append((identity, aligner.align(pivot, source, data.captured[identity], k=k, fill=fill)))
-        else:
+        if identity not in rows:
             pivot = data.pivot[data.pivot.row_of[identity]]
-            rows.append((identity, aligner.unaligned(pivot, k=k, fill=fill)))
-    return rows, aligner.figures
+            rows[identity] = aligner.unaligned(pivot, k=k, fill=data.filling(identity, len(pivot), k))
+    return [(identity, rows[identity]) for identity in block], aligner.figures

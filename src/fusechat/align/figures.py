@@ -36,7 +36,6 @@ class Figures:
         aligned = alignment.source_row >= 0
         conditioned = alignment.inside & (result.mapped > 0)
         covered = aligned | conditioned
-        self.conversations += 1
         self.positions += len(aligned)
         self.aligned += int(aligned.sum())
         self.clipped += int((aligned & ~alignment.unclipped).sum())

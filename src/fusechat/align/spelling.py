@@ -1,6 +1,7 @@
 """Comparing the bytes of tokens, many at a time."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -14,6 +15,11 @@ class Spelling:
 
     data: np.ndarray
     offset: np.ndarray
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [tokens]: bytes of each."""
+        return np.diff(self.offset)
 
     @classmethod
     def of(cls, tokens: TokenBytes) -> "Spelling":
