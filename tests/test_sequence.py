@@ -1,37 +1,23 @@
-"""Alignment by byte boundaries against a double loop over all pairs."""
-
-import itertools
-from collections.abc import Callable
+"""Alignment by byte boundaries, and what starts inside a source token, against double loops over all pairs."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aligning import Response, Spans, array, conversations, prepared, tilings
 from fusechat.align import align_starts
-from fusechat.align.sequence import align_rows
+from fusechat.align.sequence import Alignment, align_rows, containing
 from fusechat.core.prepared import Prepared
 
 FEW = settings(max_examples=150, deadline=None)
 
 
-@st.composite
-def tilings(draw: Callable, size: int, zero_width: bool = True) -> list[tuple[int, int]]:
-    """Spans that tile `size` bytes, some of them empty."""
-    cuts = draw(st.sets(st.integers(1, size - 1))) if size > 1 else set()
-    edges = [0, *sorted(cuts), size] if size else [0]
-    spans = []
-    for begin, end in itertools.pairwise(edges):
-        spans += [(begin, begin)] * (draw(st.integers(0, 2)) if zero_width else 0)
-        spans.append((begin, end))
-    return spans + [(size, size)] * (draw(st.integers(0, 1)) if zero_width else 0)
-
-
-def pairs_of_tilings() -> st.SearchStrategy[tuple[list[tuple[int, int]], list[tuple[int, int]]]]:
+def pairs_of_tilings() -> st.SearchStrategy[tuple[Spans, Spans]]:
     return st.integers(0, 14).flatmap(lambda size: st.tuples(tilings(size), tilings(size)))
 
 
-def naive_starts(pivot: list[tuple[int, int]], source: list[tuple[int, int]]) -> list[int]:
+def naive_starts(pivot: Spans, source: Spans) -> list[int]:
     """The first source token with width that starts where a pivot token with width does."""
     result = []
     for begin, end in pivot:
@@ -40,13 +26,9 @@ def naive_starts(pivot: list[tuple[int, int]], source: list[tuple[int, int]]) ->
     return result
 
 
-def array(spans: list[tuple[int, int]]) -> np.ndarray:
-    return np.array(spans, dtype=np.int64).reshape(-1, 2)
-
-
 @FEW
 @given(pairs_of_tilings())
-def test_align_starts_is_the_double_loop(pair: tuple[list[tuple[int, int]], list[tuple[int, int]]]) -> None:
+def test_align_starts_is_the_double_loop(pair: tuple[Spans, Spans]) -> None:
     pivot, source = pair
     found = align_starts(array(pivot), array(source))
     assert found.dtype == np.int64
@@ -55,7 +37,7 @@ def test_align_starts_is_the_double_loop(pair: tuple[list[tuple[int, int]], list
 
 @FEW
 @given(pairs_of_tilings())
-def test_alignment_is_symmetric_and_monotone(pair: tuple[list[tuple[int, int]], list[tuple[int, int]]]) -> None:
+def test_alignment_is_symmetric_and_monotone(pair: tuple[Spans, Spans]) -> None:
     pivot, source = pair
     there = align_starts(array(pivot), array(source))
     back = align_starts(array(source), array(pivot))
@@ -89,31 +71,38 @@ def test_lists_are_taken_as_well_as_arrays() -> None:
     assert align_starts([(0, 1), (1, 2)], [(0, 2)]).tolist() == [0, -1]  # type: ignore[arg-type]
 
 
+def naive_containing(pivot: Spans, source: Spans) -> list[int]:
+    """The source token that a pivot token with width begins in, where no source token with width begins."""
+    result = []
+    for begin, end in pivot:
+        inside = [j for j, (first, last) in enumerate(source) if first < begin < last]
+        begins_one = any(first == begin and last > first for first, last in source)
+        result.append(inside[0] if inside and end > begin and not begins_one else -1)
+    return result
+
+
+@FEW
+@given(pairs_of_tilings())
+def test_containing_is_the_double_loop(pair: tuple[Spans, Spans]) -> None:
+    found = containing(array(pair[0]), array(pair[1]))
+    assert found.dtype == np.int64
+    assert found.tolist() == naive_containing(*pair)
+
+
+@FEW
+@given(st.integers(1, 14).flatmap(lambda size: st.tuples(tilings(size), tilings(size))))
+def test_of_one_text_every_token_with_width_starts_with_a_source_token_or_inside_one(pair: tuple[Spans, Spans]) -> None:
+    starts, inside = (find(array(pair[0]), array(pair[1])) >= 0 for find in (align_starts, containing))
+    assert (starts ^ inside).tolist() == [end > begin for begin, end in pair[0]]
+
+
+def test_nothing_contains_where_there_are_no_tokens() -> None:
+    assert containing(array([]), array([(0, 3)])).tolist() == []
+    assert containing(array([(1, 2)]), array([])).tolist() == [-1]
+    assert containing(array([(1, 2)]), array([(1, 1)])).tolist() == [-1]
+
+
 # -- rows of conversations ----------------------------------------------------------------------------------------------
-
-Response = tuple[list[tuple[int, int]], bool]  # spans of its content tokens, and whether an end of turn follows
-
-
-def prepared(responses: list[Response]) -> Prepared:
-    response, begin, end, closing, sizes = [], [], [], [], []
-    for number, (spans, ends_turn) in enumerate(responses):
-        sizes.append(spans[-1][1])
-        for first, last in [*spans, *([(sizes[-1], sizes[-1])] if ends_turn else [])]:
-            response.append(number)
-            begin.append(first)
-            end.append(last)
-        closing += [False] * len(spans) + [True] * ends_turn
-    n = len(response)
-    return Prepared(
-        id="x",
-        input_ids=np.arange(n + 1, dtype=np.int32),
-        position=np.arange(1, n + 1, dtype=np.int32),
-        response=np.array(response, dtype=np.int32),
-        begin=np.array(begin, dtype=np.int32),
-        end=np.array(end, dtype=np.int32),
-        end_of_turn=np.array(closing, dtype=bool),
-        content_bytes=np.array(sizes, dtype=np.int32),
-    )
 
 
 def naive_rows(pivot: Prepared, source: Prepared) -> list[int]:
@@ -132,25 +121,6 @@ def naive_rows(pivot: Prepared, source: Prepared) -> list[int]:
     return result
 
 
-@st.composite
-def conversations(draw: Callable) -> tuple[list[Response], list[Response]]:
-    """One conversation as two models see it: either may clip its first token, lose later responses, end no turns."""
-    sizes = draw(st.lists(st.integers(1, 9), min_size=1, max_size=3))
-    sides = []
-    for _ in range(2):
-        kept = draw(st.integers(1, len(sizes)))
-        ends_turn = draw(st.booleans())
-        responses: list[Response] = []
-        for size in sizes[:kept]:
-            spans = draw(tilings(size))
-            if draw(st.booleans()):
-                spans = [(begin, end) for begin, end in spans if end > begin]
-                spans[0] = (-draw(st.integers(1, 2)), spans[0][1])
-            responses.append((spans, ends_turn))
-        sides.append(responses)
-    return sides[0], sides[1]
-
-
 @FEW
 @given(conversations())
 def test_align_rows_is_the_double_loop(sides: tuple[list[Response], list[Response]]) -> None:
@@ -163,6 +133,67 @@ def test_align_rows_is_the_double_loop(sides: tuple[list[Response], list[Respons
     assert alignment.unclipped.tolist() == [
         j >= 0 and pivot.begin[i] >= 0 and source.begin[j] >= 0 for i, j in enumerate(expected)
     ]
+
+
+def naive_inside(pivot: Prepared, source: Prepared) -> list[tuple[int, int]]:
+    """The source's row whose token a pivot's content token starts inside of, and how many of its bytes come before."""
+    starts = naive_rows(pivot, source)
+    result = []
+    for i in range(len(pivot)):
+        found = (-1, 0)
+        first, last = max(int(pivot.begin[i]), 0), int(pivot.end[i])
+        for j in range(len(source)):
+            same = pivot.response[i] == source.response[j] and not (pivot.end_of_turn[i] or source.end_of_turn[j])
+            if starts[i] < 0 and same and last > first and max(source.begin[j], 0) < first < source.end[j]:
+                found = (j, first - int(source.begin[j]))
+        result.append(found)
+    return result
+
+
+@FEW
+@given(conversations())
+def test_rows_inside_and_bytes_given_are_the_double_loop(sides: tuple[list[Response], list[Response]]) -> None:
+    pivot, source = (prepared(responses) for responses in sides)
+    alignment = align_rows(pivot, source)
+    expected = naive_inside(pivot, source)
+    assert list(zip(alignment.inside_row.tolist(), alignment.given.tolist(), strict=True)) == expected
+    assert alignment.inside.tolist() == [row >= 0 for row, _ in expected]
+
+
+def test_bytes_given_count_what_the_source_token_takes_in_of_the_template() -> None:
+    """The source's `▁hello` takes the template's space; the pivot's `llo` starts two bytes into the content."""
+    alignment = align_rows(prepared([([(0, 2), (2, 5)], False)]), prepared([([(-1, 5)], False)]))
+    assert alignment.source_row.tolist() == [0, -1]
+    assert alignment.source_clip.tolist() == [1, 0]
+    assert alignment.inside_row.tolist() == [-1, 0]
+    assert alignment.given.tolist() == [0, 3]
+
+
+def test_a_pivot_token_without_width_is_inside_nothing() -> None:
+    alignment = align_rows(prepared([([(0, 2), (2, 2), (2, 4)], False)]), prepared([([(0, 4)], False)]))
+    assert alignment.inside_row.tolist() == [-1, -1, 0]
+
+
+def rows(name: str, alignment: Alignment) -> list[int]:
+    return list(getattr(alignment, name).tolist())
+
+
+def test_rows_of_ones_own_take_the_place_of_shared_starts() -> None:
+    """`banana` against `ba|na|na`: a correspondence that joins the last `na` leaves the first one without."""
+    pivot, source = prepared([([(0, 2), (2, 4), (4, 6)], True)]), prepared([([(-1, 6)], True)])
+    own = np.array([-1, -1, 0, 1])
+    alignment = align_rows(pivot, source, own)
+    assert rows("source_row", alignment) == [-1, -1, 0, 1]
+    assert rows("source_clip", alignment) == [0, 0, 1, 0]
+    # The first starts with the source's token, so that it is inside none; the second is inside it, one byte of template before.
+    assert rows("inside_row", alignment) == [-1, 0, -1, -1]
+    assert rows("given", alignment) == [0, 3, 0, 0]
+
+
+def test_an_end_of_turn_without_partner_is_inside_nothing() -> None:
+    pivot, source = prepared([([(0, 2)], True)]), prepared([([(0, 2)], False)])
+    assert rows("source_row", align_rows(pivot, source)) == [0, -1]
+    assert rows("inside_row", align_rows(pivot, source)) == [-1, -1]
 
 
 def test_ends_of_turn_join_once_a_response_and_with_nothing_else() -> None:

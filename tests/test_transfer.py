@@ -1,4 +1,4 @@
-"""Distribution transfer against a dense matrix product, and positions whose token takes in template text."""
+"""Distribution transfer against a dense matrix product in float64, and the alignment as a whole."""
 
 from typing import Any
 
@@ -8,214 +8,221 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from fusechat.align.aligner import Aligner, Side
-from fusechat.align.sequence import Alignment
-from fusechat.align.transfer import Transferred, clipped_entries, mapped_entries, transfer
-from fusechat.align.vocabulary import BackOff, VocabularyMap
+from aligning import dense, map_of, sparse
+from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
+from fusechat.align.back_off import BackOff
+from fusechat.align.candidates import Candidates
+from fusechat.align.transfer import Transfer, Transferred
 from fusechat.capture.top_k import capture_batch
 from fusechat.core.conversations import Conversation, Message
-from fusechat.core.distributions import SparseDistribution
 from fusechat.core.prepared import Prepared
-from fusechat.core.spans import TokenBytes
 from fusechat.core.templates import ChatTemplate
+from fusechat.core.token_bytes import TokenBytes
 from fusechat.prepare.tokenise import prepare_conversation
 
-SOURCE, PIVOT, K = 9, 7, 4  # sizes of two vocabularies, and the candidates captured
+ROWS, PIVOT = 9, 7  # rows of W, tokens of the pivot
+FEW = settings(max_examples=150, deadline=None)
+# Rows of W in powers of two, so that sums are exact whatever their order, and ties abound; the last goes to the tail.
+SHAPES = [[1.0], [0.5, 0.5], [0.5, 0.25, 0.25], [0.25] * 4, [0.75, 0.25], []]
 
 
-def sparse(rows: list[dict[int, float]], k: int = K) -> SparseDistribution:
-    """Rows of token → probability, most likely first, padded to k."""
-    ids, logprobs = np.full((len(rows), k), -1, dtype=np.int32), np.full((len(rows), k), -np.inf, dtype=np.float64)
-    for index, row in enumerate(rows):
-        for rank, (token, probability) in enumerate(sorted(row.items(), key=lambda item: -item[1])):
-            ids[index, rank], logprobs[index, rank] = token, np.log(probability)
-    return SparseDistribution(ids, logprobs, np.zeros(len(rows), dtype=np.float32))
-
-
-def dense(rows: SparseDistribution, size: int) -> np.ndarray:
-    result = np.zeros((len(rows.ids), size))
-    for index in range(len(rows.ids)):
-        for token, logprob in zip(rows.ids[index].tolist(), rows.logprobs[index].tolist(), strict=True):
-            if token >= 0:
-                result[index, token] += np.exp(logprob)
-    return result
-
-
-def map_of(matrix: np.ndarray) -> VocabularyMap:
-    """The sparse form of a dense W."""
-    entries = [np.flatnonzero(row) for row in matrix]
-    return VocabularyMap(
-        source=np.arange(len(matrix)),
-        offset=np.concatenate([[0], np.cumsum([len(row) for row in entries])]).astype(np.int64),
-        pivot=np.concatenate(entries).astype(np.int64),
-        weight=np.concatenate([matrix[index, row] for index, row in enumerate(entries)]),
-        how=["seen"] * len(matrix),
+def candidates(row: Any, mass: Any, own: Any = None, chained: Any = None) -> Candidates:
+    row = np.array(row, dtype=np.int64)
+    return Candidates(
+        row,
+        np.array(mass, dtype=np.float64),
+        np.zeros(len(row), dtype=bool) if own is None else np.array(own, dtype=bool),
+        np.full(len(row), np.nan) if chained is None else np.array(chained, dtype=np.float64),
     )
 
 
-def plain(source_row: list[int]) -> Alignment:
-    rows = np.array(source_row, dtype=np.int64)
-    return Alignment(rows, np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64))
+def plain(rows: list[dict[int, float]]) -> Candidates:
+    """Candidates of rows of W → mass, without the chain rule."""
+    width = max([1, *map(len, rows)])
+    padded = [[*row.items(), *[(-1, 0.0)] * (width - len(row))] for row in rows]
+    return candidates([[entry for entry, _ in row] for row in padded], [[mass for _, mass in row] for row in padded])
 
 
 @st.composite
-def problems(draw: Any) -> tuple[list[dict[int, float]], np.ndarray, list[int]]:
-    """Source rows, a row-stochastic W in which some tokens go to the tail, and which source row each pivot row has."""
-    rows = []
-    for _ in range(draw(st.integers(1, 4))):
-        tokens = draw(st.lists(st.integers(0, SOURCE - 1), max_size=K, unique=True))
-        shares = draw(st.lists(st.integers(1, 50), min_size=len(tokens), max_size=len(tokens)))
-        rest = draw(st.integers(0, 30))
-        rows.append({token: share / (sum(shares) + rest) for token, share in zip(tokens, shares, strict=True)})
-    counts = np.array(
-        [draw(st.lists(st.sampled_from([0, 0, 0, 1, 2]), min_size=PIVOT, max_size=PIVOT)) for _ in range(SOURCE)]
-    )
-    matrix = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    return rows, matrix, draw(st.lists(st.integers(-1, len(rows) - 1), min_size=1, max_size=5))
+def matrices(draw: Any) -> np.ndarray:
+    matrix = np.zeros((ROWS, PIVOT))
+    for row in matrix:
+        weights = draw(st.sampled_from(SHAPES))
+        row[draw(st.permutations(range(PIVOT)))[: len(weights)]] = weights
+    return matrix
 
 
-def run(rows: list[dict[int, float]], matrix: np.ndarray, source_row: list[int], k: int) -> Transferred:
-    return transfer(*mapped_entries(plain(source_row), sparse(rows), map_of(matrix)), n=len(source_row), k=k)
+@st.composite
+def problems(draw: Any, chain: bool = False) -> tuple[Candidates, np.ndarray, np.ndarray]:
+    """Candidates with masses in 64ths, W, and the rows' gold tokens."""
+    n, width = draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    row = [draw(st.lists(st.integers(-1, ROWS - 1), min_size=width, max_size=width)) for _ in range(n)]
+    mass = [draw(st.lists(st.integers(0, 64 // width), min_size=width, max_size=width)) for _ in range(n)]
+    own, chained = [False] * n, [float("nan")] * n
+    if chain:
+        own = [draw(st.booleans()) and entries[-1] >= 0 for entries in row]
+        chained = [draw(st.sampled_from([0.0, 0.25, 0.4, 1.0, float("nan")])) for _ in range(n)]
+    gold = draw(st.lists(st.integers(0, PIVOT - 1), min_size=n, max_size=n))
+    return candidates(row, np.array(mass) / 64, own, chained), draw(matrices()), np.array(gold, dtype=np.int32)
 
 
-@settings(max_examples=150, deadline=None)
+def naive(given: Candidates, matrix: np.ndarray, gold: np.ndarray) -> np.ndarray:
+    """All candidates' rows of W times their mass, that of the source's own token sharpened: its gold pivot token gets what the
+    chain rule says, and the others what is left in the proportions that they had."""
+    result = np.zeros((len(gold), matrix.shape[1]))
+    for i, target in enumerate(gold.tolist()):
+        for c, (entry, mass) in enumerate(zip(given.row[i].tolist(), given.mass[i].tolist(), strict=True)):
+            if entry < 0:
+                continue
+            row = matrix[entry].copy()
+            if given.own[i] and c == given.row.shape[1] - 1 and not np.isnan(given.chained[i]):
+                row[target] = 0.0
+                row *= (1 - given.chained[i]) / row.sum() if row.any() else 0.0
+                row[target] = given.chained[i]
+            result[i] += mass * row
+    return result
+
+
+def run(given: Candidates, matrix: np.ndarray, gold: Any = None, *, k: int) -> Transferred:
+    gold = np.zeros(len(given.row), dtype=np.int32) if gold is None else gold
+    return Transfer(map_of(matrix), PIVOT)(given, gold, k=k)
+
+
+@FEW
 @given(problems())
-def test_transfer_is_the_dense_matrix_product(
-    problem: tuple[list[dict[int, float]], np.ndarray, list[int]],
-) -> None:
-    rows, matrix, source_row = problem
-    result = run(rows, matrix, source_row, k=PIVOT)
-    expected = np.zeros((len(source_row), PIVOT))
-    for i, j in enumerate(source_row):
-        for t in range(PIVOT):
-            expected[i, t] = sum(p * matrix[s, t] for s, p in rows[j].items()) if j >= 0 else 0.0
+def test_transfer_is_the_dense_matrix_product(problem: tuple[Candidates, np.ndarray, np.ndarray]) -> None:
+    given, matrix, gold = problem
+    result = run(given, matrix, gold, k=PIVOT)
+    p = np.zeros((len(gold), ROWS))
+    for i in range(len(gold)):
+        real = given.row[i] >= 0
+        np.add.at(p[i], given.row[i][real], given.mass[i][real])
+    expected = p @ matrix
     assert dense(result.rows, PIVOT) == pytest.approx(expected, abs=1e-12)
     assert result.mapped == pytest.approx(expected.sum(axis=1), abs=1e-12)
-    assert result.tail + result.rows.probabilities.sum(axis=1) == pytest.approx(np.ones(len(source_row)), abs=1e-12)
 
 
-@settings(max_examples=150, deadline=None)
-@given(problems(), st.integers(1, PIVOT))
-def test_the_k_largest_are_kept_in_order_and_the_rest_joins_the_tail(
-    problem: tuple[list[dict[int, float]], np.ndarray, list[int]], k: int
+@FEW
+@given(problems(), st.integers(1, PIVOT + 3))
+def test_the_k_largest_are_kept_in_order_and_of_equals_the_lower_id(
+    problem: tuple[Candidates, np.ndarray, np.ndarray], k: int
 ) -> None:
-    rows, matrix, source_row = problem
-    whole, cut = run(rows, matrix, source_row, k=PIVOT), run(rows, matrix, source_row, k=k)
-    full = dense(whole.rows, PIVOT)
-    for index in range(len(source_row)):
-        kept = [token for token in cut.rows.ids[index].tolist() if token >= 0]
-        probabilities = full[index][kept]
-        assert len(kept) == len(set(kept)) == min(k, int((full[index] > 0).sum()))
-        assert (np.diff(probabilities) <= 0).all()
-        assert probabilities.sum() == pytest.approx(np.sort(full[index])[::-1][:k].sum())
-        assert cut.tail[index] == pytest.approx(1 - probabilities.sum(), abs=1e-12)
-        pads = cut.rows.ids[index, len(kept) :]
-        assert (pads == -1).all()
-        assert np.isneginf(cut.rows.logprobs[index, len(kept) :]).all()
+    """Ties are exact here. A k past the pivot's vocabulary leaves pads."""
+    given, matrix, gold = problem
+    rows = run(given, matrix, gold, k=k).rows
+    expected = naive(given, matrix, gold)
+    for i, row in enumerate(expected.tolist()):
+        order = [token for token in sorted(range(PIVOT), key=lambda token: (-row[token], token)) if row[token] > 0][:k]
+        assert rows.ids[i].tolist() == order + [-1] * (k - len(order))
+        assert np.exp(rows.logprobs[i]) == pytest.approx([row[token] for token in order] + [0.0] * (k - len(order)))
+
+
+@FEW
+@given(problems(chain=True), st.integers(1, PIVOT))
+def test_what_is_kept_and_the_tail_sum_to_one(problem: tuple[Candidates, np.ndarray, np.ndarray], k: int) -> None:
+    given, matrix, gold = problem
+    result = run(given, matrix, gold, k=k)
+    kept = result.rows.probabilities.sum(axis=1)
+    assert result.tail + kept == pytest.approx(np.ones(len(gold)), abs=1e-9)
+    assert (kept <= result.mapped + 1e-9).all()
+    assert (result.mapped <= given.mass.sum(axis=1) + 1e-9).all()
+
+
+@FEW
+@given(problems(chain=True), problems(), st.integers(1, PIVOT))
+def test_nothing_is_left_over_from_the_call_before(problem: Any, other: Any, k: int) -> None:
+    given, matrix, gold = problem
+    transfer = Transfer(map_of(matrix), PIVOT)
+    first = transfer(given, gold, k=k)
+    transfer(other[0], other[2], k=k)
+    again = transfer(given, gold, k=k)
+    assert again.rows.ids.tolist() == first.rows.ids.tolist()
+    assert again.rows.logprobs.tolist() == first.rows.logprobs.tolist()
+    assert again.mapped.tolist() == first.mapped.tolist()
 
 
 def test_collisions_are_summed() -> None:
-    matrix = np.zeros((SOURCE, PIVOT))
+    matrix = np.zeros((ROWS, PIVOT))
     matrix[0, 3] = matrix[1, 3] = 1.0
     matrix[2, [3, 5]] = 0.25, 0.75
-    result = run([{0: 0.3, 1: 0.2, 2: 0.4}], matrix, [0], k=4)
+    result = run(plain([{0: 0.3, 1: 0.2, 2: 0.4}]), matrix, k=4)
     assert result.rows.ids.tolist() == [[3, 5, -1, -1]]
     assert np.exp(result.rows.logprobs[0, :2]) == pytest.approx([0.3 + 0.2 + 0.1, 0.3])
     assert result.tail == pytest.approx([0.1])
 
 
-def test_of_equal_masses_the_lower_token_is_kept() -> None:
-    result = transfer(np.array([0, 0, 0]), np.array([6, 2, 4]), np.array([0.25, 0.25, 0.25]), n=1, k=2)
-    assert result.rows.ids.tolist() == [[2, 4]]
+def test_a_candidate_without_a_row_or_with_an_empty_one_leaves_its_mass_to_the_tail() -> None:
+    result = run(plain([{0: 0.5, 8: 0.25, -1: 0.125}]), np.eye(ROWS, PIVOT), k=3)  # row 8 is empty
+    assert result.rows.ids.tolist() == [[0, -1, -1]]
     assert result.tail == pytest.approx([0.5])
+    assert result.mapped == pytest.approx([0.5])
 
 
 def test_nothing_at_all_is_all_pads() -> None:
-    none = np.zeros(0, dtype=np.int64)
-    result = transfer(none, none, np.zeros(0), n=2, k=3)
+    result = run(candidates([[-1], [-1]], [[0.0], [0.0]]), np.eye(ROWS, PIVOT), k=3)
     assert result.rows.ids.tolist() == [[-1] * 3] * 2
+    assert np.isneginf(result.rows.logprobs).all()
     assert result.tail.tolist() == [1.0, 1.0]
     assert result.mapped.tolist() == [0.0, 0.0]
 
 
-def test_a_source_token_that_goes_to_the_tail_keeps_its_mass_there() -> None:
-    result = run([{0: 0.6, 8: 0.4}], np.eye(SOURCE, PIVOT), [0], k=3)  # token 8 has an empty row
-    assert result.rows.ids.tolist() == [[0, -1, -1]]
-    assert result.tail == pytest.approx([0.4])
+# -- the source's own token, by the chain rule --------------------------------------------------------------------------
 
 
-# -- tokens that take in template text before the content ---------------------------------------------------------------
+@FEW
+@given(problems(chain=True))
+def test_the_own_tokens_row_of_w_is_sharpened_as_the_dense_one(problem: Any) -> None:
+    given, matrix, gold = problem
+    result = run(given, matrix, gold, k=PIVOT)
+    expected = naive(given, matrix, gold)
+    assert dense(result.rows, PIVOT) == pytest.approx(expected, abs=1e-12)
+    assert result.mapped == pytest.approx(expected.sum(axis=1), abs=1e-12)
 
 
-def token(tokens: TokenBytes, piece: str) -> int:
-    found = tokens.tokenizer.convert_tokens_to_ids(piece)
-    assert found != tokens.tokenizer.unk_token_id
-    return int(found)
+def test_the_chain_rule_by_hand() -> None:
+    """W says 1/2, 1/4, 1/4; the chain rule 0.1 for the first: the others share 0.9 in halves. A mass of 0.8 has them all."""
+    matrix = np.zeros((ROWS, PIVOT))
+    matrix[0, [4, 2, 6]], matrix[1, 4] = (0.5, 0.25, 0.25), 1.0
+    result = run(candidates([[1, 0]], [[0.2, 0.8]], [True], [0.1]), matrix, np.array([4]), k=3)
+    assert result.rows.ids.tolist() == [[2, 6, 4]]
+    assert np.exp(result.rows.logprobs[0]) == pytest.approx([0.36, 0.36, 0.08 + 0.2])
 
 
-def clipped(
-    tokenizers: dict[str, Any],
-    *,
-    pivot: str,
-    source: str,
-    candidates: dict[str, float],
-    golds: tuple[str, str],
-    clip: tuple[int, int],
-) -> dict[str, float]:
-    """What one clipped position gives: pivot piece → mass."""
-    ours, theirs = TokenBytes(tokenizers[pivot]), TokenBytes(tokenizers[source])
-    row, ids, mass = clipped_entries(
-        Alignment(np.array([0]), np.array([clip[0]]), np.array([clip[1]])),
-        sparse([{token(theirs, piece): p for piece, p in candidates.items()}], k=6),
-        gold=(np.array([token(ours, golds[0])]), np.array([token(theirs, golds[1])])),
-        spell=(ours, theirs),
-        back_off=BackOff(ours),
-        roles={theirs.tokenizer.eos_token_id: ours.tokenizer.eos_token_id},
-    )
-    assert row.tolist() == [0] * len(ids)
-    found: dict[str, float] = {}
-    for piece, probability in zip(tokenizers[pivot].convert_ids_to_tokens(ids.tolist()), mass.tolist(), strict=True):
-        found[piece] = found.get(piece, 0.0) + probability
-    return found
+def test_where_w_knows_the_gold_token_alone_the_rest_joins_the_tail() -> None:
+    result = run(candidates([[0]], [[0.5]], [True], [0.25]), np.eye(ROWS, PIVOT), np.array([0]), k=2)
+    assert result.rows.ids.tolist() == [[0, -1]]
+    assert result.tail == pytest.approx([1 - 0.125])
 
 
-def test_a_clipped_source_row_loses_the_templates_space_and_backs_off(tokenizers: dict[str, Any]) -> None:
-    """The source's `▁the` took the template's space, the pivot's `t` begins with the content."""
-    found = clipped(
-        tokenizers,
-        pivot="gemma",
-        source="mistral",
-        candidates={"▁the": 0.5, "▁12": 0.125, "he": 0.25, "▁": 0.0625, "</s>": 0.03125},
-        golds=("t", "▁the"),
-        clip=(0, 1),
-    )
-    assert tokenizers["gemma"].tokenize("\x01the12") == ["<0x01>", "t", "h", "e", "1", "2"]
-    # `he` does not begin with the space, and of `▁` nothing is left: both go to the tail.
-    assert found == pytest.approx({"t": 0.5, "1": 0.125, "<eos>": 0.03125})
+def test_only_the_last_candidate_is_sharpened() -> None:
+    first = run(candidates([[0, 1]], [[0.5, 0.25]], [True], [0.0]), np.eye(ROWS, PIVOT), np.array([0]), k=2)
+    assert np.exp(first.rows.logprobs) == pytest.approx(np.array([[0.5, 0.25]]))
 
 
-def test_a_clipped_pivot_row_gets_the_space_that_its_own_token_took(tokenizers: dict[str, Any]) -> None:
-    found = clipped(
-        tokenizers,
-        pivot="mistral",
-        source="llama",
-        candidates={"t": 0.5, "Ġthe": 0.25},
-        golds=("▁the", "t"),
-        clip=(1, 0),
-    )
-    assert found == pytest.approx({"▁t": 0.5, "▁": 0.25})
+@FEW
+@given(problems(chain=True), st.integers(1, 3))
+def test_the_gold_token_is_kept_in_any_case_where_the_own_token_is_a_candidate(problem: Any, k: int) -> None:
+    given, matrix, gold = problem
+    rows = run(given, matrix, gold, k=k).rows
+    expected = naive(given, matrix, gold)
+    for i, token in enumerate(gold.tolist()):
+        kept = rows.ids[i].tolist()
+        if given.own[i] and expected[i, token] > 0:
+            assert token in kept
+            assert rows.probabilities[i, kept.index(token)] == pytest.approx(expected[i, token])
+        others = [other for other in kept if other not in (token, -1)]
+        assert len(kept) - kept.count(-1) == len({*kept} - {-1}) == min(k, int((expected[i] > 0).sum()))
+        left_out = [expected[i, other] for other in range(PIVOT) if other not in kept and other != token]
+        assert not others or max(left_out, default=0.0) <= min(expected[i, other] for other in others) + 1e-12
 
 
-def test_both_clipped_by_the_same_space_keep_their_words(tokenizers: dict[str, Any]) -> None:
-    found = clipped(
-        tokenizers,
-        pivot="gemma",
-        source="mistral",
-        candidates={"▁the": 0.75, "▁a": 0.125},
-        golds=("▁the", "▁the"),
-        clip=(1, 1),
-    )
-    assert found == pytest.approx({"▁the": 0.75, "▁a": 0.125})
+def test_without_an_own_token_gold_is_kept_only_among_the_largest() -> None:
+    matrix = np.zeros((ROWS, PIVOT))
+    matrix[0, [0, 1]] = 0.75, 0.25
+    assert run(candidates([[0]], [[1.0]]), matrix, np.array([1]), k=1).rows.ids.tolist() == [[0]]
+    own = run(candidates([[0]], [[1.0]], [True]), matrix, np.array([1]), k=1)
+    assert own.rows.ids.tolist() == [[1]]
+    assert own.tail == pytest.approx([0.75])
 
 
 # -- the alignment as a whole -------------------------------------------------------------------------------------------
@@ -225,26 +232,37 @@ TURNS = [("What is 1 + 2?", "The answer is 3."), ("the capital", " the capital o
 
 def prepare(tokenizers: dict[str, Any], kind: str) -> tuple[Side, list[Prepared]]:
     template = ChatTemplate(tokenizers[kind], tiny.TEMPLATES[kind], kind)
-    side = Side(TokenBytes(tokenizers[kind]), template.end_of_turn)
+    side = Side.of(TokenBytes(tokenizers[kind]), template.end_of_turn)
     conversations = [
         Conversation((Message("user", user), Message("assistant", answer)), "here") for user, answer in TURNS
     ]
     return side, [prepare_conversation(one, template, max_length=200)[0] for one in conversations]
 
 
+def aligner_of(pair: Pair, sides: Any = ()) -> Aligner:
+    """Counted on, and made for, (pivot, source, captured) conversations."""
+    survey = Survey(pair)
+    for one, other, _ in sides:
+        survey.count(one, other)
+    is_open = pair.open_tokens(survey.counts())
+    survey = Survey(pair, is_open)
+    for one, other, rows in sides:
+        survey.count(one, other)
+        survey.need(one, other, rows)
+    return Aligner(pair, pair.build_map(survey.seen(), BackOff(pair.pivot.tokens)), is_open)
+
+
 @pytest.mark.parametrize("unaligned", ["label", "skip"])
 @pytest.mark.parametrize(("pivot", "source"), [("llama", "mistral"), ("mistral", "gemma"), ("gemma", "llama")])
 def test_every_row_keeps_its_mass_and_unaligned_rows_are_as_asked(
-    tokenizers: dict[str, Any], loaded: dict[str, Any], pivot: str, source: str, unaligned: str
+    tokenizers: dict[str, Any], loaded: dict[str, Any], pivot: str, source: str, unaligned: Any
 ) -> None:
     (our_side, ours), (their_side, theirs) = prepare(tokenizers, pivot), prepare(tokenizers, source)
     captured = [rows for rows in capture_batch(loaded[source], theirs, k=5) if rows is not None]
     assert len(captured) == len(TURNS)
-    aligner = Aligner(our_side, their_side, unaligned=unaligned)
-    for one, other, rows in zip(ours, theirs, captured, strict=True):
-        aligner.count(one, other, rows)
-    aligner.finish_counting()
-    for one, other, rows in zip(ours, theirs, captured, strict=True):
+    sides = list(zip(ours, theirs, captured, strict=True))
+    aligner = aligner_of(Pair(our_side, their_side, Strategy(unaligned=unaligned)), sides)
+    for one, other, rows in sides:
         found = aligner.align(one, other, rows, k=8)
         starts = {(max(0, b), c): j for j, (b, e, c) in reversed(list(enumerate(keys(other)))) if c or e > max(0, b)}
         for i, (begin, end, closing) in enumerate(keys(one)):
@@ -255,7 +273,7 @@ def test_every_row_keeps_its_mass_and_unaligned_rows_are_as_asked(
                 assert found.logprobs[i, 0] == (0.0 if unaligned == "label" else -np.inf)
             else:
                 assert found.probabilities[i].sum() <= rows.probabilities[j].sum() + 1e-6
-    assert aligner.summary()["positions"] == sum(map(len, ours))
+    assert aligner.figures.summary()["positions"] == sum(map(len, ours))
 
 
 def keys(rows: Prepared) -> list[tuple[int, int, bool]]:
@@ -264,10 +282,18 @@ def keys(rows: Prepared) -> list[tuple[int, int, bool]]:
     return [(0 if closing else begin, end, closing) for begin, end, closing in columns]
 
 
-def test_a_conversation_without_source_is_one_hot_or_nothing(tokenizers: dict[str, Any]) -> None:
+def test_rows_without_source_have_the_pivots_own_distributions_where_asked(tokenizers: dict[str, Any]) -> None:
+    side, ours = prepare(tokenizers, "llama")
+    fill = sparse([{int(token): 0.5, 7: 0.25} for token in ours[0].gold])
+    found = aligner_of(Pair(side, side, Strategy(unaligned="pivot"))).unaligned(ours[0], k=2, fill=fill)
+    assert found.ids.tolist() == fill.ids.tolist()
+    assert found.probabilities.sum(axis=1) == pytest.approx([0.75] * len(ours[0]))
+
+
+@pytest.mark.parametrize("unaligned", ["label", "condition", "skip"])
+def test_a_conversation_without_source_is_one_hot_or_nothing(tokenizers: dict[str, Any], unaligned: Any) -> None:
     (our_side, ours), (their_side, _) = prepare(tokenizers, "llama"), prepare(tokenizers, "gemma")
-    labelled = Aligner(our_side, their_side, unaligned="label").unaligned(ours[0], k=3)
-    assert labelled.ids[:, 0].tolist() == ours[0].gold.tolist()
-    assert labelled.probabilities.sum(axis=1).tolist() == [1.0] * len(ours[0])
-    skipped = Aligner(our_side, their_side, unaligned="skip").unaligned(ours[0], k=3)
-    assert (skipped.ids == -1).all()
+    found = aligner_of(Pair(our_side, their_side, Strategy(unaligned=unaligned))).unaligned(ours[0], k=3)
+    assert found.ids[:, 0].tolist() == ([-1] * len(ours[0]) if unaligned == "skip" else ours[0].gold.tolist())
+    assert (found.ids[:, 1:] == -1).all()
+    assert found.probabilities.sum(axis=1).tolist() == [0.0 if unaligned == "skip" else 1.0] * len(ours[0])

@@ -1,27 +1,23 @@
-"""The vocabulary map: counts, stochastic rows, special tokens by role, and the order of the back-offs."""
+"""The vocabulary map W: stochastic rows, strategies, special tokens by role, rows for bytes, and what is written to disk."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from fusechat.align.vocabulary import (
-    TAIL,
-    BackOff,
-    Counts,
-    Roles,
-    VocabularyMap,
-    back_offs,
-    build_map,
-    count_pairs,
-    role_map,
-)
-from fusechat.core.spans import TokenBytes
+from aligning import rows_of
+from fusechat.align.back_off import ORIGINS, SEEN, TAIL, BackOff
+from fusechat.align.counts import Seen, count_pairs
+from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map
+from fusechat.core.token_bytes import TokenBytes
 
+Batches = list[list[tuple[int, int]]]
 PAIRS = st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=12), max_size=5)
 FEW = settings(max_examples=60, deadline=None)
 
@@ -31,21 +27,22 @@ def table(tokenizers: dict[str, Any]) -> dict[str, TokenBytes]:
     return {kind: TokenBytes(tokenizers[kind]) for kind in tiny.KINDS}
 
 
-def counted(batches: list[list[tuple[int, int]]]) -> Counts:
-    return count_pairs(
+def seen(
+    batches: Batches = (),  # type: ignore[assignment]
+    *,
+    tokens: Any = (),
+    parts: dict[tuple[bytes, int], int] | None = None,
+    rests: Any = (),
+) -> Seen:
+    pairs = count_pairs(
         (np.array([s for s, _ in batch], dtype=np.int32), np.array([t for _, t in batch], dtype=np.int32))
         for batch in batches
     )
+    return Seen(pairs, Counter(parts or {}), np.array(sorted(tokens), dtype=np.int64), set(rests))
 
 
-def rows_of(vocabulary_map: VocabularyMap) -> dict[int, dict[int, float]]:
-    rows = {}
-    for index, source in enumerate(vocabulary_map.source.tolist()):
-        entries = slice(int(vocabulary_map.offset[index]), int(vocabulary_map.offset[index + 1]))
-        rows[source] = dict(
-            zip(vocabulary_map.pivot[entries].tolist(), vocabulary_map.weight[entries].tolist(), strict=True)
-        )
-    return rows
+def origins(vocabulary_map: VocabularyMap) -> list[str]:
+    return [ORIGINS[index] for index in vocabulary_map.origin.tolist()]
 
 
 def letters(table: TokenBytes, text: str) -> list[int]:
@@ -54,39 +51,14 @@ def letters(table: TokenBytes, text: str) -> list[int]:
 
 
 @FEW
-@given(PAIRS)
-def test_a_pair_that_occurs_twice_counts_twice(batches: list[list[tuple[int, int]]]) -> None:
-    counts = counted(batches)
-    expected = Counter(pair for batch in batches for pair in batch)
-    found = list(zip(counts.source.tolist(), counts.pivot.tolist(), strict=True))
-    assert found == sorted(expected)
-    assert counts.count.tolist() == [expected[pair] for pair in found]
-
-
-def test_large_ids_do_not_run_into_each_other() -> None:
-    counts = counted([[(262_143, 5), (5, 262_143), (5, 262_143)]])
-    assert counts.source.tolist() == [5, 262_143]
-    assert counts.pivot.tolist() == [262_143, 5]
-    assert counts.count.tolist() == [2, 1]
-
-
-@FEW
 @given(batches=PAIRS, needed=st.sets(st.integers(0, 9)))
-def test_rows_are_the_counts_over_their_sum(
-    tokenizers: dict[str, Any], batches: list[list[tuple[int, int]]], needed: set[int]
-) -> None:
+def test_rows_are_the_counts_over_their_sum(table: dict[str, TokenBytes], batches: Batches, needed: set[int]) -> None:
     """Ids are letters of both vocabularies, so that what is not seen corresponds by its bytes."""
-    source, pivot = TokenBytes(tokenizers["llama"]), TokenBytes(tokenizers["gemma"])
+    source, pivot = table["llama"], table["gemma"]
     ours, theirs = letters(source, "abcdefghij"), letters(pivot, "abcdefghij")
     named = [[(ours[s], theirs[t]) for s, t in batch] for batch in batches]
-    found = build_map(
-        counted(named),
-        np.array(sorted(ours[index] for index in needed), dtype=np.int64),
-        source=source,
-        back_off=BackOff(pivot),
-        roles={},
-        top_1=False,
-    )
+    everything = seen(named, tokens={ours[index] for index in needed})
+    found = build_map(everything, source=source, back_off=BackOff(pivot), roles={})
     total = Counter(pair for batch in named for pair in batch)
     expected = {}
     for token in {s for s, _ in total} | {ours[index] for index in needed}:
@@ -101,12 +73,10 @@ def test_rows_are_the_counts_over_their_sum(
 def test_top_1_keeps_the_most_frequent_and_of_equals_the_lowest(table: dict[str, TokenBytes]) -> None:
     a, b = letters(table["llama"], "ab")
     t = sorted(letters(table["gemma"], "xyz"))
-    counts = counted([[(a, t[2]), (a, t[0]), (a, t[2]), (b, t[1]), (b, t[0])]])
-    needed = np.zeros(0, dtype=np.int64)
+    batches = [[(a, t[2]), (a, t[0]), (a, t[2]), (b, t[1]), (b, t[0])]]
     common = {"source": table["llama"], "back_off": BackOff(table["gemma"]), "roles": {}}
-    assert rows_of(build_map(counts, needed, top_1=True, **common)) == {a: {t[2]: 1.0}, b: {t[0]: 1.0}}
-    whole = rows_of(build_map(counts, needed, top_1=False, **common))
-    assert whole[a] == pytest.approx({t[2]: 2 / 3, t[0]: 1 / 3})
+    assert rows_of(build_map(seen(batches), top_1=True, **common)) == {a: {t[2]: 1.0}, b: {t[0]: 1.0}}
+    assert rows_of(build_map(seen(batches), **common))[a] == pytest.approx({t[2]: 2 / 3, t[0]: 1 / 3})
 
 
 def test_special_tokens_correspond_by_role_whatever_was_counted(table: dict[str, TokenBytes]) -> None:
@@ -114,16 +84,11 @@ def test_special_tokens_correspond_by_role_whatever_was_counted(table: dict[str,
     end, pad = (llama.tokenizer.convert_tokens_to_ids(name) for name in ("<|im_end|>", "<|endoftext|>"))
     (wrong,) = letters(mistral, "x")
     eos = mistral.tokenizer.eos_token_id
-    found = build_map(
-        counted([[(end, wrong), (pad, wrong)]]),
-        np.array(sorted([end, pad])),
-        source=llama,
-        back_off=BackOff(mistral),
-        roles={end: eos},
-        top_1=False,
-    )
-    assert rows_of(found) == {end: {eos: 1.0}, pad: {}}  # a special token without a role goes to the tail
-    assert back_offs(found) == {"special": 1, "tail": 1}
+    everything = seen([[(end, wrong), (pad, wrong)]], tokens=[end, pad])
+    for vocabulary in ("statistics", "exact", "edit"):
+        found = build_map(everything, source=llama, back_off=BackOff(mistral), roles={end: eos}, vocabulary=vocabulary)
+        assert rows_of(found) == {end: {eos: 1.0}, pad: {}}  # a special token without a role goes to the tail
+        assert found.rows_by_origin() == {"special": 1, "tail": 1}
 
 
 def test_roles_pair_what_tokens_do_and_end_of_turn_goes_last() -> None:
@@ -134,124 +99,170 @@ def test_roles_pair_what_tokens_do_and_end_of_turn_goes_last() -> None:
     assert role_map(Roles(11, 12, 13), Roles(None, 22, None)) == {22: 12}
 
 
-def test_back_off_takes_the_same_bytes_first(table: dict[str, TokenBytes]) -> None:
-    back_off = BackOff(table["gemma"])
-    vocabulary = table["gemma"].tokenizer.get_vocab()
-    assert back_off(b" the") == (vocabulary["▁the"], "same bytes")
-    assert back_off("本".encode()) == (vocabulary["本"], "same bytes")
-    assert BackOff(table["llama"])(b" the") == (table["llama"].tokenizer.get_vocab()["Ġthe"], "same bytes")
-
-
-@pytest.mark.parametrize("kind", ["mistral", "gemma"])
-@pytest.mark.parametrize("character", ["a", "1", "\n", "!"])
-def test_of_two_tokens_with_the_same_bytes_the_one_that_the_pivot_writes(
-    table: dict[str, TokenBytes], kind: str, character: str
-) -> None:
-    """`a` has the same byte as the fallback token `<0x61>`, which the pivot never writes for it."""
-    tokenizer = table[kind].tokenizer
-    written = tokenizer("\x01" + character, add_special_tokens=False).input_ids[-1]
-    assert tokenizer.convert_ids_to_tokens(written) == character
-    assert BackOff(table[kind])(character.encode()) == (written, "same bytes")
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("text", ["qzx", " thezz", "zthe", "\u00f0\u00f0", "日京", "  the", "𝄞!"])
-def test_back_off_is_then_the_first_token_in_the_middle_of_a_text(
-    table: dict[str, TokenBytes], kind: str, text: str
-) -> None:
-    """Against the encoding of the text after a character that merges with nothing; no dummy prefix, never unk."""
-    tokenizer = table[kind].tokenizer
-    assert all(table[kind][token] != text.encode() for token in range(len(tokenizer)))
-    found, how = BackOff(table[kind])(text.encode())
-    middle = tokenizer("\x01" + text, add_special_tokens=False).input_ids
-    before = tokenizer("\x01", add_special_tokens=False).input_ids
-    assert middle[: len(before)] == before
-    assert found == middle[len(before)]
-    assert how == "first token"
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_bytes_that_are_no_text_take_the_longest_token_that_begins_them(
-    table: dict[str, TokenBytes], kind: str
-) -> None:
-    tokens = table[kind]
-    for data in (b"\xe6\x97", b"the\xff", b"\xc3\xb6\xff", b"\xf0\x9f"):
-        by_name = sorted(tokens.tokenizer.get_vocab().items(), key=lambda item: not item[0].startswith("<0x"))
-        spelt = {tokens[token]: token for _, token in by_name if token not in tokens.special}  # byte tokens yield
-        longest = next(data[:size] for size in range(len(data), 0, -1) if data[:size] in spelt)
-        found, how = BackOff(tokens)(data)
-        assert found == spelt[longest]
-        assert how == ("same bytes" if longest == data else "longest prefix")
-
-
-def words_only() -> TokenBytes:
-    """A pivot that has unk, an end of sequence, and few words: most bytes have no token."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "ab": 2}, unk_token="<unk>"))
-    backend.decoder = decoders.Fuse()
-    backend.add_special_tokens([AddedToken("<unk>"), AddedToken("</s>")])
-    return TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"))
-
-
-def test_what_no_pivot_token_begins_goes_to_the_tail_never_to_unk_or_end_of_sequence() -> None:
-    back_off = BackOff(words_only())
-    assert back_off(b"zz") == (TAIL, "tail")
-    assert back_off(b"\xff") == (TAIL, "tail")
-    assert back_off(b"</s>") == (TAIL, "tail")
-    assert back_off(b"<unk>") == (TAIL, "tail")
-    assert back_off(b"") == (TAIL, "tail")
-    assert back_off(b"ab")[0] == 2
-
-
-@FEW
-@given(data=st.binary(max_size=8))
-def test_a_back_off_token_always_begins_the_bytes(tokenizers: dict[str, Any], data: bytes) -> None:
-    for kind in tiny.KINDS:
-        tokens = TokenBytes(tokenizers[kind])
-        found, how = BackOff(tokens)(data)
-        assert (found == TAIL) == (how == "tail") == (not data)
-        if found != TAIL:
-            assert data.startswith(tokens[found])
-            assert tokens[found]
-            assert found not in tokens.special
-
-
 def test_an_unknown_token_is_an_error_not_another_tokens_row(table: dict[str, TokenBytes]) -> None:
     a, b, c = sorted(letters(table["llama"], "abc"))
-    found = build_map(
-        counted([]),
-        np.array([a, c]),
-        source=table["llama"],
-        back_off=BackOff(table["gemma"]),
-        roles={},
-        top_1=False,
-    )
+    found = build_map(seen(tokens=[a, c]), source=table["llama"], back_off=BackOff(table["gemma"]), roles={})
     assert found.rows_of(np.array([c, a, c])).tolist() == [1, 0, 1]
-    for unknown in (b, c + 1):
+    for unknown in (b, c + 1, c + 1000):
         with pytest.raises(KeyError):
             found.rows_of(np.array([unknown]))
 
 
-def test_an_id_in_the_models_padding_goes_to_the_tail(table: dict[str, TokenBytes]) -> None:
+def test_a_map_of_nothing_knows_no_token(table: dict[str, TokenBytes]) -> None:
+    found = build_map(seen(), source=table["llama"], back_off=BackOff(table["gemma"]), roles={})
+    assert rows_of(found) == {}
+    assert found.entropy() == 0.0
+    with pytest.raises(KeyError):
+        found.rows_of(np.array([0]))
+
+
+@pytest.mark.parametrize("vocabulary", ["statistics", "exact", "edit"])
+def test_an_id_in_the_models_padding_goes_to_the_tail(table: dict[str, TokenBytes], vocabulary: str) -> None:
     padding = len(table["mistral"]) + 3
     found = build_map(
-        counted([]),
-        np.array([padding]),
+        seen(tokens=[padding]),
         source=table["mistral"],
         back_off=BackOff(table["llama"]),
         roles={},
-        top_1=False,
+        vocabulary=vocabulary,
     )
     assert rows_of(found) == {padding: {}}
+    assert origins(found) == ["tail"]
 
 
 def test_entropy_is_the_mean_over_counted_rows(table: dict[str, TokenBytes]) -> None:
-    a, b, c = letters(table["llama"], "abc")
+    a, b, c, d = letters(table["llama"], "abcd")
+    x, y, z = letters(table["gemma"], "xyz")
+    common = {"source": table["llama"], "back_off": BackOff(table["gemma"]), "roles": {}}
+    # One bit for a, none for b, one and a half for d; c was never seen.
+    batches = [[(a, x), (a, y), (b, x), (d, x), (d, x), (d, y), (d, z)]]
+    assert build_map(seen(batches, tokens=[c]), **common).entropy() == pytest.approx((1.0 + 0.0 + 1.5) / 3)
+    assert build_map(seen(batches, tokens=[c]), top_1=True, **common).entropy() == 0.0
+    assert build_map(seen(tokens=[c]), **common).entropy() == 0.0
+
+
+# -- exact and edit -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pivot", "source"), [("gemma", "llama"), ("mistral", "gemma"), ("llama", "mistral")])
+def test_exact_maps_to_a_token_of_the_same_bytes_and_all_else_to_the_tail(
+    table: dict[str, TokenBytes], pivot: str, source: str
+) -> None:
+    ours, theirs = table[pivot], table[source]
+    tokens = range(len(theirs))
+    wrong = [[(token, 300) for token in tokens]]  # what was counted is not asked
+    found = build_map(seen(wrong, tokens=tokens), source=theirs, back_off=BackOff(ours), roles={}, vocabulary="exact")
+    spelt: dict[bytes, set[int]] = {}
+    for token in range(len(ours)):
+        if token not in ours.special:
+            spelt.setdefault(ours[token], set()).add(token)
+    mapped = 0
+    for token, row in rows_of(found).items():
+        same = spelt.get(theirs[token], set()) if token not in theirs.special else set()
+        assert set(row.values()) <= {1.0}
+        assert len(row) == min(1, len(same))
+        assert row.keys() <= same
+        mapped += len(row)
+    assert 0 < mapped < len(theirs)
+
+
+def test_edit_asks_no_counts(table: dict[str, TokenBytes]) -> None:
+    a, b = letters(table["llama"], "ab")
+    x, y = letters(table["gemma"], "ab")
+    common = {"source": table["llama"], "back_off": BackOff(table["gemma"]), "roles": {}}
+    found = build_map(seen([[(a, y), (a, y), (b, x)]], tokens=[a, b]), vocabulary="edit", **common)
+    assert rows_of(found) == {a: {x: 1.0}, b: {y: 1.0}}
+
+
+# -- rows for bytes -----------------------------------------------------------------------------------------------------
+
+
+def test_bytes_have_rows_of_their_counts_or_of_their_back_off(table: dict[str, TokenBytes]) -> None:
+    pivot = table["gemma"]
+    a, x, y = letters(pivot, "axy")
+    parts = {(b"a", x): 3, (b"a", y): 1, (b"qq", y): 2}
+    common = {"source": table["llama"], "back_off": BackOff(pivot), "roles": {}}
+    found = build_map(seen(parts=parts, rests=[b"a", b"x", b"\xff\xff"]), **common)
+    byte = pivot.tokenizer.convert_tokens_to_ids("<0xFF>")
+    assert rows_of(found) == {b"a": {x: 0.75, y: 0.25}, b"qq": {y: 1.0}, b"x": {x: 1.0}, b"\xff\xff": {byte: 1.0}}
+    assert origins(found) == ["seen", "seen", "same bytes", "longest prefix"]
+    assert found.rests == sorted(found.rests)
+    assert rows_of(build_map(seen(parts=parts), top_1=True, **common))[b"a"] == {x: 1.0}
+    for vocabulary in ("exact", "edit"):  # which count nothing
+        uncounted = build_map(seen(parts=parts, rests=[b"a"]), vocabulary=vocabulary, **common)
+        assert rows_of(uncounted) == {b"a": {a: 1.0}}
+
+
+def test_rows_for_bytes_come_after_those_for_tokens(table: dict[str, TokenBytes]) -> None:
+    a, b = sorted(letters(table["llama"], "ab"))
+    x = letters(table["gemma"], "x")[0]
+    everything = seen([[(b, x)]], tokens=[a], parts={(b"zz", x): 1}, rests=[b"a"])
+    found = build_map(everything, source=table["llama"], back_off=BackOff(table["gemma"]), roles={})
+    assert found.row_of_rest == {b"a": 2, b"zz": 3}
+    assert found.rows_of(np.array([a, b])).tolist() == [0, 1]
+    assert len(found.offset) == 5
+    assert origins(found) == ["same bytes", SEEN, "same bytes", SEEN]
+
+
+@FEW
+@given(
+    batches=PAIRS,
+    parts=st.dictionaries(
+        st.tuples(st.binary(min_size=1, max_size=3), st.integers(0, 300)), st.integers(1, 9), max_size=5
+    ),
+    rests=st.sets(st.binary(min_size=1, max_size=3), max_size=4),
+    tokens=st.sets(st.integers(0, 410), max_size=9),
+    strategy=st.sampled_from([("statistics", False), ("statistics", True), ("exact", False), ("edit", False)]),
+)
+def test_every_row_sums_to_one_or_is_empty(
+    table: dict[str, TokenBytes], batches: Batches, parts: Any, rests: set[bytes], tokens: set[int], strategy: Any
+) -> None:
+    vocabulary, top_1 = strategy
+    everything = seen(batches, tokens=tokens, parts=parts, rests=rests)
+    found = build_map(
+        everything,
+        source=table["llama"],
+        back_off=BackOff(table["gemma"]),
+        roles={2: 1},
+        vocabulary=vocabulary,
+        top_1=top_1,
+    )
+    counted = vocabulary == "statistics"
+    assert set(rows_of(found)) == {s for batch in batches for s, _ in batch if counted} | tokens | rests | (
+        {rest for rest, _ in parts} if counted else set()
+    )
+    for row, origin in zip(rows_of(found).values(), origins(found), strict=True):
+        assert sum(row.values()) == (0 if origin == "tail" else pytest.approx(1.0))
+        assert all(weight > 0 for weight in row.values())
+        assert len(row) <= 1 or (origin == SEEN and not top_1)
+
+
+def test_what_is_saved_is_the_map(table: dict[str, TokenBytes], tmp_path: Path) -> None:
+    a, b = letters(table["llama"], "ab")
     x, y = letters(table["gemma"], "xy")
-    counts = counted([[(a, x), (a, y), (b, x)]])
-    common = {"source": table["llama"], "back_off": BackOff(table["gemma"]), "roles": {}, "top_1": False}
-    found = build_map(counts, np.array([c]), **common)
-    assert found.entropy() == pytest.approx((1.0 + 0.0) / 2)  # one bit for a, none for b; c was never seen
-    assert build_map(counted([]), np.array([c]), **common).entropy() == 0.0
+    everything = seen(
+        [[(a, x), (a, y), (a, y)]], tokens=[b, 1000], parts={(b"q", x): 1, (b"q", y): 3}, rests=[b"\xff", b"x"]
+    )
+    found = build_map(everything, source=table["llama"], back_off=BackOff(table["gemma"]), roles={})
+    found.save(tmp_path / "map.arrow")
+    stored = pa.ipc.open_file(pa.OSFile(str(tmp_path / "map.arrow"))).read_all()
+    assert [str(field.type) for field in stored.schema] == ["int32", "binary", "int32", "float", "string"]
+    rows: dict[Any, dict[int, float]] = {}
+    names: dict[Any, str] = {}
+    for entry in stored.to_pylist():
+        assert (entry["source"] is None) != (entry["rest"] is None)
+        name = entry["rest"] if entry["source"] is None else entry["source"]
+        rows.setdefault(name, {})[entry["pivot"]] = entry["weight"]
+        names[name] = entry["origin"]
+    assert rows.pop(a) == pytest.approx({x: 1 / 3, y: 2 / 3})
+    expected = rows_of(found)
+    assert rows == {name: row for name, row in expected.items() if row and name != a}
+    assert names == {name: how for name, how in zip(expected, origins(found), strict=True) if how != "tail"}
+
+
+def test_a_map_without_rows_for_bytes_is_saved(table: dict[str, TokenBytes], tmp_path: Path) -> None:
+    (a,), (x,) = letters(table["llama"], "a"), letters(table["gemma"], "x")
+    found = build_map(seen([[(a, x)]]), source=table["llama"], back_off=BackOff(table["gemma"]), roles={})
+    found.save(tmp_path / "map.arrow")
+    read = pa.ipc.open_file(pa.OSFile(str(tmp_path / "map.arrow"))).read_all()
+    assert read.to_pylist() == [{"source": a, "rest": None, "pivot": x, "weight": 1.0, "origin": "seen"}]
