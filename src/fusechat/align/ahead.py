@@ -33,6 +33,9 @@ def _lengths(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:
     return np.where(ids < len(tokens), tokens.lengths[np.minimum(ids, len(tokens) - 1)], 0)
 
 
+FAINT = 1e-3  # continuations less likely than this are left to W
+
+
 @dataclass(frozen=True)
 class Ahead:
     """Pivot rows at which to look ahead, int64 [b]; the source row of the token each starts with or inside of; the bytes that
@@ -57,16 +60,28 @@ def rows_ahead(
     return Ahead(rows, first[rows], rest)
 
 
-def bytes_ahead(ahead: Ahead, candidates: np.ndarray, tokens: TokenBytes) -> list[bytes]:
-    """The bytes up to the end of each next candidate: `candidates` [b, c] of the source rows after, -1 pads (empty bytes).
+def next_candidates(ahead: Ahead, captured: SparseDistribution) -> tuple[np.ndarray, np.ndarray]:
+    """What the source says after its own token: ids [b, k], -1 for none and for faint ones, and their probabilities float64."""
+    rows = captured.take(ahead.source_row + 1)
+    share = rows.probabilities
+    return np.where(share >= FAINT, rows.ids, NONE), np.where(share >= FAINT, share, 0.0)
 
-    After a special token comes no text: there the bytes end with the rest."""
-    spelt = {token: b"" if token in tokens.special else tokens[token] for token in np.unique(candidates).tolist()}
-    return [
-        rest + spelt[token] if token >= 0 else b""
-        for rest, several in zip(ahead.rest, candidates.tolist(), strict=True)
-        for token in several
-    ]
+
+def bytes_ahead(ahead: Ahead, candidates: np.ndarray, tokens: TokenBytes) -> tuple[list[bytes], np.ndarray]:
+    """The bytes up to the end of each next candidate: the different ones, and which of them each has, int64 [b, c], -1 for none.
+
+    `candidates` int [b, c], -1 pads, of the source rows after. After a special token comes no text: the bytes end with the rest.
+    """
+    number: dict[bytes, int] = {}
+    rest = np.array([number.setdefault(data, len(number)) for data in ahead.rest], dtype=np.int64)
+    rests = list(number)
+    keys = np.where(candidates >= 0, (rest[:, None] << 32) | candidates, NONE)
+    different, which = np.unique(keys, return_inverse=True)
+    lacking = int(len(different) > 0 and different[0] < 0)
+    at, token = (different >> 32)[lacking:].tolist(), (different & 0xFFFFFFFF)[lacking:].tolist()
+    spelt = {each: b"" if each in tokens.special else tokens[each] for each in set(token)}
+    data = [rests[index] + spelt[each] for index, each in zip(at, token, strict=True)]
+    return data, which.reshape(candidates.shape) - lacking
 
 
 def with_ahead(
@@ -77,7 +92,8 @@ def with_ahead(
     vocabulary_map: VocabularyMap,
     tokens: TokenBytes,
 ) -> Candidates:
-    """The candidates with the mass of the source's own token spread over its continuations; what their tail has stays."""
+    """The candidates with the mass of the source's own token spread over its continuations; what their tail has, and faint
+    ones, stays."""
     n, k = len(candidates.row), captured.ids.shape[1]
     own = _own_column(candidates, ahead, source, captured)
     use = np.flatnonzero((own >= 0) & np.isnan(candidates.chained[ahead.pivot_row]))
@@ -85,12 +101,12 @@ def with_ahead(
     row = np.concatenate([np.full((n, k), NONE, dtype=np.int64), candidates.row], axis=1)
     mass = np.concatenate([np.zeros((n, k)), candidates.mass], axis=1)
     column = own[use] + k
-    next_ids = captured.ids[ahead.source_row + 1]
+    next_ids, share = next_candidates(ahead, captured)
     known = vocabulary_map.row_of_rest
-    found = [known[data] if data else NONE for data in bytes_ahead(ahead, next_ids, tokens)]
-    share = captured.probabilities[ahead.source_row + 1]
+    different, which = bytes_ahead(ahead, next_ids, tokens)
+    found = np.array([known[data] if data else NONE for data in different] + [NONE], dtype=np.int64)
     whole = mass[ahead.pivot_row, column]
-    row[ahead.pivot_row, :k] = np.array(found, dtype=np.int64).reshape(-1, k)
+    row[ahead.pivot_row, :k] = found[which]
     mass[ahead.pivot_row, :k] = whole[:, None] * share
     mass[ahead.pivot_row, column] = whole * np.clip(1.0 - share.sum(axis=1), 0.0, 1.0)
     return Candidates(row, mass, candidates.own, candidates.chained)

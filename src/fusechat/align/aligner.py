@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusechat.align.ahead import Ahead, bytes_ahead, open_tokens, rows_ahead, with_ahead
+from fusechat.align.ahead import Ahead, bytes_ahead, next_candidates, open_tokens, rows_ahead, with_ahead
 from fusechat.align.back_off import BackOff
 from fusechat.align.bias import RARELY, cut_share
 from fusechat.align.candidates import Candidates, Rests, gather, rests_clipped, rests_inside
@@ -133,10 +133,10 @@ class Survey:
                 self._rests.update(rests.data)
         if self._open is not None:
             ahead = pair.ahead(alignment, source, self._open)
-            following = source.gold[ahead.source_row + 1][:, None]
-            self._continue(bytes_ahead(ahead, following, spell), pivot.gold[ahead.pivot_row])
+            different, which = bytes_ahead(ahead, source.gold[ahead.source_row + 1][:, None], spell)
+            self._continue([different[at] for at in which[:, 0].tolist()], pivot.gold[ahead.pivot_row])
             if captured is not None:
-                self._rests.update(bytes_ahead(ahead, captured.ids[ahead.source_row + 1], spell))
+                self._rests.update(bytes_ahead(ahead, next_candidates(ahead, captured)[0], spell)[0])
 
     def _continue(self, rests: list[bytes], tokens: np.ndarray) -> None:
         """Adds pivot tokens that started where these bytes came next."""

@@ -71,16 +71,18 @@ class BackOff:
 
     def _first_token(self, text: str) -> int | None:
         backend = self.pivot.tokenizer.backend_tokenizer
-        written = [self.pivot.piece(text)]
         if self.pivot.byte_level and backend.pre_tokenizer is not None:  # it cuts words, which the model must not join
-            written = [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)[:1]] + written
-        for word in written:
-            pieces = backend.model.tokenize(word)
-            token = int(pieces[0].id) if pieces else TAIL
-            data = self.pivot[token] if token not in self.pivot.special else b""
-            if data and text.encode().startswith(data):
-                return token
-        return None
+            found = self._first_piece(backend.pre_tokenizer.pre_tokenize_str(text)[0][0], text)
+            if found is not None:
+                return found
+        return self._first_piece(self.pivot.piece(text), text)
+
+    def _first_piece(self, word: str, text: str) -> int | None:
+        """The first token of a word in the tokenizer's own alphabet, where the text begins with it."""
+        pieces = self.pivot.tokenizer.backend_tokenizer.model.tokenize(word)
+        token = int(pieces[0].id) if pieces else TAIL
+        data = self.pivot.pieces[token] if pieces and token not in self.pivot.special else b""
+        return token if data and text.encode().startswith(data) else None
 
     def _longest_prefix(self, data: bytes) -> tuple[int, str]:
         for length in range(min(len(data), self._longest), 0, -1):

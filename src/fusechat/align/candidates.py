@@ -50,7 +50,7 @@ def rests_inside(
     source_rows, given = alignment.inside_row[rows], alignment.given[rows]
     candidates = captured.ids[source_rows]
     left = spelling.left_over(candidates, source.gold[source_rows], given)
-    mass = np.where(left >= 0, captured.probabilities[source_rows], 0.0)
+    mass = np.where(left >= 0, captured.take(source_rows).probabilities, 0.0)
     total = mass.sum(axis=1, keepdims=True)
     mass = np.divide(mass, total, out=mass, where=total > 0)
     at, column = np.nonzero(left > 0)
@@ -71,8 +71,8 @@ def rests_clipped(
     and gets what the pivot's did; one that does not begin with it goes to the tail."""
     found: list[tuple[int, int, float, bytes]] = []
     clipped = np.flatnonzero((alignment.source_row >= 0) & ~alignment.unclipped)
-    probabilities = captured.probabilities if len(clipped) else np.zeros(0)
-    for pivot_row in clipped.tolist():
+    probabilities = captured.take(alignment.source_row[clipped]).probabilities
+    for at, pivot_row in enumerate(clipped.tolist()):
         source_row = int(alignment.source_row[pivot_row])
         put = spell[0][int(pivot.gold[pivot_row])][: int(alignment.pivot_clip[pivot_row])]
         taken = spell[1][int(source.gold[source_row])][: int(alignment.source_clip[pivot_row])]
@@ -80,7 +80,7 @@ def rests_clipped(
             if candidate >= 0 and candidate not in spell[1].special:
                 data = spell[1][candidate]
                 rest = put + data[len(taken) :] if data.startswith(taken) and len(data) > len(taken) else b""
-                found.append((pivot_row, column, float(probabilities[source_row, column]), rest))
+                found.append((pivot_row, column, float(probabilities[at, column]), rest))
     return Rests(
         pivot_row=np.array([row for row, _, _, _ in found], dtype=np.int64),
         column=np.array([column for _, column, _, _ in found], dtype=np.int64),
@@ -100,7 +100,7 @@ def gather(
     ids = captured.ids[source_rows]
     whole = np.full(ids.shape, NONE, dtype=np.int64)
     whole[ids >= 0] = vocabulary_map.rows_of(ids[ids >= 0])
-    row[aligned], mass[aligned] = whole, captured.probabilities[source_rows]
+    row[aligned], mass[aligned] = whole, captured.take(source_rows).probabilities
     for rests in several:
         known = vocabulary_map.row_of_rest
         row[rests.pivot_row, rests.column] = [known[data] if data else NONE for data in rests.data]

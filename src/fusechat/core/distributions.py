@@ -42,6 +42,10 @@ class SparseDistribution:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def take(self, rows: np.ndarray) -> "SparseDistribution":
+        """Some of the rows, in the order asked for."""
+        return SparseDistribution(self.ids[rows], self.logprobs[rows], self.nll[rows] if len(self.nll) else self.nll)
+
     @property
     def probabilities(self) -> np.ndarray:
         """float64 [n, k], 0 where padded."""
