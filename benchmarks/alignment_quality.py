@@ -1,6 +1,6 @@
 """The quality of every strategy of alignment, on two real models in both directions: `make bench-alignment`.
 
-Takes the directory of `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`. Maps are counted on the first
+Takes the directory of `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl`, `oasst_threads.jsonl`. Maps are counted on the first
 part of each set and measured on the other one. Prints the tables of docs/alignment.md; the figures are kept in
 `runs/alignment/<direction>.json`.
 """

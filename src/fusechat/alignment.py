@@ -76,10 +76,10 @@ def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *,
 
 def _compare(recipe: Recipe, source: str, training: Any, measured: Any, top_ks: list[int]) -> list[dict[str, Any]]:
     pair, back_off, about = models(recipe, source)
-    data = Conversations(*training, **about)
     held_out = Conversations(*measured, **about)
+    data = Conversations(*training, **about, without=held_out.pivot.ids)  # no map is judged on what it was counted on
     records = []
-    total = len(STRATEGIES) * (2 * len(data.common()) + 2 * len(top_ks) * len(held_out.common()))
+    total = len(STRATEGIES) * (2 * len(data.common()) + (1 + len(top_ks)) * len(held_out.common()))
     with progress(f"compare {source}", total, "conversations") as advance:
         for strategy in STRATEGIES:
             compared = with_strategy(pair, strategy)
@@ -98,7 +98,7 @@ def _measure(
     processes: int | None,
 ) -> list[tuple[int, Quality]]:
     """One strategy's quality at each k."""
-    training = Blocks(pair, data, processes=processes)
+    training = Blocks(pair, data, processes=processes or 1)
     counts = training.count(advance)
     is_open = pair.open_tokens(counts)
     counted = training.survey(is_open, advance)

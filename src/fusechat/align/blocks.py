@@ -6,7 +6,7 @@ import os
 import pickle
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
@@ -37,7 +37,7 @@ class Conversations:
     """What two models have of the same conversations: directories, opened by each process for itself.
 
     `pivot`, `source`: prepared; `captured`: the source's distributions; `fill`: the pivot's own, where they are asked for. `names`:
-    how errors call the two models. `sizes`: how many tokens each model knows, its padding counted.
+    how errors call the two models. `sizes`: how many tokens each model knows, its padding counted. `without`: ids to leave out.
     """
 
     def __init__(
@@ -49,12 +49,13 @@ class Conversations:
         names: tuple[str, str],
         sizes: tuple[int, int],
         fill: Path | None = None,
+        without: Iterable[str] = (),
     ) -> None:
         self._places = pivot, source, captured, fill
-        self.names, self.sizes = names, sizes
+        self.names, self.sizes, self.without = names, sizes, frozenset(without)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("_places", "names", "sizes")}
+        return {key: self.__dict__[key] for key in ("_places", "names", "sizes", "without")}
 
     @cached_property
     def pivot(self) -> PreparedSet:
@@ -75,7 +76,8 @@ class Conversations:
     def has(self, identity: str) -> bool:
         """Whether both models have the conversation, and the source its distributions if there are any."""
         known = self.captured.index if self.captured else self.source.row_of
-        return identity in self.pivot.row_of and identity in self.source.row_of and identity in known
+        here = identity in self.pivot.row_of and identity in self.source.row_of and identity in known
+        return here and identity not in self.without
 
     def filling(self, identity: str, rows: int, k: int) -> SparseDistribution:
         """The pivot's own distributions of a conversation, cut or padded to `k` tokens; nothing but pads where there are none."""
