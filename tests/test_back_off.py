@@ -104,6 +104,19 @@ def test_a_back_off_token_always_begins_the_bytes(tokenizers: dict[str, Any], da
             assert found not in tokens.special
 
 
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="the first of no words is asked for")
+def test_a_pre_tokenizer_that_leaves_nothing_of_the_bytes_is_no_error() -> None:
+    from tokenizers import pre_tokenizers
+
+    pivot = toy("a", "\n")
+    pivot.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    token, how = BackOff(pivot)(b"\n\n")
+    assert token == 1
+    assert how in ("first token", "longest prefix")
+
+
 # -- edit distance ------------------------------------------------------------------------------------------------------
 
 
