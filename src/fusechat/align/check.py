@@ -1,5 +1,7 @@
 """What two models have of one conversation, before it is aligned: the same text, and distributions that belong to it."""
 
+import unicodedata
+
 import numpy as np
 
 from fusechat.align.aligner import Pair, Side
@@ -41,24 +43,31 @@ def _check_ids(ids: np.ndarray, size: int, where: str, what: str = "it holds") -
         raise WorkdirError(f"{where}: {what} token {int(ids.max())}, past the model's vocabulary of {size} tokens")
 
 
-def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes] | None:
-    """The first byte of a response that a model has, and the response from there on by its tokens' bytes; None where the tokens'
-    bytes are not their spans (a tokenizer that changes the text)."""
+def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool] | None:
+    """The first byte of a response that a model has, the response from there on by its tokens' bytes, and whether that is all of
+    it: not where the last token goes on after the content. None where the tokens' bytes are not their spans (a tokenizer that
+    changes the text, a dummy prefix), or where one is special."""
     which = np.flatnonzero((rows.response == response) & ~rows.end_of_turn)
     tokens, begin, end = rows.gold[which], rows.begin[which], rows.end[which]
-    lengths = side.tokens.lengths
+    lengths = side.spelling.lengths
     width = np.where(tokens < len(lengths), lengths[np.minimum(tokens, len(lengths) - 1)], 0)
-    if not len(which) or (width[1:-1] != (end - begin)[1:-1]).any():
+    exact = width == end - begin
+    if not len(which) or not exact[:-1].all():
         return None
-    data = b"".join([side.tokens[token] for token in tokens.tolist()])
-    first, size = max(int(begin[0]), 0), int(end[-1] - begin[0])
-    if len(which) > 1 and int(width[0]) != int(end[0] - begin[0]):
-        return None  # a dummy prefix
-    return first, data[first - int(begin[0]) : size]
+    data = b"".join([side.tokens[token] for token in tokens[: None if exact[-1] else -1].tolist()])
+    return max(int(begin[0]), 0), data[max(-int(begin[0]), 0) :], bool(exact[-1])
 
 
-def _agree(one: tuple[int, bytes], other: tuple[int, bytes]) -> bool:
-    """Whether two parts of a response have the same bytes where both have any."""
+def _agree(one: tuple[int, bytes, bool], other: tuple[int, bytes, bool]) -> bool:
+    """Whether two parts of a response are the same text where both have any, and elsewhere the space that templates strip."""
     first = max(one[0], other[0])
-    last = min(one[0] + len(one[1]), other[0] + len(other[1]))
-    return one[1][first - one[0] : last - one[0]] == other[1][first - other[0] : last - other[0]]
+    last = max(min(one[0] + len(one[1]), other[0] + len(other[1])), first)
+    parts = [(data[: first - at], data[first - at : last - at], data[last - at :]) for at, data, _ in (one, other)]
+    alone = [before for before, _, _ in parts] + [after for _, _, after in parts if one[2] and other[2]]
+    same = parts[0][1] == parts[1][1] or _plain(parts[0][1]) == _plain(parts[1][1])
+    return same and not any(data.decode(errors="replace").strip() for data in alone)
+
+
+def _plain(data: bytes) -> str:
+    """A text without what a tokenizer may change of it while its bytes stay as many: one normalizes, one has no capitals."""
+    return unicodedata.normalize("NFKC", data.decode(errors="replace")).casefold()
