@@ -254,6 +254,13 @@ def test_both_clipped_by_the_same_space_keep_their_words(table: dict[str, TokenB
     assert result == pytest.approx(row)
 
 
+def test_of_the_bytes_that_both_took_alone_nothing_is_left(table: dict[str, TokenBytes]) -> None:
+    """A candidate that is the template's space says nothing of the content, although the pivot's token has that space too."""
+    row = {"▁the": 0.75, "▁": 0.125}
+    result = clipped(table, pivot=("gemma", "▁the", 1), source=("mistral", "▁the", 1), row=row)
+    assert result == pytest.approx({"▁the": 0.75})
+
+
 # -- all candidates together --------------------------------------------------------------------------------------------
 
 

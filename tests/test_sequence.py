@@ -96,6 +96,11 @@ def test_of_one_text_every_token_with_width_starts_with_a_source_token_or_inside
     assert (starts ^ inside).tolist() == [end > begin for begin, end in pair[0]]
 
 
+def test_a_token_that_starts_with_a_source_token_is_inside_none_though_another_goes_on() -> None:
+    """Character offsets may overlap."""
+    assert containing(array([(2, 3), (3, 4)]), array([(0, 4), (2, 4)])).tolist() == [-1, 1]
+
+
 def test_nothing_contains_where_there_are_no_tokens() -> None:
     assert containing(array([]), array([(0, 3)])).tolist() == []
     assert containing(array([(1, 2)]), array([])).tolist() == [-1]
