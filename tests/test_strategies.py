@@ -135,8 +135,7 @@ class Room:
         return Conversations(*places, names=names, sizes=sizes, fill=directory / "fill")
 
     def outcome(self, strategy: Strategy) -> "Outcome":
-        if strategy not in self._outcomes:
-            self._outcomes[strategy] = self.align(strategy, 0)
+        self._outcomes[strategy] = self._outcomes.get(strategy) or self.align(strategy, 0)
         return self._outcomes[strategy]
 
     def align(self, strategy: Strategy, order: int) -> "Outcome":

@@ -79,8 +79,10 @@ def _compare(recipe: Recipe, source: str, training: Any, measured: Any, top_ks: 
     held_out = Conversations(*measured, **about)
     data = Conversations(*training, **about, without=held_out.pivot.ids)  # no map is judged on what it was counted on
     records = []
-    total = len(STRATEGIES) * (2 * len(data.common()) + (1 + len(top_ks)) * len(held_out.common()))
+    counted, measured_on = len(data.common()), len(held_out.common())
+    total = measured_on + len(STRATEGIES) * (2 * counted + (1 + len(top_ks)) * measured_on)
     with progress(f"compare {source}", total, "conversations") as advance:
+        Blocks(with_strategy(pair, Strategy()), held_out, processes=1).count(advance)  # checks what is stored
         for strategy in STRATEGIES:
             compared = with_strategy(pair, strategy)
             for k, quality in _measure(compared, back_off, data, held_out, top_ks, advance, recipe.align.processes):

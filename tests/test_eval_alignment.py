@@ -1,0 +1,300 @@
+"""`fusechat eval alignment`: strategies side by side on held-out conversations, with maps counted on the training set alone."""
+
+import contextlib
+import io
+import json
+import logging
+import sys
+from collections import Counter
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+import runs
+import tiny
+from fusechat.align.aligner import Pair, Strategy
+from fusechat.align.counts import Seen
+from fusechat.alignment import STRATEGIES, evaluate_alignment
+from fusechat.cli import main
+from fusechat.core.distributions import open_distributions, write_distributions
+from fusechat.core.prepared import Prepared, PreparedSet
+from fusechat.pipeline import run
+from fusechat.recipe_file import load_recipe
+from test_bad_align import vouch
+from test_bad_input import PREFIX
+
+KEYS = {field.name for field in fields(Strategy)}
+SHARES = ("coverage_of_positions", "coverage_of_mass", "coverage_of_bytes", "rarely_cut")
+BITS = ("own", "common", "transferred", "own_there", "own_kept_there")
+OTHERS = ("ratio", "ratio_to_kept", "nats_where_rarely_cut")
+
+
+def fusechat(*arguments: str | Path, width: int = 80) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the command line, in this process."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    log = logging.getLogger("fusechat")
+    state = log.handlers[:], log.level, log.propagate
+    status = 0
+    try:
+        with (
+            mock.patch.object(sys, "argv", ["fusechat", *map(str, arguments)]),
+            mock.patch.dict("os.environ", {"COLUMNS": str(width)}),
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+        ):
+            main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    finally:
+        log.handlers[:], log.level, log.propagate = state
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
+def strategy_of(record: dict[str, Any]) -> Strategy:
+    return Strategy(**{key: record[key] for key in KEYS})
+
+
+@pytest.fixture(scope="module")
+def evaluated(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `recipe.yaml`, the figures `figures.json`, what was printed, and the work directory `work`."""
+    directory = tmp_path_factory.mktemp("evaluated")
+    recipe = runs.write_recipe(directory, models)
+    where = ("--workdir", directory / "work", "--top-k", "3", "--top-k", "8", "--out", directory / "figures.json")
+    status, printed, stderr = fusechat("eval", "alignment", recipe, *where)
+    assert status == 0, stderr
+    (directory / "stdout").write_text(printed, encoding="utf-8")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def figures(evaluated: Path) -> list[dict[str, Any]]:
+    return list(json.loads((evaluated / "figures.json").read_text()))
+
+
+def test_every_strategy_is_measured_for_every_source_and_k(figures: list[dict[str, Any]]) -> None:
+    found = [(each["source"], each["k"], strategy_of(each)) for each in figures]
+    expected = [(source, k, strategy) for source in runs.SOURCES for k in (3, 8) for strategy in STRATEGIES]
+    assert sorted(map(repr, found)) == sorted(map(repr, expected))
+    for each in figures:
+        assert each.keys() == {"source", "k", *KEYS, *SHARES, *BITS, *OTHERS}
+
+
+def test_values_are_what_they_can_be(figures: list[dict[str, Any]]) -> None:
+    for each in figures:
+        assert all(0 <= each[key] <= 1 for key in SHARES), each
+        assert all(each[key] > 0 for key in BITS), each
+        assert each["ratio"] == pytest.approx(each["transferred"] / each["own_there"], rel=1e-4)
+        assert each["ratio_to_kept"] == pytest.approx(each["transferred"] / each["own_kept_there"], rel=1e-4)
+    for source in runs.SOURCES:
+        several = [each for each in figures if each["source"] == source]
+        assert len({each["own"] for each in several}) == 1, "the source's own is of no strategy and no k"
+        for k in (3, 8):
+            few = {strategy_of(each): each for each in several if each["k"] == k}
+            plain = few[Strategy("boundary", "statistics")]
+            conditioned = few[Strategy("boundary", "statistics", unaligned="condition")]
+            assert conditioned["coverage_of_positions"] >= plain["coverage_of_positions"]
+            assert conditioned["coverage_of_bytes"] >= plain["coverage_of_bytes"]
+            ahead = few[Strategy("boundary", "statistics", unaligned="condition", look_ahead=True)]
+            chained = few[STRATEGIES[-1]]
+            assert chained["chain_rule"]
+            assert chained["ratio"] <= ahead["ratio"]
+
+
+def test_more_candidates_cover_more_mass(figures: list[dict[str, Any]]) -> None:
+    few, many = ([each for each in figures if each["k"] == k] for k in (3, 8))
+    for one, other in zip(few, many, strict=True):
+        assert (one["source"], strategy_of(one)) == (other["source"], strategy_of(other))
+        if not one["chain_rule"] and one["unaligned"] != "condition":
+            assert one["coverage_of_mass"] <= other["coverage_of_mass"]
+            assert one["coverage_of_positions"] == other["coverage_of_positions"]
+
+
+def test_the_table_has_every_number_whole_at_80_columns(evaluated: Path, figures: list[dict[str, Any]]) -> None:
+    lines = (evaluated / "stdout").read_text(encoding="utf-8").splitlines()
+    assert max(map(len, lines)) <= 80
+    for source in runs.SOURCES:
+        for k in (3, 8):
+            begin = next(at for at, line in enumerate(lines) if line.strip().startswith(f"{source}, k = {k}:"))
+            few = [each for each in figures if (each["source"], each["k"]) == (source, k)]
+            assert f"{few[0]['own']:.3f} bits per byte" in lines[begin]
+            heading = next(at for at in range(begin, len(lines)) if lines[at].split()[:1] == ["strategy"])
+            assert lines[heading].split() == ["strategy", "rows", "mass", "common", "there", "own", "ratio"]
+            end = next(at for at in range(heading, len(lines)) if not lines[at].strip())
+            rows = [line for line in lines[heading + 2 : end] if "." in line]  # names may go on below
+            columns = ("coverage_of_positions", "coverage_of_mass", "common", "transferred", "own_there", "ratio")
+            for row, each in zip(rows, few, strict=True):
+                assert row.split()[-6:] == [f"{each[key]:.3f}" for key in columns]
+                assert row.split()[0] == f"{each['sequence']},"
+
+
+def test_a_second_time_nothing_is_prepared_or_captured_again(evaluated: Path, figures: list[dict[str, Any]]) -> None:
+    def manifests() -> dict[str, tuple[int, bytes]]:
+        found = (evaluated / "work").rglob("manifest.json")
+        return {str(file): (file.stat().st_mtime_ns, file.read_bytes()) for file in found}
+
+    before = manifests()
+    assert {Path(name).parts[-4] for name in before} == {"prepare", "capture"}
+    arguments = ("--workdir", evaluated / "work", "--top-k", "8", "--top-k", "3", "--top-k", "8", "--json")
+    status, printed, _ = fusechat("eval", "alignment", evaluated / "recipe.yaml", *arguments)
+    assert status == 0
+    assert json.loads(printed) == figures
+    assert manifests() == before
+
+
+def test_processes_change_nothing_but_the_time(evaluated: Path, figures: list[dict[str, Any]]) -> None:
+    recipe = load_recipe(evaluated / "recipe.yaml", ["align.processes=2"])
+    assert evaluate_alignment(recipe, evaluated / "work", top_ks=[3, 8]) == figures
+
+
+# -- what it is counted on ----------------------------------------------------------------------------------------------
+
+
+def starts(rows: Prepared) -> dict[tuple[int, int], int]:
+    """Where content tokens start, of those that have a width; one that takes in template text before the content does not count."""
+    columns = (rows.response, rows.begin, rows.end, rows.end_of_turn, rows.gold)
+    found: dict[tuple[int, int], int] = {}
+    for response, begin, end, closing, token in zip(*(column.tolist() for column in columns), strict=True):
+        if not closing and end > begin >= 0:
+            found.setdefault((response, begin), token)
+    return found
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Strategy, Seen]]:
+    """What each map is made of, while the test runs."""
+    found: list[tuple[Strategy, Seen]] = []
+    build = Pair.build_map
+
+    def spy(pair: Pair, counted: Seen, back_off: Any) -> Any:
+        found.append((pair.strategy, counted))
+        return build(pair, counted, back_off)
+
+    monkeypatch.setattr(Pair, "build_map", spy)
+    return found
+
+
+def pairs_of(seen: Seen) -> dict[tuple[int, int], int]:
+    columns = (seen.pairs.source, seen.pairs.pivot, seen.pairs.count)
+    return {(source, pivot): count for source, pivot, count in zip(*(c.tolist() for c in columns), strict=True)}
+
+
+@pytest.mark.parametrize("first", [200, 6], ids=["apart", "partly trained on"])
+def test_the_map_is_counted_on_training_conversations_that_are_not_held_out(
+    models: dict[str, Path], tmp_path: Path, seen: list[tuple[Strategy, Seen]], first: int
+) -> None:
+    """Against a naive count over the stored tokens."""
+    recipe = runs.write_recipe(tmp_path, models)
+    runs.write_conversations(tmp_path / "held-out.jsonl", 7, first=first)
+    evaluate_alignment(load_recipe(recipe), tmp_path / "work", top_ks=[3])
+    prepared = tmp_path / "work" / "prepare"
+    assert [strategy for strategy, _ in seen] == 2 * list(STRATEGIES)
+    half = len(STRATEGIES)
+    for source, data, several in (("mistral", "data", seen[:half]), ("gemma", "gemma", seen[half:])):
+        ours, theirs = (PreparedSet(prepared / name / data) for name in ("pivot", source))
+        held_out = set(PreparedSet(prepared / "pivot" / f"{data}-held-out").ids)
+        assert bool(held_out & set(ours.ids)) == (first == 6 and data == "data")
+        expected: Counter[tuple[int, int]] = Counter()
+        for one in ours:
+            if one.id not in held_out:
+                place, there = starts(one), starts(theirs[theirs.row_of[one.id]])
+                expected.update((there[key], token) for key, token in place.items() if key in there)
+        for strategy, found in several:
+            assert strategy.sequence == "dtw" or pairs_of(found) == expected
+
+
+def test_other_held_out_conversations_change_no_count(
+    models: dict[str, Path], tmp_path: Path, seen: list[tuple[Strategy, Seen]]
+) -> None:
+    recipe = runs.write_recipe(tmp_path, models)
+    evaluate_alignment(load_recipe(recipe), tmp_path / "work", top_ks=[3])
+    runs.write_conversations(tmp_path / "held-out.jsonl", 2, first=997)
+    evaluate_alignment(load_recipe(recipe), tmp_path / "work", top_ks=[3])
+    found = [(strategy, pairs_of(each), dict(each.parts)) for strategy, each in seen]
+    assert found[: len(found) // 2] == found[len(found) // 2 :]
+    assert any(parts for *_, parts in found)
+
+
+def test_a_source_with_the_pivots_tokens_loses_nothing(models: dict[str, Path], tmp_path: Path) -> None:
+    """Another model with the same tokenizer: where everything corresponds, what is kept arrives as it was."""
+    other = tiny.build("llama", tmp_path / "other", seed=1)
+    recipe = runs.write_recipe(tmp_path, models, sources={"twin": str(other)})
+    records = evaluate_alignment(load_recipe(recipe), tmp_path / "work", top_ks=[2, 8])
+    assert len(records) == 2 * len(STRATEGIES)
+    for each in records:
+        assert each["coverage_of_positions"] == each["coverage_of_bytes"] == 1.0
+        if strategy_of(each) == Strategy("boundary", "statistics"):
+            assert each["ratio_to_kept"] == 1.0
+            assert each["common"] == each["transferred"] == each["own_kept_there"]
+            assert each["own_there"] == each["own"]
+
+
+# -- together with a run ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_in_the_work_directory_of_an_evaluation(models: dict[str, Path], tmp_path: Path) -> None:
+    """And gives what it gives alone."""
+    recipe = runs.write_recipe(tmp_path, models)
+    assert fusechat("eval", "alignment", recipe, "--workdir", tmp_path / "both", "--top-k", "9")[0] == 0
+    to_do = [run(load_recipe(recipe), tmp_path / name, until="align") for name in ("both", "alone")]
+    assert to_do[0] == to_do[1] - 8, "all that is prepared"
+    both, alone = runs.digests(tmp_path / "both"), runs.digests(tmp_path / "alone")
+    assert alone.items() <= both.items()
+    more = {name.rpartition("/")[0] for name in both.keys() - alone.keys()}
+    assert more == {"capture/mistral/data-held-out", "capture/gemma/gemma-held-out"}
+
+
+def test_an_evaluation_leaves_a_run_as_it_was(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = runs.write_recipe(tmp_path, models)
+    run(load_recipe(recipe), tmp_path / "work", until="align")
+    before = runs.digests(tmp_path / "work")
+    assert fusechat("eval", "alignment", recipe, "--workdir", tmp_path / "work", "--top-k", "9")[0] == 0
+    assert before.items() <= runs.digests(tmp_path / "work").items()
+    assert run(load_recipe(recipe), tmp_path / "work", until="align") == 0
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------
+
+
+def error_of(*arguments: str | Path) -> str:
+    status, stdout, stderr = fusechat("eval", "alignment", *arguments)
+    assert (status, stdout) == (2, "")
+    [line] = [line for line in stderr.splitlines() if not line.startswith(("prepare", "capture", "compare"))]
+    assert line.startswith(PREFIX)
+    return line.removeprefix(PREFIX)
+
+
+def test_a_source_without_held_out_conversations(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = runs.write_recipe(tmp_path, models, data={"train": "train.jsonl"})
+    line = error_of(recipe, "--workdir", tmp_path / "work")
+    assert line == "source mistral has no held-out conversations: set data.validation"
+    assert not (tmp_path / "work").exists()
+
+
+def test_held_out_conversations_that_are_not_there(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = runs.write_recipe(tmp_path, models)
+    (tmp_path / "held-out.jsonl").unlink()
+    assert error_of(recipe, "--workdir", tmp_path / "work") == f"{tmp_path / 'held-out.jsonl'}: no such file"
+    assert not list((tmp_path / "work").rglob("manifest.json"))
+
+
+def test_another_recipes_work_directory(evaluated: Path) -> None:
+    changed = ("--workdir", evaluated / "work", "--set", "name=other")
+    assert "was made by a recipe with name tiny" in error_of(evaluated / "recipe.yaml", *changed)
+
+
+def test_distributions_of_another_text(models: dict[str, Path], tmp_path: Path) -> None:
+    recipe = runs.write_recipe(tmp_path, models)
+    assert fusechat("eval", "alignment", recipe, "--workdir", tmp_path / "work")[0] == 0
+    directory = tmp_path / "work" / "capture" / "mistral" / "data-held-out"
+    store = open_distributions(directory)
+    rows = {identity: store[identity] for identity in store.index}
+    victim = next(iter(rows))
+    rows[victim] = replace(rows[victim], nll=rows[victim].nll[1:])
+    for shard in sorted(directory.glob("shard-*.arrow")):
+        write_distributions(shard, list(rows.items()) if shard.name == "shard-00000.arrow" else [])
+    vouch(directory)
+    line = error_of(recipe, "--workdir", tmp_path / "work")
+    assert line.startswith(f"mistral ({models['mistral']}): conversation {victim} has ")
