@@ -167,7 +167,6 @@ def test_a_killed_worker_ends_the_run_with_a_line_and_the_next_run_goes_on(
 
 
 @needs_proc
-@pytest.mark.xfail(strict=True, reason="a worker holds both ends of its queue, and waits for ever")
 def test_a_killed_run_leaves_no_workers_behind(captured: Path, tmp_path: Path) -> None:
     process = start(again(captured, tmp_path))
     found = workers(process.pid, 2)
@@ -186,7 +185,6 @@ def test_a_killed_run_leaves_no_workers_behind(captured: Path, tmp_path: Path) -
 
 
 @needs_proc
-@pytest.mark.xfail(strict=True, reason="workers print a traceback each")
 def test_an_interrupted_run_says_so_in_a_line(captured: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the workers as well; what they think of it is not shown."""
     process = start(again(captured, tmp_path))

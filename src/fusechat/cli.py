@@ -9,6 +9,7 @@ import typer
 
 from fusechat.errors import FuseChatError, storage_error
 
+INTERRUPTED = 130  # exit status after Ctrl-C
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -201,11 +202,14 @@ def _print_results(workdir: Path, name: str) -> None:
 def main() -> Any:
     """Runs the command line. Exit status 0 when done, 2 for what the user can mend, 1 for a defect of FuseChat."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        status = app(standalone_mode=False) or 0
+        if status == INTERRUPTED:  # Typer keeps the exception to itself
+            raise KeyboardInterrupt
+        sys.exit(status)
     except FuseChatError as error:
         _fail(*error.messages)
     except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", status=130)
+        _fail("interrupted; run the same command again to go on", status=INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

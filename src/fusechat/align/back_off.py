@@ -72,9 +72,10 @@ class BackOff:
     def _first_token(self, text: str) -> int | None:
         backend = self.pivot.tokenizer.backend_tokenizer
         if self.pivot.byte_level and backend.pre_tokenizer is not None:  # it cuts words, which the model must not join
-            found = self._first_piece(backend.pre_tokenizer.pre_tokenize_str(text)[0][0], text)
-            if found is not None:
-                return found
+            for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)[:1]:
+                found = self._first_piece(word, text)
+                if found is not None:
+                    return found
         return self._first_piece(self.pivot.piece(text), text)
 
     def _first_piece(self, word: str, text: str) -> int | None:

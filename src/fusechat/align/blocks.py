@@ -4,13 +4,15 @@ blocks are joined in their order, so that results do not depend on how many proc
 
 import os
 import pickle
+import signal
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -169,8 +171,18 @@ _state: Any = None  # of a process that blocks are sent to
 
 
 def _load(file: str) -> None:
+    """Begins a process: it leaves Ctrl-C to the one that began it, and ends with that one."""
     global _state
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _state = pickle.loads(Path(file).read_bytes())
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()  # it holds both ends of the queue itself, and would wait for ever
+        os._exit(1)
 
 
 def _in_process(work: Callable[[Any, list[str]], R], block: list[str]) -> R:

@@ -98,17 +98,18 @@ def covered_segments(pivot: Prepared, source: Prepared, covered: np.ndarray) -> 
     """Which content rows of the pivot and of the source, bool [n] each, are in a segment that is covered."""
     ours, theirs = number_line(pivot, source)
     own, other = _content(pivot), _content(source)
-    cuts = np.intersect1d(ours[own, 0], theirs[other, 0])
-    if not len(cuts):
-        return np.zeros(len(pivot), dtype=bool), np.zeros(len(source), dtype=bool)
+    common = np.intersect1d(ours[own, 0], theirs[other, 0])
+    cuts = np.union1d(common, np.append(_response_starts(pivot, ours), _response_starts(source, theirs)))
     segment, segment_there = (np.searchsorted(cuts, spans[:, 0], side="right") - 1 for spans in (ours, theirs))
-    lacking = np.zeros(len(cuts), dtype=bool)
-    lacking[segment[own & ~covered & (segment >= 0)]] = True
+    lacking = ~np.isin(cuts, common)  # what one side has alone: a response that the other lost, or its first bytes
+    lacking[segment[own & ~covered]] = True
     # A row without width (a dummy prefix) has nll of its own: it counts with the token that it stands before.
-    return (
-        own & (segment >= 0) & ~lacking[segment],
-        ~source.end_of_turn & (segment_there >= 0) & ~lacking[segment_there],
-    )
+    return own & ~lacking[segment], ~source.end_of_turn & ~lacking[segment_there]
+
+
+def _response_starts(rows: Prepared, spans: np.ndarray) -> np.ndarray:
+    """Where each row's response starts on the number line."""
+    return np.asarray((spans[:, 0] - np.maximum(rows.begin, 0))[~rows.end_of_turn])
 
 
 def _content(rows: Prepared) -> np.ndarray:

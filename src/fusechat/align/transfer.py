@@ -32,6 +32,8 @@ class Transfer:
 
         `gold` int [n]: the rows' own pivot tokens, kept in any case where the source's own token is a candidate (`candidates.own`).
         """
+        if int(gold.max(initial=-1)) >= len(self._dense):  # a token of the model's padding
+            self._dense = np.zeros(int(gold.max()) + 1)
         ids, mass, mapped = _transfer(
             candidates.row,
             candidates.mass,
@@ -60,58 +62,76 @@ def _transfer(
     dense: np.ndarray,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """`dense` is zero before and after."""
-    (is_own, chained), (offset, pivot, weight) = chain, entries
-    n, width = row.shape
+    """The `k` largest of each row, ids and mass [n, k], and all mass that reached a token [n]. `dense` is zero before and after."""
+    own, chained = chain
+    n = len(row)
     ids, kept = np.full((n, k), -1, dtype=np.int32), np.zeros((n, k))
     mapped = np.zeros(n)
     touched = np.empty(len(dense), dtype=np.int64)
     for i in range(n):
-        count = 0
-        for c in range(width):
-            entry = row[i, c]
-            if entry < 0 or mass[i, c] <= 0.0:
-                continue
-            factor, sharpened = mass[i, c], False
-            if c == width - 1 and is_own[i] and not np.isnan(chained[i]):
-                # The row of W of the source's own token gives its gold pivot token `chained`, and scales the others down.
-                share = 0.0
-                for at in range(offset[entry], offset[entry + 1]):
-                    if pivot[at] == gold[i]:
-                        share = weight[at]
-                factor = mass[i, c] * (1.0 - chained[i]) / (1.0 - share) if share < 1.0 else 0.0
-                sharpened = True
-                if dense[gold[i]] == 0.0:
-                    touched[count] = gold[i]
+        share = chained[i] if own[i] else np.nan
+        count = _spread(row[i], mass[i], gold[i], share, entries, dense, touched)
+        own_mass = dense[gold[i]]
+        mapped[i] = _largest(dense, touched[:count], ids[i], kept[i])
+        if own[i] and own_mass > 0.0 and not (ids[i] == gold[i]).any():
+            ids[i, k - 1], kept[i, k - 1] = gold[i], own_mass
+    return ids, kept, mapped
+
+
+@numba.njit(cache=True, nogil=True)
+def _spread(
+    row: np.ndarray,
+    mass: np.ndarray,
+    gold: int,
+    share: float,
+    entries: tuple[np.ndarray, np.ndarray, np.ndarray],
+    dense: np.ndarray,
+    touched: np.ndarray,
+) -> int:
+    """Adds all candidates' mass [c] to `dense` by their rows of W [c]; returns how many tokens are `touched`. Where the `share`
+    that the gold token has of the last candidate is known (not NaN), W's other entries are scaled to what it leaves."""
+    offset, pivot, weight = entries
+    count = 0
+    for c in range(len(row)):
+        if row[c] < 0:
+            continue
+        begin, end = offset[row[c]], offset[row[c] + 1]
+        factor, known = mass[c], c == len(row) - 1 and not np.isnan(share)
+        if known:
+            counted = 0.0
+            for at in range(begin, end):
+                if pivot[at] == gold:
+                    counted = weight[at]
+            factor = mass[c] * (1.0 - share) / (1.0 - counted) if counted < 1.0 else 0.0
+            if mass[c] * share > 0.0:
+                if dense[gold] == 0.0:
+                    touched[count] = gold
                     count += 1
-                dense[gold[i]] += mass[i, c] * chained[i]
-            for at in range(offset[entry], offset[entry + 1]):
-                token = pivot[at]
-                if sharpened and token == gold[i]:
-                    continue
+                dense[gold] += mass[c] * share
+        for at in range(begin, end):
+            token, part = pivot[at], factor * weight[at]
+            if part > 0.0 and not (known and token == gold):
                 if dense[token] == 0.0:
                     touched[count] = token
                     count += 1
-                dense[token] += factor * weight[at]
-        own = dense[gold[i]]
-        filled = 0
-        for at in range(count):
-            token = touched[at]
-            value = dense[token]
-            dense[token] = 0.0
-            mapped[i] += value
-            if value <= 0.0:
-                continue
-            place = filled if filled < k else k - 1
-            if filled == k and (kept[i, place] > value or (kept[i, place] == value and ids[i, place] < token)):
-                continue
-            while place > 0 and (
-                kept[i, place - 1] < value or (kept[i, place - 1] == value and ids[i, place - 1] > token)
-            ):
-                kept[i, place], ids[i, place] = kept[i, place - 1], ids[i, place - 1]
-                place -= 1
-            kept[i, place], ids[i, place] = value, token
-            filled = min(filled + 1, k)
-        if is_own[i] and own > 0.0 and not (ids[i] == gold[i]).any():
-            ids[i, k - 1], kept[i, k - 1] = gold[i], own
-    return ids, kept, mapped
+                dense[token] += part
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _largest(dense: np.ndarray, tokens: np.ndarray, ids: np.ndarray, kept: np.ndarray) -> float:
+    """Sorts the largest into `ids` and `kept` [k], of equals the lower id first, and clears `dense`; returns the sum of all."""
+    k, filled, total = len(ids), 0, 0.0
+    for token in tokens:
+        value = dense[token]
+        dense[token] = 0.0
+        total += value
+        place = min(filled, k - 1)
+        if filled == k and (kept[place] > value or (kept[place] == value and ids[place] < token)):
+            continue
+        while place > 0 and (kept[place - 1] < value or (kept[place - 1] == value and ids[place - 1] > token)):
+            kept[place], ids[place] = kept[place - 1], ids[place - 1]
+            place -= 1
+        kept[place], ids[place] = value, token
+        filled = min(filled + 1, k)
+    return total

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fusechat.core.files import atomic_file
+from fusechat.errors import WorkdirError
 
 _BATCH = 512  # records a batch
 
@@ -53,8 +54,11 @@ class Table:
     def __init__(self, paths: list[Path]) -> None:
         parts = []
         for path in paths:
-            with pa.memory_map(str(path)) as source:
-                parts.append(pa.ipc.open_file(source).read_all())
+            try:
+                with pa.memory_map(str(path)) as source:
+                    parts.append(pa.ipc.open_file(source).read_all())
+            except pa.ArrowInvalid:
+                raise WorkdirError(f"{path}: is damaged; delete its directory, then run again") from None
         self.table = pa.concat_tables(parts)
         self._chunk_of: dict[str, tuple[np.ndarray, list[pa.Array]]] = {}
 
