@@ -15,7 +15,7 @@ from fusechat.align.aligner import Aligner, Pair, Side, Strategy, covered
 from fusechat.align.back_off import BackOff
 from fusechat.align.blocks import Blocks, Conversations
 from fusechat.align.figures import Figures
-from fusechat.align.vocabulary import VocabularyMap, role_map
+from fusechat.align.vocabulary import VocabularyMap
 from fusechat.core.conversations import Conversation, DataSet, Message, read_conversations
 from fusechat.core.distributions import SparseDistribution, write_distributions, write_store
 from fusechat.core.prepared import FILE, Prepared, write_prepared
@@ -212,7 +212,7 @@ def test_no_row_has_more_mass_than_one_and_the_tail_has_what_is_missing(room: Ro
 def test_ids_are_of_the_pivots_vocabulary_and_special_only_by_role_or_as_the_gold_token(
     room: Room, strategy: Strategy
 ) -> None:
-    by_role = set(role_map(room.pivot.roles, room.source.roles).values())
+    by_role = set(vars(room.pivot.roles).values())
     special = np.array(sorted(room.pivot.tokens.special - by_role), dtype=np.int32)
     for identity, rows in room.outcome(strategy).rows.items():
         assert rows.ids.shape == rows.logprobs.shape == (len(room.ours[identity]), KEPT)
