@@ -207,6 +207,15 @@ def test_a_recipe_that_cannot_be_read(tmp_path: Path) -> None:
         ("fuse.sft_wieght=1", "{recipe}:15: fuse.sft_wieght: unknown key; did you mean sft_weight?"),
         ("fuse.sft_weight=one", "{recipe}:16: fuse.sft_weight: Input should be a valid number, not 'one'"),
         ("align.top_k=0", "{recipe}: align.top_k: Input should be greater than or equal to 1, not 0"),
+        ("align.processes=0", "{recipe}: align.processes: Input should be greater than or equal to 1, not 0"),
+        ("align.sequence=dwt", "{recipe}: align.sequence: Input should be 'boundary' or 'dtw', not 'dwt'"),
+        (
+            "align.vocabulary=MS",
+            "{recipe}: align.vocabulary: Input should be 'exact', 'edit' or 'statistics', not 'MS'",
+        ),
+        ("align.unaligned=gold", "{recipe}: align.unaligned: Input should be 'label', 'skip', 'pivot' or 'condition'"),
+        ("align.chain_rule=1", "{recipe}: align.chain_rule: Input should be a valid boolean, not 1"),
+        ("align={look_ahead: true, vocabulary: edit}", "{recipe}: align: look_ahead needs vocabulary: statistics"),
     ],
 )
 def test_a_bad_change_on_the_command_line(tmp_path: Path, change: str, expected: str) -> None:

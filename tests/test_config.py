@@ -42,6 +42,16 @@ def test_the_papers_settings_are_the_defaults(tmp_path: Path) -> None:
     assert (recipe.data.max_length, recipe.data.on_error, recipe.seed, recipe.device) == (2048, "stop", 0, None)
 
 
+def test_alignment_looks_ahead_by_default_where_the_map_is_counted(tmp_path: Path) -> None:
+    def looks_ahead(*changes: str) -> bool:
+        return bool(load_recipe(write(tmp_path), [f"align.{change}" for change in changes]).align.strategy().look_ahead)
+
+    assert looks_ahead()
+    assert not looks_ahead("look_ahead=false")
+    assert not looks_ahead("vocabulary=exact")
+    assert not looks_ahead("vocabulary=edit", "look_ahead=false")
+
+
 @pytest.mark.parametrize("text", ["5e-6", "5.0e-6", "0.000005", "5E-6", "+5e-6", "50e-7"])
 def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
     path = write(tmp_path)
