@@ -196,11 +196,11 @@ def processes(tokenizers: list[Any], texts: list[str], positions: int = 1_000_00
         times, digests = {}, set()
         for number in (1, 2):
             data = Conversations(*places, names=("pivot", "source"), sizes=(1 << 30, 1 << 30))
-            blocks = Blocks(pair, data, processes=number)
             began = time.perf_counter()
-            vocabulary_map, is_open = blocks.build_map(back_off, nothing)
-            rows = blocks.align(vocabulary_map, is_open, k=K, advance=nothing, figures=Figures())
-            write_distributions(Path(room) / "aligned.arrow", rows)
+            with Blocks(pair, data, processes=number) as blocks:
+                vocabulary_map, is_open = blocks.build_map(back_off, nothing)
+                rows = blocks.align(vocabulary_map, is_open, k=K, advance=nothing, figures=Figures())
+                write_distributions(Path(room) / "aligned.arrow", rows)
             times[number] = time.perf_counter() - began
             digests.add(digest(Path(room) / "aligned.arrow"))
     print_line(

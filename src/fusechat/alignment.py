@@ -100,10 +100,10 @@ def _measure(
     processes: int | None,
 ) -> list[tuple[int, Quality]]:
     """One strategy's quality at each k."""
-    training = Blocks(pair, data, processes=processes or 1)
-    counts = training.count(advance)
-    is_open = pair.open_tokens(counts)
-    counted = training.survey(is_open, advance)
+    with Blocks(pair, data, processes=processes) as training:
+        counts = training.count(advance)
+        is_open = pair.open_tokens(counts)
+        counted = training.survey(is_open, advance)
     seen = Blocks(pair, held_out, processes=1).survey(is_open, advance)
     seen.pairs, seen.parts = counts, counted.parts  # of the training set alone
     vocabulary_map = pair.build_map(seen, back_off)

@@ -33,7 +33,7 @@ def _lengths(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:
     return np.where(ids < len(tokens), tokens.lengths[np.minimum(ids, len(tokens) - 1)], 0)
 
 
-FAINT = 1e-3  # continuations less likely than this are left to W
+FAINT = 0.01  # continuations less likely than this are left to W
 
 
 @dataclass(frozen=True)

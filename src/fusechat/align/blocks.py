@@ -2,17 +2,8 @@
 blocks are joined in their order, so that results do not depend on how many processes there are.
 """
 
-import os
-import pickle
-import signal
-import tempfile
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,14 +15,15 @@ from fusechat.align.check import check_conversation
 from fusechat.align.counts import Counts, Seen, add_counts, add_seen
 from fusechat.align.figures import Figures, add_figures
 from fusechat.align.joined import Joined, groups, join, join_distributions, split
+from fusechat.align.processes import Processes, cores
 from fusechat.align.vocabulary import VocabularyMap
 from fusechat.core.distributions import DistributionSet, SparseDistribution, open_distributions
 from fusechat.core.prepared import Prepared, PreparedSet
 from fusechat.core.progress import Advance
-from fusechat.errors import WorkdirError
 
 R = TypeVar("R")
 SIZE = 256  # conversations a block
+WORTH = 300_000  # rows that make up for the start of a process
 Rows = list[tuple[str, SparseDistribution]]
 
 
@@ -92,6 +84,11 @@ class Conversations:
             result.ids[:, :width], result.logprobs[:, :width] = own.ids[:, :width], own.logprobs[:, :width]
         return result
 
+    @property
+    def rows(self) -> int:
+        """Response rows of the pivot, in all conversations."""
+        return int(self.pivot.table.list_lengths("position").sum())
+
     def common(self) -> list[str]:
         """The conversations that both models have, in the pivot's order."""
         return [identity for identity in self.pivot.ids if self.has(identity)]
@@ -101,11 +98,28 @@ class Conversations:
 
 
 class Blocks:
-    """The three passes over the conversations of a training set, over `processes` processes."""
+    """The three passes over the conversations of a training set; a context manager, for the processes that it begins.
 
-    def __init__(self, pair: Pair, data: Conversations, *, processes: int | None = None, size: int = SIZE) -> None:
+    `processes`: how many at most; without a word as many as there are cores and enough to do for. `directory`: see `Processes`.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        data: Conversations,
+        *,
+        processes: int | None = None,
+        size: int = SIZE,
+        directory: Path | None = None,
+    ) -> None:
         self.pair, self.data, self.size = pair, data, size
-        self.processes = processes or len(os.sched_getaffinity(0))
+        self.processes = Processes(processes or max(1, min(cores(), data.rows // WORTH)), directory)
+
+    def __enter__(self) -> "Blocks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.processes.__exit__(*error)
 
     def count(self, advance: Advance) -> Counts:
         """Pass one: pairs of tokens at shared starts. Checks what is stored."""
@@ -137,56 +151,9 @@ class Blocks:
     ) -> Iterator[R]:
         """`work(state, block)` for every block, in order."""
         blocks = [list(ids[begin : begin + self.size]) for begin in range(0, len(ids), self.size)]
-        processes = min(self.processes, len(blocks))
-        results = (work(state, block) for block in blocks) if processes < 2 else _spread(work, state, blocks, processes)
-        for block, result in zip(blocks, results, strict=True):
+        for block, result in zip(blocks, self.processes.map(work, state, blocks), strict=True):
             yield result
             advance(len(block))
-
-
-def _spread(work: Callable[[Any, list[str]], R], state: Any, blocks: list[list[str]], processes: int) -> Iterator[R]:
-    """The same in other processes; no more than two blocks each are under way, so that results do not pile up."""
-    waiting: deque[Future[R]] = deque()
-    with tempfile.TemporaryDirectory() as room:
-        file = Path(room) / "state"
-        file.write_bytes(pickle.dumps(state, protocol=5))
-        with ProcessPoolExecutor(processes, get_context("spawn"), _load, (str(file),)) as pool:
-            try:
-                for block in blocks:
-                    waiting.append(pool.submit(_in_process, work, block))
-                    if len(waiting) > 2 * processes:
-                        yield waiting.popleft().result()
-                while waiting:
-                    yield waiting.popleft().result()
-            except BrokenProcessPool:
-                raise WorkdirError(
-                    "align: a process of it was killed (out of memory?); set align.processes to 1, then run again"
-                ) from None
-            finally:
-                for future in waiting:
-                    future.cancel()
-
-
-_state: Any = None  # of a process that blocks are sent to
-
-
-def _load(file: str) -> None:
-    """Begins a process: it leaves Ctrl-C to the one that began it, and ends with that one."""
-    global _state
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _state = pickle.loads(Path(file).read_bytes())
-
-
-def _end_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()  # it holds both ends of the queue itself, and would wait for ever
-        os._exit(1)
-
-
-def _in_process(work: Callable[[Any, list[str]], R], block: list[str]) -> R:
-    return work(_state, block)
 
 
 def _joined(data: Conversations, block: list[str]) -> Iterator[Joined]:

@@ -59,16 +59,16 @@ def _align(directory: Path, upstream: dict[str, Step], recipe: Recipe, source: s
     captured = upstream["capture"].directory
     fill = upstream["pivot_capture"].directory if "pivot_capture" in upstream else None
     data = Conversations(upstream["pivot"].directory, upstream["source"].directory, captured, fill=fill, **about)
-    blocks = Blocks(pair, data, processes=recipe.align.processes)
     common = len(data.common())
-    with progress(f"count {source}", 2 * common, "conversations") as advance:
-        vocabulary_map, is_open = blocks.build_map(back_off, advance)
-    vocabulary_map.save(directory / "vocabulary_map.arrow")
     k = recipe.align.top_k or open_distributions(captured).k
     sums = Figures()
-    with progress(f"transfer {source}", len(data.pivot), "conversations") as advance:
-        targets = blocks.align(vocabulary_map, is_open, k=k, advance=advance, figures=sums)
-        write_distributions(directory / TARGETS, targets)
+    with Blocks(pair, data, processes=recipe.align.processes, directory=directory) as blocks:
+        with progress(f"count {source}", 2 * common, "conversations") as advance:
+            vocabulary_map, is_open = blocks.build_map(back_off, advance)
+        vocabulary_map.save(directory / "vocabulary_map.arrow")
+        with progress(f"transfer {source}", len(data.pivot), "conversations") as advance:
+            targets = blocks.align(vocabulary_map, is_open, k=k, advance=advance, figures=sums)
+            write_distributions(directory / TARGETS, targets)
     write_store(directory, k=k, files=TARGETS)
     figures = {
         **sums.summary(),

@@ -127,8 +127,10 @@ def build_map(
     counts = seen.pairs if vocabulary == "statistics" else Counts(*(np.zeros(0, dtype=np.int64),) * 3)
     tokens = np.union1d(counts.source, seen.tokens)
     special = np.array(sorted(source.special | roles.keys()), dtype=np.int64)
-    counts = _without(counts, special)
+    # A special token of either side that is written in a text is that text, and no other token's correspondence.
+    counts = _without(counts, special, back_off.pivot.special)
     parts, rests = _parts(seen, counted=vocabulary == "statistics")
+    parts = _without(parts, np.zeros(0, dtype=np.int64), back_off.pivot.special)
     # One table of counts for both kinds of rows: the row's index in the place of the source token.
     index = np.concatenate([np.searchsorted(tokens, counts.source), len(tokens) + parts.source])
     counts = Counts(index, np.concatenate([counts.pivot, parts.pivot]), np.concatenate([counts.count, parts.count]))
@@ -172,8 +174,9 @@ def _assemble(
     )
 
 
-def _without(counts: Counts, tokens: np.ndarray) -> Counts:
-    keep = ~np.isin(counts.source, tokens)
+def _without(counts: Counts, source: np.ndarray, pivot: frozenset[int]) -> Counts:
+    """The counts of other tokens than these."""
+    keep = ~np.isin(counts.source, source) & ~np.isin(counts.pivot, np.array(sorted(pivot), dtype=np.int64))
     return Counts(counts.source[keep], counts.pivot[keep], counts.count[keep])
 
 

@@ -1,0 +1,100 @@
+"""Work on items in order, here or in other processes, which end with the one that began them however that ends."""
+
+import os
+import pickle
+import signal
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fusechat.core.files import PARTIAL
+from fusechat.errors import WorkdirError
+
+I = TypeVar("I")  # noqa: E741
+R = TypeVar("R")
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Processes:
+    """`number` processes, begun when there is work for more than one of them; a context manager. What they are given lies in
+    files beside `directory`'s own, under temporary names."""
+
+    def __init__(self, number: int, directory: Path | None = None) -> None:
+        self.number, self.directory = number, directory
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def map(self, work: Callable[[Any, I], R], state: Any, items: Sequence[I]) -> Iterator[R]:
+        """`work(state, item)` of every item, in order. Raises WorkdirError where a process was killed."""
+        if min(self.number, len(items)) < 2:
+            return (work(state, item) for item in items)
+        return self._spread(work, state, items)
+
+    def _spread(self, work: Callable[[Any, I], R], state: Any, items: Sequence[I]) -> Iterator[R]:
+        """No more than two items a process are under way, so that results do not pile up."""
+        waiting: deque[Future[R]] = deque()
+        with tempfile.NamedTemporaryFile(dir=self.directory, suffix=PARTIAL) as file:
+            pickle.dump(state, file, protocol=5)
+            file.flush()
+            try:
+                for item in items:
+                    waiting.append(self._submit(work, file.name, item))
+                    if len(waiting) > 2 * self.number:
+                        yield waiting.popleft().result()
+                while waiting:
+                    yield waiting.popleft().result()
+            except BrokenProcessPool:
+                raise WorkdirError(
+                    "align: a process of it was killed (out of memory?); set align.processes to 1, then run again"
+                ) from None
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+    def _submit(self, work: Callable[[Any, I], R], file: str, item: I) -> Future[R]:
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(self.number, get_context("spawn"), _begin)
+        # A process that this begins inherits what is blocked: Ctrl-C is for the one that began it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(_in_process, work, file, item)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+_state: tuple[str, Any] = ("", None)  # of a process: the file that it has read last, and what was in it
+
+
+def _begin() -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()  # a process holds both ends of its queue, and would wait for ever
+        os._exit(1)
+
+
+def _in_process(work: Callable[[Any, I], R], file: str, item: I) -> R:
+    global _state
+    if _state[0] != file:
+        _state = file, pickle.loads(Path(file).read_bytes())
+    return work(_state[1], item)
