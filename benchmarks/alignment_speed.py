@@ -177,7 +177,7 @@ def naive_path(pivot: list[str], source: list[str]) -> np.ndarray:
     return np.array(path[::-1])
 
 
-def processes(tokenizers: list[Any], texts: list[str], positions: int = 1_000_000) -> None:
+def processes(tokenizers: list[Any], texts: list[str], positions: int = 4_000_000) -> None:
     """The same conversations over one process and over two: time, and whether the bytes are the same."""
     pivot, source = (Side.of(token_bytes(tokenizer), None) for tokenizer in tokenizers)
     pair, back_off = Pair(pivot, source, Strategy(unaligned="condition", look_ahead=True)), BackOff(pivot.tokens)

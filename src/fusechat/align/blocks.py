@@ -3,6 +3,7 @@ blocks are joined in their order, so that results do not depend on how many proc
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from fusechat.core.progress import Advance
 
 R = TypeVar("R")
 SIZE = 256  # conversations a block
-WORTH = 300_000  # rows that make up for the start of a process
+WORTH = 2_000_000  # rows that make up for the start of a process
 Rows = list[tuple[str, SparseDistribution]]
 
 
@@ -194,7 +195,8 @@ def _align(state: tuple[Pair, Conversations, VocabularyMap, np.ndarray, int], bl
             [data.filling(identity, n, k) for identity, n in zip(joined.ids, joined.lengths, strict=True)]
         )
         several = aligner.align(joined.pivot, joined.source, joined.captured, k=k, fill=fill)
-        rows.update(zip(joined.ids, split(several, joined.lengths), strict=True))
+        stored = replace(several, logprobs=several.logprobs.astype(np.float16))  # less to send
+        rows.update(zip(joined.ids, split(stored, joined.lengths), strict=True))
         aligner.figures.conversations += len(joined.ids)
     for identity in block:
         if identity not in rows:

@@ -60,7 +60,7 @@ class Table:
             except pa.ArrowInvalid:
                 raise WorkdirError(f"{path}: is damaged; delete its directory, then run again") from None
         self.table = pa.concat_tables(parts)
-        self._chunk_of: dict[str, tuple[np.ndarray, list[pa.Array]]] = {}
+        self._chunk_of: dict[str, tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]] = {}
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -72,17 +72,18 @@ class Table:
         """The list in column `name` of record `row`, as a NumPy array (a view of the file where the type allows it)."""
         starts, chunks = self._chunks(name)
         chunk = int(np.searchsorted(starts, row, side="right")) - 1
-        offsets = chunks[chunk].offsets
+        offsets, values = chunks[chunk]
         local = row - int(starts[chunk])
-        begin, end = offsets[local].as_py(), offsets[local + 1].as_py()
-        return np.asarray(chunks[chunk].values[begin:end].to_numpy(zero_copy_only=False))
+        return values[offsets[local] : offsets[local + 1]]
 
     def list_lengths(self, name: str) -> np.ndarray:
         return np.asarray(pc.list_value_length(self.table.column(name)).to_numpy(), dtype=np.int64)
 
-    def _chunks(self, name: str) -> tuple[np.ndarray, list[pa.Array]]:
+    def _chunks(self, name: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+        """The first record of each chunk of a column, and the chunk's offsets and values, views of the file if the type allows."""
         if name not in self._chunk_of:
             chunks = self.table.column(name).chunks
-            starts = np.concatenate([[0], np.cumsum([len(chunk) for chunk in chunks])[:-1]]) if chunks else np.zeros(1)
-            self._chunk_of[name] = starts.astype(np.int64), chunks
+            starts = np.cumsum([0, *map(len, chunks)][:-1], dtype=np.int64)
+            parts = [(each.offsets.to_numpy(), each.values.to_numpy(zero_copy_only=False)) for each in chunks]
+            self._chunk_of[name] = starts, parts
         return self._chunk_of[name]
