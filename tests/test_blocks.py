@@ -26,7 +26,7 @@ def captured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """A directory with `recipe.yaml` and a work directory `work` in which all is done up to the alignment of one source."""
     directory = tmp_path_factory.mktemp("captured")
     recipe = runs.write_recipe(directory, models)
-    runs.write_conversations(directory / "own.jsonl", 40, first=100)
+    runs.write_conversations(directory / "own.jsonl", 160, first=100)
     run(load_recipe(recipe), directory / "work", until="capture", only="gemma")
     return directory
 
@@ -61,7 +61,7 @@ def test_the_same_bytes_for_any_number_of_processes_and_any_size_of_a_block(
     processes: int,
     size: int,
 ) -> None:
-    assert Blocks.__init__.__kwdefaults__["size"] >= 40, "the reference is one block"
+    assert Blocks.__init__.__kwdefaults__["size"] >= 160, "the reference is one block"
     monkeypatch.setitem(Blocks.__init__.__kwdefaults__, "size", size)
     again(captured, tmp_path)
     recipe = load_recipe(captured / "recipe.yaml", [f"align.processes={processes}"])
@@ -188,7 +188,7 @@ def test_a_killed_run_leaves_no_workers_behind(captured: Path, tmp_path: Path) -
 def test_an_interrupted_run_says_so_in_a_line(captured: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the workers as well; what they think of it is not shown."""
     process = start(again(captured, tmp_path))
-    wait_until_loaded(workers(process.pid, 2))
+    workers(process.pid, 2)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
