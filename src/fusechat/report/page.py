@@ -10,6 +10,19 @@ from fusechat.report.results import ResultTable
 _COLOURS = {"loss": "#5b8def", "sft_loss": "#3fa57a", "fusion_loss": "#d9822b"}
 _NAMES = {"loss": "loss", "sft_loss": "SFT term", "fusion_loss": "fusion term"}
 
+_ALIGNMENT = {
+    "pivot positions": "positions",
+    "covered: share of positions": "coverage_of_positions",
+    "mass mapped to pivot tokens": "coverage_of_mass",
+    "mass kept": "kept_mass",
+    "positions inside a source token": "positions_inside_a_source_token",
+    "of these conditioned": "positions_conditioned",
+    "where the source rarely cuts": "positions_where_the_source_rarely_cuts",
+    "rows of W": "map_rows",
+    "entropy of W (bits)": "map_entropy_bits",
+    "back-offs, by mass": "back_off_mass",
+}
+
 
 def render_page(
     *,
@@ -33,6 +46,7 @@ def render_page(
         models=models,
         plots=loss_plots(losses),
         alignment=alignment,
+        alignment_rows=list(_ALIGNMENT.items()),
         choices=choices,
         coefficients=coefficients,
         recipe=recipe,
