@@ -19,6 +19,8 @@ from fusechat.recipe_file import load_recipe
 FILES = ("aligned.arrow", "vocabulary_map.arrow", "figures.json")
 SMALL_BLOCKS = "from fusechat.align.blocks import Blocks; Blocks.__init__.__kwdefaults__['size'] = 1; "
 MAIN = "from fusechat.cli import main; main()"
+# What a shell begins in the background does not hear of Ctrl-C.
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_every_way_to_align_gives_the_same_bytes_for_any_size_of_a_block(
 def start(arguments: list[str], processes: int = 2) -> subprocess.Popen[str]:
     """The command line with a conversation a block, in a process group of its own."""
     return subprocess.Popen(
-        [sys.executable, "-c", SMALL_BLOCKS + MAIN, *arguments, "--set", f"align.processes={processes}"],
+        [sys.executable, "-c", LISTEN + SMALL_BLOCKS + MAIN, *arguments, "--set", f"align.processes={processes}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,12 +14,13 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_commands_that_the_readme_shows_exist() -> None:
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
-    assert set(re.findall(r"(?:^|`)make ([a-z]+)", README, flags=re.MULTILINE)) <= set(targets)
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE)) <= set(targets)
     verbs = re.findall(r"`fusechat ([a-z]+) ([^`]*)`", README)
-    assert {verb for verb, _ in verbs} >= {"run", "status", "report", "chat"}
+    assert {verb for verb, _ in verbs} >= {"run", "status", "report", "tokens", "eval", "chat"}
     for verb, arguments in verbs:
-        shown = runs.fusechat(verb, "--help")
+        words = [verb, arguments.split()[0]] if verb == "eval" else [verb]
+        shown = runs.fusechat(*words, "--help")
         assert shown.returncode == 0, verb
         for option in re.findall(r"--[a-z-]+", arguments):
             assert option in shown.stdout, f"fusechat {verb} {option}"
