@@ -15,6 +15,8 @@ from fusechat.core.progress import progress
 from fusechat.core.steps import Step
 from fusechat.errors import DataError
 
+FORMAT = 2  # 2: spans are exact in more tokenizers
+
 
 def step(recipe: Recipe, workdir: Path, chatter: Chatter, data: DataSet) -> Step:
     """Renders and tokenises one data set for one model."""
@@ -28,9 +30,8 @@ def step(recipe: Recipe, workdir: Path, chatter: Chatter, data: DataSet) -> Step
     def work(directory: Path) -> dict[str, Any]:
         return _prepare(directory, chatter, data, recipe.data.max_length)
 
-    return Step(
-        "prepare", f"{chatter.name}/{data.name}", workdir / "prepare" / chatter.name / data.name, settings, work
-    )
+    directory = workdir / "prepare" / chatter.name / data.name
+    return Step("prepare", f"{chatter.name}/{data.name}", directory, settings, work, format=FORMAT)
 
 
 def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) -> dict[str, Any]:
