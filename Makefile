@@ -22,6 +22,7 @@ check: install
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks/*.py
 
 bench: install
 	$(BIN)/python benchmarks/quickstart.py

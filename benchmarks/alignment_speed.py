@@ -107,6 +107,7 @@ def align_all(pair: Pair, back_off: BackOff, texts: list[str], captured: list[Sp
     seen.pairs = counts
     aligner = Aligner(pair, pair.build_map(seen, back_off), is_open)
     for each in several:
+        assert each.captured is not None
         aligner.align(each.pivot, each.source, each.captured, k=K)
     return sum(len(ours) for ours, _ in rows)
 

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fusechat.align.aligner import Aligner, Side
+from fusechat.align.blocks import Blocks, Conversations
+from fusechat.align.figures import Figures
+from fusechat.align.stage import models
 from fusechat.config import PIVOT, Recipe
-from fusechat.core.distributions import open_distributions
 from fusechat.core.prepared import PreparedSet
 from fusechat.core.progress import setup_logging
-from fusechat.core.spans import token_bytes
 from fusechat.core.steps import Step
 from fusechat.pipeline import build_steps, run
 from fusechat.recipe_file import load_recipe
@@ -81,20 +81,25 @@ def training_rows(recipe: Recipe, source: str) -> PreparedSet:
 def aligner_for(recipe: Recipe, source: str) -> Callable[[], None]:
     """All of the alignment but loading the tokenizers, which capture and prepare have loaded before."""
     name = recipe.training_set(source).name
-    pivot, taught = training_rows(recipe, source), PreparedSet(WORKDIR / "prepare" / source / name)
-    captured = open_distributions(WORKDIR / "capture" / source / name)
-    sides = [Side(token_bytes(c.tokenizer()), c.template().end_of_turn) for c in map(recipe.chatter, (PIVOT, source))]
+    pair, back_off, about = models(recipe, source)
+    places = (
+        WORKDIR / "prepare" / PIVOT / name,
+        WORKDIR / "prepare" / source / name,
+        WORKDIR / "capture" / source / name,
+    )
 
     def work() -> None:
-        aligner = Aligner(*sides)
-        for conversation in pivot:
-            aligner.count(conversation, taught[taught.row_of[conversation.id]], captured[conversation.id])
-        aligner.finish_counting()
-        for conversation in pivot:
-            rows = captured[conversation.id]
-            aligner.align(conversation, taught[taught.row_of[conversation.id]], rows, k=captured.k)
+        with Blocks(pair, Conversations(*places, **about)) as blocks:
+            vocabulary_map, is_open = blocks.build_map(back_off, nothing)
+            k = recipe.capture_for(source).top_k
+            for _ in blocks.align(vocabulary_map, is_open, k=k, advance=nothing, figures=Figures()):
+                pass
 
     return work
+
+
+def nothing(amount: int = 1, note: str = "") -> None:
+    """A progress bar that nobody sees."""
 
 
 def command(*arguments: str) -> None:
