@@ -1,10 +1,14 @@
 """Recipes of tiny models, and what a finished work directory holds, for tests that run the whole pipeline."""
 
+import fcntl
 import hashlib
 import json
 import os
+import pty
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +100,30 @@ def fusechat(*arguments: str | Path, stdin: str | None = None, **environment: st
         env=os.environ | environment,
         timeout=900,
     )
+
+
+def on_a_terminal(columns: int, *arguments: str | Path) -> str:
+    """What the command line writes, stdout and stderr, to a terminal of so many columns. It ends with status 0."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fusechat", *map(str, arguments)],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        env=environment | {"TERM": "xterm-256color"},
+    )
+    os.close(follower)
+    written = b""
+    while True:
+        try:
+            chunk = os.read(leader, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        written += chunk
+    os.close(leader)
+    assert process.wait(timeout=60) == 0, written
+    return written.decode(errors="replace").replace("\r\n", "\n")

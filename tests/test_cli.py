@@ -1,8 +1,6 @@
 """The command line, as a user types it."""
 
 import json
-import os
-import pty
 import re
 import subprocess
 import sys
@@ -118,27 +116,7 @@ def test_chat_answers_each_line_and_keeps_the_conversation(recipe: Path) -> None
 def test_progress_bars_are_drawn_on_a_terminal(models: dict[str, Path], tmp_path: Path) -> None:
     """Every long step shows a bar with its name on a terminal of 100 columns."""
     recipe = runs.write_recipe(tmp_path, models)
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fusechat", "run", str(recipe), "--workdir", str(tmp_path / "work")],
-        stderr=follower,
-        stdout=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-        env=os.environ | {"COLUMNS": "100", "TERM": "xterm-256color"},
-    )
-    os.close(follower)
-    drawn = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        drawn += chunk
-    os.close(leader)
-    assert process.wait(timeout=60) == 0
-    text = drawn.decode(errors="replace")
+    text = runs.on_a_terminal(100, "run", recipe, "--workdir", tmp_path / "work")
     for name in (
         "prepare pivot/data",
         "capture pivot",

@@ -1,14 +1,8 @@
 """Two tokenizations one above the other: what is drawn, on what, and what is said where nothing can be drawn."""
 
-import fcntl
 import json
-import os
-import pty
 import re
-import struct
-import subprocess
 import sys
-import termios
 import unicodedata
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -251,33 +245,6 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple
     return int(ended.value.code or 0), said.out, said.err
 
 
-def on_a_terminal(columns: int, *arguments: str | Path) -> str:
-    """What the command writes to a terminal of so many columns."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "NO_COLOR")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fusechat", "tokens", *map(str, arguments)],
-        stdin=follower,
-        stdout=follower,
-        stderr=follower,
-        env=environment | {"TERM": "xterm-256color"},
-    )
-    os.close(follower)
-    written = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65536)
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        written += chunk
-    os.close(leader)
-    assert process.wait(timeout=60) == 0, written
-    return written.decode().replace("\r\n", "\n")
-
-
 def test_a_pipe_gets_no_colours_and_a_terminal_its_own_width(models: dict[str, Path]) -> None:
     asked = (*(models[kind] / "tokenizer.json" for kind in ("llama", "mistral")), "--text", TEXT * 4)
     piped = runs.fusechat("tokens", *asked)
@@ -285,7 +252,7 @@ def test_a_pipe_gets_no_colours_and_a_terminal_its_own_width(models: dict[str, P
     assert "\x1b" not in piped.stdout
     assert piped.stderr == ""
     for columns in (80, 50):
-        coloured = on_a_terminal(columns, *asked)
+        coloured = runs.on_a_terminal(columns, "tokens", *asked)
         assert "\x1b[" in coloured
         plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
         drawn = [
