@@ -1,6 +1,7 @@
 """Fixtures that all tests share: tiny models and their tokenizers, built once a session."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+import showing
 import tiny
+from fusechat.show.tokens import load
 
 settings.register_profile("fusechat", deadline=None, derandomize=True, database=None)
 settings.load_profile("fusechat")
@@ -45,3 +48,18 @@ def loaded(models: dict[str, Path]) -> dict[str, Any]:
         kind: AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         for kind, directory in models.items()
     }
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizers: dict[str, Any]) -> Callable[[str], Any]:
+    """A tiny tokenizer, or a real vocabulary, by name."""
+    loaded = dict(tokenizers)
+
+    def find(name: str) -> Any:
+        if name not in loaded:
+            if not (showing.VOCABULARIES / name).is_dir():
+                pytest.skip(f"the vocabulary {name} is not here")
+            loaded[name] = load(str(showing.VOCABULARIES / name))
+        return loaded[name]
+
+    return find
