@@ -18,6 +18,7 @@ from fusechat.core.prepared import Prepared
 from fusechat.core.token_bytes import TokenBytes
 
 OPEN = 0.01  # a source token is open where at least this share of its counts is with longer pivot tokens, or has none
+FAINT = 0.01  # continuations less likely than this are left to W
 
 
 def open_tokens(counts: Counts, pivot: TokenBytes, source: TokenBytes) -> np.ndarray:
@@ -31,9 +32,6 @@ def open_tokens(counts: Counts, pivot: TokenBytes, source: TokenBytes) -> np.nda
 
 def _lengths(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:
     return np.where(ids < len(tokens), tokens.lengths[np.minimum(ids, len(tokens) - 1)], 0)
-
-
-FAINT = 0.01  # continuations less likely than this are left to W
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
-"""One strategy of alignment, conversation by conversation. Two passes: `Survey` sees every conversation, `Aligner` aligns each.
-
-Both are made of what can be sent to another process; the vocabulary map between them is made in one.
+"""One strategy of alignment, conversation by conversation: `Survey` counts all of them, then sees what the map must know, and
+`Aligner` aligns each through the map. Both are made of what can be sent to another process; the map is made in one.
 """
 
 from collections import Counter

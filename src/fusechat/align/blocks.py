@@ -191,9 +191,10 @@ def _align(state: tuple[Pair, Conversations, VocabularyMap, np.ndarray, int], bl
     rows: dict[str, SparseDistribution] = {}
     for joined in _joined(data, block):
         assert joined.captured is not None
-        fill = join_distributions(
-            [data.filling(identity, n, k) for identity, n in zip(joined.ids, joined.lengths, strict=True)]
-        )
+        own = [
+            data.filling(identity, n, k) for identity, n in zip(joined.ids, joined.lengths, strict=True) if data.fill
+        ]
+        fill = join_distributions(own) if own else None
         several = aligner.align(joined.pivot, joined.source, joined.captured, k=k, fill=fill)
         stored = replace(several, logprobs=several.logprobs.astype(np.float16))  # less to send
         rows.update(zip(joined.ids, split(stored, joined.lengths), strict=True))
