@@ -1,8 +1,6 @@
 """Reading a recipe: YAML with line numbers, every mistake found and reported together, each with its place and, for a
 misspelt key, the right one."""
 
-import difflib
-import re
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -11,31 +9,21 @@ from pydantic import BaseModel, ValidationError
 
 from fusechat.config import Recipe, is_template_file
 from fusechat.core.files import write_text
+from fusechat.core.yaml_file import Document, Loader, kind, parse, read_text, suggestion
 from fusechat.errors import RecipeError
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which `5e-6` is the number that its writer means."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-Lines = dict[tuple[str, ...], int]
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in `path`, with `KEY=VALUE` overrides, paths made absolute. Raises RecipeError with all that is wrong."""
-    raw, lines, repeated = _parse(_read(path), path)
+    document = _parse(path)
     for override in overrides or []:
-        _set(raw, override)
+        _set(document.content, override)
     try:
-        recipe = Recipe.model_validate(_absolute_paths(raw, path.resolve().parent))
+        recipe = Recipe.model_validate(_absolute_paths(document.content, path.resolve().parent))
     except ValidationError as error:
-        raise RecipeError(*repeated, *_explain(error, path, lines)) from None
-    if repeated:
-        raise RecipeError(*repeated)
+        _explain(error, document)
+    if document.wrong:
+        raise RecipeError(*document.wrong)
     return recipe
 
 
@@ -48,60 +36,15 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:
     """Name and pivot of a saved recipe, without asking whether its models and data are still there."""
-    raw, _, _ = _parse(_read(path), path)
+    raw = _parse(path).content
     pivot = raw.get("pivot")
     pivot = pivot if isinstance(pivot, dict) else {"model": str(pivot)}
     wheels = (f"wheel:{part.removeprefix('wheel:')}" for part in pivot.get("wheel", []))
     return str(raw.get("name")), (pivot["model"],) if pivot.get("model") else tuple(wheels)
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({error})") from None
-
-
-def _parse(text: str, path: Path) -> tuple[dict[str, Any], Lines, list[str]]:
-    """The mapping, the line of every key, and a message for every key that stands twice."""
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        lines: Lines = {}
-        repeated: list[str] = []
-        if node is not None:
-            _walk(node, (), lines, repeated)
-        raw = yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError(
-            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context}"
-        ) from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not YAML: {error}") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: nests too deep, or in itself") from None
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys, not {_kind(raw)}")
-    return raw, lines, [f"{path}:{place}" for place in repeated]
-
-
-def _walk(node: yaml.Node, at: tuple[str, ...], lines: Lines, repeated: list[str]) -> None:
-    lines.setdefault(at, node.start_mark.line + 1)
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            name = str(key.value)
-            place = (*at, name)
-            if name in seen:
-                repeated.append(f"{key.start_mark.line + 1}: {'.'.join(place)}: stands here twice")
-            seen.add(name)
-            lines[place] = key.start_mark.line + 1
-            _walk(value, place, lines, repeated)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _walk(value, (*at, str(index)), lines, repeated)
+def _parse(path: Path) -> Document:
+    return parse(read_text(path), path, what="a recipe")
 
 
 def _set(raw: dict[str, Any], override: str) -> None:
@@ -117,41 +60,30 @@ def _set(raw: dict[str, Any], override: str) -> None:
         section[name] = dict(inner) if isinstance(inner, dict) else {}
         section = section[name]
     try:
-        section[last] = yaml.load(value, Loader=_Loader)
+        section[last] = yaml.load(value, Loader=Loader)
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: the value is not YAML") from None
 
 
-def _explain(error: ValidationError, path: Path, lines: Lines) -> list[str]:
-    messages = []
+def _explain(error: ValidationError, document: Document) -> None:
     for item in error.errors():
         place = tuple(str(part) for part in item["loc"] if part != "[key]")
-        line = next((lines[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in lines), None)
-        key = ".".join(place)
         what = item["msg"]
         if item["type"] == "value_error":  # one of our own checks, which may have found several things
-            messages += [_at(path, line, key, str(what)) for what in item["ctx"]["error"].args]
+            for message in item["ctx"]["error"].args:
+                document.complain(place, str(message))
             continue
         if item["type"] == "extra_forbidden":
             what = "unknown key" + _suggestion(place)
         elif item["type"] == "missing":
             what = "is missing"
         elif item["type"] in ("model_type", "dict_type"):
-            what = f"should be a mapping of keys, not {_kind(item['input'])}"
+            what = f"should be a mapping of keys, not {kind(item['input'])}"
         elif item["type"] == "string_pattern_mismatch" and place[-1] != "sha256":
             what = "a name holds letters, digits, '.', '_' and '-' only"
         elif isinstance(item["input"], str | int | float | bool):
             what += f", not {item['input']!r}"
-        messages.append(_at(path, line, key, what))
-    return messages
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__
-
-
-def _at(path: Path, line: int | None, key: str, what: str) -> str:
-    return f"{path}{f':{line}' if line else ''}: {f'{key}: ' if key else ''}{what}"
+        document.complain(place, what)
 
 
 def _suggestion(place: tuple[str, ...]) -> str:
@@ -160,18 +92,15 @@ def _suggestion(place: tuple[str, ...]) -> str:
     above = list(place[:-1])
     while above and section is not None:
         field = section.model_fields.get(above.pop(0))
-        kind = field.annotation if field is not None else None
-        if get_origin(kind) is dict and above:
+        annotation = field.annotation if field is not None else None
+        if get_origin(annotation) is dict and above:
             above.pop(0)  # the name of a source
-        section = next((kind for kind in (kind, *get_args(kind)) if _is_section(kind)), None)
-    if section is None:
-        return ""
-    close = difflib.get_close_matches(place[-1], list(section.model_fields), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(section.model_fields)}"
+        section = next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
+    return suggestion(place[-1], section.model_fields) if section is not None else ""
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:

@@ -1,0 +1,113 @@
+"""YAML that a user writes: plain values, the line of every key, and messages that say where something is wrong."""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusechat.errors import RecipeError
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which `5e-6` is the number that its writer means."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+Place = tuple[str, ...]  # the keys and list indices that lead to a value
+
+
+@dataclass
+class Document:
+    """A mapping, from the file `name` or, without lines, from elsewhere. `wrong` collects a message for each mistake."""
+
+    name: str
+    content: dict[str, Any]
+    lines: dict[Place, int] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+
+    def at(self, place: Place, what: str) -> str:
+        """`name:line: key: what`, with the line of the innermost part of `place` that stands in the file."""
+        line = next((self.lines[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in self.lines), None)
+        key = ".".join(place)
+        return f"{self.name}{f':{line}' if line else ''}: {f'{key}: ' if key else ''}{what}"
+
+    def complain(self, place: Place, what: str) -> None:
+        self.wrong.append(self.at(place, what))
+
+
+def read_text(path: Path) -> str:
+    """Raises RecipeError."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read ({error})") from None
+
+
+def parse(text: str, path: Path, *, what: str) -> Document:
+    """The mapping in `text`; keys that stand twice are complained of. Raises RecipeError where it is none; `what` is said of it."""
+    document = Document(str(path), {})
+    try:
+        node = yaml.compose(text, Loader=Loader)
+        if node is not None:
+            _walk(node, (), document)
+        content = yaml.load(text, Loader=Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise RecipeError(
+            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {error.problem or error.context}"
+        ) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not YAML: {error}") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nests too deep, or in itself") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: {what} is a mapping of keys, not {kind(content)}")
+    document.content = content
+    return document
+
+
+def second_document(text: str) -> int | None:
+    """The line on which a second document of the text begins; None where there is no second, or `parse` finds no YAML."""
+    try:
+        nodes = list(yaml.compose_all(text, Loader=Loader))
+    except (yaml.YAMLError, RecursionError):
+        return None
+    return nodes[1].start_mark.line + 1 if len(nodes) > 1 else None
+
+
+def _walk(node: yaml.Node, at: Place, document: Document) -> None:
+    document.lines.setdefault(at, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, value in node.value:
+            name = str(key.value)
+            place = (*at, name)
+            document.lines[place] = key.start_mark.line + 1
+            if name in seen:
+                document.complain(place, "stands here twice")
+            seen.add(name)
+            _walk(value, place, document)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _walk(value, (*at, str(index)), document)
+
+
+def kind(value: Any) -> str:
+    """What to call a value of the wrong form."""
+    return "nothing" if value is None else type(value).__name__
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """What to say after "unknown key": the one that was meant, else those that there are."""
+    names = list(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"
