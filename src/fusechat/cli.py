@@ -136,6 +136,30 @@ def tokens(
     present(shown, html=html, as_json=as_json)
 
 
+@app.command()
+def merge(
+    config: Annotated[Path, typer.Argument(metavar="MERGE.yaml", help="What to merge and how, as mergekit has it.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory of the merged model.")],
+    allow_vocab_resize: Annotated[
+        bool, typer.Option("--allow-vocab-resize", help="Of vocabularies of different sizes, merge the common rows.")
+    ] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="[default: all cores]")] = None,
+    shard_size: Annotated[float, typer.Option(help="The largest file of the output, in GB.")] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Merge models in parameter space, going on where a killed merge stopped."""
+    from fusechat.errors import RecipeError
+    from fusechat.merge.command import run as run_merge
+    from fusechat.merge.summary import print_summary
+
+    if not shard_size > 0:
+        raise RecipeError(f"--shard-size {shard_size}: should be more than 0")
+    summary = run_merge(
+        config, out, allow_vocab_resize=allow_vocab_resize, threads=threads, shard_bytes=int(shard_size * 1e9)
+    )
+    print_summary(summary, out, as_json=as_json)
+
+
 @measure.command("alignment")
 def eval_alignment(
     recipe: RecipeFile,

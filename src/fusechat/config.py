@@ -174,11 +174,31 @@ class Fuse(Section):
 
 
 class Merge(Section):
-    method: Literal["sce", "linear"] = "sce"
-    select_topk: float = Field(default=0.1, ge=0, le=1)
-    select_deltas: bool = True
-    normalize: bool = True
+    """Beside `dtype`, what `fusechat merge` takes for the method, checked as there; `weight` and `density` also by target."""
+
+    method: str = "sce"
+    granularity: Literal["tensor", "layer", "model"] | None = None
+    select_topk: Any = None
+    select_deltas: Any = None
+    normalize: Any = None
+    weight: Any = None
+    density: Any = None
+    rescale: Any = None
+    lambda_: Any = Field(default=None, alias="lambda")
+    t: Any = None
     dtype: Dtype | None = None
+
+    @model_validator(mode="after")
+    def _paper(self) -> "Merge":
+        """Without a word on it, SCE keeps the share that the paper's 7B models were merged with."""
+        if self.method == "sce" and self.select_topk is None:
+            return self.model_copy(update={"select_topk": 0.1})
+        return self
+
+    def parameters(self) -> dict[str, Any]:
+        """What is set, by the names that the methods know."""
+        given = self.model_dump(exclude={"method", "dtype"}, exclude_none=True)
+        return {name.rstrip("_"): value for name, value in given.items()}
 
 
 class Evaluate(Section):
@@ -216,6 +236,16 @@ class Recipe(Section):
                 *(f"source {name} has no data: set data.train for all, or its own data" for name in lacking)
             )
         return data
+
+    @field_validator("merge")
+    @classmethod
+    def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
+        from fusechat.merge.settings import problems
+
+        found = problems(merge.method, merge.parameters(), list(info.data.get("sources", {})))
+        if found:
+            raise ValueError(*found)
+        return merge
 
     def chatter(self, name: str) -> Chatter:
         spec = self.pivot if name == PIVOT else self.sources[name]

@@ -6,7 +6,6 @@ A step knows its upstream steps, so that its fingerprint changes when anything t
 """
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from fusechat.config import FUSED, PIVOT, STAGES, Recipe
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.core.gguf import convert_together
+from fusechat.core.lock import only_one
 from fusechat.core.progress import log
 from fusechat.core.steps import Step, with_upstream
 from fusechat.errors import DataError, RecipeError, WorkdirError
@@ -175,14 +175,5 @@ def in_use(workdir: Path) -> bool:
 @contextmanager
 def lock(workdir: Path) -> Iterator[None]:
     """One run at a time in a work directory; the system frees the lock however the holder ends."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK).open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise WorkdirError(f"{workdir}: process {handle.read().strip() or '?'} is using it") from None
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
+    with only_one(workdir / LOCK, workdir):
         yield

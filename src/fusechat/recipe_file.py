@@ -30,7 +30,10 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """The recipe as resolved, defaults filled in; `load_recipe` reads it back the same."""
     write_text(
-        path, yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=120)
+        path,
+        yaml.safe_dump(
+            recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=120
+        ),
     )
 
 

@@ -9,12 +9,22 @@ from typing import Protocol, TypeVar
 
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import TimeRemainingColumn as Remaining
 
 T = TypeVar("T")
 console = Console(stderr=True)
 log = logging.getLogger("fusechat")
+BYTES = "bytes"  # a unit: shown as kB, MB, GB
 _EVERY = 10.0  # seconds between lines where stderr is no terminal
 
 
@@ -52,7 +62,8 @@ def track(items: Sequence[T], description: str, unit: str = "") -> Iterator[T]:
 
 
 def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
-    counted = [BarColumn(), MofNCompleteColumn(), TextColumn(unit), Remaining()] if total is not None else []
+    amount = [DownloadColumn(), TransferSpeedColumn()] if unit == BYTES else [MofNCompleteColumn(), TextColumn(unit)]
+    counted = [BarColumn(), *amount, Remaining()] if total is not None else []
     columns = [
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -71,16 +82,25 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
         yield advance
 
 
+def in_bytes(count: int) -> str:
+    """`1.3 GB`: powers of a thousand, as disks are sold."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count} bytes"
+
+
 def _lines(description: str, total: int | None, unit: str) -> Iterator[Advance]:
     began = last = time.monotonic()
     done = 0
+    shown, of = (in_bytes, "") if unit == BYTES else (str, unit)
 
     def advance(amount: int = 1, note: str = "") -> None:
         nonlocal done, last
         done += amount
         if time.monotonic() - last >= _EVERY:
             last = time.monotonic()
-            log.info("%s: %d%s %s %s", description, done, f"/{total}" if total else "", unit, note)
+            log.info("%s: %s%s %s %s", description, shown(done), f"/{shown(total)}" if total else "", of, note)
 
     log.info("%s …", description)
     yield advance

@@ -110,4 +110,4 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """What to say after "unknown key": the one that was meant, else those that there are."""
     names = list(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}"
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}" if names else ""

@@ -1,1 +1,13 @@
-"""Stage 5, merge: the targets become one model in parameter space."""
+"""Stage 5, merge: target LLMs become one model in parameter space. `merge` is public."""
+
+from typing import Any
+
+__all__ = ["merge"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "merge":  # brings numba, which the command line's start should not wait for
+        from fusechat.merge.command import merge
+
+        return merge
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

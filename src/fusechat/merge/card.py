@@ -14,11 +14,10 @@ def model_card(
     pivot: str,
     sources: dict[str, str],
     data: dict[str, str],
-    report: dict[str, Any],
+    coefficients: dict[str, float],
     recipe: dict[str, Any],
 ) -> str:
-    """Markdown with the metadata header that the Hugging Face hub reads. `report` is that of `merge_models`."""
-    changed = [entry["coefficients"] for entry in report.values() if "coefficients" in entry]
+    """Markdown with the metadata header that the Hugging Face hub reads."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         keep_trailing_newline=True,
@@ -30,9 +29,7 @@ def model_card(
         pivot=_portable(pivot),
         sources=_portable(sources),
         data=data,
-        coefficients={target: sum(entry[target] for entry in changed) / len(changed) for target in sources}
-        if changed
-        else {},
+        coefficients=coefficients,
         recipe=yaml.safe_dump(_portable(recipe), sort_keys=False, allow_unicode=True, width=100),
     )
 

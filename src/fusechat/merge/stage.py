@@ -1,17 +1,16 @@
 """merge/: `model/` (the fused LLM, a plain Hugging Face directory with a model card), `merge_report.json`."""
 
-import functools
-import shutil
 from pathlib import Path
 from typing import Any
 
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.chatters import Chatter
 from fusechat.core.files import write_json
-from fusechat.core.progress import progress
+from fusechat.core.progress import BYTES, progress
 from fusechat.core.steps import Step
 
 MODEL, REPORT = "model", "merge_report.json"
+FORMAT = 2
 
 
 def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
@@ -23,60 +22,42 @@ def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
         "chat_template": pivot.chat_template,
         "name": recipe.name,
         "sources": {name: str(recipe.chatter(name).reference) for name in targets},
+        "seed": recipe.seed,
     }
 
     def work(directory: Path) -> dict[str, Any]:
         return _merge(directory, recipe, pivot, targets)
 
-    return Step("merge", "", workdir / "merge", settings, work, dict(targets))
+    return Step("merge", "", workdir / "merge", settings, work, dict(targets), format=FORMAT)
 
 
 def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, Step]) -> dict[str, Any]:
-    from fusechat.merge import methods
-    from fusechat.merge.stream import Weights, merge_models
+    from fusechat.merge.command import open_job
+    from fusechat.merge.engine import merge_tensors
+    from fusechat.merge.merge_file import read_merge_file
+    from fusechat.merge.output import copy_files
+    from fusechat.merge.plan import BASE
+    from fusechat.merge.report import make_report
+    from fusechat.merge.settings import configuration
+    from fusechat.merge.tensor import Workers
 
-    settings = recipe.merge
-    method = methods.linear
-    if settings.method == "sce":
-        method = functools.partial(
-            methods.sce,
-            select_topk=settings.select_topk,
-            select_deltas=settings.select_deltas,
-            normalize=settings.normalize,
-        )
+    directories = {name: target.directory / "model" for name, target in targets.items()}
+    settings = configuration(
+        recipe.merge.method, recipe.merge.parameters(), pivot=pivot.directory, targets=directories, seed=recipe.seed
+    )
+    job = open_job(read_merge_file(settings), pivot.directory, dtype=recipe.merge.dtype or BASE, names=list(targets))
     model, building = directory / MODEL, directory / "model.building"  # kept by a killed run: finished shards count
     if not model.is_dir():
         building.mkdir(exist_ok=True)
-        with progress(f"merge ({settings.method})", len(Weights.open(pivot.directory).files), "tensors") as advance:
-            report = merge_models(
-                pivot.directory,
-                {name: target.directory / "model" for name, target in targets.items()},
-                building,
-                method=method,
-                dtype=settings.dtype,
-                advance=advance,
-            )
+        workers = Workers()
+        with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
+            report = make_report(job, merge_tensors(job, building, workers, advance))
         write_json(directory / REPORT, report)
-        _complete(building, pivot, dtype=settings.dtype)
+        copy_files(pivot.directory, building, job.plan.pieces)
+        pivot.save_tokenizer(building)
         (building / "README.md").write_text(_card(recipe, pivot, report), encoding="utf-8")
         building.rename(model)
-    own, made = Weights.open(pivot.directory).files, Weights.open(model).files
-    return {"tensors": len(made), "targets": len(targets), "left_out": sorted(own.keys() - made.keys())}
-
-
-def _complete(model: Path, pivot: Chatter, *, dtype: str | None) -> None:
-    """Configuration, generation configuration, tokenizer and chat template: the pivot's."""
-    from transformers import AutoConfig
-
-    trust = pivot.reference.trust_remote_code
-    config = AutoConfig.from_pretrained(pivot.directory, trust_remote_code=trust)
-    if dtype:
-        config.dtype = dtype
-    config.save_pretrained(model)
-    for name in ("generation_config.json", *(("*.py",) if trust else ())):
-        for file in pivot.directory.glob(name):
-            shutil.copyfile(file, model / file.name)
-    pivot.save_tokenizer(model)
+    return {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
 
 
 def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
@@ -88,6 +69,6 @@ def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
         pivot=str(pivot.reference),
         sources={name: str(recipe.chatter(name).reference) for name in recipe.sources},
         data={name: Path(recipe.training_set(name).path).name for name in recipe.sources},
-        report=report,
-        recipe=recipe.model_dump(exclude_none=True),
+        coefficients=report["mean_coefficients"],
+        recipe=recipe.model_dump(exclude_none=True, by_alias=True),
     )

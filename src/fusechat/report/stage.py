@@ -30,7 +30,6 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
     fused = {name.removeprefix("fuse/"): step for name, step in upstream.items() if name.startswith("fuse/")}
     aligned = {name.removeprefix("align/"): step for name, step in upstream.items() if name.startswith("align/")}
     merged = read_json(upstream["merge"].directory / "merge_report.json")
-    coefficients = [entry["coefficients"] for entry in merged.values() if "coefficients" in entry]
     pivot = {"role": PIVOT, "name": "", "reference": str(recipe.chatter(PIVOT).reference), "data": ""}
     page = render_page(
         name=recipe.name,
@@ -39,10 +38,10 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
         losses={name: _losses(step) for name, step in fused.items()},
         alignment={name: _alignment(step) for name, step in aligned.items()},
         choices={name: (step.manifest() or {})["counts"] for name, step in fused.items()},
-        coefficients={
-            name: sum(entry[name] for entry in coefficients) / len(coefficients) for name in fused if coefficients
-        },
-        recipe=yaml.safe_dump(recipe.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True, width=100),
+        coefficients=merged["mean_coefficients"],
+        recipe=yaml.safe_dump(
+            recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=100
+        ),
         versions=(upstream["merge"].manifest() or {})["versions"],
     )
     write_text(directory / PAGE, page)

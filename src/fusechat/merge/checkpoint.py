@@ -1,0 +1,152 @@
+"""The weights of a model directory, memory-mapped: safetensors, in one file or sharded. Headers are checked by safetensors."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat.errors import ModelError, first_line
+from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
+from fusechat.merge.tensor import Stored
+
+INDEX = "model.safetensors.index.json"
+FLOATS = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
+BYTES = {
+    "F32": 4,
+    "BF16": 2,
+    "F16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor is, its shape, and its type as safetensors writes it (BF16)."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.size * BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`label` names the model in errors and reports. Opened files stay mapped until the checkpoint is let go."""
+
+    directory: Path
+    label: str
+    entries: dict[str, Entry]
+    _handles: dict[Path, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def open(cls, directory: Path, label: str) -> "Checkpoint":
+        """Reads the headers. Raises ModelError for a file that is not whole, or an index that does not fit its files."""
+        index = directory / INDEX
+        names = _read_index(index) if index.is_file() else {}
+        files = sorted(set(names.values())) or sorted(file.name for file in directory.glob("*.safetensors"))
+        handles = {directory / name: _open(directory / name) for name in files}
+        found: dict[str, Entry] = {}
+        for file, handle in handles.items():
+            for tensor in handle.keys():  # noqa: SIM118, it is no mapping
+                if names.get(tensor, file.name) == file.name:
+                    part = handle.get_slice(tensor)
+                    if tensor in found:
+                        raise ModelError(f"{file}: holds {tensor}, which {found[tensor].file.name} holds too")
+                    found[tensor] = Entry(file, tuple(part.get_shape()), str(part.get_dtype()))
+        lacking = sorted(names.keys() - found.keys())
+        if lacking:
+            raise ModelError(f"{index}: says that {lacking[0]} is in {names[lacking[0]]}, which does not hold it")
+        if not found:
+            raise ModelError(f"{directory}: holds no tensors")
+        return cls(directory, label, found, handles)
+
+    def stored(self, name: str) -> Stored:
+        """The tensor's elements, flat, where the system has mapped them: nothing is read before it is needed."""
+        bits = self.bytes(name)
+        kind = FLOATS[self.entries[name].dtype]
+        return Stored(bits.view(np.float32 if kind == FLOAT32 else np.uint16), kind, self.label)
+
+    def bytes(self, name: str) -> np.ndarray:
+        """uint8, flat."""
+        import torch
+
+        tensor = self._handles[self.entries[name].file].get_tensor(name)
+        array: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
+        return array
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json as it is written."""
+        return read_config(self.directory)
+
+    @property
+    def files(self) -> list[Path]:
+        return list(self._handles)
+
+    def is_tied(self) -> bool:
+        """Whether the output embedding is the input embedding, by the configuration."""
+        for config in (self.config.get("text_config"), self.config):
+            if isinstance(config, dict) and "tie_word_embeddings" in config:
+                return bool(config["tie_word_embeddings"])
+        from transformers import AutoConfig
+
+        try:
+            return bool(AutoConfig.from_pretrained(self.directory).get_text_config().tie_word_embeddings)
+        except Exception:  # a class of its own code: without the key, it says nothing
+            return False
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as it is written."""
+    file = directory / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file}: cannot be read ({first_line(error)})") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{file}: is not a mapping of keys")
+    return config
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Tensor → file name. Files lie in the directory itself: an index may not lead anywhere else."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
+            raise ValueError("weight_map is no mapping of tensors to files")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{index}: not an index of safetensors files ({first_line(error)})") from error
+    for name in sorted(set(names.values())):
+        if "/" in name or "\\" in name or name in ("", ".", "..") or not name.endswith(".safetensors"):
+            raise ModelError(f"{index}: names {name!r}, which is no safetensors file in that directory")
+        if not (index.parent / name).is_file():
+            raise ModelError(f"{index}: names {name!r}, and there is no such file in that directory")
+    return names
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(file), framework="pt")
+    except SafetensorError as error:
+        raise ModelError(f"{file}: not a whole safetensors file: {first_line(error)}") from error

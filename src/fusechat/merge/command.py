@@ -1,0 +1,181 @@
+"""Merging by a configuration of its own: from a file in mergekit's format to a model directory, whole or not there."""
+
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusechat import __version__
+from fusechat.core.files import digest_json, read_json, write_json, write_text
+from fusechat.core.lock import only_one
+from fusechat.core.progress import BYTES, log, progress
+from fusechat.core.references import Reference, local_directory
+from fusechat.errors import WorkdirError
+from fusechat.merge.checkpoint import Checkpoint
+from fusechat.merge.engine import SHARD_BYTES, Job, merge_tensors
+from fusechat.merge.merge_file import MergeFile, read_merge_file
+from fusechat.merge.methods import load_method
+from fusechat.merge.output import copy_files, merge_card
+from fusechat.merge.parameters import Values
+from fusechat.merge.plan import WIDEST, Plan, make_plan
+from fusechat.merge.report import make_report
+from fusechat.merge.tensor import Workers
+from fusechat.merge.values import layer_of
+
+REPORT, BEGUN, FORMAT = "merge_report.json", "begun.json", 1
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a merge came to. `read` and `written`: bytes of tensors. `seconds` is None where it had been done before."""
+
+    report: dict[str, Any]
+    read: int
+    written: int
+    seconds: float | None
+
+
+def merge(
+    config: Mapping[str, Any] | Path | str,
+    out: Path | str,
+    *,
+    allow_vocab_resize: bool = False,
+    threads: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
+    """Merges models as `config` says, a mapping or file in mergekit's format, and writes a plain model directory to `out`.
+
+    Arithmetic is float32 whatever the models' types; `dtype` is the output's. `allow_vocab_resize` merges the rows that all
+    vocabularies have and keeps the base's others. `threads` defaults to all cores and changes no bit. Output is in shards of at
+    most `shard_bytes`. Killed and called again, it goes on at the shard it was at. Returns what `merge_report.json` says.
+    Raises FuseChatError for what the caller can mend.
+    """
+    file = Path(config) if isinstance(config, str) else config
+    return run(file, Path(out), allow_vocab_resize=allow_vocab_resize, threads=threads, shard_bytes=shard_bytes).report
+
+
+def run(
+    config: Mapping[str, Any] | Path, out: Path, *, allow_vocab_resize: bool, threads: int | None, shard_bytes: int
+) -> Summary:
+    """As `merge`, and tells how much work it was."""
+    settings = read_merge_file(config)
+    hidden = out.absolute().with_name(f".{out.absolute().name}.merging")  # becomes `out` once it is whole
+    with only_one(hidden.with_suffix(".lock"), out):
+        job = open_job(settings, allow_vocab_resize=allow_vocab_resize, shard_bytes=shard_bytes)
+        identity = _identity(settings, job, allow_vocab_resize)
+        report, seconds = _finished(out, identity), None
+        if report is None:
+            began = time.monotonic()
+            report = _build(settings, job, hidden, identity, threads)
+            hidden.rename(out)
+            seconds = time.monotonic() - began
+        else:
+            log.info("%s: is there already, merged by the same configuration from the same models", out)
+        hidden.with_suffix(".lock").unlink(missing_ok=True)
+    pieces = job.plan.pieces
+    read = sum(c.entries[name].bytes for piece in pieces for c, name in zip(job.inputs, piece.sources, strict=False))
+    return Summary(report, read, sum(piece.bytes for piece in pieces), seconds)
+
+
+def open_job(
+    settings: MergeFile,
+    donor: Path | None = None,
+    *,
+    dtype: str = WIDEST,
+    names: list[str] | None = None,
+    allow_vocab_resize: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Job:
+    """Opens the models and checks everything that can be checked without reading weights.
+
+    `donor`: a directory to take the configuration from, where it is no model of the settings. `dtype`: where they name none.
+    `names`: what the report calls the targets.
+    """
+    targets = list(settings.targets)
+    order = sorted(range(len(targets)), key=lambda index: targets[index] != settings.donor)  # the donor first
+    references = [*([settings.base] if settings.base else []), *(targets[index] for index in order)]
+    inputs = [Checkpoint.open(local_directory(reference), str(reference)) for reference in references]
+    plan = make_plan(
+        inputs,
+        Checkpoint.open(donor, str(donor)) if donor else inputs[0],
+        dtype=settings.dtype or dtype,
+        has_base=settings.base is not None,
+        allow_vocab_resize=allow_vocab_resize,
+    )
+    layers = _layers(inputs[0], plan)
+    per_model = {parameter.name for parameter in load_method(settings.method).PARAMETERS if parameter.per_model}
+
+    def values(tensor: str) -> Values:
+        found = settings.values(tensor, layers)
+        return {name: [value[i] for i in order] if name in per_model else value for name, value in found.items()}
+
+    for piece in plan.pieces:
+        values(piece.name)  # raises for one without a value
+    names = names or _names(targets)
+    return Job(
+        settings.method, inputs, [names[index] for index in order], plan, values, settings.granularity, shard_bytes
+    )
+
+
+def _layers(donor: Checkpoint, plan: Plan) -> int:
+    """How many layers the model has: by its configuration, else by the names of its tensors."""
+    for config in (donor.config, donor.config.get("text_config")):
+        if isinstance(config, dict) and isinstance(config.get("num_hidden_layers"), int):
+            return int(config["num_hidden_layers"])
+    return 1 + max((layer_of(piece.name) or 0 for piece in plan.pieces), default=0)
+
+
+def _names(targets: list[Reference]) -> list[str]:
+    """The short names of models where they tell them apart, else the whole references."""
+    short = [target.label for target in targets]
+    return short if len(set(short)) == len(short) else [str(target) for target in targets]
+
+
+def _identity(settings: MergeFile, job: Job, resize: bool) -> str:
+    """Changes with whatever changes the output. Of the models' files, size and time of change: terabytes are not read for it."""
+    files = [
+        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+        for checkpoint in job.inputs
+        for file in checkpoint.files
+    ]
+    return digest_json([FORMAT, __version__, settings.source, files, resize, job.shard_bytes])
+
+
+def _finished(out: Path, identity: str) -> dict[str, Any] | None:
+    """The report of a merge that is there already. Raises WorkdirError for something else in its place."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    try:
+        report: dict[str, Any] = read_json(out / REPORT)
+        if report["identity"] == identity:
+            return report
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise WorkdirError(
+        f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
+    )
+
+
+def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads: int | None) -> dict[str, Any]:
+    """Everything in the directory `building`, going on where a killed merge of the same identity stopped."""
+    begun = building / BEGUN
+    if building.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == identity):
+        shutil.rmtree(building)
+    building.mkdir(parents=True, exist_ok=True)
+    write_text(begun, identity)
+    workers = Workers(threads)
+    try:
+        with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
+            tensors = merge_tensors(job, building, workers, advance)
+    finally:
+        workers.close()
+    report = make_report(job, tensors) | {"identity": identity}
+    copy_files(job.inputs[0].directory, building, job.plan.pieces)
+    base = str(settings.base) if settings.base else None
+    name = settings.name or building.name.removeprefix(".").removesuffix(".merging")
+    write_text(building / "README.md", merge_card(name, settings.source, job.inputs[0].directory, base, report))
+    write_json(building / REPORT, report)
+    begun.unlink()
+    return report

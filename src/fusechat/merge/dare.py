@@ -1,0 +1,59 @@
+"""DARE (arXiv 2311.03099): each update is dropped with probability 1 - density, what is kept is scaled up.
+
+As in mergekit, what is kept is scaled to the sum of magnitudes that the target's update had (`rescale`, on unless switched off):
+the paper's 1 / density, but exact for the mask that was drawn. The mask is that of `random.keep_mask` for seed and tensor.
+"""
+
+import numpy as np
+
+from fusechat.merge.measured import Measured
+from fusechat.merge.parameters import DENSITY, LAMBDA, SEED, WEIGHT, Parameter, Values
+from fusechat.merge.random import keep_mask, tensor_key
+from fusechat.merge.task_vectors import Sparsify, combine_updates, drop, rescaling
+from fusechat.merge.tensor import Tensor, scratch
+
+PARAMETERS = (
+    WEIGHT,
+    DENSITY,
+    Parameter("normalize", kind=bool, default=False),
+    Parameter("rescale", kind=bool, default=True),
+    LAMBDA,
+    SEED,
+)
+
+
+def measure(tensor: Tensor, values: Values) -> Measured:
+    key = tensor_key(values["seed"], tensor.name)
+    sparse = any(density < 1 for density in values["density"])
+    scales = rescaling(tensor, _dropping(key, values)) if sparse and values["rescale"] else None
+    return Measured(np.array(values["weight"], np.float64), scales=scales, key=key)
+
+
+def combine(
+    block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray, *, consensus: bool
+) -> tuple[int, int, int]:
+    return combine_updates(
+        block,
+        start,
+        values,
+        out,
+        sparsify=_dropping(measured.key, values),
+        scales=measured.scales,
+        consensus=consensus,
+    )
+
+
+def _dropping(key: int, values: Values) -> Sparsify:
+    def sparsify(block: np.ndarray, start: int) -> int:
+        n = block.shape[1]
+        mask = scratch("mask", (n,), np.bool_)
+        count = 0
+        for target, density in enumerate(values["density"]):
+            if density >= 1:
+                count += n
+                continue
+            keep_mask(key, target, start, density, mask)
+            count += drop(block[target + 1], mask)
+        return count
+
+    return sparsify

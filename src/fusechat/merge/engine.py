@@ -1,0 +1,243 @@
+"""Merging whole models, out of core: shard by shard, tensor by tensor, block by block.
+
+    plan ─► for each shard, for each tensor:  measure (passes over all inputs) ─► combine, block by block ─► into the file
+
+Beside what is mapped there is a block of each input a thread, and what `selection.py` gathers: no tensor is held in memory.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+
+from fusechat.core.files import remove_partial, write_json
+from fusechat.errors import ModelError, StorageError
+from fusechat.merge.checkpoint import FLOATS, INDEX, Checkpoint
+from fusechat.merge.kernels import CHUNK, chunk_squares, count_not_finite, encode_bfloat16, encode_float16
+from fusechat.merge.measured import Measured, shares
+from fusechat.merge.methods import load_method
+from fusechat.merge.parameters import Values
+from fusechat.merge.plan import Piece, Plan
+from fusechat.merge.shard import Shard, new_shard
+from fusechat.merge.tensor import Tensor, Workers, scratch
+from fusechat.merge.values import layer_of
+
+SHARD_BYTES = 5_000_000_000
+SQUARES = "squares.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """`inputs`: the base first where the method has one, then the targets, whose names in the report are `names`."""
+
+    method: str
+    inputs: list[Checkpoint]
+    names: list[str]
+    plan: Plan
+    values: Callable[[str], Values]
+    granularity: str = "tensor"
+    shard_bytes: int = SHARD_BYTES
+
+
+def merge_tensors(job: Job, output: Path, workers: Workers, advance: Callable[[int], None]) -> dict[str, Any]:
+    """Writes the merged tensors to `output` and returns what happened to each, by name; `advance` is told bytes written.
+
+    Shards that an earlier, killed merge wrote whole are kept with their part of the report. Raises ModelError for values that
+    are not finite, in an input or in the output's type.
+    """
+    remove_partial(output)
+    shards = job.plan.shards(job.shard_bytes)
+    missing = [(file, pieces) for file, pieces in shards if not _part(output, file).is_file()]
+    _check_room(output, sum(piece.bytes for _, pieces in missing for piece in pieces))
+    pooled = _pooled(job, output, workers) if job.granularity != "tensor" and missing else {}
+    report: dict[str, Any] = {}
+    for file, pieces in shards:
+        if (file, pieces) in missing:
+            with new_shard(output / file, pieces) as shard:
+                entries = {piece.name: _piece(job, piece, shard, workers, pooled, advance) for piece in pieces}
+            write_json(_part(output, file), entries)
+        else:
+            advance(sum(piece.bytes for piece in pieces))
+        report |= json.loads(_part(output, file).read_text(encoding="utf-8"))
+    if len(shards) > 1:
+        write_json(
+            output / INDEX,
+            {
+                "metadata": {"total_size": sum(piece.bytes for piece in job.plan.pieces)},
+                "weight_map": {piece.name: file for file, pieces in shards for piece in pieces},
+            },
+        )
+    for file, _ in shards:
+        _part(output, file).unlink()
+    (output / SQUARES).unlink(missing_ok=True)
+    return report
+
+
+def _part(output: Path, file: str) -> Path:
+    return output / f"{file}.report.json"
+
+
+def _piece(
+    job: Job,
+    piece: Piece,
+    shard: Shard,
+    workers: Workers,
+    pooled: dict[str, list[float]],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Makes one tensor of the output, and tells about it."""
+    first = job.inputs[0]
+    if piece.dtype not in FLOATS or first.entries[piece.sources[0]].dtype not in FLOATS:
+        return _copy_bytes(job, piece, shard, advance)
+    entry: dict[str, Any] = {"copied": True}
+    if piece.merged:
+        entry = _merge(job, piece, shard, workers, pooled, advance)
+    if piece.merged < piece.size:
+        _copy_rest(first, piece, shard, workers, advance)
+        entry["elements_copied"] = piece.size - piece.merged
+    return entry
+
+
+def _merge(
+    job: Job,
+    piece: Piece,
+    shard: Shard,
+    workers: Workers,
+    pooled: dict[str, list[float]],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    method = load_method(job.method)
+    tensor = _tensor(job, piece, workers)
+    values = job.values(piece.name)
+    measured = method.measure(tensor, values)
+    if piece.name in pooled:
+        measured = replace(measured, coefficients=np.array(pooled[piece.name]))
+    put = _writer(piece, shard, advance)
+    updates = len(tensor.inputs) if method.BASE else 0  # the targets' and the merged model's
+
+    def work(start: int, block: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
+        squares = np.zeros((updates, -(-block.shape[1] // CHUNK)))
+        for row in range(1, updates):
+            chunk_squares(np.subtract(block[row], block[0], out=scratch("update", block[0].shape)), squares[row - 1])
+        out = scratch("out", block[0].shape)
+        counts = method.combine(block, start, measured, values, out)
+        if updates:
+            chunk_squares(np.subtract(out, block[0], out=scratch("update", block[0].shape)), squares[-1])
+        put(start, out)
+        return counts, squares
+
+    blocks = tensor.blocks(work)
+    counts = np.array([found[0] for found in blocks], np.int64).reshape(-1, 3).sum(axis=0)
+    squares = np.concatenate([np.zeros((updates, 0)), *(found[1] for found in blocks)], axis=1).sum(axis=1)
+    return _entry(job, tensor, measured, counts, squares)
+
+
+def _entry(job: Job, tensor: Tensor, measured: Measured, counts: np.ndarray, squares: np.ndarray) -> dict[str, Any]:
+    """What the report says of a merged tensor."""
+    names = job.names
+    selected, kept, left = (int(count) for count in counts)
+    if measured.selection is not None:
+        share = float(measured.selection.counts.mean()) / tensor.size if tensor.size else 1.0
+    else:
+        share = selected / (len(names) * tensor.size) if tensor.size else 1.0
+    sizes = np.sqrt(squares / max(tensor.size, 1))
+    entry: dict[str, Any] = {
+        "coefficients": {name: _rounded(value) for name, value in zip(names, measured.coefficients, strict=True)},
+        "selected": _rounded(share),
+        "erased": _rounded(1 - left / kept) if kept else 0.0,
+    }
+    if len(sizes):
+        entry["updates"] = {name: _rounded(size) for name, size in zip(names, sizes, strict=False)}
+        entry["merged_update"] = _rounded(sizes[-1])
+    return entry
+
+
+def _rounded(value: float) -> float:
+    """Nine significant digits."""
+    return float(f"{value:.9g}")
+
+
+def _tensor(job: Job, piece: Piece, workers: Workers) -> Tensor:
+    stored = tuple(checkpoint.stored(name) for checkpoint, name in zip(job.inputs, piece.sources, strict=True))
+    return Tensor(piece.name, stored, piece.merged, workers)
+
+
+def _writer(piece: Piece, shard: Shard, advance: Callable[[int], None]) -> Callable[[int, np.ndarray], None]:
+    """Writes float32 values from an element on in the piece's type. Raises ModelError where they are not finite there."""
+    lock = Lock()
+
+    def put(start: int, values: np.ndarray) -> None:
+        if piece.dtype == "F32":
+            lost, stored = count_not_finite(values), values
+        else:
+            stored = scratch("stored", values.shape, np.uint16)
+            lost = (encode_bfloat16 if piece.dtype == "BF16" else encode_float16)(values, stored)
+        if lost:
+            raise ModelError(
+                f"{piece.name}: {lost} merged values near element {start} are too large for {piece.dtype}; "
+                "choose a wider dtype, or smaller weights"
+            )
+        shard.put(piece, start, stored)
+        with lock:
+            advance(stored.nbytes)
+            shard.flush_behind(stored.nbytes)
+
+    return put
+
+
+def _copy_rest(first: Checkpoint, piece: Piece, shard: Shard, workers: Workers, advance: Callable[[int], None]) -> None:
+    """The elements that are not merged, from the first input."""
+    stored = first.stored(piece.sources[0])
+    rest = replace(stored, elements=stored.elements[piece.merged :])
+    put = _writer(piece, shard, advance)
+    Tensor(piece.name, (rest,), piece.size - piece.merged, workers).blocks(
+        lambda start, block: put(piece.merged + start, block[0])
+    )
+
+
+def _copy_bytes(job: Job, piece: Piece, shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
+    """A buffer of whole numbers: the first input's."""
+    first, *others = (c.bytes(name) for c, name in zip(job.inputs, piece.sources, strict=False))
+    shard.put(replace(piece, dtype="U8"), 0, first)
+    advance(piece.bytes)
+    return {"copied": True, "differs": any(not np.array_equal(first, other) for other in others)}
+
+
+def _pooled(job: Job, output: Path, workers: Workers) -> dict[str, list[float]]:
+    """The coefficients of every tensor, from updates added up over its layer or the whole model. Kept for a merge that goes on."""
+    method = load_method(job.method)
+    file = output / SQUARES
+    if not file.is_file():
+        found = {}
+        for piece in job.plan.pieces:
+            if piece.merged:
+                squares = method.measure(_tensor(job, piece, workers), job.values(piece.name)).squares
+                assert squares is not None, f"{job.method} has no coefficients to be pooled"
+                found[piece.name] = squares.tolist()
+        write_json(file, found)
+    by_tensor = {name: np.array(squares) for name, squares in json.loads(file.read_text()).items()}
+
+    def group(name: str) -> str:
+        layer = layer_of(name)
+        if job.granularity == "model":
+            return ""
+        return name if layer is None else re.split(rf"\.{layer}\.", name)[0] + f".{layer}"
+
+    total: dict[str, np.ndarray] = {}
+    for name, squares in by_tensor.items():
+        total[group(name)] = total.get(group(name), 0) + squares
+    return {name: shares(total[group(name)]).tolist() for name in by_tensor}
+
+
+def _check_room(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise StorageError(
+            f"{output}: the merged model needs {needed / 1e9:.2f} GB more and the disk has {free / 1e9:.2f} GB left"
+        )

@@ -1,0 +1,119 @@
+"""The models that a merge file lists: what they are called, and what each is told."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fusechat.core.references import Reference
+from fusechat.core.yaml_file import Document, Place, suggestion
+from fusechat.merge.mergekit_names import PARAMETERS
+from fusechat.merge.values import shown
+
+_KEYS = ("model", "parameters")
+
+
+@dataclass(frozen=True)
+class Input:
+    """A model that takes part; `place` is where it is named, `parameters` are its own as given."""
+
+    reference: Reference
+    place: Place
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+def read_inputs(document: Document) -> tuple[list[Input], Reference | None]:
+    """The listed models in their order and the base model, which is an input too, the last where it is not listed.
+
+    What is wrong with them is complained of, and left out.
+    """
+    models = document.content.get("models")
+    inputs: list[Input] = []
+    if isinstance(models, list) and models:
+        for index, entry in enumerate(models):
+            given = _entry(document, ("models", str(index)), entry)
+            if given and any(given.reference == other.reference for other in inputs):
+                document.complain((*given.place, "model"), f"{given.reference} is listed twice")
+            elif given:
+                inputs.append(given)
+    elif models is not None:
+        what = "lists no model" if models == [] else f"should be a list of models, not {shown(models)}"
+        document.complain(("models",), what)
+    elif document.content.get("slices") is None and document.content.get("modules") is None:
+        document.complain(("models",), "is missing")
+    if document.content.get("base_model") is None:
+        return inputs, None
+    base = read_reference(document, ("base_model",), document.content["base_model"])
+    if base is not None and all(given.reference != base for given in inputs):
+        inputs.append(Input(base, ("base_model",)))
+    return inputs, base
+
+
+def _entry(document: Document, place: Place, entry: Any) -> Input | None:
+    if not isinstance(entry, dict):
+        document.complain(place, f"should be a mapping of model and parameters, not {shown(entry)}")
+        return None
+    for key in map(str, entry):
+        if key not in _KEYS:
+            what = "belongs under parameters" if key in PARAMETERS else "unknown key" + suggestion(key, _KEYS)
+            document.complain((*place, key), what)
+    parameters = read_mapping(document, (*place, "parameters"), entry.get("parameters"))
+    if "model" not in entry:
+        document.complain((*place, "model"), "is missing")
+        return None
+    reference = read_reference(document, (*place, "model"), entry["model"])
+    return None if reference is None else Input(reference, place, parameters)
+
+
+def read_mapping(document: Document, place: Place, raw: Any) -> dict[str, Any]:
+    """Parameters by name; nothing stands for none."""
+    if raw is not None and not isinstance(raw, dict):
+        document.complain(place, f"should be a mapping of parameters, not {shown(raw)}")
+    return {str(key): value for key, value in raw.items()} if isinstance(raw, dict) else {}
+
+
+def read_reference(document: Document, place: Place, raw: Any) -> Reference | None:
+    """A model as text, or as mergekit's mapping `{model: {path: …, revision: …}}`; local paths made absolute.
+
+    None where it cannot be one, which is complained of.
+    """
+    before = len(document.wrong)
+    if isinstance(raw, dict):
+        raw, place = _unfolded(document, place, raw)
+    if len(document.wrong) > before:
+        return None
+    if not isinstance(raw, str) or not raw:
+        document.complain(place, f"should name a model, not {shown(raw)}")
+        return None
+    path = Path(raw).expanduser()
+    local = not raw.startswith("wheel:") and path.exists()
+    if "+" in raw and not local and not raw.startswith("wheel:"):
+        document.complain(place, f"{raw!r} adds a LoRA adapter, which is not supported: put it into its model first")
+        return None
+    reference = Reference((os.path.abspath(path) if local else raw,))
+    problem = reference.check()
+    if problem:
+        document.complain(place, problem)
+        return None
+    return reference
+
+
+def _unfolded(document: Document, place: Place, raw: dict[Any, Any]) -> tuple[Any, Place]:
+    """The text that stands for mergekit's mapping, and where the model is named in it."""
+    for key, value in raw.items():
+        if key in ("lora", "override_architecture"):
+            if value is not None:
+                document.complain((*place, key), "not supported")
+        elif key != "model":
+            document.complain((*place, str(key)), "unknown key" + suggestion(str(key), ("model",)))
+    place = (*place, "model")
+    inner = raw.get("model")
+    if not isinstance(inner, dict):
+        return inner, place
+    for key, value in inner.items():
+        if key not in ("path", "revision"):
+            document.complain((*place, str(key)), "unknown key" + suggestion(str(key), ("path", "revision")))
+        elif not isinstance(value, str) and not (key == "revision" and value is None):
+            document.complain((*place, key), f"should be text, not {shown(value)}")
+    path, revision = inner.get("path"), inner.get("revision")
+    return (f"{path}@{revision}" if isinstance(path, str) and revision else path), (*place, "path")

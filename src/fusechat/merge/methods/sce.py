@@ -1,0 +1,185 @@
+"""SCE: select, calculate, erase (arXiv 2408.07990, Algorithm 1, equations 5 to 9).
+
+Of the positions where the targets' updates differ, the share `select_topk` with the highest population variance is kept (ties:
+lower flat index). A target's coefficient is its share in the squared updates that are kept. At each position, updates whose
+sign is not that of their sum are erased; the rest is averaged by coefficient. Without `select_deltas`, Select serves the
+coefficients only, as in the paper's repository; without `normalize`, equation 9 as printed: the average is not divided by the
+coefficients that are left. What decides (variance, sign of the sum) is taken in float64, which is exact for most updates.
+"""
+
+import numpy as np
+
+from fusechat.merge.kernels import CHUNK, kernel
+from fusechat.merge.measured import Measured, shares
+from fusechat.merge.parameters import SCOPES, Parameter, Values
+from fusechat.merge.selection import Selection, kept, select
+from fusechat.merge.tensor import Tensor, scratch
+
+PARAMETERS = (
+    Parameter("select_topk", default=1.0, low=0),
+    Parameter("select_deltas", kind=bool, default=True),
+    Parameter("normalize", kind=bool, default=True),
+)
+BASE = True
+GRANULARITIES = SCOPES
+TARGETS = None
+TILE = 1024  # positions that a kernel has in the core's nearest cache
+
+
+def measure(tensor: Tensor, values: Values) -> Measured:
+    selection = None
+    if values["select_topk"] < 1 and len(tensor.inputs) > 2:
+
+        def keep(nonzero: np.ndarray) -> np.ndarray:
+            return np.array([int(values["select_topk"] * count) for count in nonzero], np.int64)
+
+        selection = select(tensor, _keys, 1, keep)
+
+    def work(start: int, block: np.ndarray) -> np.ndarray:
+        sums = np.zeros((block.shape[0] - 1, -(-block.shape[1] // CHUNK)))
+        _squares(block, _mask(block, start, selection), sums)
+        return sums
+
+    parts = [np.zeros((len(tensor.inputs) - 1, 0)), *tensor.blocks(work)]
+    squares = np.concatenate(parts, axis=1).sum(axis=1)
+    return Measured(shares(squares), squares, selection)
+
+
+def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+    mask = _mask(block, start, measured.selection if values["select_deltas"] else None)
+    eta = measured.coefficients.astype(np.float32)
+    return _merge(block, mask, eta, values["normalize"], out)
+
+
+def _keys(block: np.ndarray, row: int, out: np.ndarray) -> None:
+    variances(block, out.view(np.float64))
+
+
+def _mask(block: np.ndarray, start: int, selection: Selection | None) -> np.ndarray:
+    """bool [n], or empty where everything is kept."""
+    if selection is None:
+        return np.zeros(0, np.bool_)
+    n = block.shape[1]
+    keys, mask = scratch("keys", (n,), np.int64), scratch("mask", (n,), np.bool_)
+    _keys(block, 0, keys)
+    first = start // CHUNK
+    kept(keys, selection.thresholds[0], selection.ties[0, first : first - (-n // CHUNK)], mask)
+    return mask
+
+
+@kernel
+def variances(block, out):  # type: ignore[no-untyped-def]
+    """float64 [n]: m² times the population variance of the m updates δ, from e = δ - δ of the first target.
+
+    m Σe² - (Σe)² is zero exactly where all updates are equal, and does not cancel where they are large and close.
+    """
+    targets = block.shape[0] - 1
+    n = block.shape[1]
+    sums = np.empty(TILE)
+    for start in range(0, n, TILE):
+        size = min(TILE, n - start)
+        base, first = block[0, start : start + size], block[1, start : start + size]
+        squares = out[start : start + size]
+        sums[:] = 0.0
+        squares[:] = 0.0
+        for j in range(2, targets + 1):
+            row = block[j, start : start + size]
+            for i in range(size):
+                apart = np.float64(row[i] - base[i]) - np.float64(first[i] - base[i])
+                sums[i] += apart
+                squares[i] += apart * apart
+        for i in range(size):
+            squares[i] = max(targets * squares[i] - sums[i] * sums[i], 0.0)
+
+
+@kernel
+def _chosen(mask, start, size, places):  # type: ignore[no-untyped-def]
+    """Writes to `places` which of the `size` positions from `start` on are in the mask (all where it is empty); how many."""
+    if mask.size == 0:
+        for i in range(size):
+            places[i] = i
+        return size
+    count = 0
+    for i in range(size):
+        places[count] = i
+        count += mask[start + i]
+    return count
+
+
+@kernel
+def _squares(block, mask, sums):  # type: ignore[no-untyped-def]
+    """Adds to `sums` float64 [targets, chunks] the squared updates at the positions in `mask`."""
+    lanes = np.empty(TILE)
+    places = np.empty(TILE, np.int64)
+    n = block.shape[1]
+    for start in range(0, n, TILE):
+        size = min(TILE, n - start)
+        count = _chosen(mask, start, size, places)
+        base = block[0, start : start + size]
+        for j in range(1, block.shape[0]):
+            row = block[j, start : start + size]
+            for i in range(count):
+                update = np.float64(row[places[i]] - base[places[i]])
+                lanes[i] = update * update
+            sums[j - 1, start // CHUNK] += _sum(lanes, count)
+
+
+@kernel
+def _sum(values, count):  # type: ignore[no-untyped-def]
+    """The sum of the first `count` values by halves, which vectors do as well as scalars, in one order."""
+    size = 1
+    while size < count:
+        size *= 2
+    for i in range(count, size):
+        values[i] = 0.0
+    while size > 1:
+        size //= 2
+        for i in range(size):
+            values[i] += values[i + size]
+    return values[0] if count else 0.0
+
+
+@kernel
+def _merge(block, mask, eta, normalize, out):  # type: ignore[no-untyped-def]
+    """Erases, and merges what is left; returns what `combine` does."""
+    targets, n = eta.size, out.size
+    total = np.empty(TILE)
+    weight = np.empty(TILE, np.float32)
+    update = np.empty(TILE, np.float32)
+    deltas = np.empty((targets, TILE), np.float32)
+    places = np.empty(TILE, np.int64)
+    selected_count = 0
+    kept_count = 0
+    left_count = 0
+    for start in range(0, n, TILE):
+        size = min(TILE, n - start)
+        base, merged = block[0, start : start + size], out[start : start + size]
+        count = _chosen(mask, start, size, places)
+        selected_count += count * targets
+        total[:] = 0.0
+        weight[:] = 0
+        update[:] = 0
+        for j in range(targets):
+            row, delta = block[j + 1, start : start + size], deltas[j]
+            for i in range(count):
+                delta[i] = row[places[i]] - base[places[i]]
+                total[i] += delta[i]
+        for j in range(targets):
+            delta = deltas[j]
+            share = eta[j]
+            moved = 0
+            agreeing = 0
+            for i in range(count):
+                agrees = (delta[i] > 0) if total[i] >= 0 else (delta[i] < 0)
+                moved += delta[i] != 0
+                agreeing += agrees
+                own = share if agrees else np.float32(0)
+                weight[i] += own
+                update[i] += own * delta[i]
+            kept_count += moved
+            left_count += agreeing
+        merged[:] = base
+        for i in range(count):
+            divisor = weight[i] if normalize and weight[i] > 0 else np.float32(1)
+            merged[places[i]] += update[i] / divisor
+    return selected_count, kept_count, left_count

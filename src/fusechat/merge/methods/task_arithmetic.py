@@ -1,0 +1,20 @@
+"""Task arithmetic (arXiv 2212.04089): base + λ Σ w δ, over Σ w with `normalize`."""
+
+import numpy as np
+
+from fusechat.merge.measured import Measured
+from fusechat.merge.parameters import LAMBDA, WEIGHT, Parameter, Values
+from fusechat.merge.task_vectors import combine_updates
+from fusechat.merge.tensor import Tensor
+
+PARAMETERS = (WEIGHT, Parameter("normalize", kind=bool, default=False), LAMBDA)
+BASE = True
+TARGETS = None
+
+
+def measure(tensor: Tensor, values: Values) -> Measured:
+    return Measured(np.array(values["weight"], np.float64))
+
+
+def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+    return combine_updates(block, start, values, out)

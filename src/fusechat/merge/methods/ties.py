@@ -1,0 +1,86 @@
+"""TIES (arXiv 2306.01708): trim, elect a sign, merge what agrees with it.
+
+Of each target's updates the `density` largest in magnitude are kept, at least one (ties: lower flat index); then weighted; at
+each position those of the majority's sign are added up, over the sum of their weights with `normalize`, times λ.
+"""
+
+import numpy as np
+
+from fusechat.merge.kernels import CHUNK, kernel
+from fusechat.merge.measured import Measured
+from fusechat.merge.parameters import DENSITY, LAMBDA, WEIGHT, Parameter, Values
+from fusechat.merge.selection import Selection, kept, select
+from fusechat.merge.task_vectors import Sparsify, combine_updates, drop, no_sparsify, rescaling
+from fusechat.merge.tensor import Tensor, scratch
+
+PARAMETERS = (
+    WEIGHT,
+    DENSITY,
+    Parameter("normalize", kind=bool, default=True),
+    Parameter("rescale", kind=bool, default=False),
+    LAMBDA,
+)
+BASE = True
+TARGETS = None
+
+
+def measure(tensor: Tensor, values: Values) -> Measured:
+    weights = np.array(values["weight"], np.float64)
+    if all(density >= 1 for density in values["density"]):
+        return Measured(weights)
+    keep = np.array([_keep(density, tensor.size) for density in values["density"]], np.int64)
+    selection = select(tensor, _keys, len(keep), lambda nonzero: keep)
+    scales = rescaling(tensor, _trim(selection)) if values["rescale"] else None
+    return Measured(weights, selection=selection, scales=scales)
+
+
+def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+    sparsify = _trim(measured.selection) if measured.selection else no_sparsify
+    return combine_updates(block, start, values, out, sparsify=sparsify, scales=measured.scales, consensus=True)
+
+
+def _keep(density: float, size: int) -> int:
+    if density >= 1:
+        return size
+    return max(1, int(density * size)) if density > 0 else 0
+
+
+def _keys(block: np.ndarray, row: int, out: np.ndarray) -> None:
+    _apart(block[0], block[row + 1], out)
+
+
+def _trim(selection: Selection) -> Sparsify:
+    def sparsify(block: np.ndarray, start: int) -> int:
+        n = block.shape[1]
+        keys, mask = scratch("keys", (n,), np.int64), scratch("mask", (n,), np.bool_)
+        chunks = slice(start // CHUNK, start // CHUNK - (-n // CHUNK))
+        count = 0
+        for row, threshold in enumerate(selection.thresholds):
+            delta = block[row + 1]
+            _magnitude(delta, keys)
+            kept(keys, threshold, selection.ties[row, chunks], mask)
+            count += drop(delta, mask)
+        return count
+
+    return sparsify
+
+
+@kernel
+def _apart(base, target, out):  # type: ignore[no-untyped-def]
+    """The magnitude of target - base as a key."""
+    delta = np.empty(1024, np.float32)
+    bits = delta.view(np.uint32)
+    for start in range(0, out.size, 1024):
+        size = min(1024, out.size - start)
+        b, t, keys = base[start : start + size], target[start : start + size], out[start : start + size]
+        for i in range(size):
+            delta[i] = t[i] - b[i]
+        for i in range(size):
+            keys[i] = np.int64(bits[i] & np.uint32(0x7FFFFFFF)) << 32
+
+
+@kernel
+def _magnitude(delta, out):  # type: ignore[no-untyped-def]
+    bits = delta.view(np.uint32)
+    for i in range(out.size):
+        out[i] = np.int64(bits[i] & np.uint32(0x7FFFFFFF)) << 32

@@ -1,0 +1,49 @@
+"""VaRM (FuseChat's first version; METHOD, "Merging"): θ = Σ w θ of the targets, w their shares in the squared updates."""
+
+import numpy as np
+
+from fusechat.merge.kernels import CHUNK, chunk_squares, kernel
+from fusechat.merge.measured import Measured, shares
+from fusechat.merge.parameters import SCOPES, Parameter, Values
+from fusechat.merge.task_vectors import subtract_base
+from fusechat.merge.tensor import Tensor
+
+PARAMETERS: tuple[Parameter, ...] = ()
+BASE = True
+GRANULARITIES = SCOPES
+TARGETS = None
+
+
+def measure(tensor: Tensor, values: Values) -> Measured:
+    targets = len(tensor.inputs) - 1
+
+    def work(start: int, block: np.ndarray) -> np.ndarray:
+        sums = np.zeros((targets, -(-block.shape[1] // CHUNK)))
+        subtract_base(block)
+        for row in range(targets):
+            chunk_squares(block[row + 1], sums[row])
+        return sums
+
+    squares = np.concatenate([np.zeros((targets, 0)), *tensor.blocks(work)], axis=1).sum(axis=1)
+    return Measured(shares(squares), squares)
+
+
+def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+    _add_shares(block, measured.coefficients.astype(np.float32), out)
+    entries = (block.shape[0] - 1) * block.shape[1]
+    return entries, entries, entries
+
+
+@kernel
+def _add_shares(block, weights, out):  # type: ignore[no-untyped-def]
+    """θ of the base + Σ w δ, which is Σ w θ of the targets since the weights add up to one, and exact where nothing moved."""
+    for start in range(0, out.size, 1024):
+        merged = out[start : start + 1024]
+        base = block[0, start : start + merged.size]
+        merged[:] = 0
+        for j in range(weights.size):
+            row, weight = block[j + 1, start : start + merged.size], weights[j]
+            for i in range(merged.size):
+                merged[i] += weight * (row[i] - base[i])
+        for i in range(merged.size):
+            merged[i] += base[i]

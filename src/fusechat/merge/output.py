@@ -1,0 +1,100 @@
+"""What a merged model has beside its weights: the base's configuration, tokenizer, template and licence; a card of its own."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from fusechat.core.files import write_text
+from fusechat.merge.checkpoint import read_config
+from fusechat.merge.plan import CODES, Piece
+
+FILES = (
+    *(
+        "generation_config.json",
+        "tokenizer*.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+    ),
+    *(
+        "merges.txt",
+        "*.model",
+        "*.tiktoken",
+        "chat_template*.json",
+        "*.jinja",
+        "*processor_config.json",
+        "LICENSE*",
+        "NOTICE*",
+    ),
+)
+CODE = "*.py"  # copied where the configuration names code of its own; nothing runs it here
+TEMPLATES = "additional_chat_templates"
+
+
+def copy_files(donor: Path, output: Path, pieces: list[Piece]) -> None:
+    """Copies the files as they are, all but the configuration, which says the type that most of the weights have."""
+    config = read_config(donor)
+    patterns = (*FILES, CODE) if "auto_map" in config else FILES
+    for file in sorted({file for pattern in patterns for file in donor.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, output / file.name)
+    if (donor / TEMPLATES).is_dir():
+        shutil.copytree(donor / TEMPLATES, output / TEMPLATES, dirs_exist_ok=True)
+    dtype = _main_dtype(pieces)
+    for part in (config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))):
+        for key in ("torch_dtype", "dtype"):
+            if key in part:
+                part[key] = dtype
+    if "torch_dtype" not in config:
+        config["dtype"] = dtype
+    write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _main_dtype(pieces: list[Piece]) -> str:
+    """The type of most of the elements, by the name that PyTorch gives it."""
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        counts[piece.dtype] += piece.size
+    names = {code: name for name, code in CODES.items()}
+    return next(names[code] for code, _ in counts.most_common() if code in names)
+
+
+def merge_card(name: str, config: Mapping[str, Any], donor: Path, base: str | None, report: dict[str, Any]) -> str:
+    """Markdown with the metadata header that the Hugging Face hub reads; licence and languages are the base's own."""
+    metadata = {key: value for key, value in _metadata(donor / "README.md").items() if key in _KEPT}
+    models = [*([base] if base else []), *report["targets"]]
+    metadata |= {"library_name": "transformers", "tags": ["merge", "fusechat"], "base_model": models}
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )  # Markdown, not HTML: nothing to escape
+    return environment.get_template("merge_card.md.j2").render(
+        name=name,
+        metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
+        method=report["method"],
+        base=base,
+        targets=report["targets"],
+        donor=str(base or report["targets"][0]),
+        coefficients=report["mean_coefficients"],
+        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100),
+    )
+
+
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def _metadata(card: Path) -> dict[str, Any]:
+    """The header of a model card; nothing where there is none that can be read."""
+    try:
+        text = card.read_text(encoding="utf-8")
+        header = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
+        return {}
+    return header if isinstance(header, dict) else {}

@@ -1,0 +1,25 @@
+"""`merge_report.json`: what happened to every tensor of a merge, and what it comes to."""
+
+from typing import Any
+
+from fusechat.merge.engine import Job
+
+
+def make_report(job: Job, tensors: dict[str, Any]) -> dict[str, Any]:
+    """`tensors` by name: `coefficients` of each target; `selected`, the share of entries that were not dropped; `erased`, of the
+    updates kept those zeroed for their sign; `updates` and `merged_update`, root mean squares; or `copied`, and whether the
+    models differ there. `mean_coefficients` is over the tensors that were merged."""
+    merged = [entry["coefficients"] for entry in tensors.values() if "coefficients" in entry]
+    return {
+        "format": 1,
+        "method": job.method,
+        "granularity": job.granularity,
+        "base": job.inputs[0].label if len(job.inputs) > len(job.names) else None,
+        "targets": job.names,
+        "mean_coefficients": {name: sum(entry[name] for entry in merged) / len(merged) for name in job.names}
+        if merged
+        else {},
+        "left_out": job.plan.left_out,
+        "only_in_base": job.plan.only_base,
+        "tensors": tensors,
+    }

@@ -1,0 +1,74 @@
+"""The `merge` section of a recipe: the same settings as a configuration of its own has, for targets that are not there yet."""
+
+from pathlib import Path
+from typing import Any
+
+from fusechat.core.yaml_file import suggestion
+from fusechat.merge.methods import load_method, method_names
+from fusechat.merge.parameters import SEED, Parameter
+from fusechat.merge.values import read_setting
+
+DEFAULTS = {"linear": {"weight": 1.0}}  # the targets' mean
+
+
+def problems(method: str, given: dict[str, Any], targets: list[str]) -> list[str]:
+    """What is wrong with a recipe's merge section; `given` by key, without those that are not set."""
+    names = method_names()
+    if method not in names:
+        return [
+            f"method: no such method as {method!r}{suggestion(method, names).partition('; known')[0]}; there are {', '.join(names)}"
+        ]
+    module = load_method(method)
+    readable = {parameter.name: parameter for parameter in module.PARAMETERS if parameter is not SEED}
+    granular = getattr(module, "GRANULARITIES", ())
+    wrong = [
+        f"{name}: is not read by {method}"
+        for name in given
+        if name not in readable and not (name == "granularity" and granular)
+    ]
+    if module.TARGETS not in (None, len(targets)):
+        wrong.append(f"method: {method} takes {module.TARGETS} target, and the recipe has {len(targets)} sources")
+    for name, parameter in readable.items():
+        if name in given:
+            wrong += _of(name, given[name], parameter, targets)
+        elif parameter.required and name not in DEFAULTS.get(method, {}):
+            wrong.append(f"{name}: is missing: {method} has no default for it")
+    return wrong
+
+
+def _of(name: str, raw: Any, parameter: Parameter, targets: list[str]) -> list[str]:
+    if not _by_target(raw, parameter):
+        return [f"{'.'.join((name, *place))}: {what}" for place, what in read_setting(raw, parameter)[1]]
+    wrong = [f"{name}.{key}: no such source; there are {', '.join(targets)}" for key in raw if key not in targets]
+    if parameter.required:
+        wrong += [f"{name}: names no value for {target}" for target in targets if target not in raw]
+    return wrong + [
+        f"{'.'.join((name, key, *place))}: {what}"
+        for key, value in raw.items()
+        for place, what in read_setting(value, parameter)[1]
+    ]
+
+
+def _by_target(raw: Any, parameter: Parameter) -> bool:
+    return parameter.per_model and isinstance(raw, dict) and "value" not in raw
+
+
+def configuration(
+    method: str, given: dict[str, Any], *, pivot: Path, targets: dict[str, Path], seed: int
+) -> dict[str, Any]:
+    """What `read_merge_file` reads: the recipe's settings with the models that are there by now."""
+    module = load_method(method)
+    shared = {**DEFAULTS.get(method, {}), **given}
+    own: dict[str, dict[str, Any]] = {name: {} for name in targets}
+    for parameter in module.PARAMETERS:
+        if _by_target(shared.get(parameter.name), parameter):
+            for name, value in shared.pop(parameter.name).items():
+                own[name][parameter.name] = value
+    if SEED in module.PARAMETERS:
+        shared["seed"] = seed
+    return {
+        "merge_method": method,
+        **({"base_model": str(pivot)} if module.BASE else {}),
+        "models": [{"model": str(path), "parameters": own[name]} for name, path in targets.items()],
+        "parameters": shared,
+    }

@@ -1,0 +1,85 @@
+"""Writing a safetensors file block by block: the header first, then every tensor's bytes at their place, from any thread."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat.core.files import atomic_file
+from fusechat.merge.checkpoint import BYTES
+from fusechat.merge.plan import Piece
+
+FLUSH = 1 << 28  # bytes after which the disk is set to work while the next ones are computed
+
+
+class Shard:
+    """An open file with room for all of its tensors."""
+
+    def __init__(self, handle: int, pieces: list[Piece]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        starts = {}
+        for piece in sorted(
+            pieces, key=lambda piece: -BYTES[piece.dtype]
+        ):  # every tensor begins at a multiple of its type
+            header[piece.name] = {
+                "dtype": piece.dtype,
+                "shape": list(piece.shape),
+                "data_offsets": [offset, offset + piece.bytes],
+            }
+            starts[piece.name] = offset
+            offset += piece.bytes
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._handle = handle
+        self._write(0, len(text).to_bytes(8, "little") + text)
+        self._starts = {name: 8 + len(text) + start for name, start in starts.items()}
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="merge-flush")
+        self._flushing: Future[None] | None = None
+        self._unflushed = 0
+
+    def put(self, piece: Piece, element: int, values: np.ndarray) -> None:
+        """Writes `values`, of the piece's type, from its element number `element` on."""
+        self._write(self._starts[piece.name] + element * BYTES[piece.dtype], values.reshape(-1).view(np.uint8).data)
+
+    def flush_behind(self, written: int) -> None:
+        """Told how much was written: every so often lets the disk catch up, beside the work. Raises what the disk said."""
+        self._unflushed += written
+        if self._unflushed >= FLUSH and (self._flushing is None or self._flushing.done()):
+            self._settle()
+            self._flushing = self._disk.submit(os.fdatasync, self._handle)
+            self._unflushed = 0
+
+    def close(self) -> None:
+        self._disk.shutdown(wait=True)
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._flushing is not None:
+            self._flushing.result()
+
+    def _write(self, offset: int, data: Any) -> None:
+        view = memoryview(data)
+        while view.nbytes:
+            done = os.pwrite(self._handle, view, offset)
+            view, offset = view[done:], offset + done
+
+
+@contextmanager
+def new_shard(path: Path, pieces: list[Piece]) -> Iterator[Shard]:
+    """A shard that becomes `path` when all went well, and leaves nothing otherwise."""
+    with atomic_file(path) as temporary:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            shard = Shard(handle, pieces)
+            try:
+                yield shard
+            finally:
+                shard.close()
+        finally:
+            os.close(handle)

@@ -1,0 +1,142 @@
+"""One parameter tensor as every model stores it, worked on block by block in float32 by all cores."""
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fusechat.errors import ModelError
+from fusechat.merge.kernels import BFLOAT16, CHUNK, FLOAT16, FLOAT32, decode
+
+T = TypeVar("T")
+S = TypeVar("S")
+BLOCK = 16 * CHUNK  # elements of each model that one thread works on at a time: more would leave the core's own cache
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The elements of one model's tensor, flat: float32, or the bits of bfloat16 or float16 in uint16."""
+
+    elements: np.ndarray
+    kind: int
+    owner: str = ""
+
+    @classmethod
+    def of(cls, array: np.ndarray, owner: str = "") -> "Stored":
+        """A NumPy array of float32 or float16."""
+        flat = np.ascontiguousarray(array).reshape(-1)
+        if flat.dtype == np.float16:
+            return cls(flat.view(np.uint16), FLOAT16, owner)
+        return cls(flat.astype(np.float32, copy=False), FLOAT32, owner)
+
+    @classmethod
+    def of_bfloat16(cls, bits: np.ndarray, owner: str = "") -> "Stored":
+        return cls(bits.reshape(-1).view(np.uint16), BFLOAT16, owner)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """`inputs`: the base first where there is one, then the targets; the first `size` elements of each are meant."""
+
+    name: str
+    inputs: tuple[Stored, ...]
+    size: int
+    workers: "Workers"
+    block: int = BLOCK
+    _addresses: np.ndarray = field(init=False, repr=False)
+    _kinds: np.ndarray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assert self.block % CHUNK == 0
+        assert all(stored.elements.flags.c_contiguous and stored.elements.size >= self.size for stored in self.inputs)
+        pointers = [stored.elements.ctypes.data for stored in self.inputs]
+        object.__setattr__(self, "_addresses", np.array(pointers, dtype=np.int64))
+        object.__setattr__(self, "_kinds", np.array([stored.kind for stored in self.inputs], dtype=np.int64))
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.size // CHUNK)
+
+    def blocks(self, work: Callable[[int, np.ndarray], T]) -> list[T]:
+        """`work(start, block)` on every block, results in their order; `block` is float32 [inputs, n], the thread's own."""
+        return self.blocks_with(lambda start, block, _: work(start, block), lambda: None)[0]
+
+    def blocks_with(self, work: Callable[[int, np.ndarray, S], T], state: Callable[[], S]) -> tuple[list[T], list[S]]:
+        """As `blocks`, with something that each thread keeps from block to block; also returns what each kept."""
+
+        def one(number: int, kept: S) -> T:
+            start = number * self.block
+            return work(start, self._decoded(start, min(self.block, self.size - start)), kept)
+
+        return self.workers.run(one, -(-self.size // self.block), state)
+
+    def _decoded(self, start: int, n: int) -> np.ndarray:
+        block = scratch("block", (len(self.inputs), n))
+        bad = decode(self._addresses, self._kinds, start, block)
+        if bad >= 0:
+            place = start + int(np.flatnonzero(~np.isfinite(block[bad]))[0])
+            raise ModelError(
+                f"{self.name}: holds values that are not finite in {self.inputs[bad].owner} (element {place})"
+            )
+        return block
+
+
+class Workers:
+    """Threads that share the numbers from 0 on among them. Kernels free them of Python's lock."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self.threads = threads or cores()
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge") if self.threads > 1 else None
+
+    def run(self, work: Callable[[int, S], T], count: int, state: Callable[[], S]) -> tuple[list[T], list[S]]:
+        """`work(number, state)` for 0 ≤ number < count, results in order, and every thread's state. Raises what it raised."""
+        results: list[Any] = [None] * count
+        numbers = iter(range(count))
+
+        def share() -> S:
+            kept = state()
+            try:
+                for number in numbers:
+                    results[number] = work(number, kept)
+            except BaseException:
+                for _ in numbers:  # the others need not go on
+                    pass
+                raise
+            return kept
+
+        if self._pool is None or count < 2:
+            return results, [share()]
+        futures = [self._pool.submit(share) for _ in range(min(self.threads, count))]
+        try:
+            return results, [future.result() for future in futures]
+        except BaseException:  # one that failed, or Ctrl-C: no thread writes any more once this is left
+            for _ in numbers:
+                pass
+            wait(futures)
+            raise
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_of_thread = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    """An array that the thread uses again under this name; its contents are whatever was there."""
+    kept: dict[str, np.ndarray] = _of_thread.__dict__.setdefault("arrays", {})
+    wanted = int(np.prod(shape, dtype=np.int64))
+    array = kept.get(name)
+    if array is None or array.size < wanted or array.dtype != dtype:
+        array = kept[name] = np.empty(wanted, dtype)
+    return array[:wanted].reshape(shape)
