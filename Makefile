@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench bench-alignment clean
+.PHONY: install quickstart test check bench bench-alignment bench-merge clean
 
 install: .venv/.installed
 
@@ -32,6 +32,11 @@ DATA ?= ../shared/data
 bench-alignment: install
 	$(BIN)/python benchmarks/alignment_quality.py $(DATA)
 	$(BIN)/python benchmarks/alignment_speed.py $(DATA)/gsm8k_train.jsonl $(DATA)/mbpp.jsonl $(DATA)/oasst_threads.jsonl
+
+# Merging by mergekit and by FuseChat: some minutes a method, and 9 GB of disk for models that are kept for the next time.
+bench-merge: install
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,mergekit]'
+	$(BIN)/python benchmarks/merge.py
 
 clean:
 	rm -rf .venv build dist src/*.egg-info
