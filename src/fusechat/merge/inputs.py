@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fusechat.core.references import Reference
@@ -77,18 +76,15 @@ def read_reference(document: Document, place: Place, raw: Any) -> Reference | No
 
     None where it cannot be one, which is complained of.
     """
-    before = len(document.wrong)
     if isinstance(raw, dict):
         raw, place = _unfolded(document, place, raw)
-    if len(document.wrong) > before:
-        return None
     if not isinstance(raw, str) or not raw:
         document.complain(place, f"should name a model, not {shown(raw)}")
         return None
-    path = Path(raw).expanduser()
-    local = not raw.startswith("wheel:") and path.exists()
-    if "+" in raw and not local and not raw.startswith("wheel:"):
-        document.complain(place, f"{raw!r} adds a LoRA adapter, which is not supported: put it into its model first")
+    path, wheel = os.path.expanduser(raw), raw.startswith("wheel:")
+    local = not wheel and os.path.exists(path)
+    if "+" in raw and not local and not wheel:
+        document.complain(place, f"{raw!r} adds a LoRA adapter, which is not supported: merge it into its model first")
         return None
     reference = Reference((os.path.abspath(path) if local else raw,))
     problem = reference.check()
@@ -110,10 +106,10 @@ def _unfolded(document: Document, place: Place, raw: dict[Any, Any]) -> tuple[An
     inner = raw.get("model")
     if not isinstance(inner, dict):
         return inner, place
-    for key, value in inner.items():
+    for key in map(str, inner):
         if key not in ("path", "revision"):
-            document.complain((*place, str(key)), "unknown key" + suggestion(str(key), ("path", "revision")))
-        elif not isinstance(value, str) and not (key == "revision" and value is None):
-            document.complain((*place, key), f"should be text, not {shown(value)}")
+            document.complain((*place, key), "unknown key" + suggestion(key, ("path", "revision")))
     path, revision = inner.get("path"), inner.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        document.complain((*place, "revision"), f"should be text, not {shown(revision)}")
     return (f"{path}@{revision}" if isinstance(path, str) and revision else path), (*place, "path")

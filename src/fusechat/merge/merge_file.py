@@ -36,8 +36,8 @@ class MergeFile:
     """What to merge, and how.
 
     `base`: what a method with `BASE` works on, None for the others. `targets`: what is merged, in the order listed, without that
-    base. `donor`: the model whose configuration and tokenizer the merged one has. `dtype`: of the tensors written, None for the
-    donor's. `name` is the title of the model's card, `source` the configuration as given.
+    base. `donor`: the model whose configuration and tokenizer the merged one has. `dtype`: of the tensors written, None where
+    none is named. `name` is the title of the model's card, `source` the configuration as given. Local models are absolute paths.
     """
 
     method: str
@@ -85,7 +85,7 @@ def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
     dtypes = [_dtype(document, key) for key in ("out_dtype", "dtype")]
     faults = len(document.wrong)
     inputs, base = read_inputs(document)
-    named = len(document.wrong) == faults  # else who is a target cannot be said
+    named = len(document.wrong) == faults and document.content.get("models") is not None
     raw = read_mapping(document, ("parameters",), document.content.get("parameters"))
     if module is None:
         raise RecipeError(*document.wrong)
@@ -95,8 +95,8 @@ def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
         given.reference: _scope(document, module, (*given.place, "parameters"), given.parameters) for given in inputs
     }
     targets = [given for given in inputs if not (module.BASE and given.reference == base)]
-    if named:
-        _check_targets(document, module, [target.reference for target in targets])
+    if named:  # else who is a target cannot be said
+        _check_targets(document, module, targets)
         _check_required(document, module, targets, shared, own)
     if document.wrong:
         raise RecipeError(*document.wrong)
@@ -142,15 +142,17 @@ def _method(document: Document) -> str | None:
     method, names = document.content.get("merge_method"), method_names()
     if isinstance(method, str) and method in names:
         return method
+    known = f"; known here: {', '.join(names)}"
     if method is None:
-        what = "is missing"
+        what = "is missing" + known
     elif not isinstance(method, str):
-        what = f"should be the name of a method, not {shown(method)}"
+        what = f"should be the name of a method, not {shown(method)}{known}"
     elif method in mergekit_names.METHODS:
-        what = f"{method} is a method of mergekit that is not here"
+        what = f"{method} is a method of mergekit that is not here{known}"
     else:
-        what = f"no such method as {method!r}" + suggestion(method, names).partition("; known")[0]
-    document.complain(("merge_method",), f"{what}; there are {', '.join(names)}")
+        hint = suggestion(method, names)
+        what = f"no such method as {method!r}{known}{hint if hint != known else ''}"
+    document.complain(("merge_method",), what)
     return None
 
 
@@ -218,7 +220,7 @@ def _scope(document: Document, module: Method, place: Place, raw: dict[str, Any]
     return scope
 
 
-def _check_targets(document: Document, module: Method, targets: list[Reference]) -> None:
+def _check_targets(document: Document, module: Method, targets: list[Input]) -> None:
     method = document.content["merge_method"]
     if module.BASE and document.content.get("base_model") is None:
         document.complain(("base_model",), f"is missing: {method} works on updates from a base model")
