@@ -1,13 +1,13 @@
-"""The weights of a model directory, memory-mapped: safetensors, in one file or sharded. Headers are checked by safetensors."""
+"""The weights of a model directory: safetensors, in one file or sharded, of which only headers are read at first."""
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fusechat.errors import ModelError, first_line
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
@@ -33,9 +33,10 @@ BYTES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is, its shape, and its type as safetensors writes it (BF16)."""
+    """Where a tensor is: its file and the byte that it begins at; its shape, and its type as safetensors writes it (BF16)."""
 
     file: Path
+    start: int
     shape: tuple[int, ...]
     dtype: str
 
@@ -50,12 +51,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`label` names the model in errors and reports. Opened files stay mapped until the checkpoint is let go."""
+    """`label` names the model in errors and reports. Its files are open until the checkpoint is let go."""
 
     directory: Path
     label: str
     entries: dict[str, Entry]
-    _handles: dict[Path, Any] = field(repr=False, compare=False)
+    _handles: dict[Path, FileIO] = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, directory: Path, label: str) -> "Checkpoint":
@@ -63,35 +64,40 @@ class Checkpoint:
         index = directory / INDEX
         names = _read_index(index) if index.is_file() else {}
         files = sorted(set(names.values())) or sorted(file.name for file in directory.glob("*.safetensors"))
-        handles = {directory / name: _open(directory / name) for name in files}
         found: dict[str, Entry] = {}
-        for file, handle in handles.items():
-            for tensor in handle.keys():  # noqa: SIM118, it is no mapping
+        for file in (directory / name for name in files):
+            for tensor, entry in _read_header(file).items():
                 if names.get(tensor, file.name) == file.name:
-                    part = handle.get_slice(tensor)
                     if tensor in found:
                         raise ModelError(f"{file}: holds {tensor}, which {found[tensor].file.name} holds too")
-                    found[tensor] = Entry(file, tuple(part.get_shape()), str(part.get_dtype()))
+                    found[tensor] = entry
         lacking = sorted(names.keys() - found.keys())
         if lacking:
             raise ModelError(f"{index}: says that {lacking[0]} is in {names[lacking[0]]}, which does not hold it")
         if not found:
             raise ModelError(f"{directory}: holds no tensors")
+        handles = {directory / name: (directory / name).open("rb", buffering=0) for name in files}
         return cls(directory, label, found, handles)
 
     def stored(self, name: str) -> Stored:
-        """The tensor's elements, flat, where the system has mapped them: nothing is read before it is needed."""
-        bits = self.bytes(name)
-        kind = FLOATS[self.entries[name].dtype]
-        return Stored(bits.view(np.float32 if kind == FLOAT32 else np.uint16), kind, self.label)
+        """Where the elements of a tensor of floats are."""
+        entry = self.entries[name]
+        return Stored(FLOATS[entry.dtype], entry.size, self._handles[entry.file].fileno(), entry.start, self.label)
 
-    def bytes(self, name: str) -> np.ndarray:
-        """uint8, flat."""
-        import torch
+    def bytes(self, name: str, start: int, count: int) -> bytes:
+        """`count` bytes of a tensor, or what there is of them, from its byte `start` on."""
+        entry = self.entries[name]
+        count = min(count, entry.bytes - start)
+        read = os.pread(self._handles[entry.file].fileno(), count, entry.start + start)
+        if len(read) < count:
+            raise ModelError(f"{entry.file}: ends before {name} does; was it cut short meanwhile?")
+        return read
 
-        tensor = self._handles[self.entries[name].file].get_tensor(name)
-        array: np.ndarray = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.zeros(0, np.uint8)
-        return array
+    def read_ahead(self, name: str) -> None:
+        """Has the system read a tensor from the disk while other work goes on."""
+        entry = self.entries[name]
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handles[entry.file].fileno(), entry.start, entry.bytes, os.POSIX_FADV_WILLNEED)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -143,10 +149,20 @@ def _read_index(index: Path) -> dict[str, str]:
     return names
 
 
-def _open(file: Path) -> Any:
+def _read_header(file: Path) -> dict[str, Entry]:
+    """What a safetensors file holds. That its header is sound and its tensors fill the file is checked by safetensors."""
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(str(file), framework="pt")
+        with safe_open(str(file), framework="np"):
+            pass
     except SafetensorError as error:
         raise ModelError(f"{file}: not a whole safetensors file: {first_line(error)}") from error
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Entry(file, 8 + length + part["data_offsets"][0], tuple(part["shape"]), part["dtype"])
+        for name, part in header.items()
+    }

@@ -30,6 +30,7 @@ from fusechat.merge.values import layer_of
 
 SHARD_BYTES = 5_000_000_000
 SQUARES = "squares.json"
+COPIED = 1 << 24  # bytes of a buffer that are copied at once
 
 
 @dataclass(frozen=True)
@@ -193,20 +194,20 @@ def _writer(piece: Piece, shard: Shard, advance: Callable[[int], None]) -> Calla
 
 def _copy_rest(first: Checkpoint, piece: Piece, shard: Shard, workers: Workers, advance: Callable[[int], None]) -> None:
     """The elements that are not merged, from the first input."""
-    stored = first.stored(piece.sources[0])
-    rest = replace(stored, elements=stored.elements[piece.merged :])
+    rest = first.stored(piece.sources[0]).rest(piece.merged)
     put = _writer(piece, shard, advance)
-    Tensor(piece.name, (rest,), piece.size - piece.merged, workers).blocks(
-        lambda start, block: put(piece.merged + start, block[0])
-    )
+    Tensor(piece.name, (rest,), rest.size, workers).blocks(lambda start, block: put(piece.merged + start, block[0]))
 
 
 def _copy_bytes(job: Job, piece: Piece, shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
     """A buffer of whole numbers: the first input's."""
-    first, *others = (c.bytes(name) for c, name in zip(job.inputs, piece.sources, strict=False))
-    shard.put(replace(piece, dtype="U8"), 0, first)
-    advance(piece.bytes)
-    return {"copied": True, "differs": any(not np.array_equal(first, other) for other in others)}
+    differs = False
+    for start in range(0, piece.bytes, COPIED):
+        first, *others = (c.bytes(name, start, COPIED) for c, name in zip(job.inputs, piece.sources, strict=False))
+        shard.put_bytes(piece, start, first)
+        differs |= any(first != other for other in others)
+        advance(len(first))
+    return {"copied": True, "differs": differs}
 
 
 def _pooled(job: Job, output: Path, workers: Workers) -> dict[str, list[float]]:

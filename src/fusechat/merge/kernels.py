@@ -30,39 +30,50 @@ def _pointer_to(element: types.Type) -> Any:
     return pointer
 
 
-_to_uint16, _to_float32 = _pointer_to(types.uint16), _pointer_to(types.float32)
+_to_uint8, _to_uint16, _to_float32 = (_pointer_to(kind) for kind in (types.uint8, types.uint16, types.float32))
+
+
+_pread = types.ExternalFunction("pread", types.intp(types.int32, types.CPointer(types.uint8), types.uintp, types.int64))
 
 
 @kernel
-def decode(addresses, kinds, start, block):  # type: ignore[no-untyped-def]
-    """Elements from `start` on of tensors that lie at `addresses`, as float32 in `block` [tensors, n].
+def read(handles, places, kinds, start, raw, block):  # type: ignore[no-untyped-def]
+    """Elements from `start` on of tensors, as float32 in `block` [tensors, n]; `raw` uint8 has room for n float32.
 
-    Returns the number of the first tensor that holds something not finite there, -1 where none does. The caller keeps the
-    tensors alive, and long enough.
+    A tensor begins at byte `places[row]` of the file open as `handles[row]`, or at that address where the handle is -1.
+    Returns (row, -1) for a file that ends before, (row, 1) for values that are not finite, (0, 0) when all went well.
     """
-    bad = -1
     for row in range(block.shape[0]):
         out = block[row]
         n = out.size
+        width = 4 if kinds[row] == FLOAT32 else 2
+        address = places[row] + start * width
+        if handles[row] >= 0:
+            done = 0
+            while done < n * width:
+                step = _pread(handles[row], _to_uint8(raw.ctypes.data + done), n * width - done, address + done)
+                if step <= 0:
+                    return row, -1
+                done += step
+            address = raw.ctypes.data
         if kinds[row] == FLOAT32:
-            single = numba.carray(_to_float32(addresses[row]), (start + n,))[start:]
+            single = numba.carray(_to_float32(address), (n,))
             for i in range(n):
                 out[i] = single[i]
         elif kinds[row] == BFLOAT16:
-            stored = numba.carray(_to_uint16(addresses[row]), (start + n,))[start:]
+            stored = numba.carray(_to_uint16(address), (n,))
             bits = out.view(np.uint32)
             for i in range(n):
                 bits[i] = np.uint32(stored[i]) << np.uint32(16)
         else:
-            stored = numba.carray(_to_uint16(addresses[row]), (start + n,))[start:]
-            _decode_float16(stored, out)
+            _decode_float16(numba.carray(_to_uint16(address), (n,)), out)
         highest = np.uint32(0)
         bits = out.view(np.uint32)
         for i in range(n):
             highest = max(highest, bits[i] & np.uint32(0x7FFFFFFF))
-        if highest >= np.uint32(0x7F800000) and bad < 0:
-            bad = row
-    return bad
+        if highest >= np.uint32(0x7F800000):
+            return row, 1
+    return 0, 0
 
 
 @kernel

@@ -45,7 +45,11 @@ class Shard:
 
     def put(self, piece: Piece, element: int, values: np.ndarray) -> None:
         """Writes `values`, of the piece's type, from its element number `element` on."""
-        self._write(self._starts[piece.name] + element * BYTES[piece.dtype], values.reshape(-1).view(np.uint8).data)
+        self.put_bytes(piece, element * BYTES[piece.dtype], values.reshape(-1).view(np.uint8).data)
+
+    def put_bytes(self, piece: Piece, start: int, data: Any) -> None:
+        """Writes bytes of the piece from its byte number `start` on."""
+        self._write(self._starts[piece.name] + start, data)
 
     def flush_behind(self, written: int) -> None:
         """Told how much was written: every so often lets the disk catch up, beside the work. Raises what the disk said."""

@@ -4,13 +4,13 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from fusechat.errors import ModelError
-from fusechat.merge.kernels import BFLOAT16, CHUNK, FLOAT16, FLOAT32, decode
+from fusechat.merge.kernels import BFLOAT16, CHUNK, FLOAT16, FLOAT32, read
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -19,23 +19,29 @@ BLOCK = 16 * CHUNK  # elements of each model that one thread works on at a time:
 
 @dataclass(frozen=True)
 class Stored:
-    """The elements of one model's tensor, flat: float32, or the bits of bfloat16 or float16 in uint16."""
+    """The elements of one model's tensor, flat and of a `kind` that `kernels.py` names: an array, or a part of a file.
 
-    elements: np.ndarray
+    `handle`: of the open file in which they begin at byte `place`; -1 for the memory of `array`, which begins at that address.
+    """
+
     kind: int
+    size: int
+    handle: int
+    place: int
     owner: str = ""
+    array: np.ndarray | None = None
 
     @classmethod
     def of(cls, array: np.ndarray, owner: str = "") -> "Stored":
-        """A NumPy array of float32 or float16."""
+        """An array of float32 or float16, or of uint16 that hold the bits of bfloat16."""
         flat = np.ascontiguousarray(array).reshape(-1)
-        if flat.dtype == np.float16:
-            return cls(flat.view(np.uint16), FLOAT16, owner)
-        return cls(flat.astype(np.float32, copy=False), FLOAT32, owner)
+        kind = {"float32": FLOAT32, "uint16": BFLOAT16, "float16": FLOAT16}[flat.dtype.name]
+        return cls(kind, flat.size, -1, flat.ctypes.data, owner, flat)
 
-    @classmethod
-    def of_bfloat16(cls, bits: np.ndarray, owner: str = "") -> "Stored":
-        return cls(bits.reshape(-1).view(np.uint16), BFLOAT16, owner)
+    def rest(self, start: int) -> "Stored":
+        """The elements from number `start` on."""
+        width = 4 if self.kind == FLOAT32 else 2
+        return replace(self, size=self.size - start, place=self.place + start * width)
 
 
 @dataclass(frozen=True)
@@ -47,15 +53,15 @@ class Tensor:
     size: int
     workers: "Workers"
     block: int = BLOCK
-    _addresses: np.ndarray = field(init=False, repr=False)
-    _kinds: np.ndarray = field(init=False, repr=False)
+    _where: tuple[np.ndarray, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         assert self.block % CHUNK == 0
-        assert all(stored.elements.flags.c_contiguous and stored.elements.size >= self.size for stored in self.inputs)
-        pointers = [stored.elements.ctypes.data for stored in self.inputs]
-        object.__setattr__(self, "_addresses", np.array(pointers, dtype=np.int64))
-        object.__setattr__(self, "_kinds", np.array([stored.kind for stored in self.inputs], dtype=np.int64))
+        assert all(stored.size >= self.size for stored in self.inputs)
+        handles = np.array([stored.handle for stored in self.inputs], np.int32)
+        places = np.array([stored.place for stored in self.inputs], np.int64)
+        kinds = np.array([stored.kind for stored in self.inputs], np.int64)
+        object.__setattr__(self, "_where", (handles, places, kinds))
 
     @property
     def chunks(self) -> int:
@@ -75,12 +81,16 @@ class Tensor:
         return self.workers.run(one, -(-self.size // self.block), state)
 
     def _decoded(self, start: int, n: int) -> np.ndarray:
-        block = scratch("block", (len(self.inputs), n))
-        bad = decode(self._addresses, self._kinds, start, block)
-        if bad >= 0:
-            place = start + int(np.flatnonzero(~np.isfinite(block[bad]))[0])
+        block, raw = scratch("block", (len(self.inputs), n)), scratch("raw", (4 * n,), np.uint8)
+        row, problem = read(*self._where, start, raw, block)
+        if problem > 0:
+            place = start + int(np.flatnonzero(~np.isfinite(block[row]))[0])
             raise ModelError(
-                f"{self.name}: holds values that are not finite in {self.inputs[bad].owner} (element {place})"
+                f"{self.name}: holds values that are not finite in {self.inputs[row].owner} (element {place})"
+            )
+        if problem < 0:
+            raise ModelError(
+                f"{self.name}: cannot be read from {self.inputs[row].owner}; was a file cut short meanwhile?"
             )
         return block
 
