@@ -188,12 +188,13 @@ class Merge(Section):
     t: Any = None
     dtype: Dtype | None = None
 
-    @model_validator(mode="after")
-    def _paper(self) -> "Merge":
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_paper(cls, raw: Any) -> Any:
         """Without a word on it, SCE keeps the share that the paper's 7B models were merged with."""
-        if self.method == "sce" and self.select_topk is None:
-            return self.model_copy(update={"select_topk": 0.1})
-        return self
+        if isinstance(raw, dict) and raw.get("method", "sce") == "sce" and raw.get("select_topk") is None:
+            return {**raw, "select_topk": 0.1}
+        return raw
 
     def parameters(self) -> dict[str, Any]:
         """What is set, by the names that the methods know."""
@@ -215,7 +216,7 @@ class Recipe(Section):
     capture: Capture = Capture()
     align: Align = Align()
     fuse: Fuse = Fuse()
-    merge: Merge = Merge()
+    merge: Merge = Merge(select_topk=0.1)
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0)
     device: str | None = None

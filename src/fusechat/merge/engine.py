@@ -19,7 +19,7 @@ import numpy as np
 from fusechat.core.files import remove_partial, write_json
 from fusechat.errors import ModelError, StorageError
 from fusechat.merge.checkpoint import FLOATS, INDEX, Checkpoint
-from fusechat.merge.kernels import CHUNK, chunk_squares, count_not_finite, encode_bfloat16, encode_float16
+from fusechat.merge.kernels import CHUNK, count_not_finite, encode_bfloat16, encode_float16, update_squares
 from fusechat.merge.measured import Measured, shares
 from fusechat.merge.methods import load_method
 from fusechat.merge.parameters import Values
@@ -120,26 +120,35 @@ def _merge(
     if piece.name in pooled:
         measured = replace(measured, coefficients=np.array(pooled[piece.name]))
     put = _writer(piece, shard, advance)
-    updates = len(tensor.inputs) if method.BASE else 0  # the targets' and the merged model's
 
-    def work(start: int, block: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray]:
-        squares = np.zeros((updates, -(-block.shape[1] // CHUNK)))
-        for row in range(1, updates):
-            chunk_squares(np.subtract(block[row], block[0], out=scratch("update", block[0].shape)), squares[row - 1])
-        out = scratch("out", block[0].shape)
-        counts = method.combine(block, start, measured, values, out)
-        if updates:
-            chunk_squares(np.subtract(out, block[0], out=scratch("update", block[0].shape)), squares[-1])
-        put(start, out)
-        return counts, squares
+    def work(start: int, block: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
+        chunks = -(-block.shape[1] // CHUNK)
+        moved, merged = np.zeros((len(block) - 1, chunks)), np.zeros((1, chunks))
+        both = scratch("both", (2, block.shape[1]))  # the base, and what comes out
+        if method.BASE:
+            update_squares(block, moved)
+            both[0] = block[0]
+        counts = method.combine(block, start, measured, values, both[1])
+        if method.BASE:
+            update_squares(both, merged)
+        put(start, both[1])
+        return counts, moved, merged
 
     blocks = tensor.blocks(work)
     counts = np.array([found[0] for found in blocks], np.int64).reshape(-1, 3).sum(axis=0)
-    squares = np.concatenate([np.zeros((updates, 0)), *(found[1] for found in blocks)], axis=1).sum(axis=1)
+    squares = [_total([found[1] for found in blocks]), _total([found[2] for found in blocks])] if method.BASE else []
     return _entry(job, tensor, measured, counts, squares)
 
 
-def _entry(job: Job, tensor: Tensor, measured: Measured, counts: np.ndarray, squares: np.ndarray) -> dict[str, Any]:
+def _total(parts: list[np.ndarray]) -> np.ndarray:
+    """float64 [rows]: the sums of all chunks."""
+    total: np.ndarray = np.concatenate(parts, axis=1).sum(axis=1)
+    return total
+
+
+def _entry(
+    job: Job, tensor: Tensor, measured: Measured, counts: np.ndarray, squares: list[np.ndarray]
+) -> dict[str, Any]:
     """What the report says of a merged tensor."""
     names = job.names
     selected, kept, left = (int(count) for count in counts)
@@ -147,15 +156,15 @@ def _entry(job: Job, tensor: Tensor, measured: Measured, counts: np.ndarray, squ
         share = float(measured.selection.counts.mean()) / tensor.size if tensor.size else 1.0
     else:
         share = selected / (len(names) * tensor.size) if tensor.size else 1.0
-    sizes = np.sqrt(squares / max(tensor.size, 1))
     entry: dict[str, Any] = {
         "coefficients": {name: _rounded(value) for name, value in zip(names, measured.coefficients, strict=True)},
         "selected": _rounded(share),
         "erased": _rounded(1 - left / kept) if kept else 0.0,
     }
-    if len(sizes):
-        entry["updates"] = {name: _rounded(size) for name, size in zip(names, sizes, strict=False)}
-        entry["merged_update"] = _rounded(sizes[-1])
+    if squares:
+        moved, merged = (np.sqrt(part / tensor.size) for part in squares)
+        entry["updates"] = {name: _rounded(size) for name, size in zip(names, moved, strict=True)}
+        entry["merged_update"] = _rounded(merged[0])
     return entry
 
 

@@ -3,6 +3,7 @@
 Kernels hold no lock of Python (nogil), so that blocks of a tensor are worked on by all cores at once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -14,7 +15,11 @@ CHUNK = 4096  # elements whose sum is taken by itself; chunks are added up in th
 LANES = 512
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how the elements of a tensor are stored
 
-kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at the first call, and kept for later programs."""
+    compiled: Callable[..., Any] = numba.njit(function, nogil=True, cache=True, error_model="numpy")
+    return compiled
 
 
 def _pointer_to(element: types.Type) -> Any:
@@ -141,18 +146,20 @@ def count_not_finite(values):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def chunk_squares(values, sums):  # type: ignore[no-untyped-def]
-    """Adds to `sums` float64 [chunks] the squares of `values` float32 [n], chunk by chunk."""
+def update_squares(block, sums):  # type: ignore[no-untyped-def]
+    """Adds to `sums` float64 [rows - 1, chunks] the squares of what the rows of `block` [rows, n] differ by from the first."""
     lanes = np.empty(LANES)
-    for chunk in range(sums.size):
-        lanes[:] = 0.0
-        part = values[chunk * CHUNK : (chunk + 1) * CHUNK]
-        for start in range(0, part.size, LANES):
-            piece = part[start : start + LANES]
-            for i in range(piece.size):
-                value = np.float64(piece[i])
-                lanes[i] += value * value
-        total = 0.0
-        for i in range(LANES):
-            total += lanes[i]
-        sums[chunk] += total
+    n = block.shape[1]
+    for j in range(1, block.shape[0]):
+        for chunk in range(sums.shape[1]):
+            lanes[:] = 0.0
+            for start in range(chunk * CHUNK, min((chunk + 1) * CHUNK, n), LANES):
+                stop = min(start + LANES, n)
+                base, row = block[0, start:stop], block[j, start:stop]
+                for i in range(base.size):
+                    update = np.float64(row[i] - base[i])
+                    lanes[i] += update * update
+            total = 0.0
+            for i in range(LANES):
+                total += lanes[i]
+            sums[j - 1, chunk] += total

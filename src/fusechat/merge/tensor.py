@@ -76,11 +76,12 @@ class Tensor:
 
         def one(number: int, kept: S) -> T:
             start = number * self.block
-            return work(start, self._decoded(start, min(self.block, self.size - start)), kept)
+            return work(start, self.read(start, min(self.block, self.size - start)), kept)
 
         return self.workers.run(one, -(-self.size // self.block), state)
 
-    def _decoded(self, start: int, n: int) -> np.ndarray:
+    def read(self, start: int, n: int) -> np.ndarray:
+        """float32 [inputs, n]: elements from `start` on, the thread's own until it reads again. Raises ModelError."""
         block, raw = scratch("block", (len(self.inputs), n)), scratch("raw", (4 * n,), np.uint8)
         row, problem = read(*self._where, start, raw, block)
         if problem > 0:

@@ -7,6 +7,8 @@ coefficients only, as in the paper's repository; without `normalize`, equation 9
 coefficients that are left. What decides (variance, sign of the sum) is taken in float64, which is exact for most updates.
 """
 
+from dataclasses import replace
+
 import numpy as np
 
 from fusechat.merge.kernels import CHUNK, kernel
@@ -33,16 +35,30 @@ def measure(tensor: Tensor, values: Values) -> Measured:
         def keep(nonzero: np.ndarray) -> np.ndarray:
             return np.array([int(values["select_topk"] * count) for count in nonzero], np.int64)
 
-        selection = select(tensor, _keys, 1, keep)
+        selection = select(tensor, _keys, 1, keep, visit=_visit)
+        if selection.visited is not None:
+            visits, chosen = selection.visited
+            above = np.concatenate([sums for sums, _ in visits], axis=1).sum(axis=1)
+            squares = above + np.concatenate([inside for _, inside in visits], axis=1)[:, chosen].sum(axis=1)
+            return Measured(shares(squares), squares, replace(selection, visited=None))
 
     def work(start: int, block: np.ndarray) -> np.ndarray:
-        sums = np.zeros((block.shape[0] - 1, -(-block.shape[1] // CHUNK)))
-        _squares(block, _mask(block, start, selection), sums)
-        return sums
+        return _sums(block, _mask(block, start, selection))
 
     parts = [np.zeros((len(tensor.inputs) - 1, 0)), *tensor.blocks(work)]
     squares = np.concatenate(parts, axis=1).sum(axis=1)
     return Measured(shares(squares), squares, selection)
+
+
+def _visit(block: np.ndarray, keys: np.ndarray, high: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The squared updates of a block whose keys are above the bracket, by chunk, and one by one of those in it."""
+    return _sums(block, np.greater(keys, high, out=scratch("mask", keys.shape, np.bool_))), _squares_at(block, places)
+
+
+def _sums(block: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    sums = np.zeros((block.shape[0] - 1, -(-block.shape[1] // CHUNK)))
+    _squares(block, mask, sums)
+    return sums
 
 
 def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
@@ -122,6 +138,17 @@ def _squares(block, mask, sums):  # type: ignore[no-untyped-def]
                 update = np.float64(row[places[i]] - base[places[i]])
                 lanes[i] = update * update
             sums[j - 1, start // CHUNK] += _sum(lanes, count)
+
+
+@kernel
+def _squares_at(block, places):  # type: ignore[no-untyped-def]
+    """float64 [targets, places]."""
+    squares = np.empty((block.shape[0] - 1, places.size))
+    for j in range(squares.shape[0]):
+        for i in range(places.size):
+            update = np.float64(block[j + 1, places[i]] - block[0, places[i]])
+            squares[j, i] = update * update
+    return squares
 
 
 @kernel

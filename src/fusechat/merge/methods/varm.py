@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from fusechat.merge.kernels import CHUNK, chunk_squares, kernel
+from fusechat.merge.kernels import CHUNK, kernel, update_squares
 from fusechat.merge.measured import Measured, shares
 from fusechat.merge.parameters import SCOPES, Parameter, Values
-from fusechat.merge.task_vectors import subtract_base
 from fusechat.merge.tensor import Tensor
 
 PARAMETERS: tuple[Parameter, ...] = ()
@@ -19,9 +18,7 @@ def measure(tensor: Tensor, values: Values) -> Measured:
 
     def work(start: int, block: np.ndarray) -> np.ndarray:
         sums = np.zeros((targets, -(-block.shape[1] // CHUNK)))
-        subtract_base(block)
-        for row in range(targets):
-            chunk_squares(block[row + 1], sums[row])
+        update_squares(block, sums)
         return sums
 
     squares = np.concatenate([np.zeros((targets, 0)), *tensor.blocks(work)], axis=1).sum(axis=1)
