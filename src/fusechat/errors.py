@@ -60,20 +60,23 @@ _STORAGE_TEXT = {
     "unexpected pos": "a checkpoint could not be written",  # PyTorch, when it finds that less was written than it gave
 }
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_ADVICE = "free some room or choose another --workdir, then run again to resume"
-_OTHER_ADVICE = "make it writable or choose another --workdir, then run again to resume"
+_ADVICE = "free some room or choose another {place}, then run again to resume"
+_OTHER_ADVICE = "make it writable or choose another {place}, then run again to resume"
 
 
-def storage_error(error: BaseException) -> str | None:
-    """What to tell the user where `error` (or what caused it) says that the disk cannot be written; else None."""
+def storage_error(error: BaseException, place: str = "--workdir") -> str | None:
+    """What to tell the user where `error` (or what caused it) says that the disk cannot be written; else None.
+
+    `place`: how the user says where to write."""
+    advice, other = _ADVICE.format(place=place), _OTHER_ADVICE.format(place=place)
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRNO:
             where = f" ({seen.filename})" if seen.filename else ""
-            return f"{seen.strerror or seen}{where}; {_ADVICE if seen.errno in _NO_ROOM else _OTHER_ADVICE}"
+            return f"{seen.strerror or seen}{where}; {advice if seen.errno in _NO_ROOM else other}"
         for text, words in _STORAGE_TEXT.items():
             if text in str(seen):
-                return f"{words or first_line(seen)}; {_ADVICE}"
+                return f"{words or first_line(seen)}; {advice}"
         seen = seen.__cause__ or seen.__context__
     return None
 

@@ -26,18 +26,18 @@ def model_card(
     return environment.get_template("card.md.j2").render(
         name=name,
         method=method,
-        pivot=_portable(pivot),
-        sources=_portable(sources),
+        pivot=portable(pivot),
+        sources=portable(sources),
         data=data,
         coefficients=coefficients,
-        recipe=yaml.safe_dump(_portable(recipe), sort_keys=False, allow_unicode=True, width=100),
+        recipe=yaml.safe_dump(portable(recipe), sort_keys=False, allow_unicode=True, width=100),
     )
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """Paths of this machine by their last part only: a card is published."""
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     return Path(value).name if isinstance(value, str) and value.startswith("/") and "\n" not in value else value

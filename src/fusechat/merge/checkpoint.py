@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import FileIO
@@ -13,7 +14,8 @@ from fusechat.errors import ModelError, first_line
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
 from fusechat.merge.tensor import Stored
 
-INDEX = "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SPARE = 64  # files that may be open beside models: libraries', the output's
 FLOATS = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
 BYTES = {
     "F32": 4,
@@ -63,7 +65,7 @@ class Checkpoint:
         """Reads the headers. Raises ModelError for a file that is not whole, or an index that does not fit its files."""
         index = directory / INDEX
         names = _read_index(index) if index.is_file() else {}
-        files = sorted(set(names.values())) or sorted(file.name for file in directory.glob("*.safetensors"))
+        files = sorted(set(names.values())) or _without_index(directory)
         found: dict[str, Entry] = {}
         for file in (directory / name for name in files):
             for tensor, entry in _read_header(file).items():
@@ -76,6 +78,7 @@ class Checkpoint:
             raise ModelError(f"{index}: says that {lacking[0]} is in {names[lacking[0]]}, which does not hold it")
         if not found:
             raise ModelError(f"{directory}: holds no tensors")
+        _allow_open_files(len(files))
         handles = {directory / name: (directory / name).open("rb", buffering=0) for name in files}
         return cls(directory, label, found, handles)
 
@@ -87,17 +90,11 @@ class Checkpoint:
     def bytes(self, name: str, start: int, count: int) -> bytes:
         """`count` bytes of a tensor, or what there is of them, from its byte `start` on."""
         entry = self.entries[name]
-        count = min(count, entry.bytes - start)
+        count = max(0, min(count, entry.bytes - start))
         read = os.pread(self._handles[entry.file].fileno(), count, entry.start + start)
         if len(read) < count:
             raise ModelError(f"{entry.file}: ends before {name} does; was it cut short meanwhile?")
         return read
-
-    def read_ahead(self, name: str) -> None:
-        """Has the system read a tensor from the disk while other work goes on."""
-        entry = self.entries[name]
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._handles[entry.file].fileno(), entry.start, entry.bytes, os.POSIX_FADV_WILLNEED)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -116,7 +113,8 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            return bool(AutoConfig.from_pretrained(self.directory).get_text_config().tie_word_embeddings)
+            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
+            return bool(config.get_text_config().tie_word_embeddings)
         except Exception:  # a class of its own code: without the key, it says nothing
             return False
 
@@ -126,7 +124,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file}: cannot be read ({first_line(error)})") from error
     if not isinstance(config, dict):
         raise ModelError(f"{file}: is not a mapping of keys")
@@ -139,14 +137,32 @@ def _read_index(index: Path) -> dict[str, str]:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
             raise ValueError("weight_map is no mapping of tensors to files")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{index}: not an index of safetensors files ({first_line(error)})") from error
     for name in sorted(set(names.values())):
         if "/" in name or "\\" in name or name in ("", ".", "..") or not name.endswith(".safetensors"):
             raise ModelError(f"{index}: names {name!r}, which is no safetensors file in that directory")
         if not (index.parent / name).is_file():
             raise ModelError(f"{index}: names {name!r}, and there is no such file in that directory")
+    if WHOLE not in names.values() and (index.parent / WHOLE).is_file():
+        raise ModelError(f"{index}: does not name {WHOLE}, which is there too; delete what is not the model")
     return names
+
+
+def _without_index(directory: Path) -> list[str]:
+    """The file that Transformers reads, whatever stands beside it; else all."""
+    if (directory / WHOLE).is_file():
+        return [WHOLE]
+    return sorted(file.name for file in directory.glob("*.safetensors"))
+
+
+def _allow_open_files(more: int) -> None:
+    """Systems give a process few open files, and more for the asking: models of hundreds of shards need them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/dev/fd")) + more + SPARE
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
@@ -156,7 +172,7 @@ def _read_header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(str(file), framework="np"):
             pass
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: not a whole safetensors file: {first_line(error)}") from error
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")

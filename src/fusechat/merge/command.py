@@ -1,5 +1,6 @@
 """Merging by a configuration of its own: from a file in mergekit's format to a model directory, whole or not there."""
 
+import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,12 +13,12 @@ from fusechat.core.files import digest_json, read_json, write_json, write_text
 from fusechat.core.lock import only_one
 from fusechat.core.progress import BYTES, log, progress
 from fusechat.core.references import Reference, local_directory
-from fusechat.errors import WorkdirError
-from fusechat.merge.checkpoint import Checkpoint
+from fusechat.errors import ModelError, StorageError, WorkdirError, storage_error
+from fusechat.merge.checkpoint import Checkpoint, read_config
 from fusechat.merge.engine import SHARD_BYTES, Job, merge_tensors
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import load_method
-from fusechat.merge.output import copy_files, merge_card
+from fusechat.merge.output import copy_files, files_to_copy, merge_card
 from fusechat.merge.parameters import Values
 from fusechat.merge.plan import WIDEST, Plan, make_plan
 from fusechat.merge.report import make_report
@@ -61,19 +62,26 @@ def run(
 ) -> Summary:
     """As `merge`, and tells how much work it was."""
     settings = read_merge_file(config)
-    hidden = out.absolute().with_name(f".{out.absolute().name}.merging")  # becomes `out` once it is whole
-    with only_one(hidden.with_suffix(".lock"), out):
-        job = open_job(settings, allow_vocab_resize=allow_vocab_resize, shard_bytes=shard_bytes)
-        identity = _identity(settings, job, allow_vocab_resize)
-        report, seconds = _finished(out, identity), None
-        if report is None:
+    job = open_job(settings, allow_vocab_resize=allow_vocab_resize, shard_bytes=shard_bytes)
+    identity = _identity(settings, job, allow_vocab_resize)
+    try:
+        place = _place(out)
+        hidden = place.with_name(f".{place.name}.merging")  # becomes `place` once it is whole
+        with only_one(hidden.with_suffix(".lock"), out):
             began = time.monotonic()
-            report = _build(settings, job, hidden, identity, threads)
-            hidden.rename(out)
-            seconds = time.monotonic() - began
-        else:
-            log.info("%s: is there already, merged by the same configuration from the same models", out)
-        hidden.with_suffix(".lock").unlink(missing_ok=True)
+            report, seconds = _finished(place, job, identity), None
+            if report is None:
+                report = _build(settings, job, hidden, identity, threads)
+                hidden.rename(place)
+                seconds = time.monotonic() - began
+            else:
+                log.info("%s: is there already, merged by the same configuration from the same models", out)
+            hidden.with_suffix(".lock").unlink(missing_ok=True)
+    except OSError as error:
+        line = storage_error(error, place="OUT")
+        if line is None:
+            raise
+        raise StorageError(line) from error
     pieces = job.plan.pieces
     read = sum(c.entries[name].bytes for piece in pieces for c, name in zip(job.inputs, piece.sources, strict=False))
     return Summary(report, read, sum(piece.bytes for piece in pieces), seconds)
@@ -112,7 +120,8 @@ def open_job(
         return {name: [value[i] for i in order] if name in per_model else value for name, value in found.items()}
 
     for piece in plan.pieces:
-        values(piece.name)  # raises for one without a value
+        if piece.merged:
+            values(piece.name)  # raises for one without a value
     names = names or _names(targets)
     return Job(
         settings.method, inputs, [names[index] for index in order], plan, values, settings.granularity, shard_bytes
@@ -135,32 +144,65 @@ def _names(targets: list[Reference]) -> list[str]:
 
 def _identity(settings: MergeFile, job: Job, resize: bool) -> str:
     """Changes with whatever changes the output. Of the models' files, size and time of change: terabytes are not read for it."""
-    files = [
-        (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-        for checkpoint in job.inputs
-        for file in checkpoint.files
-    ]
-    return digest_json([FORMAT, __version__, settings.source, files, resize, job.shard_bytes])
+    donor = job.inputs[0].directory
+    files = [file for checkpoint in job.inputs for file in (checkpoint.directory / "config.json", *checkpoint.files)]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, *files_to_copy(donor))]
+    return digest_json([FORMAT, __version__, _plain(settings.source), stats, resize, job.shard_bytes])
 
 
-def _finished(out: Path, identity: str) -> dict[str, Any] | None:
-    """The report of a merge that is there already. Raises WorkdirError for something else in its place."""
+def _plain(source: dict[str, Any]) -> Any:
+    """The configuration as JSON and YAML can write it, numbers of NumPy and dates among them."""
+    return json.loads(json.dumps(source, default=lambda value: value.item() if hasattr(value, "item") else str(value)))
+
+
+def _place(out: Path) -> Path:
+    """Where the merged model comes to lie. Raises WorkdirError for a place that a directory cannot be put in by renaming it."""
+    place = out.resolve()
+    if place.is_mount():
+        raise WorkdirError(f"{out}: is where a disk is mounted; name a directory in it")
+    above = next(parent for parent in place.parents if parent.exists())
+    if not above.is_dir():
+        raise WorkdirError(f"{out}: cannot be made, since {above} is a file")
+    return place
+
+
+def _finished(out: Path, job: Job, identity: str) -> dict[str, Any] | None:
+    """The report of a merge that is there already. Raises WorkdirError for something else in its place, and where it is not
+    whole any more."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
+    report = _report(out, identity)
+    if report is None:
+        raise WorkdirError(
+            f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
+        )
     try:
-        report: dict[str, Any] = read_json(out / REPORT)
-        if report["identity"] == identity:
-            return report
+        read_config(out)
+        there = Checkpoint.open(out, str(out))
+    except ModelError as error:
+        raise WorkdirError(f"{error}; delete {out} to merge again") from error
+    lacking = {piece.name for piece in job.plan.pieces} - there.entries.keys()
+    if lacking:
+        raise WorkdirError(f"{out}: lacks {min(lacking)}, and had it once; delete it to merge again")
+    return report
+
+
+def _report(directory: Path, identity: str) -> dict[str, Any] | None:
+    """The report of the merge, where that is what ended in the directory."""
+    try:
+        report: dict[str, Any] = read_json(directory / REPORT)
+        return report if report["identity"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise WorkdirError(
-        f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
-    )
+        return None
 
 
 def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads: int | None) -> dict[str, Any]:
     """Everything in the directory `building`, going on where a killed merge of the same identity stopped."""
     begun = building / BEGUN
+    report = _report(building, identity)
+    if report is not None:  # killed when all was done but the directory's name
+        begun.unlink(missing_ok=True)
+        return report
     if building.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == identity):
         shutil.rmtree(building)
     building.mkdir(parents=True, exist_ok=True)
@@ -172,10 +214,18 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
     finally:
         workers.close()
     report = make_report(job, tensors) | {"identity": identity}
-    copy_files(job.inputs[0].directory, building, job.plan.pieces)
-    base = str(settings.base) if settings.base else None
-    name = settings.name or building.name.removeprefix(".").removesuffix(".merging")
-    write_text(building / "README.md", merge_card(name, settings.source, job.inputs[0].directory, base, report))
+    donor = job.inputs[0].directory
+    copy_files(donor, building, job.plan.pieces)
+    card = merge_card(
+        settings.name or building.name.removeprefix(".").removesuffix(".merging"),
+        base=str(settings.base) if settings.base else None,
+        targets=[str(target) for target in settings.targets],
+        donor=str(settings.donor),
+        donor_card=donor / "README.md",
+        config=_plain(settings.source),
+        report=report,
+    )
+    write_text(building / "README.md", card)
     write_json(building / REPORT, report)
     begun.unlink()
     return report

@@ -10,7 +10,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from fusechat.core.files import write_text
+from fusechat.core.files import atomic_file, write_text
+from fusechat.merge.card import portable
 from fusechat.merge.checkpoint import read_config
 from fusechat.merge.plan import CODES, Piece
 
@@ -32,43 +33,60 @@ FILES = (
         "*processor_config.json",
         "LICENSE*",
         "NOTICE*",
+        "additional_chat_templates/*.jinja",
     ),
 )
-CODE = "*.py"  # copied where the configuration names code of its own; nothing runs it here
-TEMPLATES = "additional_chat_templates"
+CODE = "*.py"  # copied where a configuration names code of its own; nothing runs it here
+
+
+def files_to_copy(donor: Path) -> list[Path]:
+    """What a merged model has of another, as it is."""
+    configurations = [file for file in (donor / "config.json", donor / "tokenizer_config.json") if file.is_file()]
+    own_code = any(b'"auto_map"' in file.read_bytes() for file in configurations)
+    patterns = (*FILES, CODE) if own_code else FILES
+    return sorted({file for pattern in patterns for file in donor.glob(pattern) if file.is_file()})
 
 
 def copy_files(donor: Path, output: Path, pieces: list[Piece]) -> None:
-    """Copies the files as they are, all but the configuration, which says the type that most of the weights have."""
+    """Copies files, and writes the configuration, which says the type that most of the weights have."""
+    for file in files_to_copy(donor):
+        (output / file.relative_to(donor)).parent.mkdir(exist_ok=True)
+        with atomic_file(output / file.relative_to(donor)) as temporary:
+            shutil.copyfile(file, temporary)
     config = read_config(donor)
-    patterns = (*FILES, CODE) if "auto_map" in config else FILES
-    for file in sorted({file for pattern in patterns for file in donor.glob(pattern) if file.is_file()}):
-        shutil.copyfile(file, output / file.name)
-    if (donor / TEMPLATES).is_dir():
-        shutil.copytree(donor / TEMPLATES, output / TEMPLATES, dirs_exist_ok=True)
-    dtype = _main_dtype(pieces)
+    dtype = _main_dtype(pieces) or config.get("dtype", config.get("torch_dtype"))
     for part in (config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))):
         for key in ("torch_dtype", "dtype"):
             if key in part:
                 part[key] = dtype
-    if "torch_dtype" not in config:
+    if dtype and "torch_dtype" not in config:
         config["dtype"] = dtype
     write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _main_dtype(pieces: list[Piece]) -> str:
-    """The type of most of the elements, by the name that PyTorch gives it."""
+def _main_dtype(pieces: list[Piece]) -> str | None:
+    """The type of most of the elements, by the name that PyTorch gives it; None where there are whole numbers only."""
     counts: Counter[str] = Counter()
     for piece in pieces:
         counts[piece.dtype] += piece.size
     names = {code: name for name, code in CODES.items()}
-    return next(names[code] for code, _ in counts.most_common() if code in names)
+    return next((names[code] for code, _ in counts.most_common() if code in names), None)
 
 
-def merge_card(name: str, config: Mapping[str, Any], donor: Path, base: str | None, report: dict[str, Any]) -> str:
-    """Markdown with the metadata header that the Hugging Face hub reads; licence and languages are the base's own."""
-    metadata = {key: value for key, value in _metadata(donor / "README.md").items() if key in _KEPT}
-    models = [*([base] if base else []), *report["targets"]]
+def merge_card(
+    name: str,
+    *,
+    base: str | None,
+    targets: list[str],
+    donor: str,
+    donor_card: Path,
+    config: Mapping[str, Any],
+    report: dict[str, Any],
+) -> str:
+    """Markdown with the metadata header that the Hugging Face hub reads; licence and languages are the donor's own."""
+    base, targets, donor, config = (portable(value) for value in (base, targets, donor, dict(config)))
+    metadata = {key: value for key, value in _metadata(donor_card).items() if key in _KEPT}
+    models = [*([base] if base else []), *targets]
     metadata |= {"library_name": "transformers", "tags": ["merge", "fusechat"], "base_model": models}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -80,10 +98,10 @@ def merge_card(name: str, config: Mapping[str, Any], donor: Path, base: str | No
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         method=report["method"],
         base=base,
-        targets=report["targets"],
-        donor=str(base or report["targets"][0]),
+        targets=targets,
+        donor=donor,
         coefficients=report["mean_coefficients"],
-        config=yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True, width=100),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
     )
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fusechat.core.progress import log
 from fusechat.errors import ModelError
 from fusechat.merge.checkpoint import BYTES, FLOATS, Checkpoint, Entry
+from fusechat.merge.values import layer_of
 
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")  # output embeddings, as architectures call them
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -33,7 +35,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """`left_out`: copies of a tied embedding, which the output does not need. `only_base`: copied since no target has them."""
+    """`left_out`: output embeddings, where the output ties them to the input's. `only_base`: copied since no target has them."""
 
     pieces: list[Piece]
     left_out: list[str]
@@ -62,11 +64,15 @@ def make_plan(
     problems = [problem for checkpoint in inputs for problem in _quantised(checkpoint)]
     pieces: list[Piece] = []
     left_out, only_base = [], []
-    heads = any(_ends(name, HEADS) for checkpoint in inputs for name in checkpoint.entries)
-    tied = heads and donor.is_tied()
-    for name in _in_order(name for checkpoint in inputs for name in checkpoint.entries):
-        if tied and _ends(name, HEADS):
+    everywhere = _in_order(name for checkpoint in inputs for name in checkpoint.entries)
+    both = any(_is(name, HEADS) for name in everywhere) and any(_is(name, EMBEDDINGS) for name in everywhere)
+    tied = both and donor.is_tied()
+    for name in everywhere:
+        if tied and _is(name, HEADS):
             left_out.append(name)
+            for checkpoint in inputs:
+                if name in checkpoint.entries and not checkpoint.is_tied():
+                    log.warning("%s: is not tied in %s as in %s; left out", name, checkpoint.label, donor.label)
             continue
         sources = {checkpoint.label: _source(checkpoint, name) for checkpoint in inputs}
         has = [label for label, source in sources.items() if source is not None]
@@ -79,7 +85,8 @@ def make_plan(
                 raise ModelError(f"{name}: is missing from {_list(lacking)}, and {has[0]} has it")
             names = tuple(map(str, sources.values()))
             entries = [checkpoint.entries[source] for checkpoint, source in zip(inputs, names, strict=False)]
-            merged = 0 if name in only_base else _merged(name, inputs, entries, allow_vocab_resize)
+            merged = _merged(name, inputs, entries, allow_vocab_resize)
+            merged = 0 if name in only_base else merged
             like = donor.entries.get(name, entries[0])
             code = _output(dtype, like, entries)
             pieces.append(Piece(name, entries[0].shape, code, names, entries[0].size, merged))
@@ -94,7 +101,7 @@ def make_plan(
 def _merged(name: str, inputs: list[Checkpoint], entries: list[Entry], resize: bool) -> int:
     """How many elements of a tensor are merged: all, those of the rows that all vocabularies have, or none of a buffer's."""
     first = entries[0]
-    for checkpoint, entry in zip(inputs, entries, strict=True):
+    for checkpoint, entry in zip(inputs, entries, strict=False):  # the base's alone, where no other has it
         here = f"{name}: is {list(first.shape)} in {inputs[0].label} and {list(entry.shape)} in {checkpoint.label}"
         if entry.dtype not in BYTES:
             raise ModelError(f"{name}: is stored as {entry.dtype} in {checkpoint.label}; convert that model first")
@@ -122,19 +129,20 @@ def _output(dtype: str, like: Entry, entries: list[Entry]) -> str:
     kinds = {entry.dtype for entry in entries}
     if entries[0].dtype not in FLOATS:
         return entries[0].dtype
-    if dtype == BASE:
+    if dtype == BASE and like.dtype in FLOATS:
         return like.dtype
-    if dtype == WIDEST:
+    if dtype in (BASE, WIDEST):
         return kinds.pop() if len(kinds) == 1 else "F32"  # nothing smaller holds both float16 and bfloat16
     return CODES[dtype]
 
 
 def _source(checkpoint: Checkpoint, name: str) -> str | None:
-    """Under which name the model has the tensor: where embeddings are tied, the input's stands for the output's."""
+    """Under which name the model has the tensor: where embeddings are tied, one stands for the other."""
     if name in checkpoint.entries:
         return name
-    if _ends(name, HEADS) and checkpoint.is_tied():
-        return next((other for other in checkpoint.entries if _ends(other, EMBEDDINGS)), None)
+    for these, others in ((HEADS, EMBEDDINGS), (EMBEDDINGS, HEADS)):
+        if _is(name, these) and checkpoint.is_tied():
+            return next((other for other in checkpoint.entries if _is(other, others)), None)
     return None
 
 
@@ -148,8 +156,9 @@ def _quantised(checkpoint: Checkpoint) -> list[str]:
     )
 
 
-def _ends(name: str, endings: tuple[str, ...]) -> bool:
-    return any(name == ending or name.endswith("." + ending) for ending in endings)
+def _is(name: str, endings: tuple[str, ...]) -> bool:
+    """Whether it is such an embedding, and no part of a layer: `layers.0.attention.output.weight` is no output embedding."""
+    return any(f".{name}".endswith(f".{ending}") for ending in endings) and layer_of(name) is None
 
 
 def _in_order(names: Iterable[str]) -> list[str]:

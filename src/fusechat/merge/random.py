@@ -25,35 +25,39 @@ def keep_mask(key: int, target: int, start: int, density: float, out: np.ndarray
 
 
 @kernel
-def philox(counter0, counter1, counter2, counter3, key0, key1):  # type: ignore[no-untyped-def]
-    """Four words of 32 bits, each in an uint64."""
-    low = np.uint64(0xFFFFFFFF)
-    half = np.uint64(32)
+def philox(counters, key):  # type: ignore[no-untyped-def]
+    """Turns `counters` uint32 [4, n], words from the least significant on, into as many random words, with one uint64 key."""
+    first, second, third, fourth = counters[0], counters[1], counters[2], counters[3]
+    low, high = np.uint32(key), np.uint32(key >> np.uint64(32))
     for _ in range(10):
-        product0 = np.uint64(0xD2511F53) * counter0
-        product1 = np.uint64(0xCD9E8D57) * counter2
-        counter0 = (product1 >> half) ^ counter1 ^ key0
-        counter2 = (product0 >> half) ^ counter3 ^ key1
-        counter1 = product1 & low
-        counter3 = product0 & low
-        key0 = (key0 + np.uint64(0x9E3779B9)) & low
-        key1 = (key1 + np.uint64(0xBB67AE85)) & low
-    return counter0, counter1, counter2, counter3
+        for i in range(first.size):
+            product = np.uint64(0xD2511F53) * np.uint64(first[i])
+            other = np.uint64(0xCD9E8D57) * np.uint64(third[i])
+            first[i] = np.uint32(other >> np.uint64(32)) ^ second[i] ^ low
+            third[i] = np.uint32(product >> np.uint64(32)) ^ fourth[i] ^ high
+            second[i] = np.uint32(other)
+            fourth[i] = np.uint32(product)
+        low = np.uint32(low + np.uint32(0x9E3779B9))
+        high = np.uint32(high + np.uint32(0xBB67AE85))
 
 
 @kernel
 def _keep(key, target, start, limit, out):  # type: ignore[no-untyped-def]
-    low = np.uint64(0xFFFFFFFF)
-    half = np.uint64(32)
-    key0, key1 = key & low, key >> half
-    words = np.empty((4, 256), np.uint64)
-    for first in range(0, out.size, 1024):
-        size = min(1024, out.size - first)
-        group = (start + np.uint64(first)) >> np.uint64(2)
+    words = np.empty((4, 256), np.uint32)
+    for begin in range(0, out.size, 1024):
+        group = (start + np.uint64(begin)) >> np.uint64(2)
         for i in range(256):
             number = group + np.uint64(i)
-            words[0, i], words[1, i], words[2, i], words[3, i] = philox(
-                number & low, number >> half, target, np.uint64(0), key0, key1
-            )
-        for i in range(size):
-            out[first + i] = words[i & 3, i >> 2] < limit
+            words[0, i] = np.uint32(number)
+            words[1, i] = np.uint32(number >> np.uint64(32))
+            words[2, i] = np.uint32(target)
+            words[3, i] = np.uint32(0)
+        philox(words, key)
+        part = out[begin : begin + 1024]
+        if part.size == 1024:
+            for i in range(256):
+                for word in range(4):
+                    part[4 * i + word] = words[word, i] < limit
+        else:
+            for i in range(part.size):
+                part[i] = words[i & 3, i >> 2] < limit

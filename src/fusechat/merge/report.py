@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from fusechat.merge.card import portable
 from fusechat.merge.engine import Job
 
 
@@ -14,7 +15,7 @@ def make_report(job: Job, tensors: dict[str, Any]) -> dict[str, Any]:
         "format": 1,
         "method": job.method,
         "granularity": job.granularity,
-        "base": job.inputs[0].label if len(job.inputs) > len(job.names) else None,
+        "base": portable(job.inputs[0].label) if len(job.inputs) > len(job.names) else None,
         "targets": job.names,
         "mean_coefficients": {name: sum(entry[name] for entry in merged) / len(merged) for name in job.names}
         if merged

@@ -171,7 +171,7 @@ def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: V
 
     def work(start: int, block: np.ndarray) -> tuple[Any, ...]:
         n = block.shape[1]
-        out, places = scratch("keys", (n,), np.int64), scratch("places", (n,), np.int64)
+        out, places = scratch("keys", (n,), np.int64), scratch("places", (n + 1,), np.int64)
         counts, gathered, visited = np.zeros((rows, 3), np.int64), [], None
         equal = np.zeros((rows, -(-n // CHUNK)), np.int64)
         for row in range(rows):
@@ -253,18 +253,23 @@ def _split(key, level):  # type: ignore[no-untyped-def]
 
 @kernel
 def _between(keys, low, high, places):  # type: ignore[no-untyped-def]
-    """(how many are zero, how many are above `high`, how many lie between), with the places of the last."""
+    """(how many are zero, how many are above `high`, how many lie between), with the places of the last; room for one more."""
     zeros = 0
     above = 0
-    for i in range(keys.size):
-        zeros += keys[i] == 0
-        above += keys[i] > high
     count = 0
-    for i in range(keys.size):
-        places[count] = i
-        count += (keys[i] >= low) & (keys[i] <= high)
-        if count == keys.size:
-            break
+    inside = np.empty(512, np.bool_)
+    for start in range(0, keys.size, 512):
+        part = keys[start : start + 512]
+        here = 0
+        for i in range(part.size):
+            zeros += part[i] == 0
+            above += part[i] > high
+            inside[i] = (part[i] >= low) & (part[i] <= high)
+            here += inside[i]
+        if here:
+            for i in range(part.size):
+                places[count] = start + i
+                count += inside[i]
     return zeros, above, count
 
 

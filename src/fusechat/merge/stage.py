@@ -50,8 +50,11 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
     if not model.is_dir():
         building.mkdir(exist_ok=True)
         workers = Workers()
-        with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
-            report = make_report(job, merge_tensors(job, building, workers, advance))
+        try:
+            with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
+                report = make_report(job, merge_tensors(job, building, workers, advance))
+        finally:
+            workers.close()
         write_json(directory / REPORT, report)
         copy_files(pivot.directory, building, job.plan.pieces)
         pivot.save_tokenizer(building)

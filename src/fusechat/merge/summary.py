@@ -27,7 +27,7 @@ def print_summary(summary: Summary, out: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(figures, indent=1))
         return
-    console = Console()
+    console = Console(markup=False)  # names and paths are shown as they are
     table = Table("model", "mean coefficient", "update (rms)")
     for name, coefficient in report["mean_coefficients"].items():
         sizes = [entry["updates"][name] for entry in merged if "updates" in entry]

@@ -9,9 +9,9 @@ import numpy as np
 from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import DENSITY, LAMBDA, WEIGHT, Parameter, Values
-from fusechat.merge.selection import Selection, kept, select
-from fusechat.merge.task_vectors import Sparsify, combine_updates, drop, no_sparsify, rescaling
-from fusechat.merge.tensor import Tensor, scratch
+from fusechat.merge.selection import Selection, select
+from fusechat.merge.task_vectors import Sparsify, combine_updates, no_sparsify, rescaling
+from fusechat.merge.tensor import Tensor
 
 PARAMETERS = (
     WEIGHT,
@@ -51,16 +51,11 @@ def _keys(block: np.ndarray, row: int, out: np.ndarray) -> None:
 
 def _trim(selection: Selection) -> Sparsify:
     def sparsify(block: np.ndarray, start: int) -> int:
-        n = block.shape[1]
-        keys, mask = scratch("keys", (n,), np.int64), scratch("mask", (n,), np.bool_)
-        chunks = slice(start // CHUNK, start // CHUNK - (-n // CHUNK))
-        count = 0
-        for row, threshold in enumerate(selection.thresholds):
-            delta = block[row + 1]
-            _magnitude(delta, keys)
-            kept(keys, threshold, selection.ties[row, chunks], mask)
-            count += drop(delta, mask)
-        return count
+        chunks = slice(start // CHUNK, start // CHUNK - (-block.shape[1] // CHUNK))
+        return sum(
+            _trim_row(block[row + 1], threshold, selection.ties[row, chunks])
+            for row, threshold in enumerate(selection.thresholds)
+        )
 
     return sparsify
 
@@ -80,7 +75,24 @@ def _apart(base, target, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _magnitude(delta, out):  # type: ignore[no-untyped-def]
+def _trim_row(delta, threshold, ties):  # type: ignore[no-untyped-def]
+    """Zeroes the updates that are not selected, and returns how many are; `ties` are of the chunks that they are of."""
     bits = delta.view(np.uint32)
-    for i in range(out.size):
-        out[i] = np.int64(bits[i] & np.uint32(0x7FFFFFFF)) << 32
+    count = 0
+    for chunk in range(ties.size):
+        part = bits[chunk * CHUNK : (chunk + 1) * CHUNK]
+        left = ties[chunk]
+        if left == 0:
+            for i in range(part.size):
+                chosen = np.int64(part[i] & np.uint32(0x7FFFFFFF)) << 32 > threshold
+                part[i] = part[i] if chosen else np.uint32(0)
+                count += chosen
+            continue
+        for i in range(part.size):
+            key = np.int64(part[i] & np.uint32(0x7FFFFFFF)) << 32
+            tie = key == threshold and left > 0
+            left -= tie
+            chosen = key > threshold or tie
+            part[i] = part[i] if chosen else np.uint32(0)
+            count += chosen
+    return count
