@@ -47,8 +47,8 @@ def test_every_key_of_the_recipe_is_explained() -> None:
         if inner is None or name == "pivot":
             assert name in explained or f"{name}.<name>" in explained, name
         else:
-            for key in inner:
-                assert f"{name}.{key}" in explained, f"{name}.{key}"
+            for key, setting in inner.items():
+                assert f"{name}.{setting.alias or key}" in explained, f"{name}.{key}"
     for key in SourceSpec.model_fields:
         assert f"sources.<name>.{key}" in explained or key in explained, key
 

@@ -15,7 +15,7 @@ from fusechat.core.progress import BYTES, log, progress
 from fusechat.core.references import Reference, local_directory
 from fusechat.errors import ModelError, StorageError, WorkdirError, storage_error
 from fusechat.merge.checkpoint import Checkpoint, read_config
-from fusechat.merge.engine import SHARD_BYTES, Job, merge_tensors
+from fusechat.merge.engine import SHARD_BYTES, Job, forget_parts, merge_tensors
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import load_method
 from fusechat.merge.output import copy_files, files_to_copy, merge_card
@@ -227,5 +227,6 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
     )
     write_text(building / "README.md", card)
     write_json(building / REPORT, report)
+    forget_parts(job, building)
     begun.unlink()
     return report

@@ -5,7 +5,7 @@
 Beside what is mapped there is a block of each input a thread, and what `selection.py` gathers: no tensor is held in memory.
 """
 
-import json
+import itertools
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.core.files import remove_partial, write_json
+from fusechat.core.files import read_json, remove_partial, write_json
 from fusechat.errors import ModelError, StorageError
 from fusechat.merge.checkpoint import FLOATS, INDEX, Checkpoint
 from fusechat.merge.kernels import CHUNK, count_not_finite, encode_bfloat16, encode_float16, update_squares
@@ -60,28 +60,44 @@ def merge_tensors(job: Job, output: Path, workers: Workers, advance: Callable[[i
     report: dict[str, Any] = {}
     for file, pieces in shards:
         if (file, pieces) in missing:
-            with new_shard(output / file, pieces) as shard:
-                entries = {piece.name: _piece(job, piece, shard, workers, pooled, advance) for piece in pieces}
-            write_json(_part(output, file), entries)
+            write_json(_part(output, file), _write_shard(job, output / file, pieces, workers, pooled, advance))
         else:
             advance(sum(piece.bytes for piece in pieces))
-        report |= json.loads(_part(output, file).read_text(encoding="utf-8"))
+        report |= read_json(_part(output, file))
     if len(shards) > 1:
-        write_json(
-            output / INDEX,
-            {
-                "metadata": {"total_size": sum(piece.bytes for piece in job.plan.pieces)},
-                "weight_map": {piece.name: file for file, pieces in shards for piece in pieces},
-            },
-        )
-    for file, _ in shards:
+        size = sum(piece.bytes for piece in job.plan.pieces)
+        names = {piece.name: file for file, pieces in shards for piece in pieces}
+        write_json(output / INDEX, {"metadata": {"total_size": size}, "weight_map": names})
+    return report
+
+
+def forget_parts(job: Job, output: Path) -> None:
+    """Removes what only a merge that goes on would need; the last thing to do before the model is whole."""
+    for file, _ in job.plan.shards(job.shard_bytes):
         _part(output, file).unlink()
     (output / SQUARES).unlink(missing_ok=True)
-    return report
 
 
 def _part(output: Path, file: str) -> Path:
     return output / f"{file}.report.json"
+
+
+def _write_shard(
+    job: Job,
+    path: Path,
+    pieces: list[Piece],
+    workers: Workers,
+    pooled: dict[str, list[float]],
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """One file of the output; what happened to each of its tensors."""
+    entries = {}
+    with new_shard(path, pieces) as shard:
+        for piece, following in itertools.zip_longest(pieces, pieces[1:]):
+            for checkpoint, name in zip(job.inputs, following.sources if following else (), strict=False):
+                checkpoint.read_ahead(name)
+            entries[piece.name] = _piece(job, piece, shard, workers, pooled, advance)
+    return entries
 
 
 def _piece(
@@ -231,7 +247,7 @@ def _pooled(job: Job, output: Path, workers: Workers) -> dict[str, list[float]]:
                 assert squares is not None, f"{job.method} has no coefficients to be pooled"
                 found[piece.name] = squares.tolist()
         write_json(file, found)
-    by_tensor = {name: np.array(squares) for name, squares in json.loads(file.read_text()).items()}
+    by_tensor = {name: np.array(squares) for name, squares in read_json(file).items()}
 
     def group(name: str) -> str:
         layer = layer_of(name)

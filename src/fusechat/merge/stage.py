@@ -33,7 +33,7 @@ def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
 
 def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, Step]) -> dict[str, Any]:
     from fusechat.merge.command import open_job
-    from fusechat.merge.engine import merge_tensors
+    from fusechat.merge.engine import forget_parts, merge_tensors
     from fusechat.merge.merge_file import read_merge_file
     from fusechat.merge.output import copy_files
     from fusechat.merge.plan import BASE
@@ -52,13 +52,16 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
         workers = Workers()
         try:
             with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
-                report = make_report(job, merge_tensors(job, building, workers, advance))
+                tensors = merge_tensors(job, building, workers, advance)
+        workers.close()
+        report = make_report(job, tensors)
         finally:
             workers.close()
         write_json(directory / REPORT, report)
         copy_files(pivot.directory, building, job.plan.pieces)
         pivot.save_tokenizer(building)
         (building / "README.md").write_text(_card(recipe, pivot, report), encoding="utf-8")
+        forget_parts(job, building)
         building.rename(model)
     return {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jinja2
 
+from fusechat.report.coefficients import heat_map
 from fusechat.report.results import ResultTable
 
 _COLOURS = {"loss": "#5b8def", "sft_loss": "#3fa57a", "fusion_loss": "#d9822b"}
@@ -32,7 +33,7 @@ def render_page(
     losses: dict[str, list[dict[str, float]]],
     alignment: dict[str, dict[str, Any]],
     choices: dict[str, dict[str, int]],
-    coefficients: dict[str, float],
+    merged: dict[str, Any],
     recipe: str,
     versions: dict[str, str],
 ) -> str:
@@ -48,7 +49,8 @@ def render_page(
         alignment=alignment,
         alignment_rows=list(_ALIGNMENT.items()),
         choices=choices,
-        coefficients=coefficients,
+        coefficients=merged["mean_coefficients"],
+        heat_map=heat_map(merged),
         recipe=recipe,
         versions=versions,
     )

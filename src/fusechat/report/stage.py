@@ -38,7 +38,7 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
         losses={name: _losses(step) for name, step in fused.items()},
         alignment={name: _alignment(step) for name, step in aligned.items()},
         choices={name: (step.manifest() or {})["counts"] for name, step in fused.items()},
-        coefficients=merged["mean_coefficients"],
+        merged=merged,
         recipe=yaml.safe_dump(
             recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=100
         ),
