@@ -53,10 +53,9 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
         try:
             with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
                 tensors = merge_tensors(job, building, workers, advance)
-        workers.close()
-        report = make_report(job, tensors)
         finally:
             workers.close()
+        report = make_report(job, tensors)
         write_json(directory / REPORT, report)
         copy_files(pivot.directory, building, job.plan.pieces)
         pivot.save_tokenizer(building)
