@@ -200,9 +200,8 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
     """Everything in the directory `building`, going on where a killed merge of the same identity stopped."""
     begun = building / BEGUN
     report = _report(building, identity)
-    if report is not None:  # killed when all was done but the directory's name
-        begun.unlink(missing_ok=True)
-        return report
+    if report is not None:  # killed when all was done but tidying up
+        return _tidied(job, building, report)
     if building.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == identity):
         shutil.rmtree(building)
     building.mkdir(parents=True, exist_ok=True)
@@ -227,6 +226,11 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
     )
     write_text(building / "README.md", card)
     write_json(building / REPORT, report)
+    return _tidied(job, building, report)
+
+
+def _tidied(job: Job, building: Path, report: dict[str, Any]) -> dict[str, Any]:
+    """The report, once nothing but the merged model is in the directory."""
     forget_parts(job, building)
-    begun.unlink()
+    (building / BEGUN).unlink(missing_ok=True)
     return report

@@ -74,7 +74,7 @@ def merge_tensors(job: Job, output: Path, workers: Workers, advance: Callable[[i
 def forget_parts(job: Job, output: Path) -> None:
     """Removes what only a merge that goes on would need; the last thing to do before the model is whole."""
     for file, _ in job.plan.shards(job.shard_bytes):
-        _part(output, file).unlink()
+        _part(output, file).unlink(missing_ok=True)
     (output / SQUARES).unlink(missing_ok=True)
 
 
