@@ -103,12 +103,6 @@ class Checkpoint:
             handle = self._handles[entry.file].fileno()
             os.posix_fadvise(handle, entry.start, entry.bytes, os.POSIX_FADV_WILLNEED)
 
-    def read_ahead(self, name: str) -> None:
-        """Has the system read a tensor from the disk while other work goes on."""
-        entry = self.entries[name]
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._handles[entry.file].fileno(), entry.start, entry.bytes, os.POSIX_FADV_WILLNEED)
-
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json as it is written."""
