@@ -147,7 +147,7 @@ def _identity(settings: MergeFile, job: Job, resize: bool) -> str:
     donor = job.inputs[0].directory
     files = [file for checkpoint in job.inputs for file in (checkpoint.directory / "config.json", *checkpoint.files)]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, *files_to_copy(donor))]
-    return digest_json([FORMAT, __version__, _plain(settings.source), stats, resize, job.shard_bytes])
+    return digest_json([FORMAT, __version__, json.dumps(_plain(settings.source)), stats, resize, job.shard_bytes])
 
 
 def _plain(source: dict[str, Any]) -> Any:
