@@ -5,21 +5,44 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from fusechat.errors import WorkdirError
 
 
 @contextmanager
-def only_one(file: Path, what: Path) -> Iterator[None]:
-    """Raises WorkdirError, naming `what` and the process that uses it, where another one holds the lock."""
+def only_one(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
+    """Raises WorkdirError, naming `what` and the process that uses it, where another one holds the lock. With `remove` the file
+    is not left behind."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a+") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            raise WorkdirError(f"{what}: process {handle.read().strip() or '?'} is using it") from None
+    handle = _locked(file, what)
+    while not _is_still(handle, file):  # removed after it was opened here, and before it was locked
+        handle.close()
+        handle = _locked(file, what)
+    with handle:
         handle.truncate(0)
         handle.write(str(os.getpid()))
         handle.flush()
-        yield
+        try:
+            yield
+        finally:
+            if remove:
+                file.unlink(missing_ok=True)
+
+
+def _locked(file: Path, what: Path) -> TextIO:
+    handle = file.open("a+")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with handle:
+            handle.seek(0)
+            raise WorkdirError(f"{what}: process {handle.read().strip() or '?'} is using it") from None
+    return handle
+
+
+def _is_still(handle: TextIO, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except FileNotFoundError:
+        return False

@@ -14,7 +14,7 @@ from fusechat.core.lock import only_one
 from fusechat.core.progress import BYTES, log, progress
 from fusechat.core.references import Reference, local_directory
 from fusechat.errors import ModelError, StorageError, WorkdirError, storage_error
-from fusechat.merge.checkpoint import Checkpoint, read_config
+from fusechat.merge.checkpoint import INDEX, Checkpoint
 from fusechat.merge.engine import SHARD_BYTES, Job, forget_parts, merge_tensors
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import load_method
@@ -67,7 +67,7 @@ def run(
     try:
         place = _place(out)
         hidden = place.with_name(f".{place.name}.merging")  # becomes `place` once it is whole
-        with only_one(hidden.with_suffix(".lock"), out):
+        with only_one(hidden.with_suffix(".lock"), out, remove=True):
             began = time.monotonic()
             report, seconds = _finished(place, job, identity), None
             if report is None:
@@ -76,7 +76,6 @@ def run(
                 seconds = time.monotonic() - began
             else:
                 log.info("%s: is there already, merged by the same configuration from the same models", out)
-            hidden.with_suffix(".lock").unlink(missing_ok=True)
     except OSError as error:
         line = storage_error(error, place="OUT")
         if line is None:
@@ -176,14 +175,15 @@ def _finished(out: Path, job: Job, identity: str) -> dict[str, Any] | None:
         raise WorkdirError(
             f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
         )
+    shards = [file for file, _ in job.plan.shards(job.shard_bytes)]
+    copied = [str(file.relative_to(job.inputs[0].directory)) for file in files_to_copy(job.inputs[0].directory)]
+    for name in ("config.json", *shards, *([INDEX] if len(shards) > 1 else []), *copied):
+        if not (out / name).is_file():
+            raise WorkdirError(f"{out}: {name} is not there any more; delete the directory to merge again")
     try:
-        read_config(out)
-        there = Checkpoint.open(out, str(out))
+        Checkpoint.open(out, str(out))
     except ModelError as error:
         raise WorkdirError(f"{error}; delete {out} to merge again") from error
-    lacking = {piece.name for piece in job.plan.pieces} - there.entries.keys()
-    if lacking:
-        raise WorkdirError(f"{out}: lacks {min(lacking)}, and had it once; delete it to merge again")
     return report
 
 

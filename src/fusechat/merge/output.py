@@ -1,7 +1,6 @@
 """What a merged model has beside its weights: the base's configuration, tokenizer, template and licence; a card of its own."""
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +51,7 @@ def copy_files(donor: Path, output: Path, pieces: list[Piece]) -> None:
     for file in files_to_copy(donor):
         (output / file.relative_to(donor)).parent.mkdir(exist_ok=True)
         with atomic_file(output / file.relative_to(donor)) as temporary:
-            shutil.copyfile(file, temporary)
+            temporary.write_bytes(file.read_bytes())
     config = read_config(donor)
     dtype = _main_dtype(pieces) or config.get("dtype", config.get("torch_dtype"))
     for part in (config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))):
