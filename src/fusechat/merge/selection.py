@@ -14,8 +14,8 @@ import numpy as np
 from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.tensor import Tensor, scratch
 
-GATHER = 1 << 23  # keys that may be gathered at once, over all rows
-SAMPLE = 64  # chunks that are looked at first
+GATHER = 1 << 22  # keys that may be gathered at once, over all rows
+SAMPLE = 64  # chunks that are looked at first, and up to eight times as many of large tensors
 ALL, NONE = -1, np.iinfo(np.int64).max  # thresholds that keep everything and nothing
 _BITS, _BUCKETS = 16, 1 << 16
 _SHIFTS = (47, 31, 15, -1)  # of the levels; -1: the lowest 15 bits and a zero
@@ -72,12 +72,14 @@ def select(
     *,
     visit: Visit | None = None,
     gather: int = GATHER,
-    sample: int = SAMPLE,
+    sample: int | None = None,
 ) -> Selection:
     """The `keep(nonzero)` largest of each row's keys, ties to the lower flat index.
 
-    At most `gather` keys are held at once, save where whole buckets are. `sample` chunks are looked at first; 0 for none.
+    At most `gather` keys are held at once. `sample` chunks are looked at first, 0 for none; by default what the tensor is worth.
     """
+    if sample is None:
+        sample = min(max(tensor.chunks // 64, SAMPLE), 8 * SAMPLE)
     if sample and tensor.chunks >= 8 * sample:
         bracket = _sampled(tensor, keys, rows, keep, sample)
         found = _collect(tensor, keys, bracket, gather, visit)

@@ -39,7 +39,9 @@ def measure(tensor: Tensor, values: Values) -> Measured:
         if selection.visited is not None:
             visits, chosen = selection.visited
             above = np.concatenate([sums for sums, _ in visits], axis=1).sum(axis=1)
-            squares = above + np.concatenate([inside for _, inside in visits], axis=1)[:, chosen].sum(axis=1)
+            squares = above + [
+                np.concatenate([inside[target] for _, inside in visits])[chosen].sum() for target in range(len(above))
+            ]
             return Measured(shares(squares), squares, replace(selection, visited=None))
 
     def work(start: int, block: np.ndarray) -> np.ndarray:
