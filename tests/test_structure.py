@@ -6,6 +6,9 @@ from pathlib import Path
 import fusechat
 import fusechat.align
 import fusechat.fuse
+import fusechat.merge
+from fusechat.merge.methods import load_method, method_names
+from fusechat.merge.parameters import Parameter
 
 ROOT = Path(fusechat.__file__).parent
 STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
@@ -55,3 +58,16 @@ def test_public_names() -> None:
     assert fusechat.fuse.__all__ == ["fusion_loss"]
     assert all(callable(getattr(fusechat.align, name)) for name in fusechat.align.__all__)
     assert callable(fusechat.fuse.fusion_loss)
+    assert fusechat.merge.__all__ == ["merge"]
+    assert callable(fusechat.merge.merge)
+
+
+def test_a_merging_method_is_a_file_that_has_what_every_method_has_and_stands_in_the_docs() -> None:
+    page = (ROOT.parents[1] / "docs" / "merging.md").read_text(encoding="utf-8")
+    for name in method_names():
+        method = load_method(name)
+        assert callable(method.measure)
+        assert callable(method.combine)
+        assert all(isinstance(parameter, Parameter) for parameter in method.PARAMETERS)
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert all(f"`{parameter.name}`" in row or "as `dare_linear`" in row for parameter in method.PARAMETERS), name
