@@ -72,9 +72,10 @@ def _explain(error: ValidationError, document: Document) -> None:
     for item in error.errors():
         place = tuple(str(part) for part in item["loc"] if part != "[key]")
         what = item["msg"]
-        if item["type"] == "value_error":  # one of our own checks, which may have found several things
-            for message in item["ctx"]["error"].args:
-                document.complain(place, str(message))
+        if item["type"] == "value_error":  # one of our own checks: several things, some with their place in the section
+            for found in item["ctx"]["error"].args:
+                inner, what = found if isinstance(found, tuple) else ((), str(found))
+                document.complain((*place, *inner), what)
             continue
         if item["type"] == "extra_forbidden":
             what = "unknown key" + _suggestion(place)
@@ -99,7 +100,9 @@ def _suggestion(place: tuple[str, ...]) -> str:
         if get_origin(annotation) is dict and above:
             above.pop(0)  # the name of a source
         section = next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
-    return suggestion(place[-1], section.model_fields) if section is not None else ""
+    if section is None:
+        return ""
+    return suggestion(place[-1], [field.alias or name for name, field in section.model_fields.items()])
 
 
 def _is_section(annotation: Any) -> bool:

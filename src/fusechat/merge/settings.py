@@ -6,47 +6,48 @@ from typing import Any
 from fusechat.core.yaml_file import suggestion
 from fusechat.merge.methods import load_method, method_names
 from fusechat.merge.parameters import SEED, Parameter
-from fusechat.merge.values import read_setting
+from fusechat.merge.values import Wrong, read_setting
 
 DEFAULTS = {"linear": {"weight": 1.0}}  # the targets' mean
 
 
-def problems(method: str, given: dict[str, Any], targets: list[str]) -> list[str]:
+def problems(method: str, given: dict[str, Any], targets: list[str]) -> list[Wrong]:
     """What is wrong with a recipe's merge section; `given` by key, without those that are not set."""
     names = method_names()
     if method not in names:
-        return [
-            f"method: no such method as {method!r}{suggestion(method, names).partition('; known')[0]}; there are {', '.join(names)}"
-        ]
+        meant = suggestion(method, names).partition("; known")[0]
+        return [(("method",), f"no such method as {method!r}{meant}; there are {', '.join(names)}")]
     module = load_method(method)
     readable = {parameter.name: parameter for parameter in module.PARAMETERS if parameter is not SEED}
     granular = getattr(module, "GRANULARITIES", ())
-    wrong = [
-        f"{name}: is not read by {method}"
+    wrong: list[Wrong] = [
+        ((name,), f"is not read by {method}")
         for name in given
         if name not in readable and not (name == "granularity" and granular)
     ]
     if module.TARGETS not in (None, len(targets)):
-        wrong.append(f"method: {method} takes {module.TARGETS} target, and the recipe has {len(targets)} sources")
+        wrong.append(
+            (("method",), f"{method} takes {module.TARGETS} target, and the recipe has {len(targets)} sources")
+        )
     for name, parameter in readable.items():
         if name in given:
-            wrong += _of(name, given[name], parameter, targets)
+            wrong += [((name, *place), what) for place, what in _of(given[name], parameter, targets)]
         elif parameter.required and name not in DEFAULTS.get(method, {}):
-            wrong.append(f"{name}: is missing: {method} has no default for it")
+            wrong.append(((name,), f"is missing: {method} has no default for it"))
     return wrong
 
 
-def _of(name: str, raw: Any, parameter: Parameter, targets: list[str]) -> list[str]:
+def _of(raw: Any, parameter: Parameter, targets: list[str]) -> list[Wrong]:
     if not _by_target(raw, parameter):
-        return [f"{'.'.join((name, *place))}: {what}" for place, what in read_setting(raw, parameter)[1]]
-    wrong = [f"{name}.{key}: no such source; there are {', '.join(targets)}" for key in raw if key not in targets]
-    if parameter.required:
-        wrong += [f"{name}: names no value for {target}" for target in targets if target not in raw]
-    return wrong + [
-        f"{'.'.join((name, key, *place))}: {what}"
-        for key, value in raw.items()
-        for place, what in read_setting(value, parameter)[1]
+        return read_setting(raw, parameter)[1]
+    wrong: list[Wrong] = [
+        ((str(key),), f"no such source; there are {', '.join(targets)}") for key in raw if key not in targets
     ]
+    if parameter.required:
+        wrong += [((), f"names no value for {target}") for target in targets if target not in raw]
+    for key, value in raw.items():
+        wrong += [((str(key), *place), what) for place, what in read_setting(value, parameter)[1]]
+    return wrong
 
 
 def _by_target(raw: Any, parameter: Parameter) -> bool:
