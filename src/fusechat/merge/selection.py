@@ -146,8 +146,9 @@ def _counted(tensor: Tensor, keys: Keys, rows: int, keep: Keep, gather: int) -> 
 
 
 def _lowest(prefix: int, level: int) -> int:
+    """The smallest key from a prefix on; at the last level prefixes end in a zero, and may have run into the sign."""
     shift = _SHIFTS[level]
-    return min(int(prefix) << shift if shift >= 0 else int(prefix) >> 1, int(NONE))
+    return min(int(prefix) << shift if shift >= 0 else (int(prefix) % (1 << 64) + 1) >> 1, int(NONE))
 
 
 def _count(tensor: Tensor, keys: Keys, prefixes: np.ndarray, level: int) -> np.ndarray:
