@@ -1,194 +1,296 @@
-"""SCE and linear merging, by hand and against exact arithmetic on one element at a time."""
+"""Every merging method on numbers worked out by hand."""
 
-from fractions import Fraction
+import math
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
-from fusechat.merge.methods import Merged, linear, sce
+from fusechat.errors import RecipeError
+from fusechat.merge.kernels import CHUNK
+from fusechat.merge.methods import load_method, method_names
+from merging import floats, merged
 
-
-def array(*values: float) -> np.ndarray:
-    return np.array(values, dtype=np.float32)
-
-
-def merged(pivot: np.ndarray, *deltas: list[float], **how: object) -> Merged:
-    return sce(pivot, [pivot + array(*delta) for delta in deltas], **how)  # type: ignore[arg-type]
+TEN = floats(10, 10, 10, 10, 10)
+WEIGHED = {"linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"}
 
 
-def naive_sce(
-    pivot: list[Fraction],
-    deltas: list[list[Fraction]],
-    *,
-    select_topk: float,
-    select_deltas: bool = True,
-    normalize: bool = True,
-) -> tuple[list[Fraction], list[Fraction]]:
-    """(merged, coefficients) by Algorithm 1, exact."""
-    targets, size = len(deltas), len(pivot)
-    chosen = set(range(size))
-    if select_topk < 1 and targets > 1:
-        variance = []
-        for i in range(size):
-            mean = sum((delta[i] for delta in deltas), Fraction(0)) / targets
-            variance.append(sum(((delta[i] - mean) ** 2 for delta in deltas), Fraction(0)) / targets)
-        keep = int(select_topk * sum(value != 0 for value in variance))
-        chosen = set(sorted(range(size), key=lambda i: (-variance[i], i))[:keep])
-    selected = [[value if i in chosen else Fraction(0) for i, value in enumerate(delta)] for delta in deltas]
-    squares = [sum((value**2 for value in delta), Fraction(0)) for delta in selected]
-    total = sum(squares)
-    eta = [square / total if total else Fraction(1, targets) for square in squares]
-    used = selected if select_deltas else deltas
-    result = []
-    for i in range(size):
-        positive = sum(delta[i] for delta in used) >= 0
-        left = [j for j in range(targets) if used[j][i] != 0 and (used[j][i] > 0) == positive]
-        update = sum((eta[j] * used[j][i] for j in left), Fraction(0))
-        weight = sum((eta[j] for j in left), Fraction(0))
-        if normalize:
-            update = update / weight if weight else Fraction(0)
-        result.append(pivot[i] + update)
-    return result, eta
+def fused(
+    method: str, base: np.ndarray, *deltas: list[float], **values: Any
+) -> tuple[np.ndarray, Any, tuple[int, ...]]:
+    """Merges what has these updates from the base."""
+    return merged(method, base, [base + floats(*delta) for delta in deltas], values=values)
 
 
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[list[int], list[list[int]]]:
-    """Whole numbers: sums and, by the factor 3 in the deltas, the means of up to four targets are exact in float32."""
-    size, targets = draw(st.integers(1, 12)), draw(st.integers(1, 4))
-    row = st.lists(st.integers(-3, 3).map(lambda value: 3 * value), min_size=size, max_size=size)
-    pivot = draw(st.lists(st.integers(-8, 8), min_size=size, max_size=size))
-    return pivot, draw(st.lists(row, min_size=targets, max_size=targets))
+def test_all_methods_are_tested_here() -> None:
+    assert method_names() == sorted({*WEIGHED, "sce", "slerp", "varm"})
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    problem=problems(),
-    select_topk=st.sampled_from([0.0, 0.1, 0.29, 0.34, 0.5, 0.75, 0.99, 1.0, 2.0]),
-    select_deltas=st.booleans(),
-    normalize=st.booleans(),
-)
-@example(problem=([0, 0], [[3, 0], [0, 0]]), select_topk=0.5, select_deltas=True, normalize=True)
-def test_sce_is_the_algorithm_one_element_at_a_time(
-    problem: tuple[list[int], list[list[int]]], select_topk: float, select_deltas: bool, normalize: bool
-) -> None:
-    pivot, deltas = problem
-    how = {"select_topk": select_topk, "select_deltas": select_deltas, "normalize": normalize}
-    exact, eta = naive_sce(
-        [Fraction(value) for value in pivot], [[Fraction(value) for value in delta] for delta in deltas], **how
-    )
-    found = merged(array(*pivot), *deltas, **how)
-    assert found.tensor.dtype == np.float32
-    assert found.tensor == pytest.approx(np.array(exact, dtype=np.float64), abs=1e-5)
-    assert found.coefficients == pytest.approx([float(value) for value in eta])
-    assert sum(found.coefficients) == pytest.approx(1.0)
-
-
-def test_by_hand_with_every_step() -> None:
+def test_sce_by_hand_with_every_step() -> None:
     """Variances 1, 4, 0, 1, 0.25: of four that are not zero, int(0.5 · 4) = 2 stay: the 4, and of the two 1 the first.
 
     Selected δ: (3, -2) and (1, 2). η = 13/18 and 5/18. At 0 both are positive: (13·3 + 5·1) / 18 / 1 = 22/9. At 1 the sum
     is zero, which counts as positive: -2 is erased, 2 stays alone.
     """
-    pivot = array(10, 10, 10, 10, 10)
-    found = merged(pivot, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5)
-    assert found.coefficients == pytest.approx([13 / 18, 5 / 18])
-    assert found.tensor == pytest.approx([10 + 22 / 9, 12, 10, 10, 10], rel=1e-6)
-    assert found.selected == pytest.approx(2 / 5)
-    assert found.erased == pytest.approx(1 / 4)
+    out, measured, counts = fused("sce", TEN, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5)
+    assert measured.coefficients == pytest.approx([13 / 18, 5 / 18], rel=1e-12)
+    assert measured.squares.tolist() == [13, 5]
+    assert measured.selection.counts.tolist() == [2]
+    assert out == pytest.approx([10 + 22 / 9, 12, 10, 10, 10], rel=1e-6)
+    assert counts == (4, 4, 3)
 
 
-def test_without_normalisation_equation_9_as_printed() -> None:
-    found = merged(array(10, 10, 10, 10, 10), [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5, normalize=False)
-    assert found.tensor == pytest.approx([10 + 22 / 9, 10 + 10 / 18, 10, 10, 10], rel=1e-6)
+def test_sce_without_normalisation_is_equation_9_as_printed() -> None:
+    """As above; at 1 the 2 is left with its coefficient, 5/18."""
+    out, _, _ = fused("sce", TEN, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5, normalize=False)
+    assert out == pytest.approx([10 + 22 / 9, 10 + 10 / 18, 10, 10, 10], rel=1e-6)
 
 
-def test_select_for_the_coefficients_only_merges_all_updates() -> None:
-    """η as above; at 2 both agree, at 3 the sum is zero and the 1 stays, at 4 the 0.5."""
-    found = merged(
-        array(10, 10, 10, 10, 10), [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5, select_deltas=False
+def test_sce_that_selects_for_the_coefficients_only_merges_all_updates() -> None:
+    """η as above; at 2 both agree, at 3 the sum is zero and the 1 stays, at 4 the 0.5. Of ten updates three are erased."""
+    out, measured, counts = fused(
+        "sce", TEN, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5, select_deltas=False
     )
-    assert found.coefficients == pytest.approx([13 / 18, 5 / 18])
-    assert found.tensor == pytest.approx([10 + 22 / 9, 12, 11, 11, 10.5], rel=1e-6)
+    assert measured.coefficients == pytest.approx([13 / 18, 5 / 18], rel=1e-12)
+    assert out == pytest.approx([10 + 22 / 9, 12, 11, 11, 10.5], rel=1e-6)
+    assert counts == (10, 10, 7)
 
 
-def test_ties_in_variance_go_to_the_lower_index() -> None:
-    found = merged(array(0, 0, 0, 0), [2, -2, 2, 2], [0, 0, 0, 0], select_topk=0.5)
-    assert found.tensor.tolist() == [2, -2, 0, 0]
+def test_sce_gives_ties_in_variance_to_the_lower_index() -> None:
+    """Variance 1 everywhere: int(0.5 · 4) = 2 stay, and η = (1, 0)."""
+    out, _, _ = fused("sce", floats(0, 0, 0, 0), [2, -2, 2, 2], [0, 0, 0, 0], select_topk=0.5)
+    assert out.tolist() == [2, -2, 0, 0]
 
 
-def test_two_dimensions_are_counted_in_flat_order() -> None:
-    pivot = np.zeros((2, 2), dtype=np.float32)
-    found = sce(pivot, [pivot + np.float32([[0, 1], [1, 1]]), pivot], select_topk=0.67)
-    assert found.tensor.tolist() == [[0, 1], [1, 0]]
+def test_sce_counts_two_dimensions_in_flat_order() -> None:
+    """Three positions differ: int(0.67 · 3) = 2 stay, those of the first row and of the second row's beginning."""
+    base = np.zeros((2, 2), np.float32)
+    out, _, _ = merged("sce", base, [base + np.float32([[0, 1], [1, 1]]), base], values={"select_topk": 0.67})
+    assert out.tolist() == [0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("how", [{"select_topk": 1.0}, {"select_topk": 1.5}])
-def test_nothing_is_zeroed_where_everything_is_selected(how: dict[str, float]) -> None:
-    """The second position has no variance, and stays all the same."""
-    found = merged(array(0, 0), [1, 3], [3, 3], **how)
-    assert found.coefficients == pytest.approx([10 / 28, 18 / 28])
-    assert found.tensor == pytest.approx([(10 * 1 + 18 * 3) / 28, 3])
-    assert found.selected == 1.0
+@pytest.mark.parametrize("select_topk", [1.0, 1.5])
+def test_sce_zeroes_nothing_where_everything_is_selected(select_topk: float) -> None:
+    """The second position has no variance, and stays all the same: η = 10/28 and 18/28."""
+    out, measured, counts = fused("sce", floats(0, 0), [1, 3], [3, 3], select_topk=select_topk)
+    assert measured.coefficients == pytest.approx([10 / 28, 18 / 28], rel=1e-12)
+    assert out == pytest.approx([(10 * 1 + 18 * 3) / 28, 3])
+    assert counts == (4, 4, 4)
 
 
-@pytest.mark.parametrize("select_topk", [0.01, 0.1, 1.0])
-def test_one_target_is_taken_whole(select_topk: float) -> None:
-    found = merged(array(1, 2, 3), [0.5, 0, -4], select_topk=select_topk)
-    assert found.tensor == pytest.approx([1.5, 2, -1])
-    assert found.coefficients == [1.0]
-    assert found.erased == 0.0
+@pytest.mark.parametrize("select_topk", [0.0, 0.01, 0.1, 1.0])
+def test_sce_takes_one_target_whole(select_topk: float) -> None:
+    out, measured, counts = fused("sce", floats(1, 2, 3), [0.5, 0, -4], select_topk=select_topk)
+    assert out.tolist() == [1.5, 2, -1]
+    assert measured.coefficients.tolist() == [1]
+    assert counts == (3, 2, 2)
 
 
+@pytest.mark.parametrize("method", ["sce", "varm"])
 @pytest.mark.parametrize("targets", [1, 2, 3])
-def test_a_tensor_that_did_not_change_stays_and_the_coefficients_are_equal(targets: int) -> None:
-    pivot = array(0.1, -0.2, 0.3)
-    found = sce(pivot, [pivot.copy() for _ in range(targets)], select_topk=0.1)
-    assert found.tensor.tolist() == pivot.tolist()
-    assert found.coefficients == pytest.approx([1 / targets] * targets)
+def test_a_tensor_that_did_not_change_stays_and_the_coefficients_are_equal(method: str, targets: int) -> None:
+    base = floats(0.1, -0.2, 0.3)
+    for values in [{}] if method == "varm" else [{}, {"select_topk": 0.1}]:
+        out, measured, _ = merged(method, base, [base.copy()] * targets, values=values)
+        assert out.tolist() == base.tolist()
+        assert measured.coefficients == pytest.approx([1 / targets] * targets)
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e-8, 1e-15])
-def test_coefficients_of_a_light_fine_tuning_are_not_equal(scale: float) -> None:
-    """No absolute threshold: updates of any size have the same coefficients."""
-    found = merged(array(0, 0), [2 * scale, 0], [0, scale], select_topk=1.0)
-    assert found.coefficients == pytest.approx([0.8, 0.2])
-    assert found.tensor == pytest.approx([2 * scale, scale], rel=1e-6, abs=0)
+@pytest.mark.parametrize("method", ["sce", "varm"])
+@pytest.mark.parametrize("scale", [1e-3, 1e-8, 1e-15, 1e-30])
+def test_coefficients_of_a_light_fine_tuning_are_not_equal(method: str, scale: float) -> None:
+    """No absolute threshold: updates of any size have the same coefficients, 4/5 and 1/5."""
+    out, measured, _ = fused(method, floats(0, 0), [2 * scale, 0], [0, scale])
+    assert measured.coefficients == pytest.approx([0.8, 0.2], rel=1e-6)
+    shares = (1, 1) if method == "sce" else (0.8, 0.2)
+    assert out == pytest.approx([2 * scale * shares[0], scale * shares[1]], rel=1e-6, abs=0)
 
 
 @pytest.mark.parametrize("targets", [2, 3, 5, 6, 7])
 def test_targets_that_agree_everywhere_have_no_variance_to_select_by(targets: int) -> None:
-    generator = np.random.default_rng(0)
-    pivot, delta = generator.normal(size=(2, 64)).astype(np.float32)
-    found = sce(pivot, [pivot + delta for _ in range(targets)], select_topk=0.5)
-    assert found.tensor.tolist() == pivot.tolist()
-    assert found.selected == 0.0
+    base, delta = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    out, _, counts = merged("sce", base, [base + delta] * targets, values={"select_topk": 0.5})
+    assert out.tolist() == base.tolist()
+    assert counts == (0, 0, 0)
 
 
-def test_an_empty_tensor() -> None:
-    for select_topk in (0.1, 1.0):
-        assert merged(array(), [], [], select_topk=select_topk).tensor.shape == (0,)
+def test_varm_by_hand() -> None:
+    """Squared updates 9 and 1: weights 0.9 and 0.1. 0.9 · 13 + 0.1 · 10 = 12.7, and 0.9 · 20 + 0.1 · 21 = 20.1."""
+    out, measured, _ = merged("varm", [10, 20], [[13, 20], [10, 21]])
+    assert measured.coefficients == pytest.approx([0.9, 0.1])
+    assert measured.squares.tolist() == [9, 1]
+    assert out == pytest.approx([12.7, 20.1], rel=1e-6)
 
 
-def test_the_inputs_are_left_as_they_were() -> None:
-    pivot, targets = array(1, 2), [array(2, 2), array(0, 5)]
-    sce(pivot, targets, select_topk=0.5)
-    linear(pivot, targets)
-    assert pivot.tolist() == [1, 2]
-    assert [target.tolist() for target in targets] == [[2, 2], [0, 5]]
+def test_linear_by_hand() -> None:
+    """1·1 + 2·2 + 1·6 = 11 and 1·2 + 2·4 + 1·0 = 10; normalised, over 4."""
+    models, weight = [[1, 2], [2, 4], [6, 0]], [1.0, 2.0, 1.0]
+    assert merged("linear", None, models, values={"weight": weight})[0].tolist() == [11 / 4, 10 / 4]
+    assert merged("linear", None, models, values={"weight": weight, "normalize": False})[0].tolist() == [11, 10]
 
 
-def test_linear_is_the_mean_of_the_targets() -> None:
-    found = linear(array(100, 100), [array(1, 2), array(2, 4), array(6, 0)])
-    assert found.tensor == pytest.approx([3, 2])
-    assert found.coefficients == pytest.approx([1 / 3] * 3)
+def test_linear_weights_may_add_up_to_zero_where_nothing_divides_by_them() -> None:
+    models, weight = [[3, 4], [1, 1]], [1.0, -1.0]
+    assert merged("linear", None, models, values={"weight": weight, "normalize": False})[0].tolist() == [2, 3]
+    with pytest.raises(RecipeError, match=r"^weight: the weights of tensor add up to zero, and normalize divides by"):
+        merged("linear", None, models, values={"weight": weight})
 
 
-@settings(max_examples=50, deadline=None)
-@given(problems())
-def test_linear_against_exact_means(problem: tuple[list[int], list[list[int]]]) -> None:
-    pivot, rows = problem
-    found = linear(array(*pivot), [array(*row) for row in rows])
-    exact = [float(Fraction(sum(column), len(rows))) for column in zip(*rows, strict=True)]
-    assert found.tensor == pytest.approx(np.array(exact), rel=1e-6)
+def test_task_arithmetic_by_hand() -> None:
+    """0.5 · (2, -2, 0) - 1 · (1, 3, 4) = (0, -4, -4); doubled (0, -8, -8); over the weights' sum, -0.5, (0, 16, 16)."""
+    deltas, values = ([2, -2, 0], [1, 3, 4]), {"weight": [0.5, -1.0], "lambda": 2.0}
+    out, measured, counts = fused("task_arithmetic", floats(10, 10, 10), *deltas, **values)
+    assert out.tolist() == [10, 2, 2]
+    assert measured.coefficients.tolist() == [0.5, -1]
+    assert counts == (6, 5, 5)
+    assert fused("task_arithmetic", floats(10, 10, 10), *deltas, normalize=True, **values)[0].tolist() == [10, 26, 26]
+
+
+def test_task_arithmetic_does_not_divide_by_weights_that_add_up_to_zero() -> None:
+    out, _, _ = fused("task_arithmetic", floats(10, 10), [2, -2], [1, 3], weight=[1.0, -1.0], normalize=True)
+    assert out.tolist() == [11, 5]
+
+
+TRIMMED = ([4, -1, 0.5, -3], [-2, 5, 1, -1], [1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(("values", "expected"), [
+    ({}, [12, 10 + 7 / 3, 10, 7]),
+    ({"normalize": False}, [16, 17, 10, 7]),
+    ({"lambda": 0.5}, [11, 10 + 7 / 6, 10, 8.5]),
+    ({"rescale": True}, [10 + 62 / 21, 10 + 73 / 21, 10, 10 - 51 / 14]),
+    ({"rescale": True, "normalize": False, "lambda": -1.0}, [10 - 62 / 7, 10 - 73 / 7, 10, 10 + 51 / 14]),
+])  # fmt: skip
+def test_ties_by_hand_with_every_step(values: dict[str, Any], expected: list[float]) -> None:
+    """Half of each is kept: (4, 0, 0, -3), (-2, 5, 0, 0), and of equals the first, (1, 1, 0, 0). Weights 1, 1, 2.
+
+    At 0: 4 - 2 + 2 > 0; 4 and 2 agree: 6 over the weights 1 + 2. At 1: 5 + 2 over 1 + 2. At 3: -3 over 1.
+    Rescaled by 8.5/7, 9/7 and 4/2: at 0 34/7 - 18/7 + 4 > 0, 34/7 + 4 = 62/7; at 1 45/7 + 4 = 73/7; at 3 -25.5/7.
+    """
+    out, _, counts = fused("ties", TEN[:4], *TRIMMED, weight=[1.0, 1.0, 2.0], density=0.5, **values)
+    assert out == pytest.approx(expected, rel=1e-6)
+    assert counts == (6, 6, 5)
+
+
+@pytest.mark.parametrize(("density", "expected"), [
+    (0.0, [10, 10, 10, 10]),
+    (0.01, [15, 15, 10, 10]),
+    (0.5, [15, 16, 10, 7]),
+    (0.75, [15, 16, 12, 7]),
+    (1.0, [15, 16, 12.5, 6]),
+])  # fmt: skip
+def test_ties_keeps_the_share_that_density_tells(density: float, expected: list[float]) -> None:
+    """Added up without division. Of 0.01 one is kept all the same: 4, 5, and the first 1.
+
+    Of 0.75, (4, -1, 0, -3), (-2, 5, 1, 0), where 1 at 2 comes before its -1 at 3, and (1, 1, 1, 0).
+    """
+    out, _, _ = fused("ties", TEN[:4], *TRIMMED, weight=1.0, density=density, normalize=False)
+    assert out.tolist() == expected
+
+
+def test_ties_with_a_density_for_each_target() -> None:
+    """All of the first, (0, 8) of the second, nothing of the third: 2, and 1 + 8 over 2."""
+    out, _, counts = fused("ties", floats(0, 0), [2, 1], [4, 8], [7, 7], weight=1.0, density=[1.0, 0.5, 0.0])
+    assert out.tolist() == [2, 4.5]
+    assert counts == (3, 3, 3)
+
+
+def test_ties_weighs_before_it_elects_and_divides_by_what_agrees() -> None:
+    """At 0 2 - 3 < 0: -3 over its weight, -1, is 3, as in mergekit. At 1 1 - 1 = 0 elects the positive.
+
+    At 2 both are positive, 1 + 1, and their weights add up to 0, which nothing is divided by.
+    """
+    out, _, counts = fused("ties", floats(10, 10, 10), [2, 1, 1], [3, 1, -1], weight=[1.0, -1.0])
+    assert out.tolist() == [13, 11, 12]
+    assert counts == (6, 6, 4)
+
+
+@pytest.mark.parametrize(("method", "values", "expected"), [
+    ("dare_linear", {"rescale": False}, [1, 0, -0.5, 4, 0, 0]),
+    ("dare_linear", {}, [21 / 11, 0, -10 / 13, 84 / 11, 0, 318 / 143]),
+    ("dare_linear", {"normalize": True, "lambda": 3.0}, [42 / 11, 0, -20 / 13, 168 / 11, 0, 636 / 143]),
+    ("dare_ties", {"rescale": False}, [1, 0, -0.5, 4, 0, 6]),
+    ("dare_ties", {}, [21 / 11, 0, -10 / 13, 84 / 11, 0, 126 / 11]),
+    ("dare_ties", {"normalize": True, "lambda": 3.0}, [63 / 11, 0, -60 / 13, 252 / 11, 0, 378 / 11]),
+])  # fmt: skip
+def test_dare_by_hand(method: str, values: dict[str, Any], expected: list[float]) -> None:
+    """Seed 0 keeps (1, 0, 0, 4, 0, 6) and (0, 0, -1, 0, 0, -12) of this tensor, in every version. Weights 1 and 1/2.
+
+    At the last 6 - 6 = 0, or rescaled by 21/11 and 20/13, 126/11 - 120/13 = 318/143 > 0: the positive is elected.
+    """
+    deltas = ([1, 2, 3, 4, 5, 6], [-2, 1, -1, 1, 3, -12])
+    out, _, counts = fused(method, np.zeros(6, np.float32), *deltas, weight=[1.0, 0.5], density=0.5, **values)
+    assert out == pytest.approx(expected, rel=1e-6)
+    assert counts == (5, 5, 5 if method == "dare_linear" else 4)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+def test_dare_draws_by_seed_and_tensor(method: str) -> None:
+    base, delta = np.zeros(64, np.float32), np.ones(64, np.float32)
+
+    def drawn(name: str, seed: int) -> list[float]:
+        values = {"weight": 1.0, "density": 0.5, "rescale": False, "seed": seed}
+        return merged(method, base, [delta], values=values, name=name)[0].tolist()
+
+    assert drawn("a", 0) == drawn("a", 0)
+    assert len({tuple(drawn(name, seed)) for name in ("a", "b") for seed in (0, 1)}) == 4
+
+
+@pytest.mark.parametrize("t", [0.0, 0.25, 1 / 3, 0.5, 1.0])
+def test_slerp_by_hand(t: float) -> None:
+    """Vectors of lengths 2 and 1 with 60° between: for t = 1/3, sin 40° / sin 60° and sin 20° / sin 60° of them."""
+    out, measured, _ = merged("slerp", [2, 0], [[0.5, math.sqrt(0.75)]], values={"t": t})
+    own, other = (math.sin(math.radians(60 * part)) / math.sin(math.radians(60)) for part in (1 - t, t))
+    assert out == pytest.approx([2 * own + 0.5 * other, math.sqrt(0.75) * other], abs=1e-6)
+    assert measured.coefficients == pytest.approx([other], abs=1e-7)
+
+
+ONE = {"weight": None, "density": 1.0, "lambda": 1.0}
+
+
+@pytest.mark.parametrize(("method", "parameters"), [
+    ("linear", {"weight": None, "normalize": True}),
+    ("slerp", {"t": None}),
+    ("task_arithmetic", {"weight": None, "normalize": False, "lambda": 1.0}),
+    ("ties", {**ONE, "normalize": True, "rescale": False}),
+    ("dare_linear", {**ONE, "normalize": False, "rescale": True, "seed": 0}),
+    ("dare_ties", {**ONE, "normalize": False, "rescale": True, "seed": 0}),
+    ("sce", {"select_topk": 1.0, "select_deltas": True, "normalize": True}),
+    ("varm", {}),
+])  # fmt: skip
+def test_parameters_have_the_names_and_defaults_of_mergekit(method: str, parameters: dict[str, Any]) -> None:
+    """But for `seed`, `select_deltas` and SCE's `normalize`, which it does not have."""
+    module = load_method(method)
+    assert {parameter.name: parameter.default for parameter in module.PARAMETERS} == parameters
+    assert {p.name for p in module.PARAMETERS if p.per_model} == parameters.keys() & {"weight", "density"}
+    assert (method != "linear") == module.BASE
+
+
+def every(method: str) -> dict[str, Any]:
+    """Values that take every step of a method."""
+    if method == "sce":
+        return {"select_topk": 0.3}
+    wanted = {"weight": 0.7, "density": 0.4, "rescale": True, "t": 0.3}
+    return {p.name: wanted[p.name] for p in load_method(method).PARAMETERS if p.name in wanted}
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_an_empty_tensor(method: str) -> None:
+    empty = np.zeros(0, np.float32)
+    targets = [empty] * (load_method(method).TARGETS or 2)
+    out, measured, counts = merged(method, empty if load_method(method).BASE else None, targets, values=every(method))
+    assert out.shape == (0,)
+    assert counts == (0, 0, 0)
+    assert np.isfinite(measured.coefficients).all()
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_the_inputs_are_left_as_they_were(method: str) -> None:
+    """Though a method may overwrite the blocks that it is given."""
+    module = load_method(method)
+    arrays = list(np.random.default_rng(0).normal(size=(3, CHUNK + 5)).astype(np.float32))[: 1 + (module.TARGETS or 2)]
+    before = [array.copy() for array in arrays]
+    base, targets = (arrays[0], arrays[1:]) if module.BASE else (None, arrays)
+    out, _, _ = merged(method, base, targets, values=every(method), block=CHUNK)
+    assert np.isfinite(out).all()
+    assert [array.tobytes() for array in arrays] == [array.tobytes() for array in before]
