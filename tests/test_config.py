@@ -26,7 +26,7 @@ def test_defaults_are_those_of_the_recipe_page(tmp_path: Path) -> None:
     table = {
         key.strip("`"): yaml.safe_load(cell.strip("`")) if cell[:1] in "`0123456789" else None for key, cell in rows
     }
-    recipe = load_recipe(write(tmp_path)).model_dump()
+    recipe = load_recipe(write(tmp_path)).model_dump(by_alias=True)
     sections = {name: recipe[name] for name in ("data", "capture", "align", "fuse", "merge", "evaluate")}
     found = {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
     found |= {"seed": recipe["seed"], "device": recipe["device"]}
