@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 
 CHUNK = 4096  # elements whose sum is taken by itself; chunks are added up in their order, whoever worked on them
 LANES = 512
+INFINITE = np.uint32(0x7F800000)
 FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how the elements of a tensor are stored
 
 
@@ -106,7 +107,7 @@ def encode_bfloat16(values, out):  # type: ignore[no-untyped-def]
     for i in range(values.size):
         rounded = (bits[i] + np.uint32(0x7FFF) + ((bits[i] >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         out[i] = np.uint16(rounded)
-        lost += (rounded & np.uint32(0x7F80)) == np.uint32(0x7F80)
+        lost += (rounded & np.uint32(0x7F80)) == np.uint32(0x7F80) or (bits[i] & INFINITE) == INFINITE
     return lost
 
 

@@ -9,6 +9,7 @@ from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.parameters import Values
 from fusechat.merge.tensor import Tensor
 
+ZERO = 1e-8  # weights whose sum is less are divided by nothing
 TILE = 1024  # positions that a kernel has in the core's nearest cache
 Sparsify = Callable[
     [np.ndarray, int], int
@@ -56,11 +57,9 @@ def combine_updates(
     """
     subtract_base(block)
     selected = sparsify(block, start)
-    weights = np.array(values["weight"], np.float32)
-    factors = weights if scales is None else (np.array(values["weight"]) * scales).astype(np.float32)
-    kept, left = _weighted_sum(
-        block, factors, weights, consensus, values["normalize"], np.float32(values["lambda"]), out
-    )
+    weights = np.array(values["weight"], np.float64)
+    factors = (weights if scales is None else weights * scales).astype(np.float32)
+    kept, left = _weighted_sum(block, factors, weights, consensus, values["normalize"], values["lambda"], out)
     return selected, kept, left
 
 
@@ -95,13 +94,11 @@ def _magnitudes(block, sums):  # type: ignore[no-untyped-def]
 @kernel
 def _weighted_sum(block, factors, weights, consensus, normalize, scale, out):  # type: ignore[no-untyped-def]
     targets, n = factors.size, out.size
-    whole = np.float32(0)
-    for j in range(targets):
-        whole += weights[j]
-    if abs(whole) < 1e-8 or not normalize:
-        whole = np.float32(1)
+    whole = weights.sum()
+    if abs(whole) < ZERO or not normalize:
+        whole = 1.0
     total = np.empty(TILE)
-    divisor = np.empty(TILE, np.float32)
+    divisor = np.empty(TILE)
     update = np.empty(TILE, np.float32)
     kept = 0
     left = 0
@@ -127,7 +124,7 @@ def _weighted_sum(block, factors, weights, consensus, normalize, scale, out):  #
                     moved += delta[i] != 0
                     agreeing += agrees
                     update[i] += weighted if agrees else np.float32(0)
-                    divisor[i] += weight if agrees else np.float32(0)
+                    divisor[i] += weight if agrees else 0.0
             else:
                 for i in range(size):
                     update[i] += factor * delta[i]
@@ -138,8 +135,8 @@ def _weighted_sum(block, factors, weights, consensus, normalize, scale, out):  #
         for i in range(size):
             below = whole
             if consensus and normalize:
-                below = divisor[i] if divisor[i] != 0 else np.float32(1)
-            merged[i] = base[i] + update[i] / below * scale
+                below = divisor[i] if abs(divisor[i]) >= ZERO else 1.0
+            merged[i] = base[i] + np.float32(update[i] / below * scale)
     return kept, left
 
 

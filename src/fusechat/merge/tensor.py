@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -121,8 +121,9 @@ class Workers:
 
         if self._pool is None or count < 2:
             return results, [share()]
-        futures = [self._pool.submit(share) for _ in range(min(self.threads, count))]
+        futures: list[Future[S]] = []
         try:
+            futures.extend(self._pool.submit(share) for _ in range(min(self.threads, count)))
             return results, [future.result() for future in futures]
         except BaseException:  # one that failed, or Ctrl-C: no thread writes any more once this is left
             for _ in numbers:

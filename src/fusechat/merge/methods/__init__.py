@@ -8,7 +8,7 @@ A method whose coefficients are the targets' shares in the squared updates may h
 - `measure(tensor, values) -> Measured`: what must be known of the whole tensor before any of it can be merged;
 - `combine(block, start, measured, values, out) -> (selected, kept, left)`: merges the float32 block [inputs, n], whose first
   element is number `start` of the tensor, into `out` float32 [n]; it may overwrite the targets' rows. Of the targets' entries,
-  `selected` were not dropped, `kept` of those are updates other than zero, `left` of those were not erased for their sign.
+  `selected` were not dropped, `kept` of those took part (updates of zero do not, where signs are asked), `left` were not erased.
 """
 
 import importlib

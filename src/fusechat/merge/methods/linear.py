@@ -15,7 +15,7 @@ TARGETS = None
 
 def measure(tensor: Tensor, values: Values) -> Measured:
     weights = np.array(values["weight"], np.float64)
-    if values["normalize"] and weights.sum() == 0:
+    if values["normalize"] and abs(weights.sum()) < 1e-8:
         raise RecipeError(f"weight: the weights of {tensor.name} add up to zero, and normalize divides by their sum")
     return Measured(weights)
 

@@ -65,8 +65,7 @@ def _sums(block: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
     mask = _mask(block, start, measured.selection if values["select_deltas"] else None)
-    eta = measured.coefficients.astype(np.float32)
-    return _merge(block, mask, eta, values["normalize"], out)
+    return _merge(block, mask, measured.coefficients, values["normalize"], out)
 
 
 def _keys(block: np.ndarray, row: int, out: np.ndarray) -> None:
@@ -173,8 +172,8 @@ def _merge(block, mask, eta, normalize, out):  # type: ignore[no-untyped-def]
     """Erases, and merges what is left; returns what `combine` does."""
     targets, n = eta.size, out.size
     total = np.empty(TILE)
-    weight = np.empty(TILE, np.float32)
-    update = np.empty(TILE, np.float32)
+    weight = np.empty(TILE)
+    update = np.empty(TILE)
     deltas = np.empty((targets, TILE), np.float32)
     places = np.empty(TILE, np.int64)
     selected_count = 0
@@ -202,13 +201,13 @@ def _merge(block, mask, eta, normalize, out):  # type: ignore[no-untyped-def]
                 agrees = (delta[i] > 0) if total[i] >= 0 else (delta[i] < 0)
                 moved += delta[i] != 0
                 agreeing += agrees
-                own = share if agrees else np.float32(0)
+                own = share if agrees else 0.0
                 weight[i] += own
                 update[i] += own * delta[i]
             kept_count += moved
             left_count += agreeing
         merged[:] = base
         for i in range(count):
-            divisor = weight[i] if normalize and weight[i] > 0 else np.float32(1)
-            merged[places[i]] += update[i] / divisor
+            divisor = weight[i] if normalize and weight[i] > 0 else 1.0
+            merged[places[i]] += np.float32(update[i] / divisor)
     return selected_count, kept_count, left_count

@@ -1,6 +1,7 @@
 """SLERP: from the base towards one other model, `t` of the way along the arc between them, each tensor as one vector.
 
-As in mergekit, vectors that are nearly parallel or opposite (|cosine| > 0.9995), and empty ones, are interpolated linearly.
+As in mergekit, vectors that are nearly parallel or opposite (|cosine| > 0.9995) are interpolated linearly; a zero vector stands
+at a right angle.
 """
 
 import math
