@@ -1,6 +1,8 @@
 """Models that differ in more than their values and can be merged all the same: ties, buffers, types, vocabularies."""
 
+import json
 import logging
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import naive_merges as naive
 from checkpoints import Tensors, assert_nearest, configuration, read, relative, write
+from fusechat.errors import RecipeError
 from fusechat.merge import merge
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
@@ -115,6 +118,7 @@ def test_a_tensor_of_the_base_alone_is_copied(tied: tuple[Path, Path], tmp_path:
     more = write(tmp_path / "more", {**read(base), **extra}, base)
     report = merge(configuration("sce", [more, one], dtype="bfloat16"), tmp_path / "out")
     assert report["only_in_base"] == ["count", "score.weight"]
+    assert report["mean_coefficients"] == {"one": 1}, "over what is merged"
     assert report["tensors"]["score.weight"] == {"copied": True, "elements_copied": 96}
     assert torch.equal(read(tmp_path / "out")["score.weight"], extra["score.weight"].bfloat16())
     assert torch.equal(read(tmp_path / "out")["count"], extra["count"])
@@ -177,6 +181,20 @@ def test_buffers_of_whole_numbers_are_the_bases(tied: tuple[Path, Path], tmp_pat
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
         assert report["tensors"][name] == {"copied": True, "differs": name in ("mask", "wide")}
+    file = (tmp_path / "out" / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", file[:8])[0]
+    for name, part in json.loads(file[8 : 8 + length]).items():  # as readers that map files into memory need it
+        assert name == "__metadata__" or (8 + length + part["data_offsets"][0]) % found[name].element_size() == 0, name
+
+
+def test_parameters_are_asked_of_what_is_merged_only(tied: tuple[Path, Path], tmp_path: Path) -> None:
+    """A buffer needs no weight; a tensor of floats does, which is known before anything is written."""
+    base, one = (write(tmp_path / f"more-{path.name}", read(path) | {"ids": torch.arange(3)}, path) for path in tied)
+    filters = [{"filter": part, "value": 0.5} for part in ("weight", "other")]
+    assert torch.equal(merged([base, one], tmp_path / "out", {"weight": filters})["ids"], torch.arange(3))
+    with pytest.raises(RecipeError, match=f"no filter holds for {EMBEDDING}, and there is no default"):
+        merged([base, one], tmp_path / "refused", {"weight": filters[1:]})
+    assert not list(tmp_path.glob("*refused*"))
 
 
 @pytest.mark.parametrize(
@@ -259,3 +277,14 @@ def test_types_of_inputs_and_output(
         assert_nearest(tensor, start + 0.3 * (end - start), tensor_name)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert str(loaded.dtype) == f"torch.{name}"
+
+
+def test_the_configurations_type_is_that_of_most_elements(tied: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of 20 tensors 13 small ones are float32."""
+    models = []
+    for path in tied:
+        tensors = {name: tensor.bfloat16() if tensor.numel() > 1500 else tensor for name, tensor in read(path).items()}
+        assert sum(tensor.dtype == F32 for tensor in tensors.values()) == 13
+        models.append(write(tmp_path / f"mixed-{path.name}", tensors, path))
+    merged(models, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == BF16

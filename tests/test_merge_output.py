@@ -20,6 +20,7 @@ import runs
 import tiny
 from checkpoints import INDEX, configuration, read, relative, write
 from fusechat.merge import merge
+from test_bad_input import complaints
 
 HALF = {"weight": 0.5}
 
@@ -254,6 +255,13 @@ def test_the_summary_as_json(pair: list[Path], tmp_path: Path) -> None:
     assert json.loads(again.stdout) == found | {"seconds": None}
     assert again.stderr == f"{out}: is there already, merged by the same configuration from the same models\n"
     assert f"merged model: {out}\n" in runs.fusechat(*(item for item in arguments if item != "--json")).stdout
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])
+def test_a_size_of_shards_that_is_none(pair: list[Path], tmp_path: Path, size: str) -> None:
+    (tmp_path / "merge.yaml").write_text(yaml.safe_dump(ta(pair)))
+    expected = f"--shard-size {float(size)}: should be a number of GB, more than 0"
+    assert complaints("merge", tmp_path / "merge.yaml", tmp_path / "out", "--shard-size", size) == [expected]
 
 
 def test_a_progress_bar_in_bytes(pair: list[Path], tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from fusechat.merge import merge
 from test_bad_input import PREFIX
 
 SHARD = 12_000  # bytes
-POINTS = 24  # at which a merge is killed
+POINTS = 20  # at which a merge is killed, spread over it
+LAST = 12  # operations at its end, at each of which it is killed: parts of the report go, the directory gets its name
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
 Config = dict[str, Any]
@@ -101,10 +102,12 @@ def operations(config: Config, directory: Path) -> int:
 
 
 def finished_shards(root: Path) -> dict[Path, tuple[int, int]]:
-    """Those that the hidden directory has with their part of the report: when they were written, and as which file."""
-    shards = [
-        file.with_name(file.name.removesuffix(".report.json")) for file in root.rglob(".out.merging/*.report.json")
-    ]
+    """Those that the hidden directory has with their part of the report, or with all of it: when they were written, and as
+    which file."""
+    hidden = root / ".out.merging"
+    shards = [file.with_name(file.name.removesuffix(".report.json")) for file in hidden.glob("*.report.json")]
+    if (hidden / "merge_report.json").exists():
+        shards = list(hidden.glob("*.safetensors"))
     return {file: (file.stat().st_mtime_ns, file.stat().st_ino) for file in shards}
 
 
@@ -117,7 +120,8 @@ def test_a_killed_merge_goes_on_at_the_shard_it_was_at(config: Config, tmp_path:
     shards = sum(name.endswith(".safetensors") for name in expected)
     assert shards > 5
     kept_most = 0
-    for at in sorted({1 + round(step * (count - 1) / (POINTS - 1)) for step in range(POINTS)}):
+    spread = {1 + round(step * (count - 1) / (POINTS - 1)) for step in range(POINTS)}
+    for at in sorted(spread | set(range(count - LAST, count + 1))):
         root = tmp_path / str(at)
         root.mkdir()
         pid = in_child(lambda root=root: build(config, root / "out", threads=1), root, at, signal.SIGKILL)
@@ -198,13 +202,18 @@ def test_of_two_at_once_one_is_refused(config: Config, tmp_path: Path) -> None:
     pid = in_child(lambda: build(config, out, threads=1), root, count // 2, signal.SIGSTOP)
     assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
     before = finished_shards(root)
-    with pytest.raises(WorkdirError) as raised:
-        build(config, out)
+    try:
+        with pytest.raises(WorkdirError) as raised:
+            build(config, out)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+        status = ended(pid)
     assert raised.value.messages == (f"{out}: process {pid} is using it",)
-    assert finished_shards(root) == before
+    assert status == 0
     assert before
-    os.kill(pid, signal.SIGCONT)
-    assert ended(pid) == 0
+    assert {file: (out / file.name).stat().st_ino for file in before} == {
+        file: inode for file, (_, inode) in before.items()
+    }
     assert runs.digests(out) == runs.digests(tmp_path / "reference" / "out")
     assert [path.name for path in root.iterdir()] == ["out"]
 

@@ -152,8 +152,8 @@ def merge(
     from fusechat.merge.command import run as run_merge
     from fusechat.merge.summary import print_summary
 
-    if not shard_size > 0:
-        raise RecipeError(f"--shard-size {shard_size}: should be more than 0")
+    if not 0 < shard_size < 1e9:
+        raise RecipeError(f"--shard-size {shard_size}: should be a number of GB, more than 0")
     summary = run_merge(
         config, out, allow_vocab_resize=allow_vocab_resize, threads=threads, shard_bytes=int(shard_size * 1e9)
     )
