@@ -219,12 +219,13 @@ def test_the_file_that_transformers_reads_is_the_model(pair: list[Path], tmp_pat
 def test_models_of_more_files_than_a_process_may_open(pair: list[Path], tmp_path: Path) -> None:
     models = [write(tmp_path / "parts" / path.name, read(path), path, shards=20) for path in pair]
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(ta(models)))
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     ended = subprocess.run(
         [sys.executable, "-m", "fusechat", "merge", tmp_path / "merge.yaml", tmp_path / "out"],
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (30, 4096)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (30, hard)),
     )
     assert ended.returncode == 0, ended.stderr
 

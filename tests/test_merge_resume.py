@@ -228,7 +228,10 @@ def test_two_processes_started_together(config: Config, tmp_path: Path) -> None:
     assert 0 in [status for _, status in results]
     for process, (stderr, status) in zip(both, results, strict=True):
         other = next(one.pid for one in both if one is not process)
-        assert status == 0 or (status, stderr) == (2, f"{PREFIX}{out}: process {other} is using it\n")
+        said = [
+            f"{PREFIX}{out}: process {who} is using it\n" for who in (other, "?")
+        ]  # it may not have said yet who it is
+        assert status == 0 or (status == 2 and stderr in said)
     merge(config, tmp_path / "reference" / "out")
     assert runs.digests(out) == runs.digests(tmp_path / "reference" / "out")
 
