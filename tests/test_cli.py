@@ -67,7 +67,7 @@ def test_the_page_says_the_same_numbers_as_the_terminal(recipe: Path) -> None:
     page = (recipe.parent / "work" / "report" / "index.html").read_text(encoding="utf-8")
     for score in json.loads((recipe.parent / "work" / "evaluate" / "results.json").read_text())["scores"]:
         assert f"<td>{score['value']:.4f}</td>" in page
-    assert page.count('class="plotly-graph-div"') == 2
+    assert page.count('class="plotly-graph-div"') == 3, "the losses of two targets, and the merging coefficients"
     markup = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"(src|href)\s*=", markup), "nothing is fetched"
     assert not re.search(r"<script[^>]+src", page)

@@ -281,7 +281,7 @@ def test_only_and_until(models: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        ["merge.method=linear", "fuse.loss=jsd", "fuse.tail=bucket", "fuse.temperature=2.0"],
+        ["merge.method=linear", "merge.select_topk=null", "fuse.loss=jsd", "fuse.tail=bucket", "fuse.temperature=2.0"],
         ["align.top_1=true", "align.unaligned=skip", "align.top_k=3", "fuse.loss=reverse_kl", "merge.dtype=bfloat16"],
         ["fuse.loss=kl", "merge.select_deltas=false", "merge.normalize=false", "evaluate.bits_per_byte=false"],
         ["fuse.sft_weight=1.0", "fuse.training.bf16=true", "capture.dtype=bfloat16", "evaluate.dtype=bfloat16"],

@@ -6,6 +6,10 @@ from typing import Any
 
 OUTSIDE = "–"  # the row of tensors that are in no layer
 CELL, HEADER = 17, 190  # pixels
+HOVER = (
+    "layer %{y}, %{x}<br>coefficient %{z:.4f}<br>update %{customdata[0]} (rms)<br>"
+    "selected %{customdata[1]}, erased %{customdata[2]}<extra></extra>"
+)
 
 
 def heat_map(report: Mapping[str, Any]) -> str:
@@ -21,12 +25,11 @@ def heat_map(report: Mapping[str, Any]) -> str:
     figure: Figure = make_subplots(rows=1, cols=len(targets), subplot_titles=targets, shared_yaxes=True)
     for number, target in enumerate(targets, 1):
         values = [[_coefficient(tensors, cells.get((row, column)), target) for column in columns] for row in rows]
-        texts = [[_hover(tensors, cells.get((row, column)), target) for column in columns] for row in rows]
-        figure.add_trace(
-            Heatmap(x=columns, y=rows, z=values, text=texts, hoverinfo="text", coloraxis="coloraxis", xgap=1, ygap=1),
-            row=1,
-            col=number,
+        more = [[_more(tensors, cells.get((row, column)), target) for column in columns] for row in rows]
+        trace = Heatmap(
+            x=columns, y=rows, z=values, customdata=more, hovertemplate=HOVER, coloraxis="coloraxis", xgap=1, ygap=1
         )
+        figure.add_trace(trace, row=1, col=number)
     even = 1 / len(targets)
     figure.update_layout(
         height=HEADER + CELL * len(rows),
@@ -61,10 +64,10 @@ def _coefficient(tensors: Mapping[str, Any], name: str | None, target: str) -> f
     return None if name is None else round(tensors[name]["coefficients"][target], 5)
 
 
-def _hover(tensors: Mapping[str, Any], name: str | None, target: str) -> str:
+def _more(tensors: Mapping[str, Any], name: str | None, target: str) -> list[str | float]:
+    """What else is shown of a tensor where the mouse is."""
     if name is None:
-        return ""
+        return []
     entry = tensors[name]
-    lines = [name, f"coefficient {entry['coefficients'][target]:.4f}"]
-    lines += [f"update {entry['updates'][target]:.3g} (rms)"] if "updates" in entry else []
-    return "<br>".join([*lines, f"selected {entry['selected']:.4f}, erased {entry['erased']:.4f}"])
+    size = f"{entry['updates'][target]:.3g}" if "updates" in entry else "–"
+    return [size, round(entry["selected"], 4), round(entry["erased"], 4)]
