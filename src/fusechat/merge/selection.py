@@ -1,8 +1,6 @@
 """The exact largest entries of a tensor: no sort, and no copy of the tensor.
 
-A key is an int64 ≥ 0 that orders as what it stands for (the bits of a float that is not negative do). First a bracket is found
-that the smallest key to be kept lies in: from a sample, or where that fails from radix histograms, each pass over the tensor
-counting 16 further bits of the keys that are still in question. Then the few keys in the bracket are gathered and settled.
+A bracket is found that the smallest key to be kept lies in (`bracket.py`); then the few keys in it are gathered and settled.
 """
 
 from collections.abc import Callable
@@ -11,18 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from fusechat.merge.bracket import Bracket, Keep, Keys, counted, sampled
 from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.tensor import Tensor, scratch
 
 GATHER = 1 << 22  # keys that may be gathered at once, over all rows
 SAMPLE = 64  # chunks that are looked at first, and up to eight times as many of large tensors
-ALL, NONE = -1, np.iinfo(np.int64).max  # thresholds that keep everything and nothing
-_BITS, _BUCKETS = 16, 1 << 16
-_SHIFTS = (47, 31, 15, -1)  # of the levels; -1: the lowest 15 bits and a zero
-
-Keys = Callable[[np.ndarray, int, np.ndarray], None]  # (block, row, out int64 [n])
-Keep = Callable[[np.ndarray], np.ndarray]  # int64 [rows] nonzero keys → int64 [rows] keys to be kept
-
 
 Visit = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Any]  # (block, keys, high, places in the bracket) of row 0
 
@@ -39,14 +31,6 @@ class Selection:
     ties: np.ndarray
     counts: np.ndarray
     visited: tuple[list[Any], np.ndarray] | None = None
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """Keys above `high` are kept, keys below `low` are not, those between are in question; int64 [rows] each."""
-
-    low: np.ndarray
-    high: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -81,89 +65,16 @@ def select(
     if sample is None:
         sample = min(max(tensor.chunks // 64, SAMPLE), 8 * SAMPLE)
     if sample and tensor.chunks >= 8 * sample:
-        bracket = _sampled(tensor, keys, rows, keep, sample)
+        bracket = sampled(tensor, keys, rows, keep, sample)
         found = _collect(tensor, keys, bracket, gather, visit)
         selection = _settle(tensor, bracket, found, keep(tensor.size - found.zeros)) if found else None
         if selection is not None:
             return selection
-    bracket, wanted = _counted(tensor, keys, rows, keep, gather)
+    bracket, wanted = counted(tensor, keys, rows, keep, gather)
     found = _collect(tensor, keys, bracket, rows * tensor.size, visit)
     selection = _settle(tensor, bracket, found, wanted) if found else None
     assert selection is not None, "a counted bracket holds what is looked for"
     return selection
-
-
-def _sampled(tensor: Tensor, keys: Keys, rows: int, keep: Keep, sample: int) -> Bracket:
-    """A bracket of six standard errors each way, from chunks spread evenly over the tensor."""
-    found = np.empty((rows, sample, CHUNK), np.int64)
-
-    def look(number: int, _: None) -> None:
-        block = tensor.read(number * (tensor.chunks - 1) // sample * CHUNK, CHUNK)
-        for row in range(rows):
-            keys(block, row, found[row, number])
-
-    tensor.workers.run(look, sample, lambda: None)
-    size = sample * CHUNK
-    scale = tensor.size / size
-    nonzero = np.round(np.count_nonzero(found, axis=(1, 2)) * scale).astype(np.int64)
-    ranks = np.clip(keep(nonzero), 0, tensor.size) / scale
-    low, high = np.zeros(rows, np.int64), np.full(rows, NONE)
-    for row, rank in enumerate(ranks):
-        ordered = np.sort(found[row], axis=None)[::-1]
-        likely = ordered[min(int(rank), size - 1)]
-        spread = np.count_nonzero(found[row] >= likely, axis=1).std()  # chunks differ: their counts tell how much
-        margin = 6 * np.sqrt(sample) * spread + 8
-        first, last = int(rank - margin), int(rank + margin)
-        high[row] = ordered[first] if first >= 0 else NONE
-        low[row] = ordered[last] if last < size else 0
-    return Bracket(low, high)
-
-
-def _counted(tensor: Tensor, keys: Keys, rows: int, keep: Keep, gather: int) -> tuple[Bracket, np.ndarray]:
-    """The bracket from histograms, narrow enough for its keys to be gathered, or one key wide; how many are to be kept."""
-    histogram = _count(tensor, keys, np.zeros(rows, np.int64), 0)
-    wanted = np.clip(keep(tensor.size - histogram[:, _BUCKETS]), 0, tensor.size)
-    prefixes, missing, inside = np.zeros(rows, np.int64), wanted.copy(), np.zeros(rows, np.int64)
-    bounds = np.where(wanted > 0, ALL, NONE)
-    bracket = Bracket(bounds, bounds.copy())
-    open_rows = np.flatnonzero(wanted > 0)
-    for level in range(len(_SHIFTS)):
-        if level:
-            histogram = _count(tensor, keys, prefixes, level)
-        for row in open_rows:
-            above = np.cumsum(histogram[row, :_BUCKETS][::-1])[::-1]  # keys in this bucket and those above
-            bucket = int(np.flatnonzero(above >= missing[row])[-1])
-            inside[row] = histogram[row, bucket]
-            missing[row] -= above[bucket] - inside[row]
-            prefixes[row] = prefixes[row] << _BITS | bucket
-            bracket.low[row], bracket.high[row] = _lowest(prefixes[row], level), _lowest(prefixes[row] + 1, level) - 1
-        whole = open_rows[missing[open_rows] == inside[open_rows]]  # the whole bucket is kept
-        bracket.high[whole] = bracket.low[whole] = bracket.low[whole] - 1
-        open_rows = open_rows[missing[open_rows] < inside[open_rows]]
-        if inside[open_rows].sum() <= gather:
-            break
-    return bracket, wanted
-
-
-def _lowest(prefix: int, level: int) -> int:
-    """The smallest key from a prefix on; at the last level prefixes end in a zero, and may have run into the sign."""
-    shift = _SHIFTS[level]
-    return min(int(prefix) << shift if shift >= 0 else (int(prefix) % (1 << 64) + 1) >> 1, int(NONE))
-
-
-def _count(tensor: Tensor, keys: Keys, prefixes: np.ndarray, level: int) -> np.ndarray:
-    """int64 [rows, 65,537]: of the keys that begin with a row's prefix, how many have which next 16 bits; last, zeros."""
-    rows = len(prefixes)
-
-    def work(start: int, block: np.ndarray, histogram: np.ndarray) -> None:
-        out = scratch("keys", (block.shape[1],), np.int64)
-        for row in range(rows):
-            keys(block, row, out)
-            _histogram(out, prefixes[row], level, histogram[row])
-
-    _, parts = tensor.blocks_with(work, lambda: np.zeros((rows, _BUCKETS + 1), np.int64))
-    total: np.ndarray = np.sum([np.zeros((rows, _BUCKETS + 1), np.int64), *parts], axis=0)
-    return total
 
 
 def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: Visit | None) -> _Found | None:
@@ -186,7 +97,7 @@ def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: V
                 inside = inside[:0]
             held[0] += inside.size  # by all threads, and not to the last one: a limit of memory
             if held[0] <= gather:
-                gathered.append((out[inside], (start + inside) // CHUNK))
+                gathered.append(_taken(out, inside, start))
                 if visit and not single[row]:
                     visited = visit(block, out, int(bracket.high[row]), inside)
         return counts, gathered, equal, visited
@@ -209,11 +120,14 @@ def _settle(tensor: Tensor, bracket: Bracket, found: _Found, wanted: np.ndarray)
     wanted = np.clip(wanted, 0, tensor.size)
     thresholds, ties = bracket.high.copy(), np.zeros((len(wanted), tensor.chunks), np.int64)
     kept_here = np.zeros(found.keys[0].size, np.bool_)
-    for row, missing in enumerate(wanted - found.above):
-        single = bracket.low[row] == bracket.high[row]
-        if missing < 0 or missing > (found.equal[row].sum() if single else found.keys[row].size):
-            return None
-        if missing and single:
+    single = bracket.low == bracket.high
+    inside = np.where(single, found.equal.sum(axis=1), [values.size for values in found.keys])
+    if ((wanted < found.above) | (wanted > found.above + inside)).any():
+        return None
+
+    def settle(row: int, _: None) -> None:
+        missing = int(wanted[row] - found.above[row])
+        if missing and single[row]:
             before = np.cumsum(found.equal[row]) - found.equal[row]
             ties[row] = np.clip(missing - before, 0, found.equal[row])
         elif missing:
@@ -221,37 +135,14 @@ def _settle(tensor: Tensor, bracket: Bracket, found: _Found, wanted: np.ndarray)
             thresholds[row] = np.partition(values, values.size - missing)[values.size - missing]
             larger = values > thresholds[row]
             equal = np.flatnonzero(values == thresholds[row])[: missing - np.count_nonzero(larger)]  # in flat order
-            np.add.at(ties[row], found.chunks[row][equal], 1)
+            ties[row] = np.bincount(found.chunks[row][equal], minlength=tensor.chunks)
             if row == 0:
-                kept_here |= larger
+                kept_here[:] = larger
                 kept_here[equal] = True
-    visited = (found.visits, kept_here) if bracket.low[0] != bracket.high[0] else None
+
+    tensor.workers.run(settle, len(wanted), lambda: None)
+    visited = (found.visits, kept_here) if not single[0] else None
     return Selection(thresholds, ties, wanted, visited)
-
-
-@kernel
-def _histogram(keys, prefix, level, histogram):  # type: ignore[no-untyped-def]
-    if level == 0:
-        zeros = 0
-        for i in range(keys.size):
-            histogram[keys[i] >> 47] += 1
-            zeros += keys[i] == 0
-        histogram[_BUCKETS] += zeros
-        return
-    for i in range(keys.size):
-        begin, bucket = _split(keys[i], level)
-        if begin == prefix:
-            histogram[bucket] += 1
-
-
-@kernel
-def _split(key, level):  # type: ignore[no-untyped-def]
-    """What the key begins with, and its next 16 bits."""
-    if level == 1:
-        return key >> 47, (key >> 31) & 0xFFFF
-    if level == 2:
-        return key >> 31, (key >> 15) & 0xFFFF
-    return key >> 15, (key << 1) & 0xFFFF
 
 
 @kernel
@@ -274,6 +165,16 @@ def _between(keys, low, high, places):  # type: ignore[no-untyped-def]
                 places[count] = start + i
                 count += inside[i]
     return zeros, above, count
+
+
+@kernel
+def _taken(keys, places, start):  # type: ignore[no-untyped-def]
+    """The keys at some places of a block, and the chunks of the tensor that they are in."""
+    values, chunks = np.empty(places.size, np.int64), np.empty(places.size, np.int64)
+    for i in range(places.size):
+        values[i] = keys[places[i]]
+        chunks[i] = (start + places[i]) // CHUNK
+    return values, chunks
 
 
 @kernel

@@ -135,9 +135,14 @@ def _squares(block, mask, sums):  # type: ignore[no-untyped-def]
         base = block[0, start : start + size]
         for j in range(1, block.shape[0]):
             row = block[j, start : start + size]
-            for i in range(count):
-                update = np.float64(row[places[i]] - base[places[i]])
-                lanes[i] = update * update
+            if count == size:
+                for i in range(size):
+                    update = np.float64(row[i] - base[i])
+                    lanes[i] = update * update
+            else:
+                for i in range(count):
+                    update = np.float64(row[places[i]] - base[places[i]])
+                    lanes[i] = update * update
             sums[j - 1, start // CHUNK] += _sum(lanes, count)
 
 
@@ -189,8 +194,13 @@ def _merge(block, mask, eta, normalize, out):  # type: ignore[no-untyped-def]
         update[:] = 0
         for j in range(targets):
             row, delta = block[j + 1, start : start + size], deltas[j]
+            if count == size:
+                for i in range(size):
+                    delta[i] = row[i] - base[i]
+            else:
+                for i in range(count):
+                    delta[i] = row[places[i]] - base[places[i]]
             for i in range(count):
-                delta[i] = row[places[i]] - base[places[i]]
                 total[i] += delta[i]
         for j in range(targets):
             delta = deltas[j]
@@ -208,6 +218,7 @@ def _merge(block, mask, eta, normalize, out):  # type: ignore[no-untyped-def]
             left_count += agreeing
         merged[:] = base
         for i in range(count):
-            divisor = weight[i] if normalize and weight[i] > 0 else 1.0
-            merged[places[i]] += np.float32(update[i] / divisor)
+            update[i] /= weight[i] if normalize and weight[i] > 0 else 1.0
+        for i in range(count):
+            merged[places[i]] += np.float32(update[i])
     return selected_count, kept_count, left_count
