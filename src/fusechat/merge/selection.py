@@ -90,11 +90,11 @@ def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: V
         equal = np.zeros((rows, -(-n // CHUNK)), np.int64)
         for row in range(rows):
             keys(block, row, out)
-            counts[row] = _between(out, bracket.low[row], bracket.high[row], places)
-            inside = places[: counts[row, 2]]
             if single[row]:
-                equal[row] = np.bincount(inside // CHUNK, minlength=equal.shape[1])
-                inside = inside[:0]
+                counts[row, :2] = _compare(out, bracket.high[row], equal[row])
+            else:
+                counts[row] = _between(out, bracket.low[row], bracket.high[row], places)
+            inside = places[: counts[row, 2]]
             held[0] += inside.size  # by all threads, and not to the last one: a limit of memory
             if held[0] <= gather:
                 gathered.append(_taken(out, inside, start))
@@ -103,7 +103,7 @@ def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: V
         return counts, gathered, equal, visited
 
     blocks = tensor.blocks(work)
-    if sum(int(block[0][~single, 2].sum()) for block in blocks) > gather:
+    if sum(int(block[0][:, 2].sum()) for block in blocks) > gather:
         return None
     counts = np.sum([np.zeros((rows, 3), np.int64), *(block[0] for block in blocks)], axis=0)
 
@@ -165,6 +165,20 @@ def _between(keys, low, high, places):  # type: ignore[no-untyped-def]
                 places[count] = start + i
                 count += inside[i]
     return zeros, above, count
+
+
+@kernel
+def _compare(keys, key, equal):  # type: ignore[no-untyped-def]
+    """(how many are zero, how many are above `key`); adds to `equal` int64 [chunks] how many are it."""
+    zeros = 0
+    above = 0
+    for chunk in range(equal.size):
+        part = keys[chunk * CHUNK : (chunk + 1) * CHUNK]
+        for i in range(part.size):
+            zeros += part[i] == 0
+            above += part[i] > key
+            equal[chunk] += part[i] == key
+    return zeros, above
 
 
 @kernel

@@ -82,9 +82,13 @@ def _trim_row(delta, threshold, ties):  # type: ignore[no-untyped-def]
     for chunk in range(ties.size):
         part = bits[chunk * CHUNK : (chunk + 1) * CHUNK]
         left = ties[chunk]
-        if left == 0:
+        equal = 0
+        for i in range(part.size):
+            equal += np.int64(part[i] & np.uint32(0x7FFFFFFF)) << 32 == threshold
+        if left == 0 or left == equal:
+            below = threshold - (left > 0)
             for i in range(part.size):
-                chosen = np.int64(part[i] & np.uint32(0x7FFFFFFF)) << 32 > threshold
+                chosen = np.int64(part[i] & np.uint32(0x7FFFFFFF)) << 32 > below
                 part[i] = part[i] if chosen else np.uint32(0)
                 count += chosen
             continue
