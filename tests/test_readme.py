@@ -17,7 +17,7 @@ def test_commands_that_the_readme_shows_exist() -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", README, flags=re.MULTILINE)) <= set(targets)
     verbs = re.findall(r"`fusechat ([a-z]+) ([^`]*)`", README)
-    assert {verb for verb, _ in verbs} >= {"run", "status", "report", "tokens", "eval", "chat"}
+    assert {verb for verb, _ in verbs} >= {"run", "status", "report", "merge", "tokens", "eval", "chat"}
     for verb, arguments in verbs:
         words = [verb, arguments.split()[0]] if verb == "eval" else [verb]
         shown = runs.fusechat(*words, "--help")

@@ -2,7 +2,7 @@
 
     plan ─► for each shard, for each tensor:  measure (passes over all inputs) ─► combine, block by block ─► into the file
 
-Beside what is mapped there is a block of each input a thread, and what `selection.py` gathers: no tensor is held in memory.
+Beside a block of each input a thread there is what `selection.py` gathers: no tensor is held in memory.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fusechat.core.files import read_json, remove_partial, write_json
+from fusechat.core.progress import log
 from fusechat.errors import ModelError, StorageError
 from fusechat.merge.checkpoint import FLOATS, INDEX, Checkpoint
 from fusechat.merge.kernels import CHUNK, count_not_finite, encode_bfloat16, encode_float16, update_squares
@@ -232,6 +233,12 @@ def _copy_bytes(job: Job, piece: Piece, shard: Shard, advance: Callable[[int], N
         shard.put_bytes(piece, start, first)
         differs |= any(first != other for other in others)
         advance(len(first))
+    if differs:
+        log.warning(
+            "%s: a buffer of whole numbers that differs between the models; %s's is kept",
+            piece.name,
+            job.inputs[0].label,
+        )
     return {"copied": True, "differs": differs}
 
 

@@ -21,15 +21,11 @@ class Parameter:
         return self.default is None
 
 
-Values = dict[
-    str, Any
-]  # by parameter name, resolved for one tensor: a number or truth value, or a list of them, one per input
+# By parameter name, resolved for one tensor: a number or truth value, or a list of them, one for each input.
+Values = dict[str, Any]
 
-SCOPES = (
-    "tensor",
-    "layer",
-    "model",
-)  # over what the coefficients of a method that takes them from updates are the same
+# Over what the coefficients of a method that takes them from updates are the same.
+SCOPES = ("tensor", "layer", "model")
 WEIGHT = Parameter("weight", per_model=True)
 DENSITY = Parameter("density", default=1.0, per_model=True, low=0, high=1)
 LAMBDA = Parameter("lambda", default=1.0)

@@ -12,7 +12,6 @@ HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")  # output embedd
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BASE, WIDEST = "base", "widest"  # types of the output: as the base has each tensor; as holds what every input has
-MERGED, COPIED = "merged", "copied"
 _SHOWN = 3
 
 

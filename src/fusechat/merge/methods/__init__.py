@@ -3,12 +3,12 @@
 A method's module has `PARAMETERS`, `BASE` (whether it works on updates from a base model; else every model is an input),
 `TARGETS` (how many it takes; None: any number) and two functions, which know arrays only:
 
-A method whose coefficients are the targets' shares in the squared updates may have `GRANULARITIES`, over what they can be added up.
-
 - `measure(tensor, values) -> Measured`: what must be known of the whole tensor before any of it can be merged;
 - `combine(block, start, measured, values, out) -> (selected, kept, left)`: merges the float32 block [inputs, n], whose first
   element is number `start` of the tensor, into `out` float32 [n]; it may overwrite the targets' rows. Of the targets' entries,
   `selected` were not dropped, `kept` of those took part (updates of zero do not, where signs are asked), `left` were not erased.
+
+A method whose coefficients are the targets' shares in the squared updates may have `GRANULARITIES`, over what they can be added up.
 """
 
 import importlib
