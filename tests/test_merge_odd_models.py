@@ -164,7 +164,7 @@ def test_the_selection_of_a_padded_vocabulary_is_over_the_common_rows(
     assert_nearest(read(tmp_path / "out")[HEAD][:size], naive.sce(old[:size], others, 0.1, eta))
 
 
-def test_buffers_of_whole_numbers_are_the_bases(tied: tuple[Path, Path], tmp_path: Path) -> None:
+def test_buffers_of_whole_numbers_are_the_bases(tied: tuple[Path, Path], tmp_path: Path, warnings: Any) -> None:
     buffers: list[Tensors] = [
         {"ids": torch.arange(9), "mask": torch.tensor([True, False]), "small": torch.tensor([1, -2], dtype=torch.int8)},
         {"ids": torch.arange(9), "mask": torch.tensor([True, True]), "small": torch.tensor([1, -2], dtype=torch.int8)},
@@ -181,6 +181,10 @@ def test_buffers_of_whole_numbers_are_the_bases(tied: tuple[Path, Path], tmp_pat
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor)
         assert report["tensors"][name] == {"copied": True, "differs": name in ("mask", "wide")}
+    assert warnings.messages == [
+        f"{name}: a buffer of whole numbers that differs between the models; {base}'s is kept"
+        for name in ("mask", "wide")
+    ]
     file = (tmp_path / "out" / "model.safetensors").read_bytes()
     length = struct.unpack("<Q", file[:8])[0]
     for name, part in json.loads(file[8 : 8 + length]).items():  # as readers that map files into memory need it
