@@ -14,7 +14,7 @@ from fusechat.capture import stage as capture
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.distributions import SparseDistribution
 from fusechat.core.progress import Advance, progress
-from fusechat.pipeline import RECIPE, check_workdir, lock
+from fusechat.pipeline import RECIPE, lock
 from fusechat.prepare import stage as prepare
 from fusechat.recipe_file import save_recipe
 
@@ -51,9 +51,8 @@ def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> l
     """A record for each source, k and strategy. Counts on the training set, measures on the held-out one, which the source is
     run over once. Raises RecipeError for a source without held-out conversations."""
     held_out = {source: recipe.validation_set(source) for source in recipe.sources}
-    check_workdir(recipe, workdir)
     records = []
-    with lock(workdir):
+    with lock(recipe, workdir):
         save_recipe(recipe, workdir / RECIPE)
         for source in recipe.sources:
             data = _conversations(recipe, workdir, source, held_out[source], k=max(top_ks))

@@ -36,13 +36,14 @@ def run(
     ] = None,
 ) -> None:
     """Run the whole pipeline, resuming where an earlier run stopped."""
+    from fusechat.core import ranks
     from fusechat.pipeline import run as run_pipeline
     from fusechat.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, set_)
+    loaded = ranks.from_first(lambda: load_recipe(recipe, set_))
     workdir = workdir or Path("runs") / loaded.name
     run_pipeline(loaded, workdir, until=until, only=only)
-    if until in (None, "report") and only is None:
+    if until in (None, "report") and only is None and ranks.is_first():
         _print_results(workdir, loaded.name)
 
 
@@ -231,7 +232,7 @@ def main() -> Any:
             raise KeyboardInterrupt
         sys.exit(status)
     except FuseChatError as error:
-        _fail(*error.messages)
+        _fail(*(() if error.told else error.messages))
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", status=INTERRUPTED)
     except BrokenPipeError:

@@ -1,217 +1,40 @@
-"""The recipe: what a user writes, checked as a whole before any work. Reading the file is in `recipe_file.py`."""
+"""The recipe: what a user writes, checked as a whole before any work. Its sections are in `sections.py`, reading the file in
+`recipe_file.py`."""
 
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, ValidationInfo, field_validator
 
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
-from fusechat.core.references import Reference
 from fusechat.errors import RecipeError
+from fusechat.sections import (
+    COMMON,
+    FUSED,
+    PIVOT,
+    Align,
+    Capture,
+    Data,
+    Evaluate,
+    Fuse,
+    Merge,
+    ModelSpec,
+    Name,
+    Section,
+    SourceName,
+    SourceSpec,
+    is_template_file,
+)
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Dtype = Literal["float32", "bfloat16", "float16"]
-PIVOT, FUSED, COMMON = "pivot", "fused", "data"  # names that no source may have; COMMON is the recipe's own data set
+__all__ = ["COMMON", "FUSED", "PIVOT", "STAGES", "Recipe", "SourceSpec", "is_template_file"]
 STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
-
-
-def _not_taken(name: str) -> str:
-    if name.lower() in (PIVOT, FUSED, COMMON):
-        raise ValueError("this name is taken; call the source something else")
-    return name
-
-
-SourceName = Annotated[Name, AfterValidator(_not_taken)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class ModelSpec(Section):
-    """A chat LLM. In a recipe a bare reference stands for `{model: reference}`."""
-
-    model: str | None = None
-    wheel: list[str] | None = None
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
-    chat_template: str | None = None
-    trust_remote_code: bool = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _full_form(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {"model": value}
-        if isinstance(value, dict):
-            inner = value.get("model")
-            if isinstance(inner, dict):  # model: {wheel: [...], sha256: ...}
-                return {**{key: item for key, item in value.items() if key != "model"}, **inner}
-            if isinstance(value.get("wheel"), str):
-                return {**value, "wheel": [value["wheel"]]}
-        return value
-
-    @model_validator(mode="after")
-    def _one_reference(self) -> "ModelSpec":
-        if (self.model is None) == (not self.wheel):
-            raise ValueError("names no model, or two: give either model or wheel")
-        problem = self.reference.check()
-        if problem:
-            raise ValueError(problem)
-        if self.chat_template is not None and is_template_file(self.chat_template):
-            raise ValueError(f"chat_template: {self.chat_template}: no such file")
-        if self.sha256 and not self.reference.is_wheel:
-            raise ValueError("sha256 goes with a wheel: reference")
-        return self
-
-    @property
-    def reference(self) -> Reference:
-        parts = (
-            (self.model,)
-            if self.model
-            else tuple(part if part.startswith("wheel:") else f"wheel:{part}" for part in self.wheel or ())
-        )
-        return Reference(parts, self.sha256, self.trust_remote_code)
-
-
-class DataPath(Section):
-    path: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _full_form(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
-
-
-class SourceData(Section):
-    train: DataPath
-    validation: DataPath | None = None
-
-
-class Data(Section):
-    train: DataPath | None = None
-    validation: DataPath | None = None
-    max_length: int = Field(default=2048, ge=8)
-    on_error: Literal["stop", "skip"] = "stop"
-
-
-class SourceCapture(Section):
-    """What a source may set for itself; None takes the recipe's `capture`."""
-
-    top_k: int | None = Field(default=None, ge=1)
-    dtype: Dtype | None = None
-    batch_tokens: int | None = Field(default=None, ge=1)
-
-
-class SourceSpec(ModelSpec):
-    data: SourceData | None = None
-    capture: SourceCapture = SourceCapture()
-
-
-class Capture(Section):
-    top_k: int = Field(default=10, ge=1)
-    dtype: Dtype = "bfloat16"
-    batch_tokens: int = Field(default=2048, ge=1)
-    shard_conversations: int = Field(default=256, ge=1)
-
-
-class Align(Section):
-    sequence: Literal["boundary", "dtw"] = "boundary"
-    vocabulary: Literal["exact", "edit", "statistics"] = "statistics"
-    top_1: bool = False
-    unaligned: Literal["label", "skip", "pivot", "condition"] = "condition"
-    look_ahead: bool | None = None
-    chain_rule: bool = False
-    top_k: int | None = Field(default=None, ge=1)
-    processes: int | None = Field(default=None, ge=1)
-
-    @model_validator(mode="after")
-    def _counted(self) -> "Align":
-        if self.look_ahead and self.vocabulary != "statistics":
-            raise ValueError("look_ahead needs vocabulary: statistics")
-        return self
-
-    def strategy(self) -> Any:
-        """As the alignment takes it: without a word on `look_ahead`, it is used where the map is counted."""
-        from fusechat.align.aligner import Strategy
-
-        look_ahead = self.vocabulary == "statistics" if self.look_ahead is None else self.look_ahead
-        return Strategy(
-            self.sequence,
-            self.vocabulary,
-            top_1=self.top_1,
-            unaligned=self.unaligned,
-            look_ahead=look_ahead,
-            chain_rule=self.chain_rule,
-        )
-
-
-class Fuse(Section):
-    function: Literal["mince"] = "mince"
-    loss: Literal["cross_entropy", "kl", "reverse_kl", "jsd"] = "cross_entropy"
-    tail: Literal["renormalise", "bucket"] = "renormalise"
-    temperature: float = Field(default=1.0, gt=0)
-    sft_weight: float = Field(default=0.9, ge=0, le=1)
-    training: dict[str, Any] = {}
-
-    @field_validator("training")
-    @classmethod
-    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
-        from fusechat.fuse.arguments import check_arguments
-
-        problems = check_arguments(value)
-        if problems:
-            raise ValueError(*problems)
-        return value
-
-
-class Merge(Section):
-    """Beside `dtype`, what `fusechat merge` takes for the method, checked as there; `weight` and `density` also by target."""
-
-    method: str = "sce"
-    granularity: Literal["tensor", "layer", "model"] | None = None
-    select_topk: Any = None
-    select_deltas: Any = None
-    normalize: Any = None
-    weight: Any = None
-    density: Any = None
-    rescale: Any = None
-    lambda_: Any = Field(default=None, alias="lambda")
-    t: Any = None
-    dtype: Dtype | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _as_in_the_paper(cls, raw: Any) -> Any:
-        """Without a word on it, SCE keeps the share that the paper's 7B models were merged with."""
-        if isinstance(raw, dict) and raw.get("method", "sce") == "sce" and raw.get("select_topk") is None:
-            return {**raw, "select_topk": 0.1}
-        return raw
-
-    def parameters(self) -> dict[str, Any]:
-        """What is set, by the names that the methods know."""
-        given = self.model_dump(exclude={"method", "dtype"}, exclude_none=True)
-        return {name.rstrip("_"): value for name, value in given.items()}
-
-
-class Evaluate(Section):
-    bits_per_byte: bool = True
-    dtype: Dtype = "bfloat16"
-    batch_tokens: int = Field(default=2048, ge=1)
 
 
 class Recipe(Section):
     name: Name
     pivot: ModelSpec
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
+    targets: dict[SourceName, list[str]] = Field(default={})
     data: Data = Field(default=Data(), validate_default=True)
     capture: Capture = Capture()
     align: Align = Align()
@@ -228,6 +51,25 @@ class Recipe(Section):
             raise ValueError("two names differ in case only")
         return sources
 
+    @field_validator("targets")
+    @classmethod
+    def _of_known_sources(cls, targets: dict[str, list[str]], info: ValidationInfo) -> dict[str, list[str]]:
+        known = info.data.get("sources", {})
+        taken = {name.lower() for name in known}
+        wrong: list[Any] = []
+        for name, sources in targets.items():
+            if name.lower() in taken:
+                wrong.append(((name,), "this name is taken; every source has a target of its name"))
+            taken.add(name.lower())
+            unknown = [source for source in sources if source not in known]
+            if known and unknown:
+                wrong.append(((name,), f"{unknown[0]} is no source; the recipe has {', '.join(known)}"))
+            if len(set(sources)) < len(sources):
+                wrong.append(((name,), "names a source twice"))
+        if wrong:
+            raise ValueError(*wrong)
+        return targets
+
     @field_validator("data")
     @classmethod
     def _for_every_source(cls, data: Data, info: ValidationInfo) -> Data:
@@ -243,7 +85,16 @@ class Recipe(Section):
     def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
         from fusechat.merge.settings import problems
 
-        found = problems(merge.method, merge.parameters(), list(info.data.get("sources", {})))
+        every = [*info.data.get("sources", {}), *info.data.get("targets", {})]
+        merged = merge.targets or list(info.data.get("sources", {}))
+        found: list[Any] = [
+            (("targets",), f"{name} is no target; the recipe has {', '.join(every)}")
+            for name in merged
+            if name not in every
+        ]
+        if len(set(merged)) < len(merged):
+            found.append((("targets",), "names a target twice"))
+        found = found or problems(merge.method, merge.parameters(), merged)
         if found:
             raise ValueError(*found)
         return merge
@@ -252,6 +103,13 @@ class Recipe(Section):
         spec = self.pivot if name == PIVOT else self.sources[name]
         return Chatter(name, spec.reference, spec.chat_template)
 
+    def teachers(self) -> dict[str, list[str]]:
+        """Every target, and the sources that teach it: one of each source's name, then the recipe's own; none for plain SFT."""
+        return {**{name: [name] for name in self.sources}, **self.targets}
+
+    def merged_targets(self) -> list[str]:
+        return self.merge.targets or list(self.sources)
+
     def training_set(self, source: str) -> DataSet:
         """The conversations on which `source` teaches: its own, else the recipe's."""
         own = self.sources[source].data
@@ -259,6 +117,14 @@ class Recipe(Section):
             return DataSet(source, own.train.path, self.data.on_error)
         assert self.data.train is not None  # by _for_every_source
         return DataSet(COMMON, self.data.train.path, self.data.on_error)
+
+    def training_sets(self, target: str) -> dict[DataSet, list[str]]:
+        """The conversations of a target, and which of its sources teach on them; for plain SFT those of all sources."""
+        teachers = self.teachers()[target]
+        sets: dict[DataSet, list[str]] = {}
+        for source in teachers or self.sources:
+            sets.setdefault(self.training_set(source), []).extend([source] if teachers else [])
+        return sets
 
     def validation_sets(self) -> list[DataSet]:
         """Held-out conversations, on which every model is measured: the recipe's, and each source's own."""
@@ -283,8 +149,3 @@ class Recipe(Section):
             return self.capture
         own = self.sources[name].capture.model_dump(exclude_none=True)
         return self.capture.model_copy(update=own)
-
-
-def is_template_file(text: str) -> bool:
-    """Whether a chat template is given as the name of a file: `template.jinja`."""
-    return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text

@@ -17,6 +17,8 @@ import errno
 class FuseChatError(Exception):
     """What the user can mend; `messages` holds one line for each thing that is wrong."""
 
+    told = False  # of several processes another one tells it
+
     def __init__(self, *messages: str) -> None:
         self.messages = tuple(" ".join(message.split()) for message in messages)
         super().__init__("\n".join(self.messages))

@@ -7,12 +7,13 @@ A step knows its upstream steps, so that its fingerprint changes when anything t
 
 import fcntl
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fusechat.align import stage as align
 from fusechat.capture import stage as capture
 from fusechat.config import FUSED, PIVOT, STAGES, Recipe
+from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.core.gguf import convert_together
@@ -120,25 +121,29 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
 
 
 def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
-    """Runs what is not done yet; returns how many steps there were to do. Raises a FuseChatError for what a user can mend."""
-    check_workdir(recipe, workdir)
-    with lock(workdir):
+    """Runs what is not done yet; returns how many steps there were to do. Raises a FuseChatError for what a user can mend.
+
+    Under `torchrun` every process calls it; see `core/ranks.py`.
+    """
+    with lock(recipe, workdir):
+        ranks.from_first(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
-        save_recipe(recipe, workdir / RECIPE)
-        waiting = [step for step in steps if step.state()[0] != "done"]
-        if any(step.stage == "fuse" for step in waiting):
-            fuse.check(recipe)
-        if any(step.stage != "report" for step in waiting):
-            names = [PIVOT, *([only] if only else recipe.sources)]
-            convert_together([recipe.chatter(name).reference for name in names])
-        done_now = 0
-        for step in steps:
-            state, why = step.state()
-            if state in ("stale", "damaged"):
-                log.info("%s is %s (%s): doing it again", step.label, state, why)
-            done_now += step.run()
+        done_now = sum(step.run() for step in steps)
         log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
+    ranks.leave()
     return done_now
+
+
+def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | None) -> None:
+    """Writes the recipe down; where there is work to do, checks what can be checked before it, and converts models."""
+    steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
+    save_recipe(recipe, workdir / RECIPE)
+    waiting = [step for step in steps if step.state()[0] != "done"]
+    if any(step.stage == "fuse" for step in waiting):
+        fuse.check(recipe)
+    if any(step.stage != "report" for step in waiting):
+        names = [PIVOT, *([only] if only else recipe.sources)]
+        convert_together([recipe.chatter(name).reference for name in names])
 
 
 def check_workdir(recipe: Recipe, workdir: Path) -> None:
@@ -173,7 +178,13 @@ def in_use(workdir: Path) -> bool:
 
 
 @contextmanager
-def lock(workdir: Path) -> Iterator[None]:
-    """One run at a time in a work directory; the system frees the lock however the holder ends."""
-    with only_one(workdir / LOCK, workdir):
+def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
+    """One run at a time in a work directory that is this recipe's; the system frees the lock however the holder ends."""
+
+    def take() -> None:
+        check_workdir(recipe, workdir)
+        held.enter_context(only_one(workdir / LOCK, workdir))
+
+    with ExitStack() as held:
+        ranks.from_first(take)
         yield

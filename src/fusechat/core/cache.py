@@ -26,15 +26,28 @@ def locked(path: Path) -> Iterator[None]:
 def known_digest(file: Path) -> str:
     """SHA-256 of a file, remembered in the cache for as long as its size and times of change stay the same."""
     file = file.resolve()
-    stat = file.stat()
-    seen = {"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
-    memo = cache_directory() / "digests" / f"{digest_json(str(file))[:32]}.json"
     try:
-        known = read_json(memo)
+        known = read_json(_memo(file))
     except (OSError, ValueError):  # not seen before, or damaged
         known = {}
-    if "sha256" in known and all(known.get(key) == value for key, value in seen.items()):
+    if "sha256" in known and all(known.get(key) == value for key, value in _seen(file).items()):
         return str(known["sha256"])
+    return fresh_digest(file)
+
+
+def fresh_digest(file: Path) -> str:
+    """SHA-256 of a file, read now, and remembered for `known_digest`."""
+    file = file.resolve()
+    seen = _seen(file)
     found = digest(file)
-    write_json(memo, {**seen, "sha256": found})
+    write_json(_memo(file), {**seen, "sha256": found})
     return found
+
+
+def _seen(file: Path) -> dict[str, str | int]:
+    stat = file.stat()
+    return {"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
+
+
+def _memo(file: Path) -> Path:
+    return cache_directory() / "digests" / f"{digest_json(str(file))[:32]}.json"

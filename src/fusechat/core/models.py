@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fusechat.core import ranks
 from fusechat.core.forward import keeps_logits
 from fusechat.core.progress import log
 from fusechat.errors import ModelError, first_line
@@ -86,7 +87,10 @@ def refuse_missing(report: dict[str, Any], name: str) -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that the recipe names, else what is there: CUDA, Apple's MPS, the CPU."""
+    """The device that the recipe names, else what is there: CUDA, Apple's MPS, the CPU. Of several processes on a machine each
+    has a GPU of its own."""
+    if torch.cuda.is_available() and name in (None, "cuda"):
+        return torch.device("cuda", ranks.local_rank())
     if name:
         try:
             device = torch.device(name)
@@ -94,8 +98,6 @@ def choose_device(name: str | None) -> torch.device:
         except (RuntimeError, AssertionError) as error:
             raise ModelError(f"device: {name!r} is not to be had ({str(error).splitlines()[0]})") from error
         return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

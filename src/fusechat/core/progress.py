@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.progress import TimeRemainingColumn as Remaining
 
+from fusechat.core import ranks
+
 T = TypeVar("T")
 console = Console(stderr=True)
 log = logging.getLogger("fusechat")
@@ -40,14 +42,14 @@ def setup_logging() -> None:
         handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
     log.propagate = False
 
 
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
     """A bar on a terminal, a line every ten seconds elsewhere. Without `total`, a spinner with the time that passed."""
-    if console.is_terminal:
+    if console.is_terminal and ranks.is_first():
         yield from _bar(description, total, unit)
     else:
         yield from _lines(description, total, unit)

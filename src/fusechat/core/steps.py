@@ -14,7 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from fusechat.core.files import digest, digest_json, read_json, remove_partial, write_json
+from fusechat.core import ranks
+from fusechat.core.cache import fresh_digest, known_digest
+from fusechat.core.files import digest_json, read_json, remove_partial, write_json
+from fusechat.core.progress import log
 
 MANIFEST, STARTED = "manifest.json", "started.json"
 State = Literal["done", "partial", "stale", "damaged", "absent"]
@@ -25,7 +28,9 @@ _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarro
 class Step:
     """`work(directory)` writes the artifacts and returns the counts for the manifest.
 
-    `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale.
+    `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale. With
+    `whole_files` every file stands for itself: of a damaged step the sound ones are kept, and `work` makes the others again.
+    A step with `join` is shared by all processes: each calls `work`, and `join` makes one of the counts that they return.
     """
 
     stage: str
@@ -35,6 +40,8 @@ class Step:
     work: Callable[[Path], dict[str, Any]]
     upstream: Mapping[str, "Step"] = field(default_factory=dict)
     format: int = 1
+    whole_files: bool = False
+    join: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
 
     @property
     def label(self) -> str:
@@ -68,15 +75,28 @@ class Step:
             return "absent", "not begun"
         if manifest.get("fingerprint") != self.fingerprint:
             return "stale", _difference(manifest.get("inputs", {}), self.inputs)
-        for name, size in manifest.get("outputs", {}).items():
-            file = self.directory / name
-            if not file.is_file() or file.stat().st_size != size["bytes"]:
-                return "damaged", f"{name} is missing or not of the size that was written"
+        damaged = self._damaged(manifest)
+        if damaged:
+            name, what = next(iter(damaged.items()))
+            return "damaged", f"{name} {what}" + (f", and {len(damaged) - 1} files more" if len(damaged) > 1 else "")
         built_from = manifest.get("built_from", {})
         for key, contents in self._upstream_contents().items():
             if contents is not None and contents != built_from.get(key):
                 return "stale", f"{self.upstream[key].label} was made again and came out different"
         return "done", ""
+
+    def _damaged(self, manifest: dict[str, Any]) -> dict[str, str]:
+        """What is wrong with files that were written. Contents are read again only where a file's size or times changed."""
+        found = {}
+        for name, written in manifest.get("outputs", {}).items():
+            file = self.directory / name
+            if not file.is_file():
+                found[name] = "is missing"
+            elif file.stat().st_size != written["bytes"]:
+                found[name] = "is not of the size that was written"
+            elif known_digest(file) != written["sha256"]:
+                found[name] = "is not what was written (its checksum differs)"
+        return found
 
     def _upstream_contents(self) -> dict[str, str | None]:
         """A digest of what each upstream step wrote, None where it is not finished. With one fingerprint contents may still
@@ -86,18 +106,33 @@ class Step:
 
     def run(self) -> bool:
         """Does the work unless it is done; returns whether there was anything to do."""
-        state, _ = self.state()
+        if not ranks.from_first(self._begin):
+            return False
+        began = time.monotonic()
+        if self.join is not None:
+            counts = self.join(ranks.gather(self.work(self.directory)))
+        else:
+            counts = ranks.from_first(lambda: self.work(self.directory))
+        ranks.from_first(lambda: self._finish(counts, time.monotonic() - began))
+        return True
+
+    def _begin(self) -> bool:
+        """Whether there is work to do; if so, leaves in the directory what it can go on from."""
+        state, why = self.state()
         if state == "done":
             (self.directory / STARTED).unlink(missing_ok=True)
             return False
-        if state != "partial":
+        if state in ("stale", "damaged"):
+            log.info("%s is %s (%s): doing it again", self.label, state, why)
+        if state == "damaged" and self.whole_files:
+            for name in self._damaged(self.manifest() or {}):
+                (self.directory / name).unlink(missing_ok=True)
+        elif state != "partial":
             self._clear()
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_partial(self.directory)
         write_json(self.directory / STARTED, {"fingerprint": self.fingerprint})
-        began = time.monotonic()
-        counts = self.work(self.directory)
-        self._finish(counts, time.monotonic() - began)
+        (self.directory / MANIFEST).unlink(missing_ok=True)
         return True
 
     def redo(self) -> None:
@@ -107,7 +142,7 @@ class Step:
 
     def _finish(self, counts: dict[str, Any], seconds: float) -> None:
         outputs = {
-            str(file.relative_to(self.directory)): {"bytes": file.stat().st_size, "sha256": digest(file)}
+            str(file.relative_to(self.directory)): {"bytes": file.stat().st_size, "sha256": fresh_digest(file)}
             for own in self._own()
             for file in sorted(own.rglob("*") if own.is_dir() else [own])
             if file.is_file() and file.name not in (MANIFEST, STARTED)

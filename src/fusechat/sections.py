@@ -1,0 +1,214 @@
+"""The sections of a recipe, each checked by itself. The whole is in `config.py`."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from fusechat.core.references import Reference
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Backend = Literal["transformers", "vllm"]
+Url = Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
+PIVOT, FUSED, COMMON = "pivot", "fused", "data"  # names that no source may have; COMMON is the recipe's own data set
+
+
+def _not_taken(name: str) -> str:
+    if name.lower() in (PIVOT, FUSED, COMMON):
+        raise ValueError("this name is taken; choose another")
+    return name
+
+
+SourceName = Annotated[Name, AfterValidator(_not_taken)]  # of a target too
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSpec(Section):
+    """A chat LLM. In a recipe a bare reference stands for `{model: reference}`."""
+
+    model: str | None = None
+    wheel: list[str] | None = None
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_form(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"model": value}
+        if isinstance(value, dict):
+            inner = value.get("model")
+            if isinstance(inner, dict):  # model: {wheel: [...], sha256: ...}
+                return {**{key: item for key, item in value.items() if key != "model"}, **inner}
+            if isinstance(value.get("wheel"), str):
+                return {**value, "wheel": [value["wheel"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> "ModelSpec":
+        if (self.model is None) == (not self.wheel):
+            raise ValueError("names no model, or two: give either model or wheel")
+        problem = self.reference.check()
+        if problem:
+            raise ValueError(problem)
+        if self.chat_template is not None and is_template_file(self.chat_template):
+            raise ValueError(f"chat_template: {self.chat_template}: no such file")
+        if self.sha256 and not self.reference.is_wheel:
+            raise ValueError("sha256 goes with a wheel: reference")
+        return self
+
+    @property
+    def reference(self) -> Reference:
+        parts = (
+            (self.model,)
+            if self.model
+            else tuple(part if part.startswith("wheel:") else f"wheel:{part}" for part in self.wheel or ())
+        )
+        return Reference(parts, self.sha256, self.trust_remote_code)
+
+
+class DataPath(Section):
+    path: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _full_form(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class SourceData(Section):
+    train: DataPath
+    validation: DataPath | None = None
+
+
+class Data(Section):
+    train: DataPath | None = None
+    validation: DataPath | None = None
+    max_length: int = Field(default=2048, ge=8)
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+class SourceCapture(Section):
+    """What a source may set for itself; None takes the recipe's `capture`."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    dtype: Dtype | None = None
+    batch_tokens: int | None = Field(default=None, ge=1)
+    backend: Backend | None = None
+    tensor_parallel: int | None = Field(default=None, ge=1)
+    url: Url | None = None
+
+
+class SourceSpec(ModelSpec):
+    data: SourceData | None = None
+    capture: SourceCapture = SourceCapture()
+
+
+class Capture(Section):
+    top_k: int = Field(default=10, ge=1)
+    dtype: Dtype = "bfloat16"
+    batch_tokens: int = Field(default=2048, ge=1)
+    shard_conversations: int = Field(default=256, ge=1)
+    backend: Backend = "transformers"
+    tensor_parallel: int = Field(default=1, ge=1)
+    url: Url | None = None
+
+
+class Align(Section):
+    sequence: Literal["boundary", "dtw"] = "boundary"
+    vocabulary: Literal["exact", "edit", "statistics"] = "statistics"
+    top_1: bool = False
+    unaligned: Literal["label", "skip", "pivot", "condition"] = "condition"
+    look_ahead: bool | None = None
+    chain_rule: bool = False
+    top_k: int | None = Field(default=None, ge=1)
+    processes: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _counted(self) -> "Align":
+        if self.look_ahead and self.vocabulary != "statistics":
+            raise ValueError("look_ahead needs vocabulary: statistics")
+        return self
+
+    def strategy(self) -> Any:
+        """As the alignment takes it: without a word on `look_ahead`, it is used where the map is counted."""
+        from fusechat.align.aligner import Strategy
+
+        look_ahead = self.vocabulary == "statistics" if self.look_ahead is None else self.look_ahead
+        return Strategy(
+            self.sequence,
+            self.vocabulary,
+            top_1=self.top_1,
+            unaligned=self.unaligned,
+            look_ahead=look_ahead,
+            chain_rule=self.chain_rule,
+        )
+
+
+class Fuse(Section):
+    function: Literal["mince", "avgce", "source"] = "mince"
+    unit: Literal["byte", "token"] = "byte"
+    level: Literal["conversation", "response", "position"] = "conversation"
+    against: Literal["pivot", "student"] = "pivot"
+    loss: Literal["cross_entropy", "kl", "reverse_kl", "jsd"] = "cross_entropy"
+    tail: Literal["renormalise", "bucket"] = "renormalise"
+    temperature: float = Field(default=1.0, gt=0)
+    sft_weight: float = Field(default=0.9, ge=0, le=1)
+    lora: dict[str, Any] | None = None
+    training: dict[str, Any] = {}
+
+    @field_validator("training")
+    @classmethod
+    def _known_arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        from fusechat.fuse.arguments import check_arguments
+
+        problems = check_arguments(value)
+        if problems:
+            raise ValueError(*problems)
+        return value
+
+
+class Merge(Section):
+    """Beside `targets` and `dtype`, what `fusechat merge` takes for the method, checked as there; `weight` and `density` also by
+    target."""
+
+    method: str = "sce"
+    targets: list[str] | None = Field(default=None, min_length=1)
+    granularity: Literal["tensor", "layer", "model"] | None = None
+    select_topk: Any = None
+    select_deltas: Any = None
+    normalize: Any = None
+    weight: Any = None
+    density: Any = None
+    rescale: Any = None
+    lambda_: Any = Field(default=None, alias="lambda")
+    t: Any = None
+    dtype: Dtype | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_in_the_paper(cls, raw: Any) -> Any:
+        """Without a word on it, SCE keeps the share that the paper's 7B models were merged with."""
+        if isinstance(raw, dict) and raw.get("method", "sce") == "sce" and raw.get("select_topk") is None:
+            return {**raw, "select_topk": 0.1}
+        return raw
+
+    def parameters(self) -> dict[str, Any]:
+        """What is set, by the names that the methods know."""
+        given = self.model_dump(exclude={"method", "targets", "dtype"}, exclude_none=True)
+        return {name.rstrip("_"): value for name, value in given.items()}
+
+
+class Evaluate(Section):
+    bits_per_byte: bool = True
+    dtype: Dtype = "bfloat16"
+    batch_tokens: int = Field(default=2048, ge=1)
+
+
+def is_template_file(text: str) -> bool:
+    """Whether a chat template is given as the name of a file: `template.jinja`."""
+    return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text
