@@ -9,15 +9,12 @@ import pytest
 import torch
 
 import runs
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import PreparedSet
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData, collate_fusion
-from fusechat.fuse.trainer import last_checkpoint, train, training_arguments
+from fusechat.fuse.trainer import COMPLETE, last_checkpoint
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
-
-SETTINGS = {"sft_weight": 0.5, "kind": "cross_entropy", "tail": "renormalise", "temperature": 1.0}
+from training import fine_tune, fusion_data
 
 
 @pytest.fixture(scope="module")
@@ -25,30 +22,15 @@ def data(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> F
     directory = tmp_path_factory.mktemp("training")
     work = directory / "work"
     run(load_recipe(runs.write_recipe(directory, models)), work, until="align")
-    return FusionData(
-        PreparedSet(work / "prepare" / "pivot" / "data"),
-        PreparedSet(work / "prepare" / "mistral" / "data"),
-        pivot_captured=open_distributions(work / "capture" / "pivot" / "data"),
-        source_captured=open_distributions(work / "capture" / "mistral" / "data"),
-        aligned=open_distributions(work / "align" / "mistral"),
-    )
-
-
-def fine_tune(models: dict[str, Path], data: FusionData, output: Path, **training: Any) -> tuple[list[dict], Any]:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
-    arguments = training_arguments(
-        {"learning_rate": 1e-2, "max_steps": 3, "save_strategy": "no", **training}, output=output, seed=0, device="cpu"
-    )
-    log = train(model, data, arguments, loss_settings=SETTINGS, pad=0, advance=lambda amount=1, note="": None)
-    return log, model
+    return fusion_data(work, "mistral")
 
 
 def test_accumulation_changes_nothing_but_rounding(models: dict[str, Path], data: FusionData, tmp_path: Path) -> None:
     """Conversations differ in length, so a mean of means would differ from the mean over all tokens."""
-    whole, a = fine_tune(models, data, tmp_path / "a", per_device_train_batch_size=4)
-    parts, b = fine_tune(models, data, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    whole, a = fine_tune(models["llama"], data, tmp_path / "a", per_device_train_batch_size=4)
+    parts, b = fine_tune(
+        models["llama"], data, tmp_path / "b", per_device_train_batch_size=1, gradient_accumulation_steps=4
+    )
     assert len(whole) == len(parts) == 3
     for left, right in zip(whole, parts, strict=True):
         for name in ("loss", "sft_loss", "fusion_loss", "grad_norm"):
@@ -61,7 +43,7 @@ def test_the_first_loss_is_the_mean_over_all_response_tokens(
     models: dict[str, Path], data: FusionData, loaded: dict[str, Any], tmp_path: Path
 ) -> None:
     """Against a naive loop over tokens with an unpadded forward pass of each conversation, in float64."""
-    log, _ = fine_tune(models, data, tmp_path, per_device_train_batch_size=len(data), max_steps=1)
+    log, _ = fine_tune(models["llama"], data, tmp_path, per_device_train_batch_size=len(data), max_steps=1)
     sft, fusion, tokens = 0.0, 0.0, 0
     for index in range(len(data)):
         conversation, targets = data[index]["conversation"], data[index]["targets"]
@@ -81,8 +63,23 @@ def test_the_first_loss_is_the_mean_over_all_response_tokens(
 def test_a_loss_that_is_not_finite_names_the_conversations(
     models: dict[str, Path], data: FusionData, tmp_path: Path
 ) -> None:
-    with pytest.raises(TrainingError, match=r"not finite at step \d+, conversations [0-9a-f]{20}"):
-        fine_tune(models, data, tmp_path, learning_rate=1e38, max_grad_norm=0.0, max_steps=5)
+    """The checkpoint of the step before stays, and is whole."""
+    with pytest.raises(TrainingError, match=r"not finite at step (\d+), conversations [0-9a-f]{20}") as caught:
+        fine_tune(
+            models["llama"],
+            data,
+            tmp_path,
+            learning_rate=1e38,
+            max_grad_norm=0.0,
+            max_steps=5,
+            save_strategy="steps",
+            save_steps=1,
+        )
+    named = str(caught.value).split("conversations ")[1].split(";")[0].split(", ")
+    assert set(named) <= {data[index]["conversation"].id for index in range(len(data))}
+    step = int(str(caught.value).split("step ")[1].split(",")[0])
+    assert len(named) == (8 if step % 2 else len(data) - 8)
+    assert last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step - 1}"
 
 
 def test_only_complete_checkpoints_are_resumed_from(tmp_path: Path) -> None:
@@ -90,7 +87,7 @@ def test_only_complete_checkpoints_are_resumed_from(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         if complete:
-            (tmp_path / f"checkpoint-{step}" / "COMPLETE").touch()
+            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10", "by number, not by name"
     assert not (tmp_path / "checkpoint-12").exists()
     assert last_checkpoint(tmp_path / "none") is None

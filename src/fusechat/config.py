@@ -136,12 +136,23 @@ class Recipe(Section):
                 sets.append(DataSet(f"{name}-held-out", source.data.validation.path, self.data.on_error))
         return sets
 
+    def validation_sets_of(self, target: str) -> list[DataSet]:
+        """Held-out conversations of a target: those of its sources, for plain SFT of all; each source's own, else the recipe's."""
+        by_name = {data.name: data for data in self.validation_sets()}
+        wanted = {
+            name for source in self.teachers()[target] or self.sources for name in self._held_out_names(source)[:1]
+        }
+        return [data for name, data in by_name.items() if name in wanted]
+
+    def _held_out_names(self, source: str) -> list[str]:
+        """Which held-out sets there are for a source, its own first."""
+        existing = {data.name for data in self.validation_sets()}
+        return [f"{name}-held-out" for name in (source, COMMON) if f"{name}-held-out" in existing]
+
     def validation_set(self, source: str) -> DataSet:
         """The held-out conversations on which `source` is measured: its own, else the recipe's. Raises RecipeError."""
-        found = {data.name: data for data in self.validation_sets()}
-        for name in (source, COMMON):
-            if f"{name}-held-out" in found:
-                return found[f"{name}-held-out"]
+        for name in self._held_out_names(source):
+            return {data.name: data for data in self.validation_sets()}[name]
         raise RecipeError(f"source {source} has no held-out conversations: set data.validation")
 
     def capture_for(self, name: str) -> Capture:

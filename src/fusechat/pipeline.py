@@ -33,46 +33,49 @@ RECIPE, LOCK = "recipe.yaml", ".lock"
 
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     """Every step of the recipe, upstream first. Raises DataError naming all data files that are not there."""
-    held_out = recipe.validation_sets() if recipe.evaluate.bits_per_byte else []
+    held_out = recipe.validation_sets() if recipe.evaluate.bits_per_byte or fuse.measures(recipe) else []
     _check_files([*map(recipe.training_set, recipe.sources), *held_out])
-    aligned, targets = {}, {}
-    for source in recipe.sources:
-        aligned[source], targets[source] = _branch(recipe, workdir, source)
-    merged = merge.step(recipe, workdir, targets)
+    targets = {target: _target(recipe, workdir, target) for target in recipe.teachers()}
+    merged = merge.step(recipe, workdir, {name: targets[name] for name in recipe.merged_targets()})
+    aligned = {step.name: step for step in with_upstream(list(targets.values())) if step.stage == "align"}
     upstream = {f"align/{name}": step for name, step in aligned.items()}
     upstream |= {f"fuse/{name}": step for name, step in targets.items()}
     upstream["merge"] = merged
-    if held_out:
+    if held_out and recipe.evaluate.bits_per_byte:
         upstream["evaluate"] = _evaluation(recipe, workdir, held_out, targets, merged)
     steps = with_upstream([report.step(recipe, workdir, upstream)])
     return sorted(steps, key=lambda step: STAGES.index(step.stage))  # stable: upstream stays first
 
 
-def _branch(recipe: Recipe, workdir: Path, source: str) -> tuple[Step, Step]:
-    """The align and the fuse step of one source, and through them all that its branch needs."""
-    data = recipe.training_set(source)
-    pivot, teacher = recipe.chatter(PIVOT), recipe.chatter(source)
-    pivot_prepared = prepare.step(recipe, workdir, pivot, data)
-    source_prepared = prepare.step(recipe, workdir, teacher, data)
-    pivot_captured = capture.step(recipe, workdir, pivot, pivot_prepared)
-    source_captured = capture.step(recipe, workdir, teacher, source_prepared)
+def _target(recipe: Recipe, workdir: Path, target: str) -> Step:
+    """The fuse step of one target, and through it all that its branch needs: nothing but tokens for plain fine-tuning."""
+    pivot, sets = recipe.chatter(PIVOT), []
+    for data, sources in recipe.training_sets(target).items():
+        prepared = prepare.step(recipe, workdir, pivot, data)
+        teachers = sources if fuse.is_taught(recipe, target) else []
+        captured = capture.step(recipe, workdir, pivot, prepared) if fuse.needs_pivot(recipe, target) else None
+        branches = {name: _branch(recipe, workdir, name, data, prepared) for name in teachers}
+        sets.append(fuse.SetSteps(data.name, prepared, captured, branches))
+    held_out = recipe.validation_sets_of(target) if fuse.measures(recipe) else []
+    measured = {data.name: prepare.step(recipe, workdir, pivot, data) for data in held_out}
+    return fuse.step(recipe, workdir, target, sets, measured)
+
+
+def _branch(recipe: Recipe, workdir: Path, source: str, data: DataSet, pivot_prepared: Step) -> fuse.SourceSteps:
+    """One source on its conversations, up to its distributions in the pivot's tokens."""
+    teacher = recipe.chatter(source)
+    prepared = prepare.step(recipe, workdir, teacher, data)
+    captured = capture.step(recipe, workdir, teacher, prepared)
     aligned = align.step(
         recipe,
         workdir,
         source,
         pivot_prepared=pivot_prepared,
-        pivot_captured=pivot_captured,
-        source_prepared=source_prepared,
-        source_captured=source_captured,
+        pivot_captured=capture.step(recipe, workdir, recipe.chatter(PIVOT), pivot_prepared),
+        source_prepared=prepared,
+        source_captured=captured,
     )
-    upstream = {
-        "pivot": pivot_prepared,
-        "pivot_capture": pivot_captured,
-        "source": source_prepared,
-        "source_capture": source_captured,
-        "align": aligned,
-    }
-    return aligned, fuse.step(recipe, workdir, source, upstream)
+    return fuse.SourceSteps(prepared, captured, aligned)
 
 
 def _evaluation(recipe: Recipe, workdir: Path, held_out: list[DataSet], targets: dict[str, Step], merged: Step) -> Step:
@@ -106,12 +109,12 @@ def _check_files(sets: list[DataSet]) -> None:
 
 
 def select_steps(steps: list[Step], *, until: str | None = None, only: str | None = None) -> list[Step]:
-    """The steps up to stage `until`, and of source `only` its own branch alone (which ends before the merge)."""
+    """The steps up to stage `until`, and of source (or other target) `only` its own branch alone, which ends before the merge."""
     if only is not None:
         branch = [step for step in steps if step.stage == "fuse" and step.name == only]
         if not branch:
-            sources = ", ".join(step.name for step in steps if step.stage == "fuse")
-            raise RecipeError(f"--only {only}: the recipe has no such source; it has {sources}")
+            targets = ", ".join(step.name for step in steps if step.stage == "fuse")
+            raise RecipeError(f"--only {only}: the recipe has no such source or target; it has {targets}")
         steps = list(with_upstream(branch))
     if until is None:
         return steps
@@ -142,8 +145,8 @@ def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | Non
     if any(step.stage == "fuse" for step in waiting):
         fuse.check(recipe)
     if any(step.stage != "report" for step in waiting):
-        names = [PIVOT, *([only] if only else recipe.sources)]
-        convert_together([recipe.chatter(name).reference for name in names])
+        sources = recipe.teachers()[only] if only else recipe.sources
+        convert_together([recipe.chatter(name).reference for name in (PIVOT, *sources)])
 
 
 def check_workdir(recipe: Recipe, workdir: Path) -> None:

@@ -171,6 +171,16 @@ class Fuse(Section):
             raise ValueError(*problems)
         return value
 
+    @field_validator("lora")
+    @classmethod
+    def _known_to_peft(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        from fusechat.fuse.arguments import check_lora
+
+        problems = check_lora(value) if value is not None else []
+        if problems:
+            raise ValueError(*problems)
+        return value
+
 
 class Merge(Section):
     """Beside `targets` and `dtype`, what `fusechat merge` takes for the method, checked as there; `weight` and `density` also by

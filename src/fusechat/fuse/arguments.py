@@ -1,4 +1,5 @@
-"""`fuse.training`: any of Transformers' TrainingArguments by name, checked without importing Transformers."""
+"""`fuse.training` and `fuse.lora`: any of Transformers' TrainingArguments and of PEFT's LoraConfig by name, checked without
+importing either."""
 
 import ast
 import difflib
@@ -38,15 +39,20 @@ POSITIVE = (
 _PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
 
 
-@lru_cache(maxsize=1)
 def known_arguments() -> dict[str, str]:
-    """The fields of TrainingArguments and their annotations, read from its source: importing it takes seconds."""
-    spec = find_spec("transformers")
+    """The fields of TrainingArguments and their annotations."""
+    return _fields("transformers", "training_args.py", "TrainingArguments")
+
+
+@lru_cache(maxsize=4)
+def _fields(package: str, file: str, name: str) -> dict[str, str]:
+    """The fields of a dataclass and their annotations, read from its source: importing it takes seconds."""
+    spec = find_spec(package)
     if spec is None or spec.origin is None:
         return {}
-    tree = ast.parse((Path(spec.origin).parent / "training_args.py").read_text(encoding="utf-8"))
+    tree = ast.parse((Path(spec.origin).parent / file).read_text(encoding="utf-8"))
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments":
+        if isinstance(node, ast.ClassDef) and node.name == name:
             return {
                 field.target.id: ast.unparse(field.annotation)
                 for field in node.body
@@ -61,14 +67,27 @@ def check_arguments(training: dict[str, Any]) -> list[str]:
     for name, value in training.items():
         if name in RESERVED:
             problems.append(f"{name} cannot be set: {RESERVED[name]}")
-        elif name not in known_arguments():
-            close = difflib.get_close_matches(name, known_arguments(), n=1)
-            problems.append(f"unknown training argument {name}" + (f"; did you mean {close[0]}?" if close else ""))
-        elif not _fits(value, known_arguments()[name]):
-            problems.append(f"{name} should be {known_arguments()[name]}, not {value!r}")
-        elif name in POSITIVE and isinstance(value, int | float) and value <= 0:
-            problems.append(f"{name} should be more than 0, not {value!r}")
+            continue
+        found = _check(name, value, known_arguments(), "training argument")
+        if not found and name in POSITIVE and isinstance(value, int | float) and value <= 0:
+            found = [f"{name} should be more than 0, not {value!r}"]
+        problems += found
     return problems
+
+
+def check_lora(settings: dict[str, Any]) -> list[str]:
+    """As `check_arguments`, for `fuse.lora`."""
+    known = _fields("peft", "tuners/lora/config.py", "LoraConfig")
+    if not known:
+        return ["PEFT is not installed; run pip install 'fusechat[lora]'"]
+    return [line for name, value in settings.items() for line in _check(name, value, known, "LoRA argument")]
+
+
+def _check(name: str, value: Any, known: dict[str, str], what: str) -> list[str]:
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        return [f"unknown {what} {name}" + (f"; did you mean {close[0]}?" if close else "")]
+    return [] if _fits(value, known[name]) else [f"{name} should be {known[name]}, not {value!r}"]
 
 
 def _fits(value: Any, annotation: str) -> bool:

@@ -1,7 +1,8 @@
 """What the trainer reads: tokens of a conversation, its response rows, and the k targets of each row."""
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,81 +11,150 @@ from torch.utils.data import Dataset
 
 from fusechat.core.distributions import DistributionSet, SparseDistribution
 from fusechat.core.forward import collate
-from fusechat.core.prepared import PreparedSet
-from fusechat.fuse.choice import Candidate, common_responses, cross_entropy_per_byte, min_ce
+from fusechat.core.prepared import Prepared, PreparedSet
+from fusechat.fuse import choice
+from fusechat.fuse.choice import Candidate, Rule
+from fusechat.fuse.mixture import mix, nothing
+from fusechat.fuse.student import Comparison, join_comparisons
 
-PIVOT, SOURCE, NONE = "pivot", "source", "none"
+PIVOT, NONE, TIES, ALONE = "pivot", "none", "ties", "without comparison"
+NOBODY = -1  # the index of an item that only fills up a batch
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a source has of one set of conversations: its own rows and captures, and these aligned to the pivot's rows."""
+
+    prepared: PreparedSet
+    captured: DistributionSet
+    aligned: DistributionSet
+
+
+@dataclass(frozen=True)
+class TeachingSet:
+    """A set of conversations and who may teach on it; `captured` are the pivot's own distributions, where they are asked for."""
+
+    name: str
+    pivot: PreparedSet
+    captured: DistributionSet | None = None
+    teachers: Mapping[str, Teacher] | None = None
 
 
 class FusionData(Dataset[dict[str, Any]]):
-    """The conversations of one target. `chosen` maps a conversation's id to the model that teaches it (METHOD, "Fusion")."""
+    """The conversations of one target: those of its sets, one set after the other, each conversation once."""
 
-    def __init__(
-        self,
-        pivot: PreparedSet,
-        source: PreparedSet,
-        *,
-        pivot_captured: DistributionSet,
-        source_captured: DistributionSet,
-        aligned: DistributionSet,
-    ) -> None:
-        self.pivot, self.aligned, self.pivot_captured = pivot, aligned, pivot_captured
-        self.counts = Counter(
-            {"taught_by_pivot": 0, "taught_by_source": 0, "taught_by_none": 0, "ties": 0, "without_comparison": 0}
-        )
-        self.chosen = {identity: self._choose(identity, source, source_captured) for identity in pivot.ids}
+    def __init__(self, sets: Sequence[TeachingSet], rule: Rule) -> None:
+        self.sets, self.rule = list(sets), rule
+        self.candidates = [PIVOT, *dict.fromkeys(name for one in sets for name in one.teachers or {})]
+        seen: set[str] = set()
+        self.places: list[tuple[int, int]] = []  # (set, row) of each conversation
+        for index, one in enumerate(sets):
+            new = [row for row, identity in enumerate(one.pivot.ids) if identity not in seen]
+            seen.update(one.pivot.ids)
+            self.places += [(index, row) for row in new]
 
     def __len__(self) -> int:
-        return len(self.pivot)
+        return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        conversation = self.pivot[index]
-        targets = self._targets(conversation.id, len(conversation))
-        return {"input_ids": conversation.input_ids, "conversation": conversation, "targets": targets}
+        if index == NOBODY:
+            return _item(EMPTY, nothing(0), None, 0)
+        place, row = self.places[index]
+        conversation = self.sets[place].pivot[row]
+        candidates = self._candidates(self.sets[place], conversation)
+        if not candidates:
+            return _item(conversation, nothing(len(conversation)), None, place)
+        found = self._compare(candidates, conversation)
+        share = choice.weights(found, self.rule.function)
+        groups = choice.groups_of(conversation, self.rule.level)
+        targets = mix([one.targets for one in candidates.values()], share[:, groups])
+        comparison = None
+        if self.rule.compares_with_student:
+            numbers = np.array([self.candidates.index(name) for name in candidates])
+            rows = [one.rows for one in candidates.values()]
+            comparison = Comparison.of(conversation, rows, self.rule, bar=found.min(0), chosen=numbers[found.argmin(0)])
+        return _item(conversation, targets, comparison, place)
 
-    def _targets(self, identity: str, n: int) -> SparseDistribution:
-        teacher = self.chosen[identity]
-        if teacher == SOURCE:
-            return self.aligned[identity]
-        if teacher == PIVOT:
-            return self.pivot_captured[identity]
-        return SparseDistribution(np.full((n, 1), -1, np.int32), np.full((n, 1), -np.inf), np.zeros(0, np.float32))
+    def _candidates(self, data: TeachingSet, conversation: Prepared) -> dict[str, Candidate]:
+        """Who has distributions of a conversation, the pivot first."""
+        identity, found = conversation.id, {}
+        if data.captured is not None and identity in data.captured:
+            captured = data.captured[identity]
+            found[PIVOT] = Candidate(conversation, captured.nll, captured)
+        for name, teacher in (data.teachers or {}).items():
+            if identity in teacher.prepared.row_of and identity in teacher.captured:
+                rows = teacher.prepared[teacher.prepared.row_of[identity]]
+                found[name] = Candidate(rows, teacher.captured[identity].nll, teacher.aligned[identity])
+        return found
 
-    def _choose(self, identity: str, source: PreparedSet, source_captured: DistributionSet) -> str:
-        """MinCE between the pivot and the source; where only one of them has the conversation, that one; counted."""
-        has_pivot = identity in self.pivot_captured
-        has_source = identity in source.row_of and identity in source_captured
-        if has_pivot and has_source:
-            candidates = [
-                Candidate(self.pivot[self.pivot.row_of[identity]], self.pivot_captured[identity].nll),
-                Candidate(source[source.row_of[identity]], source_captured[identity].nll),
-            ]
-            common = common_responses(candidates)
-            best, tie = min_ce([cross_entropy_per_byte(candidate, common) for candidate in candidates])
-            self.counts["ties"] += tie
-            teacher = (PIVOT, SOURCE)[best]
-        else:
-            teacher = PIVOT if has_pivot else SOURCE if has_source else NONE
-            self.counts["without_comparison"] += 1
-        self.counts[f"taught_by_{teacher}"] += 1
-        return teacher
+    def _compare(self, candidates: Mapping[str, Candidate], conversation: Prepared) -> np.ndarray:
+        each = list(candidates.values())
+        return choice.cross_entropies(each, conversation, unit=self.rule.unit, level=self.rule.level)
+
+    @cached_property
+    def chosen(self) -> dict[str, dict[str, float]]:
+        """For each set, of how many groups (conversations, responses or positions) each candidate is the teacher, or, of AvgCE, the
+        sum of its weights; of how many nobody is; how many were ties, and how many had one candidate only."""
+        counts = {one.name: dict.fromkeys([*self._of(one), NONE, TIES, ALONE], 0.0) for one in self.sets}
+        for place, row in self.places:
+            data = self.sets[place]
+            conversation, count = data.pivot[row], counts[data.name]
+            candidates = self._candidates(data, conversation)
+            if not candidates:
+                count[NONE] += len(np.unique(choice.groups_of(conversation, self.rule.level)))
+                continue
+            found = self._compare(candidates, conversation)
+            share = choice.weights(found, self.rule.function)
+            for name, weight in zip(candidates, share.sum(axis=1).tolist(), strict=True):
+                count[name] += weight
+            count[NONE] += int(np.count_nonzero(share.sum(axis=0) == 0))
+            count[TIES] += choice.ties(found)
+            count[ALONE] += int(np.count_nonzero(np.isfinite(found).sum(axis=0) == 1))
+        return {name: {key: round(value, 4) for key, value in count.items()} for name, count in counts.items()}
+
+    @staticmethod
+    def _of(data: TeachingSet) -> list[str]:
+        return [*([PIVOT] if data.captured is not None else []), *(data.teachers or {})]
+
+
+EMPTY = Prepared(
+    id="",
+    input_ids=np.zeros(1, np.int32),
+    **{name: np.zeros(0, np.int32) for name in ("position", "response", "begin", "end", "content_bytes")},
+    end_of_turn=np.zeros(0, bool),
+)
+
+
+def _item(rows: Prepared, targets: SparseDistribution, comparison: Comparison | None, place: int) -> dict[str, Any]:
+    return {
+        "input_ids": rows.input_ids,  # by its length batches may be grouped
+        "conversation": rows,
+        "targets": targets,
+        "comparison": comparison,
+        "set": place,
+    }
 
 
 def collate_fusion(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, Any]:
     """A batch for the trainer: padded tokens, and for the n response rows of all items together `labels` int64 [n],
-    `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k]."""
+    `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k]; against the student, `comparison`."""
     conversations = [item["conversation"] for item in items]
     batch = collate(conversations, pad)
     k = max(item["targets"].ids.shape[1] for item in items)
-    return {
+    collated = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "rows": batch.rows,
         "labels": batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]],
         "target_ids": _stack([item["targets"].ids for item in items], k, -1, torch.long),
         "target_logprobs": _stack([item["targets"].logprobs for item in items], k, -np.inf, torch.float32),
-        "conversation_ids": [conversation.id for conversation in conversations],
+        "conversation_ids": [conversation.id for conversation in conversations if conversation.id],
     }
+    if any(item["comparison"] is not None for item in items):
+        collated["comparison"] = join_comparisons(
+            [item["comparison"] for item in items], [len(one) for one in conversations], [item["set"] for item in items]
+        )
+    return collated
 
 
 def _stack(parts: list[np.ndarray], k: int, fill: float, dtype: torch.dtype) -> torch.Tensor:

@@ -2,21 +2,67 @@
 
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fusechat.config import PIVOT, Recipe
-from fusechat.core.chatters import Chatter
+from fusechat.core import ranks
 from fusechat.core.distributions import open_distributions
 from fusechat.core.files import atomic_directory, write_text
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
+from fusechat.errors import RecipeError
 
-MODEL, LOSSES = "model", "losses.jsonl"
+MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
 
 
-def step(recipe: Recipe, workdir: Path, source: str, upstream: dict[str, Step]) -> Step:
-    """Fine-tunes a copy of the pivot against one source. `upstream`: pivot, pivot_capture, source, source_capture, align."""
+@dataclass(frozen=True)
+class SourceSteps:
+    """What a source has done on a set of conversations."""
+
+    prepared: Step
+    captured: Step
+    aligned: Step
+
+
+@dataclass(frozen=True)
+class SetSteps:
+    """What was done on a set of conversations for one target: by the pivot (captured only if that is asked for), by each source."""
+
+    name: str
+    pivot: Step
+    captured: Step | None = None
+    sources: Mapping[str, SourceSteps] = field(default_factory=dict)
+
+    def upstream(self) -> dict[str, Step]:
+        found = {f"{self.name}/pivot": self.pivot}
+        if self.captured is not None:
+            found[f"{self.name}/pivot_capture"] = self.captured
+        for name, steps in self.sources.items():
+            for key, step in (("", steps.prepared), ("_capture", steps.captured), ("_aligned", steps.aligned)):
+                found[f"{self.name}/source/{name}{key}"] = step
+        return found
+
+
+def is_taught(recipe: Recipe, target: str) -> bool:
+    """Whether a target learns from distributions at all: not by plain fine-tuning."""
+    return bool(recipe.teachers()[target]) and recipe.fuse.sft_weight < 1
+
+
+def needs_pivot(recipe: Recipe, target: str) -> bool:
+    """Whether the pivot's own distributions are among those that teach a target."""
+    return is_taught(recipe, target) and recipe.fuse.function != "source" and recipe.fuse.against == "pivot"
+
+
+def measures(recipe: Recipe) -> bool:
+    """Whether held-out conversations are measured while training goes on."""
+    return recipe.fuse.training.get("eval_strategy", "no") not in ("no", False)
+
+
+def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], held_out: Mapping[str, Step]) -> Step:
+    """Fine-tunes a copy of the pivot. `held_out`: the pivot's prepared sets that are measured meanwhile."""
     pivot = recipe.chatter(PIVOT)
     settings = {
         **recipe.fuse.model_dump(),
@@ -24,70 +70,140 @@ def step(recipe: Recipe, workdir: Path, source: str, upstream: dict[str, Step]) 
         "chat_template": pivot.chat_template,
         "seed": recipe.seed,
         "device": recipe.device,
+        "teachers": recipe.teachers()[target],
     }
+    upstream = {key: one for part in sets for key, one in part.upstream().items()}
+    upstream |= {f"{name}/held_out": one for name, one in held_out.items()}
 
     def work(directory: Path) -> dict[str, Any]:
-        return _fuse(directory, source, upstream, recipe, pivot)
+        return _fuse(directory, workdir / "logs" / target, target, sets, held_out, recipe)
 
-    return Step("fuse", source, workdir / "fuse" / source, settings, work, upstream)
+    directory = workdir / "fuse" / target
+    return Step("fuse", target, directory, settings, work, upstream, FORMAT, join=lambda counts: counts[0])
 
 
 def check(recipe: Recipe) -> None:
-    """Lets Transformers judge the values in `fuse.training` before any work. Raises RecipeError."""
+    """Lets Transformers and PEFT judge what the recipe gives them before any work. Raises RecipeError."""
     from fusechat.core.models import choose_device
-    from fusechat.fuse.trainer import training_arguments
+    from fusechat.fuse.lora import lora_config
+    from fusechat.fuse.training import check_reporting, training_arguments
 
     device = str(choose_device(recipe.device))
-    training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
+    arguments = training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
+    check_reporting(arguments)
+    if recipe.fuse.lora is not None:
+        lora_config(recipe.fuse.lora)
+    if measures(recipe) and not recipe.validation_sets():
+        raise RecipeError("fuse.training.eval_strategy: there are no held-out conversations: set data.validation")
 
 
-def _fuse(directory: Path, source: str, upstream: dict[str, Step], recipe: Recipe, pivot: Chatter) -> dict[str, Any]:
+def _fuse(
+    directory: Path, logs: Path, target: str, sets: Sequence[SetSteps], held_out: Mapping[str, Step], recipe: Recipe
+) -> dict[str, Any]:
+    data = _data(sets, recipe)
+    chosen = ranks.from_first(lambda: data.chosen)
+    for name, counts in chosen.items():
+        log.info("fuse %s: on %s %s", target, name, ", ".join(f"{who} {count:g}" for who, count in counts.items()))
+    if not ranks.from_first(lambda: (directory / MODEL).is_dir()):
+        _train(directory, logs, target, data, held_out, recipe)
+    if ranks.is_first():
+        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    entries = [json.loads(line) for line in (directory / LOSSES).read_text().splitlines()]
+    steps = max((entry["step"] for entry in entries), default=0)
+    return {
+        "conversations": len(data),
+        "steps": steps,
+        "level": recipe.fuse.level,
+        "chosen": _against_student(chosen, entries),
+    }
+
+
+def _data(sets: Sequence[SetSteps], recipe: Recipe) -> Any:
+    from fusechat.core.prepared import PreparedSet
+    from fusechat.fuse.choice import Rule
+    from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
+
+    def teacher(steps: SourceSteps) -> Teacher:
+        stores = (open_distributions(one.directory) for one in (steps.captured, steps.aligned))
+        return Teacher(PreparedSet(steps.prepared.directory), *stores)
+
+    fuse = recipe.fuse
+    return FusionData(
+        [
+            TeachingSet(
+                one.name,
+                PreparedSet(one.pivot.directory),
+                open_distributions(one.captured.directory) if one.captured else None,
+                {name: teacher(steps) for name, steps in one.sources.items()},
+            )
+            for one in sets
+        ],
+        Rule(function=fuse.function, unit=fuse.unit, level=fuse.level, against=fuse.against),
+    )
+
+
+def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mapping[str, Step], recipe: Recipe) -> None:
     from fusechat.core.models import choose_device
     from fusechat.core.prepared import PreparedSet
-    from fusechat.fuse.dataset import FusionData
-    from fusechat.fuse.trainer import total_steps, train, training_arguments
+    from fusechat.fuse.lora import merged, with_adapters
+    from fusechat.fuse.training import make_trainer, total_steps, train, trained_weights, training_arguments
+    from fusechat.fuse.validation import Validation
 
-    data = FusionData(
-        PreparedSet(upstream["pivot"].directory),
-        PreparedSet(upstream["source"].directory),
-        pivot_captured=open_distributions(upstream["pivot_capture"].directory),
-        source_captured=open_distributions(upstream["source_capture"].directory),
-        aligned=open_distributions(upstream["align"].directory),
+    pivot, fuse, device = recipe.chatter(PIVOT), recipe.fuse, choose_device(recipe.device)
+    arguments = training_arguments(
+        fuse.training,
+        output=directory / "checkpoints",
+        seed=recipe.seed,
+        device=str(device),
+        name=f"{recipe.name}-{target}",
     )
-    counts = dict(sorted(data.counts.items()))
-    log.info(
-        "fuse %s: of %d conversations the pivot teaches %d, the source %d (ties: %d)",
-        source,
-        len(data),
-        counts["taught_by_pivot"],
-        counts["taught_by_source"],
-        counts["ties"],
-    )
-    checkpoints = directory / "checkpoints"
-    if not (directory / MODEL).is_dir():
-        device = choose_device(recipe.device)
-        arguments = training_arguments(recipe.fuse.training, output=checkpoints, seed=recipe.seed, device=str(device))
-        model = pivot.model(dtype="float32", device=device)  # master weights; see METHOD, "Precision"
-        tokenizer = pivot.tokenizer()
-        settings = recipe.fuse
-        with progress(f"fuse {source}", total_steps(arguments, len(data)), "steps") as advance:
-            history = train(
-                model,
-                data,
-                arguments,
-                loss_settings={
-                    "sft_weight": settings.sft_weight,
-                    "kind": settings.loss,
-                    "tail": settings.tail,
-                    "temperature": settings.temperature,
-                },
-                pad=tokenizer.pad_token_id or 0,
-                advance=advance,
-            )
-        write_text(directory / LOSSES, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
-        with atomic_directory(directory / MODEL) as target:
-            model.save_pretrained(target)
-            pivot.save_tokenizer(target)
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    steps = [json.loads(line) for line in (directory / LOSSES).read_text().splitlines()]
-    return {"conversations": len(data), "steps": steps[-1]["step"] if steps else 0, **counts}
+
+    def student(where: Any) -> Any:
+        model = pivot.model(dtype="float32", device=where)  # master weights; see METHOD, "Precision"
+        return with_adapters(model, fuse.lora, seed=recipe.seed) if fuse.lora is not None else model
+
+    with progress(f"fuse {target}", total_steps(arguments, len(data)), "steps") as advance:
+        trainer = make_trainer(
+            student(device),
+            data,
+            arguments,
+            loss_settings={
+                "sft_weight": fuse.sft_weight if is_taught(recipe, target) else 1.0,
+                "kind": fuse.loss,
+                "tail": fuse.tail,
+                "temperature": fuse.temperature,
+            },
+            pad=pivot.tokenizer().pad_token_id or 0,
+            advance=advance,
+            held_out={name: Validation(PreparedSet(one.directory)) for name, one in held_out.items()},
+            logs=logs if arguments.report_to else None,
+        )
+        history = train(trainer, advance, logs=logs if arguments.report_to else None)
+    weights = trained_weights(trainer)
+    if not ranks.is_first():
+        return
+    model = trainer.model
+    if weights is not None:
+        model = student("cpu")
+        model.load_state_dict(weights)
+    if fuse.lora is not None:
+        model = merged(model)
+    write_text(directory / LOSSES, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
+    with atomic_directory(directory / MODEL) as saved:
+        model.save_pretrained(saved)
+        pivot.save_tokenizer(saved)
+
+
+def _against_student(
+    chosen: dict[str, dict[str, float]], entries: Sequence[Mapping[str, float]]
+) -> dict[str, dict[str, float]]:
+    """How often each candidate was the teacher. Compared with the student, that is what the steps counted, all epochs together;
+    what the sources are among themselves before training then says nothing."""
+    found: dict[str, dict[str, float]] = {}
+    for entry in entries:
+        for key, count in entry.items():
+            if key.startswith("taught/"):
+                _, data, who = key.split("/")
+                by_set = found.setdefault(data, {})
+                by_set[who] = by_set.get(who, 0) + count
+    return found or chosen

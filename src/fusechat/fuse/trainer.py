@@ -1,160 +1,179 @@
-"""Fine-tuning against fused distributions: Transformers' Trainer with FuseChat's loss, exact resume and a progress bar."""
+"""Fine-tuning against fused distributions: Transformers' Trainer with FuseChat's loss, batches and checkpoints."""
 
-import functools
+import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+import torch.distributed as dist
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
-from fusechat.core.files import atomic_file
+from fusechat.core import ranks
+from fusechat.core.files import write_json
 from fusechat.core.forward import Batch, response_logits
-from fusechat.core.progress import Advance
-from fusechat.errors import RecipeError, TrainingError
-from fusechat.fuse.dataset import FusionData, collate_fusion
+from fusechat.errors import TrainingError
+from fusechat.fuse.dataset import FusionData
 from fusechat.fuse.loss import fusion_loss_parts
+from fusechat.fuse.sampler import FilledSampler
+from fusechat.fuse.student import source_is_better
+from fusechat.fuse.validation import Validation, bits_per_byte
 
-_COMPLETE = "COMPLETE"  # in a checkpoint directory: everything is written
+COMPLETE = "COMPLETE"  # in a checkpoint directory: everything is written; how many processes wrote it
+STUDENT = "student"
 
 
 class FusionTrainer(Trainer):
-    """A Trainer whose batches come from `collate_fusion`. `loss_settings` are the keyword arguments of `fusion_loss`."""
+    """A Trainer whose batches come from `collate_fusion`. `loss_settings` are the keyword arguments of `fusion_loss`; `held_out`
+    are the sets of conversations that are measured where the arguments say so."""
 
-    def __init__(self, *args: Any, loss_settings: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    train_dataset: FusionData
+
+    def __init__(
+        self, *args: Any, loss_settings: dict[str, Any], held_out: Mapping[str, Validation] | None = None, **kwargs: Any
+    ) -> None:
+        self.held_out = dict(held_out or {})
+        super().__init__(*args, eval_dataset=self.held_out or None, **kwargs)
         self.loss_settings = loss_settings
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the global batch …
         self.loss_is_scaled_for_ga = True  # … and not again by the accumulation steps
         self._loss_shifts_labels = False  # labels are those of the rows, no position is dropped
-        self._sums = {"sft_loss": 0.0, "fusion_loss": 0.0}
-        self._logged_at = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        """What is summed between two logs: the terms of the loss, and of how many groups which source was the teacher."""
+        self._sums = torch.zeros(2, dtype=torch.float64)
+        self._taught = torch.zeros(len(self.train_dataset.sets), len(self.train_dataset.candidates))
+        self._logged_at = self.state.global_step
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
         logits = response_logits(model, batch)
+        comparison = inputs.get("comparison")
         parts = fusion_loss_parts(
             logits,
             inputs["labels"],
             inputs["target_ids"],
             inputs["target_logprobs"],
             num_items=num_items_in_batch,
+            gate=None if comparison is None else lambda nll: self._gate(nll, comparison),
             **self.loss_settings,
         )
-        if not math.isfinite(parts.total.item()):
-            raise TrainingError(
-                f"the loss is not finite at step {self.state.global_step + 1}, conversations "
-                f"{', '.join(inputs['conversation_ids'])}; the last checkpoint is kept"
-            )
-        if model.training:
-            self._sums["sft_loss"] += parts.sft.item()
-            self._sums["fusion_loss"] += parts.fusion.item()
-        total = parts.total
+        total, sft, fusion = torch.stack([parts.total, parts.sft, parts.fusion]).detach().double().tolist()
+        self._stop_unless_finite(total, inputs["conversation_ids"])
+        self._sums += torch.tensor([sft, fusion], dtype=torch.float64)
+        loss = parts.total
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            total = total * self.accelerator.num_processes  # what averages the gradients divides by it
-        return (total, {"logits": logits}) if return_outputs else total
+            loss = loss * self.accelerator.num_processes  # what averages the gradients divides by it
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _gate(self, nll: torch.Tensor, comparison: dict[str, torch.Tensor]) -> torch.Tensor:
+        """bool [n]: the rows at which the source is still better than the student; counts who teaches (0 is the student)."""
+        better = source_is_better(nll, comparison, level=self.train_dataset.rule.level)
+        places = (comparison["set"], torch.where(better, comparison["chosen"], 0))
+        ones = torch.ones_like(places[0], dtype=self._taught.dtype)
+        self._taught.index_put_(tuple(place.cpu() for place in places), ones.cpu(), accumulate=True)
+        return better[comparison["groups"]]
+
+    def _stop_unless_finite(self, total: float, conversations: list[str]) -> None:
+        """Raises TrainingError on every process where the loss of one is not finite."""
+        finite = math.isfinite(total)
+        if self.args.world_size > 1:
+            wrong = torch.tensor(0.0 if finite else 1.0, device=self.args.device)
+            dist.all_reduce(wrong)
+            if wrong.item():
+                conversations = [one for found in ranks.gather([] if finite else conversations) for one in found]
+                finite = False
+        if not finite:
+            error = TrainingError(
+                f"the loss is not finite at step {self.state.global_step + 1}, conversations "
+                f"{', '.join(conversations)}; the last checkpoint is kept"
+            )
+            error.told = not ranks.is_first()
+            raise error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the two terms of the loss, each the mean over the steps since the last log."""
+        """Adds the two terms of the loss, each the mean over the steps since the last log, and who taught meanwhile."""
         steps = self.state.global_step - self._logged_at
         if "loss" in logs and steps > 0:
-            logs.update({name: value / steps for name, value in self._sums.items()})
-            self._sums = dict.fromkeys(self._sums, 0.0)
-            self._logged_at = self.state.global_step
+            sums, taught = (sum(parts) for parts in zip(*ranks.gather((self._sums, self._taught)), strict=True))
+            logs.update(zip(("sft_loss", "fusion_loss"), (sums / steps).tolist(), strict=True))
+            if self.train_dataset.rule.compares_with_student:
+                logs.update(self._taught_by(taught.tolist()))
+            self._forget()
         super().log(logs, start_time)
 
+    def _taught_by(self, taught: list[list[float]]) -> dict[str, float]:
+        names = [STUDENT, *self.train_dataset.candidates[1:]]
+        sets = self.train_dataset.sets
+        return {
+            f"taught/{one.name}/{name}": count
+            for one, row in zip(sets, taught, strict=True)
+            for name, count in zip(names, row, strict=True)
+            if name == STUDENT or name in (one.teachers or {})
+        }
 
-class _Watch(TrainerCallback):
-    """Draws progress, logs before every save (so that a resumed log goes on exactly), marks complete checkpoints."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss (nats per response token) and bits per byte of the held-out sets, together and, of several, each."""
+        metrics = bits_per_byte(self, self.held_out, metric_key_prefix)
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
-    def __init__(self, advance: Advance, directory: Path) -> None:
-        self.advance, self.directory = advance, directory
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Of several processes, each gets as many batches of the same size, the last ones filled up with nothing."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.args.world_size == 1 or self.args.train_sampling_strategy == "batch_rebalance":
+            return sampler
+        return FilledSampler(sampler, self.args.train_batch_size * self.args.world_size, seed=self.args.data_seed)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.advance(1)
-        control.should_log |= control.should_save
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Marks a checkpoint complete once all processes have written their part, and only then clears older ones away."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        ranks.gather(None)
+        if self.args.should_save:
+            directory = Path(self.args.output_dir)
+            write_json(directory / f"checkpoint-{self.state.global_step}" / COMPLETE, self._shape())
+            rotate_checkpoints(
+                output_dir=str(directory),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_log |= control.should_save
+    def _shape(self) -> dict[str, int]:
+        arguments = self.args
+        per_process = arguments.train_batch_size * arguments.gradient_accumulation_steps
+        return {"processes": arguments.world_size, "conversations_a_step": per_process * arguments.world_size}
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            self.advance(0, f"loss {logs['loss']:.3f}")
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            with atomic_file(self.directory / f"checkpoint-{state.global_step}" / _COMPLETE) as marker:
-                marker.touch()
-
-
-def training_arguments(training: dict[str, Any], *, output: Path, seed: int, device: str) -> TrainingArguments:
-    """TrainingArguments from the recipe's `fuse.training`. Raises RecipeError for a value that Transformers refuses."""
-    defaults = {"report_to": "none", "logging_steps": 1, "dataloader_pin_memory": False}
-    given = defaults | training
-    try:
-        return TrainingArguments(
-            output_dir=str(output),
-            seed=seed,
-            data_seed=seed,
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            use_cpu=torch.device(device).type == "cpu",
-            **given,
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"fuse.training: {str(error).splitlines()[0]}") from error
+    def check_resume(self, checkpoint: Path) -> None:
+        """Raises TrainingError where the steps of a checkpoint were of another number of conversations."""
+        written, now = json.loads((checkpoint / COMPLETE).read_text()), self._shape()
+        if written["conversations_a_step"] != now["conversations_a_step"]:
+            raise TrainingError(
+                f"{checkpoint}: was written by {written['processes']} processes, {written['conversations_a_step']} "
+                f"conversations a step; {now['processes']} would make it {now['conversations_a_step']}: run with as many "
+                f"as before, or delete {checkpoint.parent} to begin again"
+            )
 
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint; clears away those that a killed run left incomplete."""
     complete = {}
     for checkpoint in directory.glob("checkpoint-*"):
-        if (checkpoint / _COMPLETE).is_file():
+        if (checkpoint / COMPLETE).is_file():
             complete[int(checkpoint.name.rpartition("-")[2])] = checkpoint
         else:
             shutil.rmtree(checkpoint)
     return complete[max(complete)] if complete else None
-
-
-def train(
-    model: Any,
-    data: FusionData,
-    arguments: TrainingArguments,
-    *,
-    loss_settings: dict[str, Any],
-    pad: int,
-    advance: Advance,
-) -> list[dict[str, float]]:
-    """Fine-tunes `model` in place, resuming from the last complete checkpoint; returns the log, an entry each logged step."""
-    directory = Path(arguments.output_dir)
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # DataParallel would split rows and labels as if they were batches
-    trainer = FusionTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=data,
-        data_collator=functools.partial(collate_fusion, pad=pad),
-        loss_settings=loss_settings,
-    )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
-            trainer.remove_callback(callback)
-    trainer.add_callback(_Watch(advance, directory))
-    checkpoint = last_checkpoint(directory)
-    if checkpoint is not None:
-        step = int(checkpoint.name.rpartition("-")[2])
-        trainer._logged_at = step
-        advance(step)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    return [entry for entry in trainer.state.log_history if "loss" in entry]
-
-
-def total_steps(arguments: TrainingArguments, conversations: int) -> int:
-    """Optimiser steps of the whole training, for the progress bar."""
-    if arguments.max_steps > 0:
-        return int(arguments.max_steps)
-    batches = math.ceil(conversations / (arguments.train_batch_size * max(1, arguments.world_size)))
-    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)

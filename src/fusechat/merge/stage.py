@@ -21,7 +21,7 @@ def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
         "pivot": pivot.identity,
         "chat_template": pivot.chat_template,
         "name": recipe.name,
-        "sources": {name: str(recipe.chatter(name).reference) for name in targets},
+        "sources": {name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
         "seed": recipe.seed,
     }
 
@@ -65,6 +65,12 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
     return {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
 
 
+def _sources(recipe: Recipe) -> list[str]:
+    """The sources that taught what is merged."""
+    merged = [source for target in recipe.merged_targets() for source in recipe.teachers()[target]]
+    return [name for name in recipe.sources if name in merged]
+
+
 def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
     from fusechat.merge.card import model_card
 
@@ -72,8 +78,8 @@ def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
         name=recipe.name,
         method=recipe.merge.method,
         pivot=str(pivot.reference),
-        sources={name: str(recipe.chatter(name).reference) for name in recipe.sources},
-        data={name: Path(recipe.training_set(name).path).name for name in recipe.sources},
+        sources={name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
+        data={name: Path(recipe.training_set(name).path).name for name in _sources(recipe)},
         coefficients=report["mean_coefficients"],
         recipe=recipe.model_dump(exclude_none=True, by_alias=True),
     )

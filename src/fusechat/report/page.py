@@ -5,11 +5,12 @@ from typing import Any
 
 import jinja2
 
+from fusechat.report.choices import ChoiceRow
 from fusechat.report.coefficients import heat_map
 from fusechat.report.results import ResultTable
 
-_COLOURS = {"loss": "#5b8def", "sft_loss": "#3fa57a", "fusion_loss": "#d9822b"}
-_NAMES = {"loss": "loss", "sft_loss": "SFT term", "fusion_loss": "fusion term"}
+_COLOURS = {"loss": "#5b8def", "sft_loss": "#3fa57a", "fusion_loss": "#d9822b", "eval_loss": "#b45bcf"}
+_NAMES = {"loss": "loss", "sft_loss": "SFT term", "fusion_loss": "fusion term", "eval_loss": "held-out (SFT term)"}
 
 _ALIGNMENT = {
     "pivot positions": "positions",
@@ -32,7 +33,7 @@ def render_page(
     models: list[dict[str, str]],
     losses: dict[str, list[dict[str, float]]],
     alignment: dict[str, dict[str, Any]],
-    choices: dict[str, dict[str, int]],
+    choices: list[ChoiceRow],
     merged: dict[str, Any],
     recipe: str,
     versions: dict[str, str],
@@ -65,6 +66,8 @@ def loss_plots(losses: dict[str, list[dict[str, float]]]) -> list[str]:
         figure = Figure()
         for key, colour in _COLOURS.items():
             points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+            if not points:
+                continue
             line = {"color": colour, "width": 3 if key == "loss" else 1.5}
             figure.add_trace(
                 Scatter(x=[x for x, _ in points], y=[y for _, y in points], name=_NAMES[key], mode="lines", line=line)

@@ -23,6 +23,7 @@ def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
 
 
 def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[str, Any]:
+    from fusechat.report.choices import choice_rows
     from fusechat.report.page import render_page
     from fusechat.report.results import result_table
 
@@ -37,7 +38,7 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
         models=[pivot, *(_source(recipe, name) for name in recipe.sources)],
         losses={name: _losses(step) for name, step in fused.items()},
         alignment={name: _alignment(step) for name, step in aligned.items()},
-        choices={name: (step.manifest() or {})["counts"] for name, step in fused.items()},
+        choices=choice_rows({name: (step.manifest() or {})["counts"] for name, step in fused.items()}),
         merged=merged,
         recipe=yaml.safe_dump(
             recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=100

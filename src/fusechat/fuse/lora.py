@@ -1,0 +1,40 @@
+"""Fine-tuning by low-rank adapters (PEFT), which are merged back into the target's weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fusechat.errors import RecipeError, first_line
+
+MISSING = "fuse.lora: PEFT is not installed; run pip install 'fusechat[lora]'"
+_TASK = "CAUSAL_LM"
+
+
+def lora_config(settings: Mapping[str, Any]) -> Any:
+    """PEFT's LoraConfig of the recipe's `fuse.lora`. Raises RecipeError for a value that PEFT refuses."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise RecipeError(MISSING) from error
+    try:
+        return LoraConfig(task_type=_TASK, **settings)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"fuse.lora: {first_line(error)}") from error
+
+
+def with_adapters(model: Any, settings: Mapping[str, Any], *, seed: int) -> Any:
+    """The model with adapters, float32, which alone are trained. Raises RecipeError where they do not fit the model."""
+    from peft import get_peft_model
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(model, lora_config(settings))
+        except ValueError as error:
+            raise RecipeError(f"fuse.lora: {first_line(error)}") from error
+
+
+def merged(model: Any) -> Any:
+    """The model with its adapters added to its weights: of the same structure as before `with_adapters`."""
+    return model.merge_and_unload()

@@ -1,0 +1,60 @@
+"""Distributions of several candidates as one, by row. Source: METHOD, "Fusion" (AvgCE: the average over the union of ids)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fusechat.core.distributions import SparseDistribution
+
+_NO_NLL = np.zeros(0, dtype=np.float32)
+
+
+def nothing(n: int) -> SparseDistribution:
+    """n rows without any target."""
+    return SparseDistribution(np.full((n, 1), -1, np.int32), np.full((n, 1), -np.inf, np.float32), _NO_NLL)
+
+
+def mix(candidates: Sequence[SparseDistribution], weights: np.ndarray) -> SparseDistribution:
+    """The average of n rows of each candidate with weights [candidates, n], over the union of their ids, most likely first.
+
+    A row that is one candidate's alone is kept as it is. Where a candidate has no distribution its weight goes to the others,
+    in proportion; what all leave out stays out, as the average of their tails.
+    """
+    present = np.stack([(one.ids >= 0).any(axis=1) for one in candidates])
+    share = np.where(present, weights, 0.0)
+    total = share.sum(axis=0)
+    share = share / np.where(total > 0, total, 1.0)
+    alone = share.max(axis=0) == 1.0
+    chosen = share.argmax(axis=0)
+    mixed = np.flatnonzero((total > 0) & ~alone)
+    union = _union([one.take(mixed) for one in candidates], share[:, mixed])
+    width = max(*(one.ids.shape[1] for one in candidates), union.ids.shape[1])
+    n = weights.shape[1]
+    ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
+    for index, one in enumerate(candidates):
+        rows = np.flatnonzero(alone & (chosen == index))
+        ids[rows, : one.ids.shape[1]], logprobs[rows, : one.ids.shape[1]] = one.ids[rows], one.logprobs[rows]
+    ids[mixed, : union.ids.shape[1]], logprobs[mixed, : union.ids.shape[1]] = union.ids, union.logprobs
+    return SparseDistribution(ids, logprobs, _NO_NLL)
+
+
+def _union(candidates: Sequence[SparseDistribution], share: np.ndarray) -> SparseDistribution:
+    """Σ share·P over the ids of all candidates; the probabilities of an id that several have are summed."""
+    n = share.shape[1]
+    if not n:
+        return nothing(0)
+    ids = np.concatenate([one.ids for one in candidates], axis=1)
+    mass = np.concatenate([one.probabilities * by[:, None] for one, by in zip(candidates, share, strict=True)], axis=1)
+    order = np.argsort(ids, axis=1, kind="stable")
+    ids, mass = np.take_along_axis(ids, order, 1), np.take_along_axis(mass, order, 1)
+    begins = np.ones(ids.shape, dtype=bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    at = np.flatnonzero(begins)
+    summed = np.zeros(ids.shape)
+    summed.flat[at] = np.add.reduceat(mass.reshape(-1), at)
+    summed[ids < 0] = 0.0
+    order = np.argsort(-summed, axis=1, kind="stable")[:, : int((summed > 0).sum(axis=1).max())]
+    ids, summed = np.take_along_axis(ids, order, 1), np.take_along_axis(summed, order, 1)
+    with np.errstate(divide="ignore"):
+        logprobs = np.log(summed).astype(np.float32)
+    return SparseDistribution(np.where(summed > 0, ids, -1).astype(np.int32), logprobs, _NO_NLL)

@@ -1,0 +1,81 @@
+"""Sources compared with the student as it is at each step. Source: METHOD, "Fusion" (`against: student`).
+
+The student's cross-entropy of a group comes from the nll that the loss has anyway; the fusion term counts only where the
+best source's is lower.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fusechat.core.prepared import Prepared
+from fusechat.fuse.choice import FLOOR, Rule, common_responses, counted_rows, groups_of
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a conversation's n rows, in g groups, need to be compared: `groups` int64 [n]; `counted` bool [n], the rows of which
+    the student's cross-entropy is taken; `size` float32 [g], what it is divided by (bytes or tokens); `bar` float32 [g], the
+    best source's; `chosen` int64 [g], which candidate that is."""
+
+    groups: np.ndarray
+    counted: np.ndarray
+    size: np.ndarray
+    bar: np.ndarray
+    chosen: np.ndarray
+
+    @classmethod
+    def of(
+        cls, pivot: Prepared, sources: Sequence[Prepared], rule: Rule, *, bar: np.ndarray, chosen: np.ndarray
+    ) -> "Comparison":
+        groups = groups_of(pivot, rule.level)
+        if rule.level == "position":
+            counted, units = np.ones(len(pivot), bool), np.ones(len(pivot))
+        else:
+            every = [pivot, *sources]
+            responses = common_responses(every) if rule.level == "conversation" else np.arange(len(pivot.content_bytes))
+            counted = counted_rows(pivot, responses)
+            by_response = pivot.content_bytes[responses].astype(np.float64)
+            if rule.unit == "token":
+                units = np.bincount(groups[counted], minlength=len(bar)).astype(np.float64)
+            else:
+                units = by_response if rule.level == "response" else by_response.sum(keepdims=True)
+        return cls(groups, counted, units.astype(np.float32), bar.astype(np.float32), chosen.astype(np.int64))
+
+
+def join_comparisons(
+    parts: Sequence[Comparison | None], rows: Sequence[int], sets: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """The comparisons of a batch as tensors, groups numbered through; a conversation without one is a group that no source speaks
+    of. Beside the fields of `Comparison`, `set` int64 [g]."""
+    fields: dict[str, list[np.ndarray]] = {name: [] for name in ("groups", "counted", "size", "bar", "chosen", "set")}
+    first = 0
+    for part, n, place in zip(parts, rows, sets, strict=True):
+        if part is None:
+            part = Comparison(np.zeros(n, np.int64), np.zeros(n, bool), *_unspoken())
+        for name in ("counted", "size", "bar", "chosen"):
+            fields[name].append(getattr(part, name))
+        fields["groups"].append(part.groups + first)
+        fields["set"].append(np.full(len(part.bar), place, np.int64))
+        first += len(part.bar)
+    return {name: torch.from_numpy(np.concatenate(columns)) for name, columns in fields.items()}
+
+
+def _unspoken() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.ones(1, np.float32), np.full(1, np.inf, np.float32), np.zeros(1, np.int64)
+
+
+def source_is_better(nll: torch.Tensor, comparison: dict[str, torch.Tensor], *, level: str) -> torch.Tensor:
+    """bool [g]: where the best source's cross-entropy is below the student's, from the student's nll [n] (nats).
+
+    Of single positions a probability counts as `FLOOR` at least, as the sources' does.
+    """
+    nll = nll.detach().to(comparison["bar"].dtype)
+    if level == "position":
+        nll = nll.clamp(max=-math.log(FLOOR))
+    own = torch.where(comparison["counted"], nll, 0.0)
+    summed = torch.zeros_like(comparison["bar"]).index_add(0, comparison["groups"], own)
+    return comparison["bar"] < summed / comparison["size"].clamp(min=1.0)

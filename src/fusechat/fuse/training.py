@@ -1,0 +1,160 @@
+"""One fine-tuning from beginning to end: arguments, resume from the last checkpoint, what is watched, the log."""
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+from fusechat.core import ranks
+from fusechat.core.progress import Advance, log
+from fusechat.errors import RecipeError, first_line
+from fusechat.fuse.dataset import FusionData, collate_fusion
+from fusechat.fuse.trainer import FusionTrainer, last_checkpoint
+from fusechat.fuse.validation import Validation
+
+_PROJECT = "fusechat"  # of Weights & Biases, where the user names none
+
+
+class _Watch(TrainerCallback):
+    """Draws progress; logs before every save, so that a resumed log goes on exactly."""
+
+    def __init__(self, advance: Advance) -> None:
+        self.advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(1)
+        control.should_log |= control.should_save
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log |= control.should_save
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.advance(0, f"loss {logs['loss']:.3f}")
+
+
+def training_arguments(
+    training: Mapping[str, Any], *, output: Path, seed: int, device: str, name: str = ""
+) -> TrainingArguments:
+    """TrainingArguments from the recipe's `fuse.training`. Raises RecipeError for a value that Transformers refuses."""
+    given: dict[str, Any] = {
+        "report_to": "none",
+        "logging_steps": 1,
+        "dataloader_pin_memory": False,
+        "run_name": name or None,
+    }
+    given |= training
+    if str(given.get("metric_for_best_model")).endswith("bits_per_byte"):
+        given.setdefault("greater_is_better", False)
+    try:
+        return TrainingArguments(
+            output_dir=str(output),
+            seed=seed,
+            data_seed=seed,
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            use_cpu=torch.device(device).type == "cpu",
+            **given,
+        )
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"fuse.training: {first_line(error)}") from error
+
+
+def check_reporting(arguments: TrainingArguments) -> None:
+    """Raises RecipeError where something that is reported to is not installed."""
+    from transformers.integrations import get_reporting_integration_callbacks
+
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise RecipeError(f"fuse.training.report_to: {first_line(error)}") from error
+
+
+def make_trainer(
+    model: Any,
+    data: FusionData,
+    arguments: TrainingArguments,
+    *,
+    loss_settings: dict[str, Any],
+    pad: int,
+    advance: Advance,
+    held_out: Mapping[str, Validation] | None = None,
+    logs: Path | None = None,
+) -> FusionTrainer:
+    """A trainer of `model` on `data`. `logs` is where TensorBoard and W&B write, if the arguments report to them."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # DataParallel would split rows and labels as if they were batches
+    with _logging_to(logs):
+        trainer = FusionTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=data,
+            data_collator=functools.partial(collate_fusion, pad=pad),
+            loss_settings=loss_settings,
+            held_out=held_out,
+        )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
+            trainer.remove_callback(callback)
+    trainer.add_callback(_Watch(advance))
+    if arguments.fsdp and not trainer.is_fsdp_enabled:
+        log.warning(
+            "fuse: FSDP was asked for, and is not to be had on this device: every process holds the whole model"
+        )
+    return trainer
+
+
+def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None) -> list[dict[str, float]]:
+    """Fine-tunes in place, resuming from the last complete checkpoint; returns the log, an entry each logged step and each
+    evaluation. `logs` is as for `make_trainer`."""
+    checkpoint = ranks.from_first(lambda: last_checkpoint(Path(trainer.args.output_dir)))
+    if checkpoint is not None:
+        ranks.from_first(lambda: trainer.check_resume(checkpoint))
+        step = int(checkpoint.name.rpartition("-")[2])
+        trainer.state.global_step = step
+        trainer._forget()
+        advance(step)
+    with _logging_to(logs):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+        if "wandb" in trainer.args.report_to and ranks.is_first():
+            import wandb
+
+            wandb.finish()  # the next target is a run of its own
+    return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+
+
+def trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:
+    """All weights of a model that FSDP has spread over the processes, on the first of them; None where each has the model."""
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+
+
+def total_steps(arguments: TrainingArguments, conversations: int) -> int:
+    """Optimiser steps of the whole training, for the progress bar."""
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    size = arguments.train_batch_size * max(1, arguments.world_size)
+    batches = conversations // size if arguments.dataloader_drop_last else math.ceil(conversations / size)
+    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+
+
+@contextmanager
+def _logging_to(directory: Path | None) -> Iterator[None]:
+    """Where those that the arguments report to put their files, unless the user's environment says where."""
+    ours = {"WANDB_PROJECT": _PROJECT}
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        ours |= {"TENSORBOARD_LOGGING_DIR": str(directory), "WANDB_DIR": str(directory)}
+    new = {key: value for key, value in ours.items() if key not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for key in new:
+            os.environ.pop(key, None)

@@ -1,0 +1,80 @@
+"""Held-out conversations measured while training goes on: loss and bits per byte, as in the final evaluation."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from fusechat.core import ranks
+from fusechat.core.forward import Batch, response_logits
+from fusechat.core.prepared import PreparedSet
+from fusechat.fuse.dataset import EMPTY, NOBODY
+from fusechat.fuse.mixture import nothing
+from fusechat.fuse.row_losses import row_losses
+
+
+class Validation(Dataset[dict[str, Any]]):
+    """A held-out set as the pivot sees it; an item is as those of `FusionData`, without any target."""
+
+    def __init__(self, prepared: PreparedSet) -> None:
+        self.prepared = prepared
+
+    def __len__(self) -> int:
+        return len(self.prepared)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows = EMPTY if index == NOBODY else self.prepared[index]
+        return {
+            "input_ids": rows.input_ids,
+            "conversation": rows,
+            "targets": nothing(len(rows)),
+            "comparison": None,
+            "set": 0,
+        }
+
+
+@torch.no_grad()
+def bits_per_byte(trainer: Any, sets: Mapping[str, Validation], prefix: str) -> dict[str, float]:
+    """`<prefix>_loss`, nats per response token (the end of turn too), and `<prefix>_bits_per_byte` (without it) over all sets;
+    of several sets also `<prefix>_<set>_…`."""
+    trainer.model.eval()
+    sums = {name: _sums(trainer, data) for name, data in sets.items()}
+    found = _figures(prefix, np.sum(list(sums.values()), axis=0))
+    if len(sums) > 1:
+        for name, values in sums.items():
+            found |= _figures(f"{prefix}_{name}", values)
+    trainer.model.train()
+    return found
+
+
+def _figures(prefix: str, sums: np.ndarray) -> dict[str, float]:
+    nll, tokens, content_nll, size = sums.tolist()
+    return {f"{prefix}_loss": nll / tokens, f"{prefix}_bits_per_byte": content_nll / size / math.log(2)}
+
+
+def _sums(trainer: Any, data: Validation) -> np.ndarray:
+    """float64 [4]: nll (nats) and number of all response tokens, nll and bytes of their content. Every process takes its batches,
+    as many as the others; what fills them up is counted once, by the conversation's id."""
+    mine: dict[str, list[float]] = {}
+    for inputs in trainer.get_eval_dataloader(data):
+        identities = inputs["conversation_ids"]
+        with trainer.compute_loss_context_manager():
+            logits = response_logits(
+                trainer.model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
+            )
+            nll, _ = row_losses(
+                logits, inputs["labels"], None, None, kind="cross_entropy", tail="renormalise", temperature=1.0
+            )
+        rows, values = inputs["rows"][:, 0].cpu().numpy(), nll.double().cpu().numpy()
+        for index, identity in enumerate(identities):
+            conversation = data.prepared[data.prepared.row_of[identity]]
+            own = values[rows == index]
+            content = own[~conversation.end_of_turn]
+            mine[identity] = [float(own.sum()), len(own), float(content.sum()), int(conversation.content_bytes.sum())]
+    every: dict[str, list[float]] = {}
+    for found in ranks.gather(mine):
+        every |= found
+    return np.sum([every[identity] for identity in data.prepared.ids], axis=0)
