@@ -1,0 +1,252 @@
+"""The losses of single rows, their gradient, and what they do at the edges."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import strategies as st
+
+from dense_losses import KINDS, TAILS, TEMPERATURES, dense_rows, problem
+from fusechat.fuse import row_losses as module
+from fusechat.fuse.loss import row_losses
+
+WAYS = [*itertools.product(KINDS, TAILS, TEMPERATURES)]
+NAMES = ("kind", "tail", "temperature")
+
+
+def losses_and_gradient(
+    function: Any, given: dict[str, torch.Tensor], by_row: torch.Tensor, **how: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """nll [n], divergence [n], and the gradient where row i's losses are weighted `by_row[:, i]`."""
+    logits = given["logits"].detach().requires_grad_()
+    nll, divergence = function(**{**given, "logits": logits}, **how)
+    weighted = (by_row[0].to(nll) * nll + by_row[1].to(nll) * divergence).sum()
+    (gradient,) = torch.autograd.grad(weighted, logits)
+    return nll.detach(), divergence.detach(), gradient
+
+
+def assert_as_dense(
+    given: dict[str, torch.Tensor], by_row: torch.Tensor, *, rtol: float, atol: float, **how: Any
+) -> None:
+    found = losses_and_gradient(row_losses, given, by_row, **how)
+    expected = losses_and_gradient(dense_rows, {**given, "logits": given["logits"].double()}, by_row, **how)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=rtol, atol=atol)
+
+
+def precise(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**given, "logits": given["logits"].double(), "target_logprobs": given["target_logprobs"].double()}
+
+
+@pytest.mark.parametrize(NAMES, WAYS)
+def test_rows_and_their_weighted_gradient_are_the_dense_ones(kind: str, tail: str, temperature: float) -> None:
+    how = {"kind": kind, "tail": tail, "temperature": temperature}
+    by_row = torch.randn(2, 6, generator=torch.Generator().manual_seed(5))  # of either sign
+    for seed in range(4):
+        assert_as_dense(precise(problem(seed=seed)), by_row, rtol=1e-9, atol=1e-12, **how)
+        assert_as_dense(problem(seed=seed), by_row, rtol=1e-4, atol=2e-6, **how)
+
+
+@pytest.mark.parametrize("elements", [1, 2 * 23, 5 * 23 + 1, 6 * 23])
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    by_row = torch.rand(2, 6, generator=torch.Generator().manual_seed(5))
+    for dtype, (kind, tail, temperature) in itertools.product((torch.float32, torch.bfloat16), WAYS):
+        given = {**problem(), "logits": problem()["logits"].to(dtype)}
+        how = {"kind": kind, "tail": tail, "temperature": temperature}
+        whole = losses_and_gradient(row_losses, given, by_row, **how)
+        with monkeypatch.context() as patch:
+            patch.setitem(module._CHUNK_ELEMENTS, "cpu", elements)
+            found = losses_and_gradient(row_losses, given, by_row, **how)
+        for one, other in zip(found, whole, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, torch.Tensor]:
+    """Rows of any mixture of targets and pads, in any order, labels and unlikely tokens among them."""
+    n, vocabulary = draw(st.integers(0, 5)), draw(st.integers(2, 9))
+    k = draw(st.integers(0, vocabulary - 1))  # so that the bucket holds something
+    number = st.floats(-9, 9, width=32)
+    ids = [draw(st.permutations(range(vocabulary)))[:k] for _ in range(n)]
+    ids = [[-1 if draw(st.booleans()) else token for token in row] for row in ids]
+    weights = torch.tensor([[draw(st.floats(0.01, 1.0)) for _ in range(k)] for _ in range(n)]).reshape(n, k)
+    share = torch.tensor([[draw(st.floats(0.1, 0.95))] for _ in range(n)]).reshape(n, 1)
+    target_ids = torch.tensor(ids, dtype=torch.long).reshape(n, k)
+    weights = torch.where(target_ids >= 0, weights, 0.0)
+    logits = [[draw(number) for _ in range(vocabulary)] for _ in range(n)]
+    return {
+        "logits": torch.tensor(logits, dtype=torch.float64).reshape(n, vocabulary),
+        "labels": torch.tensor([draw(st.integers(0, vocabulary - 1)) for _ in range(n)], dtype=torch.long),
+        "target_ids": target_ids,
+        "target_logprobs": (share * weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-9)).log().double(),
+    }
+
+
+@drawn(problems(), st.sampled_from(WAYS), st.integers(0, 99), st.booleans())
+def test_any_rows_are_the_dense_ones(
+    given: dict[str, torch.Tensor], way: tuple[str, str, float], seed: int, in_single: bool
+) -> None:
+    by_row = torch.randn(2, len(given["labels"]), generator=torch.Generator().manual_seed(seed))
+    tolerance = {"rtol": 1e-7, "atol": 1e-10}
+    if in_single:
+        given, tolerance = {**given, "logits": given["logits"].float()}, {"rtol": 1e-3, "atol": 1e-4}
+    assert_as_dense(given, by_row, **tolerance, **dict(zip(NAMES, way, strict=True)))
+
+
+@pytest.mark.parametrize(NAMES, WAYS)
+def test_the_gradient_is_that_of_the_values(kind: str, tail: str, temperature: float) -> None:
+    """By finite differences of the losses themselves."""
+    given = precise(problem(n=6, vocabulary=7, k=3))
+    logits = given.pop("logits").requires_grad_()
+    how = {"kind": kind, "tail": tail, "temperature": temperature}
+    assert torch.autograd.gradcheck(lambda z: row_losses(z, **given, **how), (logits,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_computed_in_float32_and_only_its_gradient_is_rounded(kind: str, dtype: torch.dtype) -> None:
+    coarse = {**problem(), "logits": problem()["logits"].to(dtype)}
+    coarse["target_logprobs"] = coarse["target_logprobs"].half()
+    by_row = torch.rand(2, 6, generator=torch.Generator().manual_seed(5))
+    wide = torch.promote_types(dtype, torch.float32)
+    same = {**coarse, "logits": coarse["logits"].to(wide), "target_logprobs": coarse["target_logprobs"].to(wide)}
+    for tail, temperature in itertools.product(TAILS, TEMPERATURES):
+        how = {"kind": kind, "tail": tail, "temperature": temperature}
+        *losses, gradient = losses_and_gradient(row_losses, coarse, by_row, **how)
+        *expected, of_wide = losses_and_gradient(row_losses, same, by_row, **how)
+        assert [loss.dtype for loss in losses] == [wide, wide]
+        assert all(torch.equal(one, other) for one, other in zip(losses, expected, strict=True))
+        assert gradient.dtype == dtype
+        assert torch.equal(gradient, of_wide.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    given = {**problem(), "logits": problem()["logits"].to(dtype)}
+    by_row = torch.ones(2, 6)
+    for tail in TAILS:
+        expected = losses_and_gradient(row_losses, given, by_row, tail=tail)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = losses_and_gradient(row_losses, given, by_row, tail=tail)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_logits_need_not_be_contiguous() -> None:
+    given = problem()
+    transposed = {**given, "logits": given["logits"].T.contiguous().T}
+    by_row = torch.ones(2, 6)
+    found, expected = (losses_and_gradient(row_losses, each, by_row, tail="bucket") for each in (transposed, given))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_without_targets_the_nll_is_that_of_fine_tuning() -> None:
+    given = problem()
+    logits = given["logits"].requires_grad_()
+    expected = torch.nn.functional.cross_entropy(logits, given["labels"], reduction="none")
+    weights = torch.arange(6.0)
+    for ids in (None, torch.full((6, 0), -1), torch.full((6, 3), -1)):
+        logprobs = None if ids is None else torch.full(ids.shape, -torch.inf)
+        nll, divergence = row_losses(logits, given["labels"], ids, logprobs)
+        assert torch.equal(divergence, torch.zeros(6))
+        torch.testing.assert_close(nll, expected)
+        gradients = [torch.autograd.grad(each @ weights, logits, retain_graph=True)[0] for each in (nll, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(NAMES, WAYS)
+def test_tokens_that_cannot_come_are_as_if_they_were_not_there(kind: str, tail: str, temperature: float) -> None:
+    """A vocabulary padded with tokens of logit -inf."""
+    given, by_row = problem(), torch.ones(2, 6)
+    padded = {**given, "logits": torch.nn.functional.pad(given["logits"], (0, 5), value=-torch.inf)}
+    how = {"kind": kind, "tail": tail, "temperature": temperature}
+    *losses, gradient = losses_and_gradient(row_losses, padded, by_row, **how)
+    *expected, of_given = losses_and_gradient(row_losses, given, by_row, **how)
+    for one, other in zip(losses, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradient[:, :-5], of_given, rtol=1e-5, atol=1e-6)
+    assert (gradient[:, -5:] == 0).all()
+
+
+def test_a_bucket_with_no_token_in_it() -> None:
+    """All of the vocabulary is kept, or all that can come: Q of the bucket is zero, and so is P's."""
+    logits = torch.tensor([[1.0, 2.0, 0.5, -torch.inf]])
+    given = {
+        "logits": logits,
+        "labels": torch.tensor([2]),
+        "target_ids": torch.tensor([[2, 0, 1]]),
+        "target_logprobs": torch.tensor([[0.2, 0.3, 0.5]]).log(),
+    }
+    for kind, temperature in itertools.product(KINDS, TEMPERATURES):
+        how = {"kind": kind, "temperature": temperature}
+        found = losses_and_gradient(row_losses, given, torch.ones(2, 1), tail="bucket", **how)
+        expected = losses_and_gradient(row_losses, given, torch.ones(2, 1), tail="renormalise", **how)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_an_outcome_that_the_model_excludes() -> None:
+    """A logit of -inf is the limit of low ones: infinitely wrong for KL and cross-entropy, no more than wrong for the others."""
+    given = precise(problem())
+    low, never = given["logits"].clone(), given["logits"].clone()
+    low[0, given["target_ids"][0, 0]] = -80.0
+    never[0, given["target_ids"][0, 0]] = -torch.inf
+    for kind, tail in itertools.product(("reverse_kl", "jsd"), TAILS):
+        found, expected = (
+            losses_and_gradient(row_losses, {**given, "logits": logits}, torch.ones(2, 6), kind=kind, tail=tail)
+            for logits in (never, low)
+        )
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+    for kind, tail in itertools.product(("cross_entropy", "kl"), TAILS):
+        _, divergence = row_losses(**{**given, "logits": never}, kind=kind, tail=tail)
+        assert divergence[0] == torch.inf
+        assert torch.isfinite(divergence[1:]).all()
+
+
+@pytest.mark.parametrize(("kind", "temperature"), [*itertools.product(KINDS, TEMPERATURES)])
+def test_the_bucket_of_a_confident_model_is_its_own_tail(kind: str, temperature: float) -> None:
+    """The model leaves from 1e-8 to 1e-51 to the tail (1e-103 at temperature 0.5), the target a tenth: that must be said,
+    and pushed."""
+    logits = torch.zeros(3, 23)
+    logits[:, 0] = torch.tensor([20.0, 60.0, 120.0])
+    logits[:, 1] = logits[:, 0] - 1
+    given = {
+        "logits": logits,
+        "labels": torch.tensor([0, 1, 7]),
+        "target_ids": torch.tensor([[0, 1]]).expand(3, 2),
+        "target_logprobs": torch.tensor([[0.6, 0.3]]).log().expand(3, 2),
+    }
+    how = {"kind": kind, "tail": "bucket", "temperature": temperature}
+    assert_as_dense(given, torch.tensor([[1.0, 0.5, 0.0], [1.0, 2.0, 1.0]]), rtol=1e-4, atol=1e-6, **how)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_logits_give_finite_losses_and_gradients(kind: str, tail: str) -> None:
+    for found in losses_and_gradient(row_losses, problem(scale=60.0), torch.ones(2, 6), kind=kind, tail=tail):
+        assert torch.isfinite(found).all()
+
+
+def test_targets_of_vanishing_mass_count_by_their_proportions() -> None:
+    given, by_row = problem(), torch.ones(2, 6)
+    faint = {**given, "target_logprobs": given["target_logprobs"] - 200.0}
+    for kind, temperature in itertools.product(KINDS, TEMPERATURES):
+        how = {"kind": kind, "temperature": temperature, "tail": "renormalise"}
+        found, expected = (losses_and_gradient(row_losses, each, by_row, **how) for each in (faint, given))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_no_gradient_where_none_is_wanted() -> None:
+    given = problem()
+    logits = given["logits"].requires_grad_()
+    with torch.no_grad():
+        nll, divergence = row_losses(**{**given, "logits": logits})
+    assert not nll.requires_grad
+    assert not divergence.requires_grad
+    nll, divergence = row_losses(**{**given, "logits": logits.detach()})
+    assert not nll.requires_grad
+    assert not divergence.requires_grad
