@@ -1,19 +1,24 @@
-"""capture/<model>/<data set>/: `shard-00000.arrow` and on, a file for every `shard_conversations` prepared conversations.
+"""capture/<model>/<data set>/: a store of distributions (`core/distributions.py`), a shard for every `shard_conversations` prepared
+conversations.
 
 A shard is written whole or not at all, and depends on its own conversations only, so that a killed run goes on with the
-shards that are missing and gets the same bytes.
+shards that are missing and gets the same bytes, and so do several processes that share the shards among them.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from fusechat.config import Recipe
+from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
-from fusechat.core.distributions import SparseDistribution, open_distributions, write_distributions, write_store
-from fusechat.core.progress import Advance, progress
+from fusechat.core.distributions import SHARDS, is_sound, shards_of, write_shard, write_store
+from fusechat.core.prepared import PreparedSet
+from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
+from fusechat.core.tables import Table
 from fusechat.errors import DataError
+
+FORMAT = 2
 
 
 def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_least: int = 1) -> Step:
@@ -24,53 +29,96 @@ def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_
     name = prepared.name
 
     def work(directory: Path) -> dict[str, Any]:
-        return _capture(directory, prepared.directory, chatter, settings)
+        return _capture(directory, PreparedSet(prepared.directory), chatter, settings)
 
-    return Step("capture", name, workdir / "capture" / name, settings, work, {"prepare": prepared})
+    def join(counts: list[dict[str, Any]]) -> dict[str, Any]:
+        return ranks.from_first(lambda: _join(counts, chatter))
+
+    return Step(
+        "capture",
+        name,
+        workdir / "capture" / name,
+        settings,
+        work,
+        {"prepare": prepared},
+        format=FORMAT,
+        whole_files=True,
+        join=join,
+    )
 
 
-def _capture(directory: Path, source: Path, chatter: Chatter, settings: dict[str, Any]) -> dict[str, Any]:
-    from fusechat.core.models import choose_device
-    from fusechat.core.prepared import PreparedSet
-
-    data = PreparedSet(source)
+def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dict[str, Any]) -> dict[str, Any]:
+    """Makes this process's shards, every so many-th, where they are missing or damaged; returns what is in all of them."""
     size = settings["shard_conversations"]
-    shards = {
-        directory / f"shard-{number:05d}.arrow": range(begin, min(begin + size, len(data)))
-        for number, begin in enumerate(range(0, len(data), size))
-    }
-    missing = {path: rows for path, rows in shards.items() if not path.exists()}
+    every = [range(begin, min(begin + size, len(data))) for begin in range(0, len(data), size)]
+    shards = {number: rows for number, rows in enumerate(every) if number % ranks.world() == ranks.rank()}
+    vocabulary = chatter.vocabulary_size()
+    k = min(settings["top_k"], vocabulary)
+    if ranks.is_first():
+        write_store(directory, k=k, files=SHARDS)
+    paths = {number: path for number in shards if (path := _sound_shard(directory, number)) is not None}
+    missing = {number: rows for number, rows in shards.items() if number not in paths}
     if missing:
-        model = chatter.model(dtype=settings["dtype"], device=choose_device(settings["device"]))
-        k = min(settings["top_k"], model.get_output_embeddings().weight.shape[0])
-        write_store(directory, k=k, files="shard-*.arrow")
-        with progress(f"capture {chatter.name}", len(data), "conversations") as advance:
-            advance(len(data) - sum(len(rows) for rows in missing.values()))
-            for path, rows in missing.items():
-                write_distributions(path, _shard(model, data, rows, k, settings["batch_tokens"], advance))
-    written = open_distributions(directory)
-    if not written.index:
-        raise DataError(f"{chatter.name} ({chatter.reference}): every conversation gave values that are not finite")
+        backend = _open(chatter, settings, k, data)
+        try:
+            with progress(f"capture {chatter.name}", sum(map(len, shards.values())), "conversations") as advance:
+                advance(sum(len(shards[number]) for number in paths))
+                for number, rows in missing.items():
+                    found = backend.capture([data[row] for row in rows], advance)
+                    records = [(data.ids[row], each) for row, each in zip(rows, found, strict=True) if each is not None]
+                    paths[number] = write_shard(directory, number, records, vocabulary=vocabulary)
+        finally:
+            backend.close()
+    return _counts([Table([path]) for path in paths.values()], data, [row for rows in shards.values() for row in rows])
+
+
+def _sound_shard(directory: Path, number: int) -> Path | None:
+    """The shard as an earlier run left it. Removes what is not sound, and says so."""
+    sound = None
+    for path in shards_of(directory, number):
+        if sound is None and is_sound(path):
+            sound = path
+        else:
+            log.warning("%s: is damaged (its checksum differs): captured again", path)
+            path.unlink()
+    return sound
+
+
+def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet) -> Any:
+    """What runs the model: see `Local`. vLLM is imported where it is asked for."""
+    if settings["backend"] == "vllm":
+        from fusechat.capture.vllm import open_vllm
+
+        return open_vllm(
+            chatter,
+            dtype=settings["dtype"],
+            k=k,
+            max_length=int(data.lengths().max()),
+            tensor_parallel=settings["tensor_parallel"],
+            url=settings["url"],
+        )
+    from fusechat.capture.local import Local
+    from fusechat.core.models import choose_device
+
+    model = chatter.model(dtype=settings["dtype"], device=choose_device(settings["device"]))
+    return Local(model, k=k, batch_tokens=settings["batch_tokens"], name=f"{chatter.name} ({chatter.reference})")
+
+
+def _counts(shards: list[Table], data: PreparedSet, rows: list[int]) -> dict[str, Any]:
+    """What is in the shards that were made of these rows of the data; rejected conversations as (row, id)."""
+    written = {identity for shard in shards for identity in shard.column("id")}
     return {
-        "conversations": len(written.index),
-        "rejected_not_finite": [identity for identity in data.ids if identity not in written],
-        "positions": sum(len(data[data.row_of[identity]]) for identity in written.index),
+        "conversations": len(written),
+        "rejected_not_finite": [(row, data.ids[row]) for row in rows if data.ids[row] not in written],
+        "positions": sum(int(shard.list_lengths("nll").sum()) for shard in shards),
         "shards": len(shards),
     }
 
 
-def _shard(
-    model: Any, data: Any, rows: range, k: int, batch_tokens: int, advance: Advance
-) -> Iterator[tuple[str, SparseDistribution]]:
-    """The records of one shard, in the order of the data, computed in batches of like length."""
-    from fusechat.capture.top_k import capture_batch
-    from fusechat.core.forward import length_batches
-
-    found: dict[int, SparseDistribution] = {}
-    for batch in length_batches(data.lengths()[rows.start : rows.stop], batch_tokens):
-        members = [rows[index] for index in batch]
-        for row, result in zip(members, capture_batch(model, [data[row] for row in members], k=k), strict=True):
-            if result is not None:
-                found[row] = result
-        advance(len(batch))
-    yield from ((data.ids[row], found[row]) for row in sorted(found))
+def _join(counts: list[dict[str, Any]], chatter: Chatter) -> dict[str, Any]:
+    """The sums of all processes' counts, and the ids of rejected conversations in the order of the data."""
+    rejected = sorted(pair for each in counts for pair in each["rejected_not_finite"])
+    total = {key: sum(each[key] for each in counts) for key in ("conversations", "positions", "shards")}
+    if not total["conversations"]:
+        raise DataError(f"{chatter.name} ({chatter.reference}): every conversation gave values that are not finite")
+    return {**total, "rejected_not_finite": [identity for _, identity in rejected]}

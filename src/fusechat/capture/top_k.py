@@ -1,24 +1,45 @@
-"""From logits to sparse distributions. Source: METHOD, "Capture"."""
+"""From logits to sparse distributions: top-k and log-softmax in float32. Source: METHOD, "Capture".
+
+A vocabulary of 262,144 makes `torch.topk` on a CPU slower than the model's head. There, a kernel reads each row three times,
+out of the cache: the greatest value of every block of the vocabulary; the values in blocks that may have one of the k; the
+sum of exponentials. Rows are shared among as many threads as PyTorch has, and none depends on another.
+"""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 
 from fusechat.core.distributions import SparseDistribution
-from fusechat.core.forward import collate, float_rows, gold_nll, response_logits
+from fusechat.core.forward import collate, float_rows, gold_nll, wanted_logits
 from fusechat.core.prepared import Prepared
+
+_BLOCK = 256  # logits
+_RUN = 4096  # exponentials that are added up in float32; such sums are added up in float64
+_LEAST = -(1 << 31)
+_INFINITE = 0x7F800000
+_NOT_ZERO = 0x7FFFFFFF  # every bit but the sign's
+_LOG2_E = np.float32(np.log2(np.e))
+_POWER_OF_2 = tuple(np.float32(c) for c in (1.0, *(np.log(2.0) ** n / np.prod(range(1, n + 1)) for n in range(1, 8))))
+_C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = _POWER_OF_2  # Taylor's; for |x| <= 1/2 its error is below float32's
 
 
 def sparse_rows(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The `k` most likely tokens of logits [n, V] (any float type): ids int64 [n, k], log-probabilities over the full
-    vocabulary float32 [n, k], and the gold tokens' nll float32 [n]. The log-softmax is float32."""
+    """The `k` most likely tokens of logits [n, V] (any float type): ids int32 [n, k], log-probabilities over the full
+    vocabulary float32 [n, k], and the gold tokens' nll float32 [n]; where `logits` are. The log-softmax is float32.
+
+    On a CPU ties go to the lower id. A row with a NaN or +inf has NaN log-probabilities; -inf is a probability of 0.
+    """
+    if logits.device.type == "cpu":
+        return _by_kernel(logits, gold, k)
     parts = []
     for rows, full in float_rows(logits):
         logsumexp = full.logsumexp(dim=1)
         values, ids = full.topk(k, dim=1)
-        parts.append((ids, values - logsumexp[:, None], gold_nll(full, gold[rows], logsumexp)))
+        parts.append((ids.int(), values - logsumexp[:, None], gold_nll(full, gold[rows], logsumexp)))
     ids, logprobs, nll = (torch.cat(column) for column in zip(*parts, strict=True))
     return ids, logprobs, nll
 
@@ -26,11 +47,22 @@ def sparse_rows(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch
 @torch.inference_mode()
 def capture_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> list[SparseDistribution | None]:
     """Distributions of each conversation's rows; None for one in which something is not finite."""
-    device = next(model.parameters()).device
+    return split_batch(start_batch(model, conversations, k=k), conversations)
+
+
+def start_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> tuple[torch.Tensor, ...]:
+    """`sparse_rows` of the conversations' rows, one conversation after the other, where the model is."""
     batch = collate(conversations)
-    gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]].to(device)
-    logits = response_logits(model, batch.to(device))
-    ids, logprobs, nll = (column.cpu().numpy() for column in sparse_rows(logits, gold, min(k, logits.shape[1])))
+    gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]
+    logits = wanted_logits(model, batch)
+    return sparse_rows(logits, gold.to(logits.device), min(k, logits.shape[1]))
+
+
+def split_batch(
+    columns: tuple[torch.Tensor, ...], conversations: Sequence[Prepared]
+) -> list[SparseDistribution | None]:
+    """What `start_batch` gave, for each conversation its own."""
+    ids, logprobs, nll = (column.cpu().numpy() for column in columns)
     results: list[SparseDistribution | None] = []
     begin = 0
     for conversation in conversations:
@@ -39,3 +71,119 @@ def capture_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> l
         finite = np.isfinite(nll[rows]).all() and np.isfinite(logprobs[rows]).all()
         results.append(SparseDistribution(ids[rows], logprobs[rows], nll[rows]) if finite else None)
     return results
+
+
+def _by_kernel(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if logits.dtype != torch.bfloat16:
+        logits = logits.float()
+    bits = logits.contiguous().view(torch.int16 if logits.dtype == torch.bfloat16 else torch.int32).numpy()
+    ids = np.empty((len(bits), k), np.int32)
+    logprobs = np.empty((len(bits), k), np.float32)
+    nll = np.empty(len(bits), np.float32)
+    wanted = gold.numpy()
+    threads = max(1, min(torch.get_num_threads(), len(bits)))
+    bounds = np.linspace(0, len(bits), threads + 1).astype(int)
+
+    def work(part: int) -> None:
+        rows = slice(bounds[part], bounds[part + 1])
+        _select(bits[rows], wanted[rows], ids[rows], logprobs[rows], nll[rows])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))
+    return torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(nll)
+
+
+@numba.njit(cache=True, nogil=True)
+def _select(bits, gold, ids, logprobs, nll):  # type: ignore[no-untyped-def]
+    """`sparse_rows` of logits [n, V], given as the bits of bfloat16 (int16) or of float32 (int32)."""
+    n, size = bits.shape
+    k = ids.shape[1]
+    full = np.empty(size, np.int32)  # a row's bits as float32
+    greatest = np.empty((size + _BLOCK - 1) // _BLOCK, np.int32)
+    found = np.empty(size, np.int64)
+    for row in range(n):
+        _widen(bits[row], full)
+        values = full.view(np.float32)
+        largest = _greatest(full, greatest)
+        kept = np.sort(_at_least(full, greatest, _bound(greatest, k), found))[::-1]
+        top = values[_id(kept[0])]
+        logsumexp = np.float32(np.nan)
+        if largest < _INFINITE or (largest == _INFINITE and top < np.inf):  # neither a NaN nor +inf
+            logsumexp = np.float32(top + np.log(_sum_of_exponentials(values, top)))
+        for place in range(k):
+            ids[row, place] = _id(kept[place])
+            logprobs[row, place] = values[ids[row, place]] - logsumexp
+        nll[row] = logsumexp - values[gold[row]]
+
+
+@numba.njit(cache=True, nogil=True)
+def _widen(bits, full):  # type: ignore[no-untyped-def]
+    """bfloat16 is the upper half of a float32."""
+    shift = 32 - 8 * bits.itemsize
+    for i in range(bits.size):
+        full[i] = np.int32(np.int32(bits[i]) << shift)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _key(bits):  # type: ignore[no-untyped-def]
+    """Integers in the order of the floats that have these bits."""
+    return np.int32(bits ^ ((bits >> 31) & _NOT_ZERO))
+
+
+@numba.njit(cache=True, nogil=True)
+def _greatest(full, greatest):  # type: ignore[no-untyped-def]
+    """Fills in the greatest key of each block; returns the largest magnitude's bits: a NaN's are above infinity's."""
+    largest = np.int32(0)
+    for block in range(greatest.size):
+        best = np.int32(_LEAST)
+        part = full[block * _BLOCK : (block + 1) * _BLOCK]
+        for i in range(part.size):
+            best = max(best, _key(part[i]))
+            largest = max(largest, np.int32(part[i] & _NOT_ZERO))
+        greatest[block] = best
+    return largest
+
+
+@numba.njit(cache=True, nogil=True)
+def _bound(greatest, k):  # type: ignore[no-untyped-def]
+    """A key that at least k values reach, and no block without one of the k greatest: the k-th greatest of the blocks'."""
+    if greatest.size <= k:
+        return np.int32(_LEAST)
+    bound = np.partition(greatest, greatest.size - k)[greatest.size - k]
+    return np.int32(-1) if bound == 0 else bound  # -0 is as great as 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _at_least(full, greatest, bound, found):  # type: ignore[no-untyped-def]
+    """Keys from `bound` on, each with its id, as integers that sort by key; of equal keys the lower id is the greater."""
+    count = 0
+    for block in range(greatest.size):
+        if greatest[block] >= bound:
+            for i in range(block * _BLOCK, min((block + 1) * _BLOCK, full.size)):
+                key = _key(full[i])
+                if key >= bound:
+                    found[count] = (np.int64(0 if key == -1 else key) << 32) | (_NOT_ZERO - i)
+                    count += 1
+    return found[:count]
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _id(entry):  # type: ignore[no-untyped-def]
+    return _NOT_ZERO - (entry & _NOT_ZERO)
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def _sum_of_exponentials(values, top):  # type: ignore[no-untyped-def]
+    """Σ exp(value - top), all of them finite or -inf and none above `top`; written so that it is done in vectors."""
+    total = 0.0
+    for begin in range(0, values.size, _RUN):
+        part = values[begin : begin + _RUN]
+        subtotal = np.float32(0)
+        for i in range(part.size):
+            power = max((part[i] - top) * _LOG2_E, np.float32(-126))  # 2^-126 is nothing beside 1
+            whole = np.floor(power + np.float32(0.5))
+            x = power - whole
+            fraction = _C0 + x * (_C1 + x * (_C2 + x * (_C3 + x * (_C4 + x * (_C5 + x * (_C6 + x * _C7))))))
+            subtotal += fraction * np.int32((np.int32(whole) + 127) << 23).view(np.float32)  # times 2^whole
+        total += subtotal
+    return total

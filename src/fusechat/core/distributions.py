@@ -1,9 +1,21 @@
-"""Sparse next-token distributions, one for each row of a prepared conversation, and their store.
+"""Sparse next-token distributions, one for each row of a prepared conversation, and their store: what capture and align write.
 
-Format (Arrow IPC files, one record a conversation of n rows): `id` string; `ids` list<int32> of n·k token ids, most likely
-first, -1 pads; `logprobs` list<float16> of n·k log-probabilities over the full vocabulary (natural logarithm, temperature 1,
--inf pads); `nll` list<float32> of n, `-log p` of the row's own token (empty where the store holds targets, not captures).
-`store.json` beside them says k.
+Format 2. A store is a directory with `store.json` and Arrow IPC files ("file" format, not compressed):
+
+- `store.json`: `format`, the number 2; `k`, how many tokens a row has; `files`, a pattern that the names of its Arrow files match.
+  All files have one schema, and together they are the store, in the order of their names. No id is in it twice.
+- Files of captures match `shard-*.arrow`, and each is named `shard-<number>-<checksum>.arrow`: the number from 0 on, in five
+  digits or more; the checksum is the first 16 hexadecimal digits of the SHA-256 of the file's bytes. Shard i holds the i-th
+  `shard_conversations` of the prepared conversations, in their order, without those that were rejected; it may be empty.
+- A record is a conversation of n rows (a row: see `core/prepared.py`), in record batches of at most 512:
+  - `id` string: the conversation's id
+  - `ids` list<uint16 or int32> of n·k token ids, those of row i from i·k on, most likely first, none twice in a row. uint16 in
+    captures of models that know at most 65,536 tokens; else int32, where -1 pads a row that has fewer than k, at its end
+  - `logprobs` list<float16> of n·k: their log-probabilities over the full vocabulary (natural logarithm, temperature 1;
+    computed in float32), -inf where padded
+  - `nll` list<float32> of n: `-log p` of the row's own token; of length 0 where the store holds targets, not captures
+
+So a captured row takes 4·k + 4 or 6·k + 4 bytes, and a conversation about 60 more. Nothing is stored for prompts and padding.
 """
 
 from collections.abc import Iterable
@@ -13,18 +25,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fusechat.core.files import read_json, write_json
+from fusechat.core.cache import fresh_digest
+from fusechat.core.files import PARTIAL, digest, read_json, write_json
 from fusechat.core.tables import Table, write_table
+from fusechat.errors import WorkdirError
 
-STORE, FORMAT = "store.json", 1
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("ids", pa.list_(pa.int32())),
-        ("logprobs", pa.list_(pa.float16())),
-        ("nll", pa.list_(pa.float32())),
-    ]
-)
+STORE, FORMAT = "store.json", 2
+SHARDS = "shard-*.arrow"
+_CHECKSUM = 16  # hexadecimal digits of a shard's SHA-256 that its name ends with
+
+
+def _schema(ids: pa.DataType) -> pa.Schema:
+    lists = {"ids": ids, "logprobs": pa.float16(), "nll": pa.float32()}
+    return pa.schema([("id", pa.string()), *((name, pa.list_(kind)) for name, kind in lists.items())])
 
 
 @dataclass(frozen=True)
@@ -57,11 +70,15 @@ class SparseDistribution:
         return np.clip(1.0 - self.probabilities.sum(axis=1), 0.0, 1.0)
 
 
-def write_distributions(path: Path, records: Iterable[tuple[str, SparseDistribution]]) -> int:
-    """Writes (conversation id, distributions) pairs; returns how many."""
+def write_distributions(
+    path: Path, records: Iterable[tuple[str, SparseDistribution]], *, vocabulary: int | None = None
+) -> int:
+    """Writes (conversation id, distributions) pairs; returns how many. `vocabulary`: how many tokens the model knows, where no
+    id is a pad."""
+    kind = pa.uint16() if vocabulary is not None and vocabulary <= 1 << 16 else pa.int32()
     return write_table(
         path,
-        SCHEMA,
+        _schema(kind),
         (
             {
                 "id": identity,
@@ -74,15 +91,42 @@ def write_distributions(path: Path, records: Iterable[tuple[str, SparseDistribut
     )
 
 
+def write_shard(
+    directory: Path, number: int, records: Iterable[tuple[str, SparseDistribution]], *, vocabulary: int
+) -> Path:
+    """Writes a file of a capture, named after its bytes once they are on the disk."""
+    unnamed = directory / f"shard-{number:05d}{PARTIAL}"
+    write_distributions(unnamed, records, vocabulary=vocabulary)
+    return unnamed.rename(directory / f"shard-{number:05d}-{digest(unnamed)[:_CHECKSUM]}.arrow")
+
+
+def shards_of(directory: Path, number: int) -> list[Path]:
+    """The files that pass for a shard by their names, sound or not."""
+    return sorted(directory.glob(f"shard-{number:05d}-*.arrow"))
+
+
+def is_sound(shard: Path) -> bool:
+    """Whether a file of a capture has the bytes that it is named after. Reads it, and remembers what it found in the cache."""
+    return shard.stem.rpartition("-")[2] == fresh_digest(shard)[:_CHECKSUM]
+
+
 def write_store(directory: Path, *, k: int, files: str) -> None:
     """Marks a directory as a store of distributions; `files` is the pattern of its Arrow files."""
     write_json(directory / STORE, {"format": FORMAT, "k": k, "files": files})
 
 
-def open_distributions(directory: Path) -> "DistributionSet":
-    """The distributions that a finished step wrote to its directory."""
+def open_distributions(directory: Path, *, verify: bool = True) -> "DistributionSet":
+    """The distributions that a finished step wrote to its directory. Raises WorkdirError for captures that were altered, unless
+    somebody else is to `verify` their checksums."""
     store = read_json(directory / STORE)
-    return DistributionSet(list(directory.glob(store["files"])), k=store["k"])
+    paths = list(directory.glob(store["files"]))
+    if verify and store["files"] == SHARDS:
+        damaged = [path for path in paths if not is_sound(path)]
+        if damaged:
+            raise WorkdirError(
+                *(f"{path}: is damaged (its checksum differs); run again, and it is captured again" for path in damaged)
+            )
+    return DistributionSet(paths, k=store["k"])
 
 
 class DistributionSet:
@@ -99,7 +143,7 @@ class DistributionSet:
     def __getitem__(self, identity: str) -> SparseDistribution:
         row = self.index[identity]
         return SparseDistribution(
-            ids=self.table.array("ids", row).reshape(-1, self.k),
+            ids=self.table.array("ids", row).astype(np.int32, copy=False).reshape(-1, self.k),
             logprobs=self.table.array("logprobs", row).reshape(-1, self.k),
             nll=self.table.array("nll", row),
         )

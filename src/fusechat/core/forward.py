@@ -57,6 +57,35 @@ def response_logits(model: Any, batch: Batch) -> torch.Tensor:
     return logits[batch.rows[:, 0], column]
 
 
+def wanted_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """As `response_logits`, on the model's device, for inference: the head runs for the batch's rows alone, not for each
+    conversation wherever one of them needs it. The rows are picked from what goes into the head."""
+    device = next(model.parameters()).device
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return response_logits(model, batch.to(device))
+    tokens = batch.to(device)
+    inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "use_cache": False}
+    column = batch.rows[:, 1] - 1  # found on the CPU, so that nothing waits for a GPU
+    before = tuple(batch.input_ids.shape)
+    if keeps_logits(model):
+        kept, column = torch.unique(column, return_inverse=True)
+        inputs["logits_to_keep"] = kept.to(device)
+        before = len(batch.input_ids), len(kept)
+    at = tokens.rows[:, 0], column.to(device)
+
+    def pick(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *rest = arguments  # [b, kept, hidden]
+        return (hidden[at].unsqueeze(0), *rest) if hidden.shape[:2] == before else arguments
+
+    hook = head.register_forward_pre_hook(pick)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        hook.remove()
+    return logits[0] if logits.shape[:2] == (1, len(batch.rows)) else logits[at]
+
+
 def keeps_logits(model: Any) -> bool:
     """Whether the model can run its head at chosen positions only."""
     inner = model
