@@ -1,165 +1,220 @@
-"""Which model teaches a conversation: cross-entropy per byte, MinCE and its ties, and the trainer's batches."""
+"""Which model teaches a group of rows: cross-entropy per byte or token, at all levels, weights and ties."""
 
-from pathlib import Path
+import math
 
 import numpy as np
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
-from fusechat.core.distributions import (
-    DistributionSet,
-    SparseDistribution,
-    open_distributions,
-    write_distributions,
-    write_store,
+from fusechat.core.distributions import SparseDistribution
+from fusechat.fuse.choice import (
+    Candidate,
+    Rule,
+    common_responses,
+    content_size,
+    cross_entropies,
+    cross_entropy,
+    groups_of,
+    position_cross_entropy,
+    ties,
+    weights,
 )
-from fusechat.core.prepared import Prepared, PreparedSet, write_prepared
-from fusechat.fuse.choice import Candidate, common_responses, cross_entropy_per_byte, min_ce
-from fusechat.fuse.dataset import FusionData, collate_fusion
+from fusechat.fuse.mixture import nothing
+from fusing import (
+    LEVELS,
+    UNITS,
+    conversation_of_several,
+    naive_cross_entropies,
+    naive_groups,
+    naive_weights,
+    nll,
+    prepared,
+    sparse,
+)
+
+INF = math.inf
 
 
-def prepared(identity: str, responses: list[tuple[int, int]], *, ends_turn: bool = True, first: int = 5) -> Prepared:
-    """A conversation of (tokens, bytes) responses, each after a prompt of two tokens; its tokens are numbered from `first`."""
-    position, response, closing, at = [], [], [], 0
-    for number, (tokens, _) in enumerate(responses):
-        at += 2
-        rows = tokens + ends_turn
-        position += range(at, at + rows)
-        response += [number] * rows
-        closing += [False] * tokens + [True] * ends_turn
-        at += rows
-    n = len(position)
-    return Prepared(
-        id=identity,
-        input_ids=np.arange(first, first + at, dtype=np.int32),
-        position=np.array(position, dtype=np.int32),
-        response=np.array(response, dtype=np.int32),
-        begin=np.zeros(n, dtype=np.int32),
-        end=np.ones(n, dtype=np.int32),
-        end_of_turn=np.array(closing, dtype=bool),
-        content_bytes=np.array([size for _, size in responses], dtype=np.int32),
-    )
+def candidate(responses: list[tuple[int, int]], *values: float, targets: SparseDistribution | None = None) -> Candidate:
+    rows = prepared("a", responses)
+    return Candidate(rows, nll(*values), nothing(len(rows)) if targets is None else targets)
 
 
-def nll(*values: float) -> np.ndarray:
-    return np.array(values, dtype=np.float32)
+# -- cross-entropies ----------------------------------------------------------------------------------------------------
 
 
 def test_cross_entropy_is_nats_over_bytes_without_the_end_of_turn() -> None:
-    candidate = Candidate(prepared("a", [(2, 10), (1, 6)]), nll(1.5, 2.5, 100.0, 4.0, 100.0))
-    assert cross_entropy_per_byte(candidate, np.array([0])) == pytest.approx((1.5 + 2.5) / 10)
-    assert cross_entropy_per_byte(candidate, np.array([1])) == pytest.approx(4.0 / 6)
-    assert cross_entropy_per_byte(candidate, np.array([0, 1])) == pytest.approx((1.5 + 2.5 + 4.0) / 16)
+    one = candidate([(2, 10), (1, 6)], 1.5, 2.5, 100.0, 4.0, 100.0)
+    assert cross_entropy(one, np.array([0]), "byte") == pytest.approx((1.5 + 2.5) / 10)
+    assert cross_entropy(one, np.array([1]), "byte") == pytest.approx(4.0 / 6)
+    assert cross_entropy(one, np.array([0, 1]), "byte") == pytest.approx((1.5 + 2.5 + 4.0) / 16)
 
 
-def test_per_byte_not_per_token_decides() -> None:
+def test_or_over_the_models_own_tokens() -> None:
+    one = candidate([(2, 10), (1, 6)], 1.5, 2.5, 100.0, 4.0, 100.0)
+    assert cross_entropy(one, np.array([0]), "token") == pytest.approx((1.5 + 2.5) / 2)
+    assert cross_entropy(one, np.array([0, 1]), "token") == pytest.approx((1.5 + 2.5 + 4.0) / 3)
+    assert [content_size(one.rows, np.array([0, 1]), unit) for unit in UNITS] == [16, 3]
+
+
+def test_a_template_without_end_of_turn_leaves_nothing_out() -> None:
+    one = Candidate(prepared("a", [(2, 4)], ends_turn=False), nll(1.0, 2.0), nothing(2))
+    assert cross_entropy(one, np.array([0]), "byte") == pytest.approx(3 / 4)
+    assert cross_entropy(one, np.array([0]), "token") == pytest.approx(3 / 2)
+
+
+def test_the_unit_decides_who_is_better() -> None:
     """The source needs twice the tokens for the same bytes: per token it looks better, per byte it is worse."""
-    pivot = Candidate(prepared("a", [(2, 8)]), nll(2.0, 2.0, 0.0))
-    source = Candidate(prepared("a", [(4, 8)]), nll(1.5, 1.5, 1.5, 1.5, 0.0))
-    per_byte = [cross_entropy_per_byte(one, np.array([0])) for one in (pivot, source)]
-    assert per_byte == pytest.approx([4 / 8, 6 / 8])
-    assert min_ce(per_byte) == (0, False)
+    pivot = candidate([(2, 8)], 2.0, 2.0, 0.0)
+    source = candidate([(4, 8)], 1.5, 1.5, 1.5, 1.5, 0.0)
+    found = {unit: cross_entropies([pivot, source], pivot.rows, unit=unit, level="conversation") for unit in UNITS}
+    assert found["byte"].tolist() == [[4 / 8], [6 / 8]]
+    assert found["token"].tolist() == [[2.0], [1.5]]
+    assert weights(found["byte"], "mince").tolist() == [[1.0], [0.0]]
+    assert weights(found["token"], "mince").tolist() == [[0.0], [1.0]]
 
 
-def test_many_small_terms_are_not_summed_in_half_precision() -> None:
-    candidate = Candidate(prepared("a", [(5000, 5000)]), nll(*[1.0] * 4999, 1.25, 0.0))
-    assert cross_entropy_per_byte(candidate, np.array([0])) == pytest.approx(5000.25 / 5000, rel=1e-9)
+def test_many_small_terms_are_not_summed_in_half_or_single_precision() -> None:
+    one = candidate([(5000, 5000)], *[1.0] * 4999, 1.25, 0.0)
+    assert cross_entropy(one, np.array([0]), "byte") == pytest.approx(5000.25 / 5000, rel=1e-9)
+    steps = candidate([(10001, 1)], 2.0**24, *[1.0] * 10000, 0.0)
+    assert cross_entropy(steps, np.array([0]), "byte") == 2**24 + 10000
 
 
-def test_only_responses_that_every_candidate_has_are_compared() -> None:
-    three, two = prepared("a", [(1, 1)] * 3), prepared("a", [(1, 1)] * 2)
-    found = common_responses([Candidate(three, nll(*[0.0] * 6)), Candidate(two, nll(*[0.0] * 4))])
-    assert found.tolist() == [0, 1]
+def test_of_a_conversation_only_responses_that_every_candidate_has_are_compared() -> None:
+    three = candidate([(1, 1), (1, 2), (1, 4)], 1.0, 9.0, 2.0, 9.0, 50.0, 9.0)
+    two = candidate([(2, 1), (1, 2)], 0.5, 1.0, 9.0, 3.0, 9.0)
+    assert common_responses([three.rows, two.rows]).tolist() == [0, 1]
+    by_byte = cross_entropies([three, two], three.rows, unit="byte", level="conversation")
+    assert by_byte.tolist() == [[(1 + 2) / 3], [(0.5 + 1 + 3) / 3]]
+    by_token = cross_entropies([three, two], three.rows, unit="token", level="conversation")
+    assert by_token.tolist() == [[(1 + 2) / 2], [(0.5 + 1 + 3) / 3]]
+
+
+def test_a_response_that_the_pivot_lost_counts_for_no_source_even_where_the_pivot_is_no_candidate() -> None:
+    """The student has the pivot's responses: compared with it, a source is measured on these."""
+    pivot = prepared("a", [(1, 2)])
+    source = candidate([(1, 2), (1, 8)], 1.0, 0.0, 40.0, 0.0)
+    assert cross_entropies([source], pivot, unit="byte", level="conversation").tolist() == [[1.0 / 2]]
+
+
+def test_of_single_responses_a_candidate_without_one_has_nothing_to_say() -> None:
+    pivot = candidate([(1, 1), (1, 2), (1, 4)], 1.0, 9.0, 2.0, 9.0, 6.0, 9.0)
+    less = candidate([(2, 1), (1, 2)], 0.5, 1.0, 9.0, 3.0, 9.0)
+    more = candidate([(1, 1)] * 4, 1.0, 9.0, 1.0, 9.0, 1.0, 9.0, 1.0, 9.0)
+    by_byte = cross_entropies([pivot, less, more], pivot.rows, unit="byte", level="response")
+    assert by_byte.tolist() == [[1, 1, 1.5], [1.5, 1.5, INF], [1, 1, 1]]
+    by_token = cross_entropies([pivot, less, more], pivot.rows, unit="token", level="response")
+    assert by_token.tolist() == [[1, 2, 6], [0.75, 3, INF], [1, 1, 1]]
+
+
+def test_of_positions_the_stored_probability_of_the_gold_token_counts_with_a_floor() -> None:
+    rows = [{5: 0.5, 9: 0.25}, {5: 0.5, 9: 0.25}, {9: 5e-5}, {}, {9: 1e-4}, {3: 1.0}]
+    found = position_cross_entropy(sparse(rows), np.array([9, 7, 9, 9, 9, 3]))
+    floor = -math.log(1e-4)
+    assert found.tolist() == pytest.approx([-math.log(0.25), floor, floor, INF, floor, 0.0], abs=1e-6)
+
+
+def test_of_positions_the_end_of_turn_is_one_and_units_and_nll_are_nothing() -> None:
+    pivot = candidate([(1, 8)], 50.0, 50.0, targets=sparse([{7: 0.5}, {8: 0.125}]))  # gold: 7 and 8
+    source = candidate([(3, 8)], 0.0, 0.0, 0.0, 0.0, targets=sparse([{7: 0.25}, {8: 1.0}]))
+    for unit in UNITS:
+        found = cross_entropies([pivot, source], pivot.rows, unit=unit, level="position")
+        assert found.tolist() == [pytest.approx([math.log(2), math.log(8)]), pytest.approx([math.log(4), 0.0])]
+
+
+def test_groups_are_all_rows_each_response_or_each_row() -> None:
+    pivot = prepared("a", [(2, 1), (1, 1)])
+    assert groups_of(pivot, "conversation").tolist() == [0] * 5
+    assert groups_of(pivot, "response").tolist() == [0, 0, 0, 1, 1]
+    assert groups_of(pivot, "position").tolist() == [0, 1, 2, 3, 4]
+
+
+@given(conversation_of_several(3), st.sampled_from(UNITS), st.sampled_from(LEVELS), st.integers(1, 3), st.booleans())
+def test_cross_entropies_are_those_of_plain_loops(
+    several: list[Candidate], unit: str, level: str, number: int, with_pivot: bool
+) -> None:
+    assume(with_pivot or number < 3)
+    pivot = several[0].rows
+    chosen = several[:number] if with_pivot else several[1 : 1 + number]
+    expected = naive_cross_entropies(chosen, pivot, Rule(unit=unit, level=level))
+    found = cross_entropies(chosen, pivot, unit=unit, level=level)
+    assert groups_of(pivot, level).tolist() == naive_groups(pivot, level)
+    np.testing.assert_allclose(found, np.array(expected), rtol=1e-6, atol=1e-6)
+
+
+# -- weights and ties ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", ["mince", "source"])
+@pytest.mark.parametrize(
+    ("values", "expected", "tied"),
+    [
+        ([0.5, 0.4], 1, 0),
+        ([0.4, 0.5], 0, 0),
+        ([0.4, 0.4], 0, 1),
+        ([0.6, 0.4, 0.4], 1, 1),
+        ([0.4, 0.5, 0.5], 0, 0),
+        ([0.4, INF, 0.4], 0, 1),
+        ([INF, 7.0, INF], 1, 0),
+        ([0.3], 0, 0),
+    ],
+)
+def test_the_lowest_has_all_and_of_equal_ones_the_first(
+    function: str, values: list[float], expected: int, tied: int
+) -> None:
+    found = np.array(values)[:, None]
+    assert weights(found, function)[:, 0].tolist() == [float(index == expected) for index in range(len(values))]
+    assert ties(found) == tied
+
+
+def test_avgce_is_the_softmax_of_minus_the_cross_entropies() -> None:
+    """By hand: exp(-ln 2) = 1/2 and exp(-ln 6) = 1/6 give 3/4 and 1/4; a third that says nothing changes nothing."""
+    found = weights(np.array([[math.log(2), 3.0], [math.log(6), 3.0], [INF, 3.0]]), "avgce")
+    assert found[:, 0].tolist() == [pytest.approx(3 / 4), pytest.approx(1 / 4), 0.0]
+    assert found[:, 1].tolist() == pytest.approx([1 / 3] * 3)
+
+
+def test_avgce_of_what_is_very_unlikely_does_not_underflow() -> None:
+    found = weights(np.array([[2000.0], [2000.0 + math.log(3)]]), "avgce")
+    assert found[:, 0].tolist() == pytest.approx([3 / 4, 1 / 4])
+
+
+@pytest.mark.parametrize("function", ["mince", "avgce", "source"])
+def test_a_group_that_nobody_speaks_of_has_no_weights_and_is_no_tie(function: str) -> None:
+    found = np.array([[INF, 1.0], [INF, 2.0]])
+    assert weights(found, function)[:, 0].tolist() == [0.0, 0.0]
+    assert weights(found, function)[:, 1].sum() == pytest.approx(1.0)
+    assert ties(found) == 0
+
+
+def test_ties_are_counted_by_group() -> None:
+    assert ties(np.array([[1.0, 2.0, INF, 3.0], [1.0, 1.0, INF, 3.0], [5.0, 1.0, INF, INF]])) == 3
+
+
+values = st.one_of(st.sampled_from([0.0, 0.5, 1.0, INF]), st.floats(0.0, 15.0))
+
+
+@given(
+    st.integers(1, 4).flatmap(lambda g: st.lists(st.lists(values, min_size=g, max_size=g), min_size=1, max_size=4)),
+    st.sampled_from(["mince", "avgce", "source"]),
+)
+def test_weights_are_those_of_plain_loops_and_sum_to_one(found: list[list[float]], function: str) -> None:
+    share = weights(np.array(found), function)
+    np.testing.assert_allclose(share, np.array(naive_weights(found, function)), atol=1e-12)
+    spoken = [min(group) < INF for group in zip(*found, strict=True)]
+    np.testing.assert_allclose(share.sum(axis=0), np.array(spoken, dtype=float), atol=1e-12)
 
 
 @pytest.mark.parametrize(
-    ("values", "expected"),
+    ("rule", "pivot", "student"),
     [
-        ([0.5, 0.4], (1, False)),
-        ([0.4, 0.5], (0, False)),
-        ([0.4, 0.4], (0, True)),
-        ([0.6, 0.4, 0.4], (1, True)),
-        ([0.4, 0.5, 0.5], (0, False)),
-        ([0.3], (0, False)),
+        (Rule(), True, False),
+        (Rule(function="avgce", against="student"), False, True),
+        (Rule(function="source"), False, False),
+        (Rule(function="source", against="student"), False, False),
     ],
 )
-def test_the_lowest_wins_and_ties_go_to_the_first(values: list[float], expected: tuple[int, bool]) -> None:
-    assert min_ce(values) == expected
-
-
-# -- the data of a target -----------------------------------------------------------------------------------------------
-
-
-def store(directory: Path, records: dict[str, SparseDistribution]) -> DistributionSet:
-    directory.mkdir(parents=True)
-    write_distributions(directory / "rows.arrow", records.items())
-    write_store(directory, k=next(iter(records.values())).ids.shape[1], files="*.arrow")
-    return open_distributions(directory)
-
-
-def captured(n: int, token: int, value: float, k: int = 2) -> SparseDistribution:
-    """n rows that give `token` and the next ones equal shares; each row has the nll `value`."""
-    ids = np.tile(np.arange(token, token + k, dtype=np.int32), (n, 1))
-    return SparseDistribution(ids, np.full((n, k), -np.log(k), dtype=np.float16), nll(*[value] * n))
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> FusionData:
-    """Conversations: `won` and `lost` by the source, `tied`, and those that only one model, or none, has distributions of."""
-    names = {"won": 2.0, "lost": 0.5, "tied": 1.0, "pivots": None, "sources": 1.0, "nobodys": None}
-    own = [prepared(name, [(2, 4)], first=10 * number) for number, name in enumerate(names)]
-    # Per byte `others` say the same as per row here: two content rows, four bytes.
-    others = [prepared(name, [(2, 4)], first=1000) for name, value in names.items() if value is not None]
-    for name, rows in (("pivot", own), ("source", others)):
-        (tmp_path / name).mkdir()
-        write_prepared(tmp_path / name / "conversations.arrow", reversed(rows) if name == "source" else rows)
-    of_pivot = {
-        name: captured(3, 50, value or 1.0) for name, value in names.items() if name not in ("sources", "nobodys")
-    }
-    of_source = {name: captured(3, 60, 1.0) for name, value in names.items() if value is not None}
-    aligned = {one.id: captured(3, 70 + number, 0.0, k=3) for number, one in enumerate(own)}
-    return FusionData(
-        PreparedSet(tmp_path / "pivot"),
-        PreparedSet(tmp_path / "source"),
-        pivot_captured=store(tmp_path / "a", of_pivot),
-        source_captured=store(tmp_path / "b", dict(reversed(of_source.items()))),
-        aligned=store(tmp_path / "c", dict(reversed(aligned.items()))),
-    )
-
-
-def test_the_teacher_of_each_conversation_and_the_counts(data: FusionData) -> None:
-    """Conversations are joined by id: the source's files hold them in another order."""
-    assert data.chosen == {
-        "won": "source",  # 4 nats of the pivot against 2 of the source, over 4 bytes
-        "lost": "pivot",
-        "tied": "pivot",
-        "pivots": "pivot",
-        "sources": "source",
-        "nobodys": "none",
-    }
-    assert data.counts == {
-        "ties": 1,
-        "without_comparison": 3,
-        "taught_by_pivot": 3,
-        "taught_by_source": 2,
-        "taught_by_none": 1,
-    }
-
-
-def test_targets_are_the_teachers(data: FusionData) -> None:
-    by_name = {data[index]["conversation"].id: data[index]["targets"].ids for index in range(len(data))}
-    assert by_name["won"].tolist() == [[70, 71, 72]] * 3
-    assert by_name["lost"].tolist() == [[50, 51]] * 3
-    assert by_name["sources"].tolist() == [[74, 75, 76]] * 3
-    assert by_name["nobodys"].tolist() == [[-1]] * 3
-
-
-def test_a_batch_pads_tokens_and_targets_and_labels_each_row_with_its_own_token(data: FusionData) -> None:
-    order = [data.pivot.row_of[name] for name in ("lost", "nobodys", "won")]
-    batch = collate_fusion([data[index] for index in order], pad=99)
-    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 14], [50, 51, 52, 53, 54], [0, 1, 2, 3, 4]]
-    assert batch["labels"].tolist() == [12, 13, 14, 52, 53, 54, 2, 3, 4]
-    assert batch["target_ids"].tolist() == [[50, 51, -1]] * 3 + [[-1, -1, -1]] * 3 + [[70, 71, 72]] * 3
-    probabilities = batch["target_logprobs"].exp().numpy()
-    assert probabilities[0] == pytest.approx([0.5, 0.5, 0.0], abs=1e-3)
-    assert probabilities[3].tolist() == [0.0] * 3
-    assert batch["conversation_ids"] == ["lost", "nobodys", "won"]
+def test_with_whom_sources_are_compared(rule: Rule, pivot: bool, student: bool) -> None:
+    assert (rule.compares_with_pivot, rule.compares_with_student) == (pivot, student)
