@@ -22,7 +22,7 @@ test: install
 # older versions of some packages than constraints.txt has), and some minutes.
 VLLM := .venv-vllm
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/pytest tests/vllm tests/test_vllm_backend.py
+	$(VLLM)/bin/pytest tests/with_vllm tests/test_vllm_backend.py
 
 # What comes with vLLM for pictures and sound does not fit its PyTorch here, and breaks its import.
 $(VLLM)/.installed: pyproject.toml constraints-vllm.txt

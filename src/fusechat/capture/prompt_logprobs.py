@@ -37,7 +37,9 @@ def sparse_distribution(
         zip(conversation.position.tolist(), conversation.gold.tolist(), strict=True)
     ):
         entries = _entries(found[position])
-        if len(entries) < k or gold not in entries:
+        if gold not in entries and len(entries) >= k:
+            raise ModelError(f"{who}: left out a token that it was asked about")
+        if len(entries) < k:
             raise ModelError(
                 f"{who}: gave {len(entries)} tokens at a position where the {k} most likely were asked for"
             )

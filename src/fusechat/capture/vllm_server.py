@@ -159,7 +159,7 @@ class Server:
         return ModelError(f"{self._who}: {what}")
 
 
-_OTHER_SHAPE = (TypeError, KeyError, IndexError, AttributeError)  # an answer is not built as expected
+_OTHER_SHAPE = (TypeError, KeyError, IndexError, AttributeError, ValueError)  # an answer is not built as expected
 
 
 def _message(error: Exception) -> str:
@@ -172,10 +172,11 @@ def _message(error: Exception) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what an error came from."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return first_line(error)
+    """What it came from in the end: `Connection refused`."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number and number > 0 else first_line(error)
 
 
 def _conversation(tokens: list[int]) -> Prepared:
