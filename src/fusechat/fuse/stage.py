@@ -106,8 +106,9 @@ def _fuse(
         log.info("fuse %s: on %s %s", target, name, ", ".join(f"{who} {count:g}" for who, count in counts.items()))
     if not ranks.from_first(lambda: (directory / MODEL).is_dir()):
         _train(directory, logs, target, data, held_out, recipe)
-    if ranks.is_first():
-        shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    if not ranks.is_first():  # what was written and counted, the first one tells
+        return {}
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     entries = [json.loads(line) for line in (directory / LOSSES).read_text().splitlines()]
     steps = max((entry["step"] for entry in entries), default=0)
     return {

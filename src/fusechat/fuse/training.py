@@ -126,7 +126,8 @@ def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None)
         if "wandb" in trainer.args.report_to and ranks.is_first():
             import wandb
 
-            wandb.finish()  # the next target is a run of its own
+            wandb.finish()  # the next target is a run of its own …
+            wandb.teardown()  # … in a directory of its own, which is asked for once
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 

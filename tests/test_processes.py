@@ -1,0 +1,246 @@
+"""Two processes train as one: the same loss, the same gradients, the same fused model; kills and errors too."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+from fusechat.core.forward import Batch, response_logits
+from fusechat.errors import TrainingError
+from fusechat.fuse.dataset import NOBODY, FusionData, collate_fusion
+from fusechat.fuse.sampler import FilledSampler
+from fusechat.fuse.trainer import COMPLETE
+from fusechat.pipeline import run
+from fusechat.recipe_file import load_recipe
+from together import gradients
+from training import fine_tune, fusion_data, silent, trainer_of
+
+TOGETHER = Path(__file__).with_name("together.py")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+RECIPE = ("--set", "fuse.training.gradient_accumulation_steps=1")  # two processes make up for it
+
+
+@pytest.fixture(scope="module")
+def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a recipe and `one`, what a single process made of it."""
+    directory = tmp_path_factory.mktemp("processes")
+    run(load_recipe(runs.write_recipe(directory, models)), directory / "one")
+    return directory
+
+
+def launch(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LAUNCH, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=ENVIRONMENT,
+        timeout=600,
+        **options,
+    )
+
+
+def weights(work: Path, model: str) -> dict[str, torch.Tensor]:
+    return dict(load_file(work / model / "model" / "model.safetensors"))
+
+
+def without_epoch(entry: dict[str, float]) -> dict[str, float]:
+    """What fills up the last batches counts in the share of the epoch, and in nothing else."""
+    return {key: value for key, value in entry.items() if key != "epoch"}
+
+
+def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: float) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, atol=atol, rtol=1e-4, msg=name)
+
+
+@pytest.fixture(scope="module")
+def two(place: Path) -> Path:
+    """The whole recipe again, by two processes."""
+    done = launch("-m", "fusechat", "run", place / "recipe.yaml", "--workdir", place / "two", *RECIPE)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("fused model:") == 1, "the first process alone tells the result"
+    return place / "two"
+
+
+@pytest.mark.parametrize("model", ["fuse/mistral", "fuse/gemma", "merge"])
+def test_two_processes_give_the_model_of_one(place: Path, two: Path, model: str) -> None:
+    assert_close(weights(place / "one", model), weights(two, model), atol=1e-5)
+
+
+def test_two_processes_capture_the_same_store(place: Path, two: Path) -> None:
+    def stores(work: Path) -> dict[str, bytes]:
+        return {str(file.relative_to(work)): file.read_bytes() for file in sorted(work.glob("capture/**/shard-*"))}
+
+    assert stores(two) == stores(place / "one")
+    assert len(stores(two)) == 3 + 2 + 3 + 2
+
+
+def test_the_log_is_of_all_processes(place: Path, two: Path) -> None:
+    def log(work: Path) -> list[dict[str, float]]:
+        entries = [json.loads(line) for line in (work / "fuse/mistral/losses.jsonl").read_text().splitlines()]
+        return [without_epoch(entry) for entry in entries]
+
+    one, both = log(place / "one"), log(two)
+    assert len(one) == len(both) == 6
+    for left, right in zip(one, both, strict=True):
+        assert right == pytest.approx(left, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def together(place: Path, models: dict[str, Path]) -> Path:
+    out = place / "together"
+    out.mkdir()
+    done = launch(TOGETHER, place / "one", models["llama"], out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def data(place: Path) -> FusionData:
+    return fusion_data(place / "one", "mistral")
+
+
+def fresh(models: dict[str, Path]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+
+
+def test_one_of_eight_two_of_four_and_four_accumulated_of_two_have_the_same_gradients(
+    models: dict[str, Path], data: FusionData, together: Path, tmp_path: Path
+) -> None:
+    """Ten conversations: the second step has two, of which one of the two processes gets none."""
+    log, whole = gradients(fresh(models), data, tmp_path / "a", per_device_train_batch_size=8)
+    parts_log, parts = gradients(
+        fresh(models), data, tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=4
+    )
+    both_log = json.loads((together / "found.json").read_text())["log"]
+    assert {name.split("/")[0] for name in whole} == {"0", "1"}
+    assert max(float(tensor.abs().max()) for tensor in whole.values()) > 1e-2
+    for other in (parts, load_file(together / "ddp.safetensors")):
+        assert_close(whole, other, atol=1e-6)
+    for other_log in (parts_log, both_log):
+        for left, right in zip(log, other_log, strict=True):
+            assert without_epoch(right) == pytest.approx(without_epoch(left), rel=1e-5)
+
+
+def test_fully_sharded_the_loss_and_the_gradients_are_the_same(
+    models: dict[str, Path], data: FusionData, together: Path
+) -> None:
+    from fusechat.fuse.loss import fusion_loss
+    from training import SETTINGS
+
+    model = fresh(models)
+    inputs = collate_fusion([data[index] for index in range(8)], pad=0)
+    logits = response_logits(model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"]))
+    loss = fusion_loss(logits, inputs["labels"], inputs["target_ids"], inputs["target_logprobs"], **SETTINGS)
+    loss.backward()
+    found = json.loads((together / "found.json").read_text())
+    assert found["sharded loss"] == pytest.approx(loss.item(), rel=1e-5)
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert_close(expected, load_file(together / "sharded.safetensors"), atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all_and_is_told_once(together: Path, data: FusionData) -> None:
+    (first, first_told), (second, second_told) = json.loads((together / "found.json").read_text())["not finite"]
+    assert first == second
+    assert first.startswith("the loss is not finite at step 1, conversations ")
+    assert first.count(", ") == 2, "the two conversations of the process that it happened to"
+    assert (first_told, second_told) == (False, True)
+
+
+def test_held_out_conversations_are_each_counted_once(
+    models: dict[str, Path], together: Path, place: Path, data: FusionData, tmp_path: Path
+) -> None:
+    """Seven conversations over two processes in batches of eight."""
+    from fusechat.core.prepared import PreparedSet
+    from fusechat.fuse.validation import Validation
+
+    held_out = {"data": Validation(PreparedSet(place / "one" / "prepare" / "pivot" / "data-held-out"))}
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 2, "per_device_train_batch_size": 16}
+    log, _ = fine_tune(models["llama"], data, tmp_path, held_out=held_out, **changes)
+    found = json.loads((together / "found.json").read_text())["evaluated"]
+    for key in ("eval_loss", "eval_bits_per_byte"):
+        assert found[key] == pytest.approx(log[-1][key], rel=1e-4)
+
+
+def test_fsdp_that_is_not_to_be_had_is_said(together: Path) -> None:
+    (said,) = json.loads((together / "found.json").read_text())["fsdp"]
+    assert said == "fuse: FSDP was asked for, and is not to be had on this device: every process holds the whole model"
+
+
+def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) -> None:
+    """SIGKILL to all of them once a checkpoint is complete; then both again: the weights of two that were not killed."""
+    work = place / "killed"
+    command = [*LAUNCH, "-m", "fusechat", "run", str(place / "recipe.yaml"), "--workdir", str(work), *RECIPE]
+    killed = subprocess.Popen(
+        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoints = work / "fuse" / "mistral" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob(f"*/{COMPLETE}")) and time.monotonic() < deadline:
+        assert killed.poll() is None, "it ended by itself"
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list(checkpoints.glob(f"*/{COMPLETE}"))
+    assert not (work / "fuse" / "mistral" / "manifest.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for model in ("fuse/mistral", "fuse/gemma", "merge"):
+        for name, tensor in weights(two, model).items():
+            assert torch.equal(weights(work, model)[name], tensor), name
+    assert sorted(file.name for file in (work / "fuse/mistral/model").iterdir()) == sorted(
+        file.name for file in (place / "one/fuse/mistral/model").iterdir()
+    )
+
+
+def test_a_mistake_is_told_by_one_process(place: Path) -> None:
+    done = launch("-m", "fusechat", "run", place / "recipe.yaml", "--workdir", place / "no", "--set", "fuse.loss=mse")
+    assert done.returncode == 1, "torchrun's own"
+    (told,) = [line for line in done.stderr.splitlines() if "fusechat: error: " in line]
+    assert told.startswith("fusechat: error: fuse.loss: ")
+    assert told.endswith("not 'mse'")
+    assert not (place / "no").exists()
+
+
+def test_another_number_of_processes_does_not_go_on_where_the_steps_would_mean_something_else(
+    models: dict[str, Path], data: FusionData, tmp_path: Path
+) -> None:
+    from fusechat.fuse.training import train
+
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    fine_tune(models["llama"], data, tmp_path, **changes)
+    complete = tmp_path / "checkpoint-2" / COMPLETE
+    assert json.loads(complete.read_text()) == {"processes": 1, "conversations_a_step": 2}
+    complete.write_text(json.dumps({"processes": 3, "conversations_a_step": 6}))
+    with pytest.raises(TrainingError, match="was written by 3 processes, 6 conversations a step; 1 would make it 2"):
+        train(trainer_of(fresh(models), data, tmp_path, **changes | {"max_steps": 4}), silent)
+    complete.write_text(json.dumps({"processes": 2, "conversations_a_step": 2}))
+    assert len(train(trainer_of(fresh(models), data, tmp_path, **changes | {"max_steps": 4}), silent)) == 4
+
+
+def test_batches_are_filled_up_in_the_order_of_one_process(data: FusionData) -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+    from torch.utils.data import RandomSampler, SequentialSampler
+
+    filled = FilledSampler(RandomSampler(data), 4, seed=7)
+    alone = SeedableRandomSampler(data, data_seed=7)
+    for epoch in (0, 3):
+        filled.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        assert list(filled) == [*alone, NOBODY, NOBODY]
+    assert len(filled) == 12
+    assert list(FilledSampler(SequentialSampler(data), 5, seed=None)) == list(range(10))

@@ -1,0 +1,123 @@
+"""Fine-tuning that was stopped at any step goes on to the same weights and the same log, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runs
+from fusechat.core.prepared import PreparedSet
+from fusechat.fuse.dataset import FusionData
+from fusechat.fuse.lora import with_adapters
+from fusechat.fuse.trainer import COMPLETE, last_checkpoint
+from fusechat.fuse.training import train
+from fusechat.fuse.validation import Validation
+from fusechat.pipeline import run
+from fusechat.recipe_file import load_recipe
+from training import StopError, fusion_data, silent, stop_at, trainer_of
+
+STEPS = 7
+PLAIN = {"max_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3}
+SAVED = PLAIN | {"save_strategy": "steps", "save_steps": 2}
+BEST = SAVED | {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "bits_per_byte",
+    "save_total_limit": 1,
+    "learning_rate": 0.1,  # too much: the last step is not the best
+}
+
+
+@pytest.fixture(scope="module")
+def work(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("resume")
+    run(load_recipe(runs.write_recipe(directory, models)), directory / "work", until="align")
+    held_out = load_recipe(directory / "recipe.yaml")
+    from fusechat.core.chatters import Chatter
+    from fusechat.pipeline import prepare
+
+    pivot: Chatter = held_out.chatter("pivot")
+    prepare.step(held_out, directory / "work", pivot, held_out.validation_sets()[0]).run()
+    return directory / "work"
+
+
+def student(directory: Path, lora: dict[str, Any] | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return with_adapters(model, lora, seed=3) if lora else model
+
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "lora", "rule"),
+    [
+        (SAVED, None, {}),
+        (SAVED, None, {"against": "student", "level": "response"}),
+        (SAVED, LORA, {}),  # dropout: the state of chance is a part of a checkpoint
+        (BEST, None, {}),
+        (BEST, LORA, {}),
+    ],
+    ids=["plain", "student", "lora", "best", "lora-best"],
+)
+def test_stopped_at_every_step(
+    models: dict[str, Path],
+    work: Path,
+    tmp_path: Path,
+    settings: dict[str, Any],
+    lora: dict[str, Any] | None,
+    rule: dict[str, str],
+) -> None:
+    data = fusion_data(work, "mistral", **rule)
+    held_out = {"data": Validation(PreparedSet(work / "prepare" / "pivot" / "data-held-out"))}
+    if "eval_strategy" not in settings:
+        held_out = {}
+
+    def begin(place: str) -> Any:
+        return trainer_of(student(models["llama"], lora), data, tmp_path / place, held_out=held_out, **settings)
+
+    whole = begin("whole")
+    log = train(whole, silent)
+    expected = whole.model.state_dict()
+    if "eval_strategy" in settings:
+        assert whole.state.best_global_step < 6, "the best is not the last"
+    for step in range(1, STEPS + 1) if settings is SAVED and not lora else (1, 3, 6):
+        stopped = begin(f"{step}")
+        stop_at(stopped, step)
+        with pytest.raises(StopError):
+            train(stopped, silent)
+        saved = last_checkpoint(tmp_path / f"{step}")
+        assert saved == (tmp_path / f"{step}" / f"checkpoint-{(step - 1) // 2 * 2}" if step > 2 else None)
+        again = begin(f"{step}")
+        assert train(again, silent) == log, step
+        for name, tensor in again.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), (step, name)
+
+
+def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(
+    models: dict[str, Path], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while a checkpoint is being marked, with a limit of one: the one before is still there."""
+    from fusechat.fuse import trainer as module
+
+    data: FusionData = fusion_data(work, "mistral")
+    settings = SAVED | {"save_total_limit": 1}
+    real = module.write_json
+
+    def fail_at_four(path: Path, value: Any) -> None:
+        if path.parent.name == "checkpoint-4":
+            raise StopError
+        real(path, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write_json", fail_at_four)
+        with pytest.raises(StopError):
+            train(trainer_of(student(models["llama"], None), data, tmp_path, **settings), silent)
+    assert (tmp_path / "checkpoint-2" / COMPLETE).is_file()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    train(trainer_of(student(models["llama"], None), data, tmp_path, **settings), silent)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]

@@ -1,0 +1,266 @@
+"""What `fuse.training` and `fuse.lora` switch on, each in a real run of a tiny model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import runs
+from fusechat.core.prepared import PreparedSet
+from fusechat.errors import RecipeError
+from fusechat.evaluate.bits_per_byte import compare, score_responses
+from fusechat.fuse.dataset import FusionData
+from fusechat.fuse.validation import Validation
+from fusechat.pipeline import run
+from fusechat.recipe_file import load_recipe
+from training import fine_tune, fusion_data
+
+LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture(scope="module")
+def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a recipe and `work`, which is aligned; each test goes on in a work directory of its own beside it."""
+    directory = tmp_path_factory.mktemp("options")
+    run(load_recipe(runs.write_recipe(directory, models)), directory / "work", until="align")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(place: Path) -> FusionData:
+    return fusion_data(place / "work", "mistral")
+
+
+def finish(place: Path, name: str, *changes: str, until: str = "fuse", only: str | None = "mistral") -> Path:
+    """A work directory in which the recipe with `changes` ran; what is aligned already is taken over."""
+    import shutil
+
+    work = place / name
+    shutil.copytree(place / "work", work)
+    run(load_recipe(place / "recipe.yaml", list(changes)), work, until=until, only=only)
+    return work
+
+
+def log_of(work: Path, target: str = "mistral") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (work / "fuse" / target / "losses.jsonl").read_text().splitlines()]
+
+
+def weights_of(work: Path, target: str = "mistral") -> dict[str, torch.Tensor]:
+    return dict(load_file(work / "fuse" / target / "model" / "model.safetensors"))
+
+
+def test_checkpointing_of_activations_changes_nothing_but_memory(
+    models: dict[str, Path], data: FusionData, tmp_path: Path
+) -> None:
+    plain, a = fine_tune(models["llama"], data, tmp_path / "a")
+    less, b = fine_tune(models["llama"], data, tmp_path / "b", gradient_checkpointing=True)
+    assert b.is_gradient_checkpointing
+    assert [entry["loss"] for entry in less] == pytest.approx([entry["loss"] for entry in plain], rel=1e-6)
+    assert torch.allclose(a.lm_head.weight, b.lm_head.weight, atol=1e-6)
+
+
+def test_bfloat16_is_of_the_forward_pass_and_the_weights_stay_float32(
+    models: dict[str, Path], data: FusionData, tmp_path: Path
+) -> None:
+    plain, _ = fine_tune(models["llama"], data, tmp_path / "a")
+    half, model = fine_tune(models["llama"], data, tmp_path / "b", bf16=True)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for left, right in zip(plain, half, strict=True):
+        assert right["loss"] == pytest.approx(left["loss"], rel=2e-2)
+        assert right["loss"] != left["loss"]
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma"])
+def test_other_architectures_learn_too(models: dict[str, Path], kind: str, place: Path, tmp_path: Path) -> None:
+    """As pivots: a padded vocabulary; tied embeddings and a sliding window. Their own distributions teach."""
+    source = {"llama": str(models["llama"])}
+    recipe = runs.write_recipe(tmp_path, models, pivot=str(models["mistral"]), sources=source)
+    if kind == "gemma":
+        import tiny
+
+        pivot = {"model": str(models["gemma"]), "chat_template": tiny.TEMPLATE}
+        recipe = runs.write_recipe(tmp_path, models, pivot=pivot, sources=source)
+    run(load_recipe(recipe), tmp_path / "work")
+    log = log_of(tmp_path / "work", "llama")
+    assert log[-1]["sft_loss"] < log[0]["sft_loss"] - 0.3
+
+
+def test_lora_is_merged_back_into_a_plain_model(models: dict[str, Path], place: Path) -> None:
+    """Only what the adapters reach is another, by a matrix of their rank; names, shapes and files are the pivot's."""
+    work = finish(place, "lora", f"fuse.lora={json.dumps(LORA)}")
+    pivot, target = load_file(models["llama"] / "model.safetensors"), weights_of(work)
+    assert {name: tensor.shape for name, tensor in target.items()} == {n: t.shape for n, t in pivot.items()}
+    assert not list((work / "fuse" / "mistral" / "model").glob("adapter*"))
+    changed = {name for name, tensor in target.items() if not torch.equal(tensor, pivot[name])}
+    assert changed == {name for name in pivot if "q_proj.weight" in name or "v_proj.weight" in name}
+    for name in changed:
+        singular = torch.linalg.svdvals(target[name].double() - pivot[name].double())
+        assert singular[LORA["r"]] < 1e-5 * singular[0], "the update is of the adapters' rank"
+    log = log_of(work)
+    assert log[-1]["sft_loss"] < log[0]["sft_loss"]
+
+
+def test_lora_under_activation_checkpointing_learns_the_same(place: Path) -> None:
+    settings = (f"fuse.lora={json.dumps(LORA)}", "fuse.training.max_steps=3")
+    plain = weights_of(finish(place, "lora-plain", *settings))
+    less = weights_of(finish(place, "lora-less", *settings, "fuse.training.gradient_checkpointing=true"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(less[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_lora_that_does_not_fit_is_refused_in_a_line(place: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^fuse\.lora: .*nothing_like_it"):
+        finish(place, "lora-bad", 'fuse.lora={"target_modules": ["nothing_like_it"]}')
+    with pytest.raises(RecipeError, match=r"^fuse\.lora: .*`r` should be a positive integer"):
+        finish(place, "lora-zero", 'fuse.lora={"r": 0}')
+
+
+def test_validation_loss_is_that_of_the_evaluation(
+    models: dict[str, Path], data: FusionData, place: Path, tmp_path: Path
+) -> None:
+    """Bits per byte during training against the suite that measures finished models; the loss against a naive mean."""
+    run(load_recipe(place / "recipe.yaml"), place / "work", until="prepare")
+    prepared = PreparedSet(place / "work" / "prepare" / "pivot" / "data-held-out")
+    log, model = fine_tune(
+        models["llama"],
+        data,
+        tmp_path,
+        held_out={"data": Validation(prepared)},
+        eval_strategy="steps",
+        eval_steps=3,
+        per_device_eval_batch_size=3,
+    )
+    (found,) = [entry for entry in log if "eval_loss" in entry]
+    assert found["step"] == 3
+    scores = score_responses(model.eval(), prepared, batch_tokens=100, advance=lambda count: None)
+    assert found["eval_bits_per_byte"] == pytest.approx(compare({"one": scores})["one"].value, rel=1e-5)
+    losses = []
+    for conversation in prepared:
+        with torch.inference_mode():
+            logits = model(torch.tensor(conversation.input_ids[None].astype("int64"))).logits[0].double()
+        logprobs = logits.log_softmax(-1)
+        losses += [-float(logprobs[at - 1, conversation.input_ids[at]]) for at in conversation.position.tolist()]
+    assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_the_best_checkpoint_becomes_the_target(place: Path) -> None:
+    """A learning rate that ruins the model: without the best checkpoint the end would be worse than the beginning."""
+    training = ("learning_rate=0.3", "eval_strategy=steps", "eval_steps=2", "load_best_model_at_end=true")
+    settings = tuple(f"fuse.training.{setting}" for setting in training)
+    work = finish(place, "best", *settings, until="evaluate", only=None)
+    measured = [entry for entry in log_of(work) if "eval_loss" in entry]
+    assert len(measured) == 3
+    best = min(measured, key=lambda entry: entry["eval_loss"])
+    assert best["eval_loss"] < measured[-1]["eval_loss"] or best is measured[-1]
+    (score,) = [
+        record["value"]
+        for record in json.loads((work / "evaluate" / "results.json").read_text())["scores"]
+        if (record["role"], record["model"], record["data"]) == ("target", "mistral", "data-held-out")
+    ]
+    # The suite measures what every model has; here that is all of it.
+    assert score == pytest.approx(best["eval_bits_per_byte"], rel=1e-3)
+
+
+def test_several_held_out_sets_are_measured_apart_and_together(place: Path) -> None:
+    settings = ("targets={sft: []}", "fuse.training.eval_strategy=epoch", "fuse.training.num_train_epochs=1")
+    work = finish(place, "sets", *settings, only="sft")
+    (found,) = [entry for entry in log_of(work, "sft") if "eval_loss" in entry]
+    parts = [found[f"eval_{name}_bits_per_byte"] for name in ("data-held-out", "gemma-held-out")]
+    assert min(parts) < found["eval_bits_per_byte"] < max(parts)
+    assert not any("fusion" in key and value for entry in log_of(work, "sft") for key, value in entry.items())
+    assert not (work / "capture" / "pivot").exists() or (place / "work" / "capture" / "pivot").exists()
+
+
+def test_validation_without_held_out_conversations_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    data = {"train": "train.jsonl"}
+    sources = {"mistral": str(models["mistral"])}
+    recipe = runs.write_recipe(tmp_path, models, data=data, sources=sources)
+    with pytest.raises(RecipeError, match=r"eval_strategy: there are no held-out conversations: set data\.validation"):
+        run(load_recipe(recipe, ["fuse.training.eval_strategy=epoch"]), tmp_path / "work")
+
+
+def test_tensorboard_has_the_two_terms_and_validation(place: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    settings = ("fuse.training.report_to=tensorboard", "fuse.training.eval_strategy=epoch")
+    work = finish(place, "tensorboard", *settings)
+    events = EventAccumulator(str(work / "logs" / "mistral"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/sft_loss", "train/fusion_loss", "train/loss", "eval/loss", "eval/bits_per_byte"} <= tags
+    logged = [(entry["step"], entry["sft_loss"]) for entry in log_of(work) if "sft_loss" in entry]
+    assert {event.step: event.value for event in events.Scalars("train/sft_loss")} == pytest.approx(dict(logged))
+
+
+def test_weights_and_biases_has_a_run_a_target(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    work = finish(place, "wandb", "fuse.training.report_to=wandb", only=None)
+    for target in runs.SOURCES:
+        (written,) = (work / "logs" / target).glob("wandb/offline-run-*/run-*.wandb")
+        content = written.read_bytes()
+        assert b"fusion_loss" in content
+        assert f"tiny-{target}".encode() in content
+
+
+def test_what_is_not_installed_is_said_before_any_work(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^fuse\.training\.report_to: .*comet"):
+        run(load_recipe(place / "recipe.yaml", ["fuse.training.report_to=comet_ml"]), tmp_path / "work")
+    assert not (tmp_path / "work" / "prepare").exists()
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"train_sampling_strategy": "group_by_length"},
+        {"train_sampling_strategy": "sequential"},
+        {"optim": "adafactor"},
+        {"dataloader_num_workers": 1},
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 4},
+        {"neftune_noise_alpha": 5.0},
+        {"lr_scheduler_type": "cosine", "warmup_steps": 0.3, "weight_decay": 0.1, "max_grad_norm": 0.5},
+        {"logging_steps": 2, "logging_first_step": True},
+    ],
+    ids=lambda training: next(iter(training)),
+)
+def test_arguments_of_the_trainer_work(
+    models: dict[str, Path], data: FusionData, tmp_path: Path, training: dict[str, Any]
+) -> None:
+    log, _ = fine_tune(models["llama"], data, tmp_path, **{"max_steps": 4} | training)
+    assert log[-1]["step"] == 4
+    assert log[-1]["loss"] < log[0]["loss"]
+    for entry in log:
+        assert entry["loss"] == pytest.approx(0.5 * entry["sft_loss"] + 0.5 * entry["fusion_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("setting", [{"kind": kind} for kind in ("kl", "reverse_kl", "jsd")] + [{"tail": "bucket"}])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_every_loss_teaches(
+    models: dict[str, Path], place: Path, tmp_path: Path, setting: dict[str, str], temperature: float
+) -> None:
+    """Without gold tokens, and on the same batch, so that the fusion term alone brings itself down."""
+    data = fusion_data(place / "work", "mistral", function="source")
+    loss = {**setting, "temperature": temperature, "sft_weight": 0.0}
+    settings = {"max_steps": 5, "per_device_train_batch_size": 10, "learning_rate": 3e-3}
+    log, _ = fine_tune(models["llama"], data, tmp_path, loss=loss, **settings)
+    assert log[-1]["fusion_loss"] < log[0]["fusion_loss"]
+
+
+@pytest.mark.parametrize("level", ["conversation", "response", "position"])
+def test_against_the_student_the_source_falls_silent_where_it_is_passed(
+    models: dict[str, Path], place: Path, tmp_path: Path, level: str
+) -> None:
+    """The tiny source has learnt nothing: the student soon passes it. Who taught is counted at every step."""
+    data = fusion_data(place / "work", "mistral", against="student", level=level)
+    log, _ = fine_tune(models["llama"], data, tmp_path, max_steps=12, per_device_train_batch_size=10)
+    taught = [(entry["taught/data/mistral"], entry["taught/data/student"]) for entry in log]
+    groups = {"conversation": 10, "response": 15}.get(level) or sum(len(data[i]["conversation"]) for i in range(10))
+    assert {source + student for source, student in taught} == {groups}
+    assert taught[0][0] > 0
+    assert taught[-1][0] < taught[0][0]
+    if level != "position":
+        assert taught[-1] == (0, groups)
+        assert log[-1]["fusion_loss"] == 0
