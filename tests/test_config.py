@@ -126,8 +126,13 @@ def full(directory: Path) -> Path:
         },
         data={"train": "train.jsonl", "validation": "held-out.jsonl", "on_error": "skip"},
         capture={"top_k": 7, "dtype": "float32"},
-        fuse={"training": {"learning_rate": 5e-6, "optim": "adamw_torch", "bf16": True, "max_steps": 3}},
-        merge={"dtype": "bfloat16"},
+        targets={"all": ["second", "first"], "sft": []},
+        fuse={
+            "training": {"learning_rate": 5e-6, "optim": "adamw_torch", "bf16": True, "max_steps": 3},
+            "lora": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]},
+            "level": "response",
+        },
+        merge={"dtype": "bfloat16", "targets": ["all", "first"]},
         device="cpu",
     )
 
@@ -178,6 +183,8 @@ def test_both_ways_of_writing_a_model_in_wheels(tmp_path: Path, spec: dict[str, 
         ("seed=7", lambda recipe: recipe.seed, 7),
         ("device=null", lambda recipe: recipe.device, None),
         ("align.top_1=true", lambda recipe: recipe.align.top_1, True),
+        ("targets.sft=[]", lambda recipe: recipe.targets, {"sft": []}),
+        ("fuse.lora.r=8", lambda recipe: recipe.fuse.lora, {"r": 8}),
         ("merge.method=linear", lambda recipe: recipe.merge.method, "linear"),
         ("fuse.training.run_name=a=b", lambda recipe: recipe.fuse.training["run_name"], "a=b"),
         (
@@ -219,6 +226,40 @@ def test_who_teaches_on_what_and_who_is_measured_on_what(tmp_path: Path) -> None
     held_out = {data.name: Path(data.path).name for data in recipe.validation_sets()}
     assert held_out == {"data-held-out": "held-out.jsonl", "second-held-out": "own-held-out.jsonl"}
     assert {recipe.training_set(name).on_error for name in recipe.sources} == {"skip"}
+
+
+def test_every_source_has_a_target_of_its_name_before_those_of_the_recipe(tmp_path: Path) -> None:
+    recipe = load_recipe(full(tmp_path))
+    assert list(recipe.teachers().items()) == [
+        ("first", ["first"]),
+        ("second", ["second"]),
+        ("all", ["second", "first"]),
+        ("sft", []),
+    ]
+    assert recipe.merged_targets() == ["all", "first"]
+    plain = load_recipe(write(tmp_path))
+    assert (plain.teachers(), plain.merged_targets()) == ({"first": ["first"]}, ["first"])
+
+
+def test_a_target_has_the_conversations_of_its_sources(tmp_path: Path) -> None:
+    """And for plain fine-tuning those of all; sources on the same ones are together."""
+
+    def sets(target: str) -> dict[str, list[str]]:
+        return {data.name: sources for data, sources in recipe.training_sets(target).items()}
+
+    def held_out(target: str) -> list[str]:
+        return [data.name for data in recipe.validation_sets_of(target)]
+
+    recipe = load_recipe(full(tmp_path), ["sources.third=org/third", "targets.all=[second, third, first]"])
+    assert sets("first") == {"data": ["first"]}
+    assert sets("second") == {"second": ["second"]}
+    assert sets("all") == {"second": ["second"], "data": ["third", "first"]}
+    assert sets("sft") == {"data": [], "second": []}
+    assert {Path(data.path).name for data in recipe.training_sets("all")} == {"train.jsonl", "own.jsonl"}
+    assert (held_out("first"), held_out("second")) == (["data-held-out"], ["second-held-out"])
+    assert held_out("all") == held_out("sft") == ["data-held-out", "second-held-out"]
+    recipe = load_recipe(tmp_path / "recipe.yaml", ["sources.second.data.validation=null"])
+    assert held_out("second") == held_out("all") == ["data-held-out"]
 
 
 def test_a_source_with_data_of_its_own_needs_no_common_data(tmp_path: Path) -> None:

@@ -40,6 +40,12 @@ def killed_after(*names: str) -> Callable[[Path], dict[str, Any]]:
     return work
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of files of other tests plays no part."""
+    monkeypatch.setenv("FUSECHAT_CACHE", str(tmp_path / "cache"))
+
+
 # -- fingerprints -------------------------------------------------------------------------------------------------------
 
 
