@@ -5,6 +5,7 @@ blocks are joined in their order, so that results do not depend on how many proc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,11 +63,16 @@ class Conversations:
 
     @cached_property
     def captured(self) -> DistributionSet | None:
-        return open_distributions(self._places[2]) if self._places[2] else None
+        return self._open(2)
 
     @cached_property
     def fill(self) -> DistributionSet | None:
-        return open_distributions(self._places[3]) if self._places[3] else None
+        return self._open(3)
+
+    def _open(self, place: int) -> DistributionSet | None:
+        """A store, its checksums verified once: not again in every process that aligns."""
+        directory = self._places[place]
+        return open_distributions(directory, verify=parent_process() is None) if directory else None
 
     def has(self, identity: str) -> bool:
         """Whether both models have the conversation, and the source its distributions if there are any."""

@@ -60,7 +60,7 @@ def _align(directory: Path, upstream: dict[str, Step], recipe: Recipe, source: s
     fill = upstream["pivot_capture"].directory if "pivot_capture" in upstream else None
     data = Conversations(upstream["pivot"].directory, upstream["source"].directory, captured, fill=fill, **about)
     common = len(data.common())
-    k = recipe.align.top_k or open_distributions(captured).k
+    k = recipe.align.top_k or open_distributions(captured, verify=False).k
     sums = Figures()
     with Blocks(pair, data, processes=recipe.align.processes, directory=directory) as blocks:
         with progress(f"count {source}", 2 * common, "conversations") as advance:

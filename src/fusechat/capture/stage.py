@@ -25,11 +25,12 @@ def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_
     """Runs one model over one prepared data set. Keeps `at_least` so many tokens, whatever the recipe says."""
     capture = recipe.capture_for(chatter.name)
     capture = capture.model_copy(update={"top_k": max(capture.top_k, at_least)})
-    settings = {"model": chatter.identity, "device": recipe.device, **capture.model_dump()}
+    where = {"url": capture.url, "tensor_parallel": capture.tensor_parallel}  # which results do not depend on
+    settings = {"model": chatter.identity, "device": recipe.device, **capture.model_dump(exclude=set(where))}
     name = prepared.name
 
     def work(directory: Path) -> dict[str, Any]:
-        return _capture(directory, PreparedSet(prepared.directory), chatter, settings)
+        return _capture(directory, PreparedSet(prepared.directory), chatter, {**settings, **where})
 
     def join(counts: list[dict[str, Any]]) -> dict[str, Any]:
         return ranks.from_first(lambda: _join(counts, chatter))

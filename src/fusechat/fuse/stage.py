@@ -125,7 +125,7 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe) -> Any:
     from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
 
     def teacher(steps: SourceSteps) -> Teacher:
-        stores = (open_distributions(one.directory) for one in (steps.captured, steps.aligned))
+        stores = (open_distributions(one.directory, verify=ranks.is_first()) for one in (steps.captured, steps.aligned))
         return Teacher(PreparedSet(steps.prepared.directory), *stores)
 
     fuse = recipe.fuse
@@ -134,7 +134,7 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe) -> Any:
             TeachingSet(
                 one.name,
                 PreparedSet(one.pivot.directory),
-                open_distributions(one.captured.directory) if one.captured else None,
+                open_distributions(one.captured.directory, verify=ranks.is_first()) if one.captured else None,
                 {name: teacher(steps) for name, steps in one.sources.items()},
             )
             for one in sets
@@ -144,6 +144,8 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe) -> Any:
 
 
 def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mapping[str, Step], recipe: Recipe) -> None:
+    import torch
+
     from fusechat.core.models import choose_device
     from fusechat.core.prepared import PreparedSet
     from fusechat.fuse.lora import merged, with_adapters
@@ -165,7 +167,7 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
 
     with progress(f"fuse {target}", total_steps(arguments, len(data)), "steps") as advance:
         trainer = make_trainer(
-            student(device),
+            student(torch.device("cpu") if arguments.fsdp else device),  # FSDP takes each process's share of it
             data,
             arguments,
             loss_settings={

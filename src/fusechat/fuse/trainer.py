@@ -102,7 +102,8 @@ class FusionTrainer(Trainer):
         steps = self.state.global_step - self._logged_at
         if "loss" in logs and steps > 0:
             sums, taught = (sum(parts) for parts in zip(*ranks.gather((self._sums, self._taught)), strict=True))
-            logs.update(zip(("sft_loss", "fusion_loss"), (sums / steps).tolist(), strict=True))
+            terms = ("sft_loss", "fusion_loss") if self.loss_settings["sft_weight"] < 1 else ("sft_loss",)
+            logs.update(zip(terms, (sums / steps).tolist(), strict=False))
             if self.train_dataset.rule.compares_with_student:
                 logs.update(self._taught_by(taught.tolist()))
             self._forget()
