@@ -63,6 +63,15 @@ def test_of_one_candidate_of_a_store_nothing_changes() -> None:
     np.testing.assert_array_equal(found.logprobs, one.logprobs.astype(np.float32))
 
 
+def test_a_row_of_one_candidate_keeps_its_order_and_what_no_float64_holds() -> None:
+    """Of equally likely tokens, as the capture had them; a probability of e^-800 is 0 in any arithmetic but that of logarithms."""
+    logprobs = np.array([[-1.0, -1.0, -1.0, -800.0]], dtype=np.float16)
+    one = SparseDistribution(np.array([[9, 3, 5, 1]], dtype=np.int32), logprobs, np.zeros(0, dtype=np.float32))
+    for others, share in (([], (1.0,)), ([sparse([{1: 1.0}])], (1.0, 0.0)), ([nothing(1)], (0.25, 0.75))):
+        found = mix([one, *others], weights(share))
+        _same_row(found, one, 0)
+
+
 def test_a_very_small_share_is_kept_and_a_hundred_candidates_are_summed() -> None:
     found = mix([sparse([{1: 1.0}]), sparse([{2: 1.0}])], weights((1 - 1e-12, 1e-12)))
     assert rows_of(found)[0] == pytest.approx({1: 1.0, 2: 1e-12}, rel=1e-5)
