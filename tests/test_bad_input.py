@@ -81,7 +81,7 @@ def done(workdir: Path) -> list[str]:
         (
             "seed: 0",
             "zzzz: 0",
-            ["19: zzzz: unknown key; known here: name, pivot, sources, data, capture, align, fuse,"],
+            ["19: zzzz: unknown key; known here: name, pivot, sources, targets, data, capture, align, fuse,"],
         ),
         ("sft_weight", "sft_wieght", ["16: fuse.sft_wieght: unknown key; did you mean sft_weight?"]),
         ("max_length", "maxlength", ["12: data.maxlength: unknown key; did you mean max_length?"]),
@@ -111,7 +111,7 @@ def done(workdir: Path) -> list[str]:
         ("top_k: 6", "top_k: 0", ["14: capture.top_k: Input should be greater than or equal to 1, not 0"]),
         ("0.5", "1.5", ["16: fuse.sft_weight: Input should be less than or equal to 1, not 1.5"]),
         ("0.5", "half", ["16: fuse.sft_weight: Input should be a valid number, not 'half'"]),
-        ("sft_weight: 0.5", "function: average", ["16: fuse.function: Input should be 'mince', not 'average'"]),
+        ("sft_weight: 0.5", "function: average", ["16: fuse.function: Input should be 'mince', 'avgce' or 'source', not 'average'"]),
         ("capture:\n  top_k: 6", "capture:", ["13: capture: should be a mapping of keys, not nothing"]),
         (
             "capture:\n  top_k: 6",
@@ -174,7 +174,7 @@ def test_all_mistakes_of_a_recipe_are_named_at_once(tmp_path: Path) -> None:
     assert sorted(line.removeprefix(f"{path}:").partition(": ")[0::2] for line in complaints("run", path)) == sorted(
         [
             ("22", "name: stands here twice"),
-            ("4", "sources.pivot: this name is taken; call the source something else"),
+            ("4", "sources.pivot: this name is taken; choose another"),
             (
                 "5",
                 "sources.third: 'no model' is neither a directory, a .gguf file, a wheel: reference nor a hub id",
@@ -230,7 +230,7 @@ def test_a_bad_change_on_the_command_line(tmp_path: Path, change: str, expected:
     ("option", "value", "expected"),
     [
         ("--until", "preapre", "no such stage; choose one of prepare, capture, align, fuse, merge, evaluate, report"),
-        ("--only", "mistrall", "the recipe has no such source; it has mistral, gemma"),
+        ("--only", "mistrall", "the recipe has no such source or target; it has mistral, gemma"),
     ],
 )
 def test_a_stage_or_source_that_there_is_not(

@@ -102,7 +102,7 @@ def test_of_a_damaged_step_of_whole_files_the_sound_ones_are_kept(tmp_path: Path
     one.run()
     alter(tmp_path / "s" / "shard-1")
     (tmp_path / "s" / "shard-3").unlink()
-    assert one.state() == ("damaged", "shard-1 is not what was written (its checksum differs), and 1 files more")
+    assert one.state() == ("damaged", "shard-1 is not what was written (its checksum differs), and 1 more")
     one.run()
     assert [(tmp_path / "s" / f"shard-{number}").read_text()[-4:] for number in range(4)] == [
         *("of 4", "of 2", "of 4", "of 2")

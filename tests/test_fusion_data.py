@@ -200,7 +200,8 @@ def test_against_the_student_the_best_source_is_the_bar(tmp_path: Path, unit: st
         comparison, rows = data[index]["comparison"], SETS[place].pivot.rows[identity]
         several = SETS[place].candidates(identity, with_pivot=False)
         if not several:
-            assert comparison is None
+            assert comparison.groups.tolist() == naive_groups(rows, level)
+            assert comparison.bar.tolist() == [np.inf] * len(set(comparison.groups.tolist()))
             continue
         found = naive_cross_entropies(list(several.values()), rows, rule)
         bars = [min(values) for values in zip(*found, strict=True)]
@@ -287,7 +288,7 @@ def test_an_item_that_only_fills_up_has_no_rows(tmp_path: Path) -> None:
     assert batch["labels"].tolist() == [2, 3, 4]
     assert batch["rows"].tolist() == [[1, 2], [1, 3], [1, 4]]
     assert batch["conversation_ids"] == ["won"]
-    assert batch["comparison"]["groups"].tolist() == [1, 1, 1]
-    assert batch["comparison"]["bar"].tolist() == [np.inf, 0.5, np.inf]
+    assert batch["comparison"]["groups"].tolist() == [0, 0, 0]
+    assert batch["comparison"]["bar"].tolist() == [0.5], "what fills up is nobody's to teach, and is not counted"
     alone = collate_fusion([data[NOBODY]], pad=0)
     assert (alone["labels"].tolist(), alone["target_ids"].shape[0]) == ([], 0)

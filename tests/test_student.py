@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fusechat.core.prepared import Prepared
 from fusechat.fuse.choice import Candidate, Rule, cross_entropies
+from fusechat.fuse.dataset import EMPTY
 from fusechat.fuse.student import Comparison, join_comparisons, source_is_better
 from fusing import (
     LEVELS,
@@ -36,13 +37,13 @@ def comparison(pivot: Prepared, sources: list[Candidate], rule: Rule, numbers: l
     return Comparison.of(pivot, [one.rows for one in sources], rule, bar=found.min(0), chosen=chosen)
 
 
-def joined(*parts: tuple[Comparison | None, int, int]) -> dict[str, torch.Tensor]:
-    """A batch of (comparison, rows, set)."""
-    return join_comparisons([one for one, _, _ in parts], [n for _, n, _ in parts], [at for _, _, at in parts])
+def joined(*parts: tuple[Comparison, int]) -> dict[str, torch.Tensor]:
+    """A batch of (comparison, set)."""
+    return join_comparisons([one for one, _ in parts], [at for _, at in parts])
 
 
 def better(pivot: Prepared, source: Candidate, student: list[float], rule: Rule) -> list[bool]:
-    batch = joined((comparison(pivot, [source], rule), len(pivot), 0))
+    batch = joined((comparison(pivot, [source], rule), 0))
     return source_is_better(torch.tensor(student), batch, level=rule.level).tolist()
 
 
@@ -114,7 +115,7 @@ def test_the_best_of_several_sources_is_named() -> None:
 
 def test_the_students_nll_takes_no_gradient_from_the_comparison() -> None:
     values = torch.ones(5, dtype=torch.bfloat16, requires_grad=True)
-    batch = joined((comparison(PIVOT, [source(1, 0, 1, 1, 1, 0)], RULES[0]), 5, 0))
+    batch = joined((comparison(PIVOT, [source(1, 0, 1, 1, 1, 0)], RULES[0]), 0))
     found = source_is_better(values, batch, level="conversation")
     assert (found.dtype, found.requires_grad) == (torch.bool, False)
 
@@ -127,15 +128,18 @@ def test_groups_are_numbered_through_a_batch_and_items_without_a_source_are_neve
     one = comparison(PIVOT, [source(1, 0, 1, 1, 1, 0)], rule)
     short = prepared("b", [(1, 2)])
     other = comparison(short, [Candidate(short, nll(0.5, 0), sparse([{}] * 2))], rule, [3])
-    batch = joined((one, 5, 0), (None, 3, 1), (None, 0, 0), (other, 2, 1))  # the third item only fills up
-    assert batch["groups"].tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 4, 4]
-    assert batch["set"].tolist() == [0, 0, 1, 0, 1]
+    alone = Comparison.without_sources(prepared("c", [(1, 2), (1, 3)]), rule)
+    fills = Comparison.without_sources(EMPTY, rule)
+    batch = joined((one, 0), (alone, 1), (fills, 0), (other, 1))
+    assert batch["groups"].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert batch["set"].tolist() == [0, 0, 1, 1, 1]
     assert batch["bar"].tolist() == [1 / 8, 3 / 4, INF, INF, 0.25]
+    assert batch["size"].tolist() == [8, 4, 2, 3, 2]
     assert batch["chosen"].tolist() == [1, 1, 0, 0, 3]
-    assert batch["counted"].tolist() == [True, True, False, True, False, *[False] * 3, True, False]
-    found = source_is_better(torch.full((10,), 9.0), batch, level="response")
+    assert batch["counted"].tolist() == [True, True, False, True, False, True, False, True, False, True, False]
+    found = source_is_better(torch.full((11,), 9.0), batch, level="response")
     assert found.tolist() == [True, True, False, False, True]
-    assert source_is_better(torch.zeros(10), batch, level="response").tolist() == [False] * 5
+    assert source_is_better(torch.zeros(11), batch, level="response").tolist() == [False] * 5
 
 
 @st.composite
@@ -171,12 +175,13 @@ def naive_better(several: list[Candidate], student: list[float], rule: Rule) -> 
 @given(batches())
 def test_as_plain_loops_find_it_in_any_batch(given_: tuple[Rule, list[tuple[list[Candidate], list[float]]]]) -> None:
     rule, items = given_
-    parts: list[tuple[Comparison | None, int, int]] = []
+    parts: list[tuple[Comparison, int]] = []
     expected: list[bool | None] = []
     for several, student in items:
-        one = comparison(several[0].rows, several[1:], rule) if several[1:] else None
-        parts.append((one, len(several[0].rows), 0))
-        expected += naive_better(several, student, rule) if one else [False]
+        pivot, sources = several[0].rows, several[1:]
+        one = comparison(pivot, sources, rule) if sources else Comparison.without_sources(pivot, rule)
+        parts.append((one, 0))
+        expected += naive_better(several, student, rule) if sources else [False] * len(set(one.groups.tolist()))
     batch = joined(*parts)
     values = torch.tensor([value for _, student in items for value in student], dtype=torch.float32)
     found = source_is_better(values, batch, level=rule.level).tolist()
@@ -193,6 +198,6 @@ def test_what_the_student_gets_better_at_never_makes_the_source_better(rule: Rul
     pivot, one = several[0].rows, several[1]
     assume(len(pivot) > 0)
     before, after = several[0].nll, several[0].nll * 0.5
-    batch = joined((comparison(pivot, [one], rule), len(pivot), 0))
+    batch = joined((comparison(pivot, [one], rule), 0))
     found = [source_is_better(torch.from_numpy(values), batch, level=rule.level) for values in (before, after)]
     assert not (found[1] & ~found[0]).any()

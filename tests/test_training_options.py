@@ -178,7 +178,9 @@ def test_validation_without_held_out_conversations_is_refused(models: dict[str, 
     data = {"train": "train.jsonl"}
     sources = {"mistral": str(models["mistral"])}
     recipe = runs.write_recipe(tmp_path, models, data=data, sources=sources)
-    with pytest.raises(RecipeError, match=r"eval_strategy: there are no held-out conversations: set data\.validation"):
+    with pytest.raises(
+        RecipeError, match=r"eval_strategy: target mistral has no held-out conversations: set data\.validation"
+    ):
         run(load_recipe(recipe, ["fuse.training.eval_strategy=epoch"]), tmp_path / "work")
 
 

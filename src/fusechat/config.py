@@ -61,9 +61,8 @@ class Recipe(Section):
             if name.lower() in taken:
                 wrong.append(((name,), "this name is taken; every source has a target of its name"))
             taken.add(name.lower())
-            unknown = [source for source in sources if source not in known]
-            if known and unknown:
-                wrong.append(((name,), f"{unknown[0]} is no source; the recipe has {', '.join(known)}"))
+            unknown = dict.fromkeys(source for source in sources if known and source not in known)
+            wrong += [((name,), f"{source} is no source; the recipe has {', '.join(known)}") for source in unknown]
             if len(set(sources)) < len(sources):
                 wrong.append(((name,), "names a source twice"))
         if wrong:
@@ -85,8 +84,10 @@ class Recipe(Section):
     def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
         from fusechat.merge.settings import problems
 
-        every = [*info.data.get("sources", {}), *info.data.get("targets", {})]
-        merged = merge.targets or list(info.data.get("sources", {}))
+        if "sources" not in info.data or "targets" not in info.data:  # wrong themselves
+            return merge
+        every = [*info.data["sources"], *info.data["targets"]]
+        merged = merge.targets or list(info.data["sources"])
         found: list[Any] = [
             (("targets",), f"{name} is no target; the recipe has {', '.join(every)}")
             for name in merged

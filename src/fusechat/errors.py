@@ -23,6 +23,9 @@ class FuseChatError(Exception):
         self.messages = tuple(" ".join(message.split()) for message in messages)
         super().__init__("\n".join(self.messages))
 
+    def __reduce__(self) -> tuple[type, tuple[str, ...]]:
+        return type(self), self.messages
+
 
 class RecipeError(FuseChatError):
     pass

@@ -30,7 +30,11 @@ def known_digest(file: Path) -> str:
         known = read_json(_memo(file))
     except (OSError, ValueError):  # not seen before, or damaged
         known = {}
-    if "sha256" in known and all(known.get(key) == value for key, value in _seen(file).items()):
+    if (
+        isinstance(known, dict)
+        and "sha256" in known
+        and all(known.get(key) == value for key, value in _seen(file).items())
+    ):
         return str(known["sha256"])
     return fresh_digest(file)
 

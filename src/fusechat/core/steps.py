@@ -78,7 +78,7 @@ class Step:
         damaged = self._damaged(manifest)
         if damaged:
             name, what = next(iter(damaged.items()))
-            return "damaged", f"{name} {what}" + (f", and {len(damaged) - 1} files more" if len(damaged) > 1 else "")
+            return "damaged", f"{name} {what}" + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else "")
         built_from = manifest.get("built_from", {})
         for key, contents in self._upstream_contents().items():
             if contents is not None and contents != built_from.get(key):
@@ -137,7 +137,7 @@ class Step:
 
     def redo(self) -> None:
         """Does the work again, done or not."""
-        (self.directory / MANIFEST).unlink(missing_ok=True)
+        ranks.from_first(lambda: (self.directory / MANIFEST).unlink(missing_ok=True))
         self.run()
 
     def _finish(self, counts: dict[str, Any], seconds: float) -> None:

@@ -36,6 +36,7 @@ POSITIVE = (
     "logging_steps",
     "save_steps",
 )
+_ALSO = {"fsdp": bool}  # what Transformers takes, and asks for, beside what it annotates
 _PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
 
 
@@ -87,7 +88,11 @@ def _check(name: str, value: Any, known: dict[str, str], what: str) -> list[str]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         return [f"unknown {what} {name}" + (f"; did you mean {close[0]}?" if close else "")]
-    return [] if _fits(value, known[name]) else [f"{name} should be {known[name]}, not {value!r}"]
+    return (
+        []
+        if _fits(value, known[name]) or type(value) is _ALSO.get(name)
+        else [f"{name} should be {known[name]}, not {value!r}"]
+    )
 
 
 def _fits(value: Any, annotation: str) -> bool:

@@ -78,7 +78,7 @@ def cross_entropies(candidates: Sequence[Candidate], pivot: Prepared, *, unit: s
     if level == "position":
         return np.stack([position_cross_entropy(candidate.targets, pivot.gold) for candidate in candidates])
     if level == "conversation":
-        common = common_responses([candidate.rows for candidate in candidates])
+        common = common_responses([pivot, *(candidate.rows for candidate in candidates)])
         return np.array([[cross_entropy(candidate, common, unit)] for candidate in candidates])
     found = np.full((len(candidates), len(pivot.content_bytes)), np.inf)
     for index, candidate in enumerate(candidates):

@@ -58,12 +58,12 @@ class FusionData(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == NOBODY:
-            return _item(EMPTY, nothing(0), None, 0)
+            return _item(EMPTY, nothing(0), self._alone(EMPTY), 0)
         place, row = self.places[index]
         conversation = self.sets[place].pivot[row]
         candidates = self._candidates(self.sets[place], conversation)
         if not candidates:
-            return _item(conversation, nothing(len(conversation)), None, place)
+            return _item(conversation, nothing(len(conversation)), self._alone(conversation), place)
         found = self._compare(candidates, conversation)
         share = choice.weights(found, self.rule.function)
         groups = choice.groups_of(conversation, self.rule.level)
@@ -74,6 +74,9 @@ class FusionData(Dataset[dict[str, Any]]):
             rows = [one.rows for one in candidates.values()]
             comparison = Comparison.of(conversation, rows, self.rule, bar=found.min(0), chosen=numbers[found.argmin(0)])
         return _item(conversation, targets, comparison, place)
+
+    def _alone(self, conversation: Prepared) -> Comparison | None:
+        return Comparison.without_sources(conversation, self.rule) if self.rule.compares_with_student else None
 
     def _candidates(self, data: TeachingSet, conversation: Prepared) -> dict[str, Candidate]:
         """Who has distributions of a conversation, the pivot first."""
@@ -150,9 +153,9 @@ def collate_fusion(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, An
         "target_logprobs": _stack([item["targets"].logprobs for item in items], k, -np.inf, torch.float32),
         "conversation_ids": [conversation.id for conversation in conversations if conversation.id],
     }
-    if any(item["comparison"] is not None for item in items):
+    if items[0]["comparison"] is not None:
         collated["comparison"] = join_comparisons(
-            [item["comparison"] for item in items], [len(one) for one in conversations], [item["set"] for item in items]
+            [item["comparison"] for item in items], [item["set"] for item in items]
         )
     return collated
 

@@ -64,13 +64,14 @@ def measures(recipe: Recipe) -> bool:
 def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], held_out: Mapping[str, Step]) -> Step:
     """Fine-tunes a copy of the pivot. `held_out`: the pivot's prepared sets that are measured meanwhile."""
     pivot = recipe.chatter(PIVOT)
+    unread = set() if is_taught(recipe, target) else set(type(recipe.fuse).model_fields) - {"training", "lora"}
     settings = {
-        **recipe.fuse.model_dump(),
+        **recipe.fuse.model_dump(exclude=unread),
         "pivot": pivot.identity,
         "chat_template": pivot.chat_template,
         "seed": recipe.seed,
         "device": recipe.device,
-        "teachers": recipe.teachers()[target],
+        "teachers": recipe.teachers()[target] if is_taught(recipe, target) else [],
     }
     upstream = {key: one for part in sets for key, one in part.upstream().items()}
     upstream |= {f"{name}/held_out": one for name, one in held_out.items()}
@@ -93,8 +94,11 @@ def check(recipe: Recipe) -> None:
     check_reporting(arguments)
     if recipe.fuse.lora is not None:
         lora_config(recipe.fuse.lora)
-    if measures(recipe) and not recipe.validation_sets():
-        raise RecipeError("fuse.training.eval_strategy: there are no held-out conversations: set data.validation")
+    for target in recipe.teachers() if measures(recipe) else ():
+        if not recipe.validation_sets_of(target):
+            raise RecipeError(
+                f"fuse.training.eval_strategy: target {target} has no held-out conversations: set data.validation"
+            )
 
 
 def _fuse(

@@ -31,6 +31,7 @@ class Comparison:
     def of(
         cls, pivot: Prepared, sources: Sequence[Prepared], rule: Rule, *, bar: np.ndarray, chosen: np.ndarray
     ) -> "Comparison":
+        """Of the pivot's rows with the sources that have the conversation; see `chosen` and `bar` above."""
         groups = groups_of(pivot, rule.level)
         if rule.level == "position":
             counted, units = np.ones(len(pivot), bool), np.ones(len(pivot))
@@ -45,27 +46,26 @@ class Comparison:
                 units = by_response if rule.level == "response" else by_response.sum(keepdims=True)
         return cls(groups, counted, units.astype(np.float32), bar.astype(np.float32), chosen.astype(np.int64))
 
+    @classmethod
+    def without_sources(cls, pivot: Prepared, rule: Rule) -> "Comparison":
+        """Of a conversation that no source speaks of; of one without rows, no group at all."""
+        number = len(np.unique(groups_of(pivot, rule.level))) if len(pivot) else 0
+        if not number:
+            return cls(*(np.zeros(0, kind) for kind in (np.int64, bool, np.float32, np.float32, np.int64)))
+        return cls.of(pivot, [], rule, bar=np.full(number, np.inf), chosen=np.zeros(number))
 
-def join_comparisons(
-    parts: Sequence[Comparison | None], rows: Sequence[int], sets: Sequence[int]
-) -> dict[str, torch.Tensor]:
-    """The comparisons of a batch as tensors, groups numbered through; a conversation without one is a group that no source speaks
-    of. Beside the fields of `Comparison`, `set` int64 [g]."""
+
+def join_comparisons(parts: Sequence[Comparison], sets: Sequence[int]) -> dict[str, torch.Tensor]:
+    """The comparisons of a batch as tensors, their groups numbered through. Beside the fields of `Comparison`, `set` int64 [g]."""
     fields: dict[str, list[np.ndarray]] = {name: [] for name in ("groups", "counted", "size", "bar", "chosen", "set")}
     first = 0
-    for part, n, place in zip(parts, rows, sets, strict=True):
-        if part is None:
-            part = Comparison(np.zeros(n, np.int64), np.zeros(n, bool), *_unspoken())
+    for part, place in zip(parts, sets, strict=True):
         for name in ("counted", "size", "bar", "chosen"):
             fields[name].append(getattr(part, name))
         fields["groups"].append(part.groups + first)
         fields["set"].append(np.full(len(part.bar), place, np.int64))
         first += len(part.bar)
     return {name: torch.from_numpy(np.concatenate(columns)) for name, columns in fields.items()}
-
-
-def _unspoken() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.ones(1, np.float32), np.full(1, np.inf, np.float32), np.zeros(1, np.int64)
 
 
 def source_is_better(nll: torch.Tensor, comparison: dict[str, torch.Tensor], *, level: str) -> torch.Tensor:
