@@ -6,7 +6,10 @@ so that a second run may differ in the last bits.
 """
 
 import gc
+import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,6 +25,16 @@ _LOGITS = (
     1 << 27
 )  # float32 logits that a step of the engine may hold: 512 MiB, beside what vLLM measures and takes for itself
 _TOKENS_AT_ONCE = 1 << 16  # given to the engine in one go: each of them comes back as k objects of Python
+# Run beside the engine: when this process is gone, however it ended (its end of the pipe closes), it ends the engine's.
+_WATCH = """
+import os, signal, sys
+sys.stdin.read()
+for pid in sys.argv[1:]:
+    try:
+        os.kill(int(pid), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
 _ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
@@ -67,6 +80,7 @@ class InProcess:
             "load_format": "safetensors",  # never a pickle
             "generation_config": "vllm",
         }
+        before = {child.pid for child in multiprocessing.active_children()}
         try:
             self._takes, room = _room(vllm.EngineArgs(**model).create_model_config(), max_length)
             self._llm = vllm.LLM(
@@ -84,6 +98,7 @@ class InProcess:
             )
         except Exception as error:
             raise self._failure("cannot run it", error) from error
+        self._watch = _watch([child.pid for child in multiprocessing.active_children() if child.pid not in before])
         self._parameters = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._k, detokenize=False)
 
     def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
@@ -109,6 +124,8 @@ class InProcess:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+            self._watch.kill()
+            self._watch.communicate()
             del llm
             gc.collect()
 
@@ -126,6 +143,12 @@ def _room(config: Any, max_length: int) -> tuple[int, int]:
     if takes == config.max_model_len and "longrope" in str(getattr(config.hf_text_config, "rope_parameters", "")):
         return takes - 1, takes  # told one more, vLLM would take the rotations for long texts
     return takes, takes + 1
+
+
+def _watch(pids: Sequence[int | None]) -> "subprocess.Popen[bytes]":
+    """Sees to it that processes do not outlive this one: without it they would, and keep the GPU's memory."""
+    command = [sys.executable, "-c", _WATCH, *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # no Ctrl-C reaches it
 
 
 def _parts(conversations: Sequence[Prepared]) -> Iterator[list[Prepared]]:
