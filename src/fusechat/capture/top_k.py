@@ -33,15 +33,7 @@ def sparse_rows(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch
 
     On a CPU ties go to the lower id. A row with a NaN or +inf has NaN log-probabilities; -inf is a probability of 0.
     """
-    if logits.device.type == "cpu":
-        return _by_kernel(logits, gold, k)
-    parts = []
-    for rows, full in float_rows(logits):
-        logsumexp = full.logsumexp(dim=1)
-        values, ids = full.topk(k, dim=1)
-        parts.append((ids.int(), values - logsumexp[:, None], gold_nll(full, gold[rows], logsumexp)))
-    ids, logprobs, nll = (torch.cat(column) for column in zip(*parts, strict=True))
-    return ids, logprobs, nll
+    return (_by_kernel if logits.device.type == "cpu" else _by_torch)(logits, gold, k)
 
 
 @torch.inference_mode()
@@ -71,6 +63,16 @@ def split_batch(
         finite = np.isfinite(nll[rows]).all() and np.isfinite(logprobs[rows]).all()
         results.append(SparseDistribution(ids[rows], logprobs[rows], nll[rows]) if finite else None)
     return results
+
+
+def _by_torch(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    parts = []
+    for rows, full in float_rows(logits):
+        logsumexp = full.logsumexp(dim=1)
+        values, ids = full.topk(k, dim=1)
+        parts.append((ids.int(), values - logsumexp[:, None], gold_nll(full, gold[rows], logsumexp)))
+    ids, logprobs, nll = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ids, logprobs, nll
 
 
 def _by_kernel(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -106,14 +108,14 @@ def _select(bits, gold, ids, logprobs, nll):  # type: ignore[no-untyped-def]
         values = full.view(np.float32)
         largest = _greatest(full, greatest)
         kept = np.sort(_at_least(full, greatest, _bound(greatest, k), found))[::-1]
-        top = values[_id(kept[0])]
-        logsumexp = np.float32(np.nan)
-        if largest < _INFINITE or (largest == _INFINITE and top < np.inf):  # neither a NaN nor +inf
-            logsumexp = np.float32(top + np.log(_sum_of_exponentials(values, top)))
+        top = np.float64(values[_id(kept[0])])
+        total = np.nan  # the logarithm of the sum, with `top` taken off
+        if largest < _INFINITE or (largest == _INFINITE and -np.inf < top < np.inf):  # neither a NaN nor +inf
+            total = np.log(_sum_of_exponentials(values, np.float32(top)))
         for place in range(k):
             ids[row, place] = _id(kept[place])
-            logprobs[row, place] = values[ids[row, place]] - logsumexp
-        nll[row] = logsumexp - values[gold[row]]
+            logprobs[row, place] = values[ids[row, place]] - top - total
+        nll[row] = total - (values[gold[row]] - top)
 
 
 @numba.njit(cache=True, nogil=True)
