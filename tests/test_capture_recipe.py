@@ -1,0 +1,111 @@
+"""What a recipe says about captures has an effect."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import runs
+from fusechat.capture import local
+from fusechat.core.distributions import DistributionSet, open_distributions
+from fusechat.core.steps import MANIFEST
+from fusechat.errors import DataError
+from fusechat.pipeline import run
+from fusechat.recipe_file import load_recipe
+
+
+def capture(directory: Path, *changes: str) -> Path:
+    """Captures with a recipe that is changed so; returns where mistral's are."""
+    recipe = load_recipe(directory / "recipe.yaml", [f"capture.{change}" for change in changes])
+    work = directory / ("work " + " ".join(changes))
+    run(recipe, work, until="capture", only="mistral")
+    return work / "capture/mistral/data"
+
+
+@pytest.fixture(scope="module")
+def directory(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("recipe")
+    runs.write_recipe(place, models)
+    capture(place)
+    return place
+
+
+@pytest.fixture
+def usual(directory: Path) -> DistributionSet:
+    return open_distributions(directory / "work " / "capture/mistral/data")
+
+
+def test_top_k(directory: Path, usual: DistributionSet) -> None:
+    found = open_distributions(capture(directory, "top_k=3"))
+    assert (usual.k, found.k) == (6, 3)
+    for identity in usual.index:
+        np.testing.assert_array_equal(found[identity].ids, usual[identity].ids[:, :3])
+        np.testing.assert_array_equal(found[identity].logprobs, usual[identity].logprobs[:, :3])
+
+
+def test_more_than_the_vocabulary_is_all_of_it(directory: Path, usual: DistributionSet) -> None:
+    found = open_distributions(capture(directory, "top_k=100000"))
+    rows = found[next(iter(found.index))]
+    assert found.k == rows.ids.shape[1] < 1000
+    assert (np.sort(rows.ids, axis=1) == np.arange(found.k)).all()
+    assert rows.tail.max() < 0.01  # float16
+
+
+def test_dtype(directory: Path, usual: DistributionSet) -> None:
+    found = open_distributions(capture(directory, "dtype=bfloat16"))
+    differences = [np.abs(found[identity].nll - usual[identity].nll) for identity in usual.index]
+    assert 1e-3 < np.concatenate(differences).max() < 2, "coarser weights, the same model"
+
+
+def test_batch_tokens(directory: Path, usual: DistributionSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[int, int]] = []
+    start = local.start_batch
+
+    def counted(model: Any, members: list[Any], *, k: int) -> Any:
+        sizes.append((len(members), max(len(one.input_ids) for one in members)))
+        return start(model, members, k=k)
+
+    monkeypatch.setattr(local, "start_batch", counted)
+    found = open_distributions(capture(directory, "batch_tokens=1"))
+    assert {number for number, _ in sizes} == {1}
+    sizes.clear()
+    capture(directory, "batch_tokens=10000")
+    assert [number for number, _ in sizes] == [4, 4, 2] * 2, "a shard at a time, of both models"
+    for identity in usual.index:
+        np.testing.assert_allclose(found[identity].nll, usual[identity].nll, atol=1e-4)
+
+
+def test_shard_conversations(directory: Path, usual: DistributionSet) -> None:
+    place = capture(directory, "shard_conversations=7")
+    assert [len(list((directory / name).glob("shard-*"))) for name in ("work /capture/mistral/data", place)] == [3, 2]
+    found = open_distributions(place)
+    assert list(found.index) == list(usual.index)
+    assert json.loads((place / MANIFEST).read_text())["counts"] == {
+        "conversations": 10,
+        "positions": sum(len(usual[identity]) for identity in usual.index),
+        "rejected_not_finite": [],
+        "shards": 2,
+    }
+
+
+def test_rejected_conversations_are_named_in_the_order_of_the_data(
+    directory: Path, usual: DistributionSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, split = list(usual.index), local.split_batch
+    bad = [ids[8], ids[1], ids[5]]
+
+    def some_not_finite(columns: Any, members: list[Any]) -> list[Any]:
+        found = split(columns, members)
+        return [None if one.id in bad else rows for one, rows in zip(members, found, strict=True)]
+
+    monkeypatch.setattr(local, "split_batch", some_not_finite)
+    place = capture(directory, "top_k=4")
+    counts = json.loads((place / MANIFEST).read_text())["counts"]
+    assert counts["rejected_not_finite"] == [ids[1], ids[5], ids[8]]
+    assert counts["conversations"] == 7
+    assert list(open_distributions(place).index) == [identity for identity in ids if identity not in bad]
+    bad += ids
+    with pytest.raises(DataError, match="every conversation gave values that are not finite"):
+        capture(directory, "top_k=5")

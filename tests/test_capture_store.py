@@ -1,0 +1,281 @@
+"""The store of a capture: its format, its size, and damage that is found and mended, a shard at a time."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+import runs
+from fusechat.core.distributions import (
+    SHARDS,
+    SparseDistribution,
+    open_distributions,
+    write_distributions,
+    write_shard,
+    write_store,
+)
+from fusechat.core.prepared import PreparedSet
+from fusechat.core.progress import log
+from fusechat.core.steps import MANIFEST, STARTED, Step
+from fusechat.errors import WorkdirError
+from fusechat.pipeline import build_steps, run
+from fusechat.recipe_file import load_recipe
+
+CAPTURE = "capture/mistral/data"
+
+
+@pytest.fixture(scope="module")
+def captured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe, and the work directory `work` with the captures of one source and the pivot: three shards each."""
+    directory = tmp_path_factory.mktemp("captured")
+    runs.write_recipe(directory, models)
+    run(load_recipe(directory / "recipe.yaml"), directory / "work", until="capture", only="mistral")
+    return directory
+
+
+@pytest.fixture
+def work(captured: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(captured / "work", tmp_path / "work"))
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What is logged as a warning."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener = Listener(level=logging.WARNING)
+    log.addHandler(listener)
+    yield said
+    log.removeHandler(listener)
+
+
+def again(captured: Path, work: Path) -> int:
+    return run(load_recipe(captured / "recipe.yaml"), work, until="capture", only="mistral")
+
+
+def shards(directory: Path) -> list[Path]:
+    return sorted(directory.glob("shard-*"))
+
+
+def random_rows(random: np.random.Generator, n: int, k: int, size: int) -> SparseDistribution:
+    ids = np.stack([random.choice(size, k, replace=False) for _ in range(n)]).astype(np.int32)
+    logprobs = -np.sort(random.exponential(5, (n, k)), axis=1).astype(np.float32)
+    return SparseDistribution(ids, logprobs, random.exponential(1, n).astype(np.float32))
+
+
+# -- format -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_read_by_its_specification_alone(work: Path) -> None:
+    """With nothing of FuseChat but the prepared conversations."""
+    directory = work / CAPTURE
+    store = json.loads((directory / "store.json").read_text())
+    assert store == {"format": 2, "k": 6, "files": "shard-*.arrow"}
+    prepared = PreparedSet(work / "prepare/mistral/data")
+    ids: list[str] = []
+    for number, path in enumerate(shards(directory)):
+        assert path.name == f"shard-{number:05d}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.arrow"
+        table = pa.ipc.open_file(pa.OSFile(str(path))).read_all()
+        assert [(field.name, str(field.type).split("<")[0]) for field in table.schema] == [
+            ("id", "string"),
+            ("ids", "list"),
+            ("logprobs", "list"),
+            ("nll", "list"),
+        ]
+        kinds = [table.schema.field(name).type.value_type for name in ("ids", "logprobs", "nll")]
+        assert kinds == [pa.uint16(), pa.float16(), pa.float32()]
+        for record in table.to_pylist():
+            n = len(record["nll"])
+            assert n == len(prepared[prepared.row_of[record["id"]]])
+            tokens, logprobs = (np.array(record[name]).reshape(n, 6) for name in ("ids", "logprobs"))
+            assert (np.diff(logprobs, axis=1) <= 0).all()
+            assert all(len(set(row)) == 6 for row in tokens.tolist())
+            ours = open_distributions(directory)[record["id"]]
+            assert (ours.ids.dtype, ours.logprobs.dtype) == (np.int32, np.float16)
+            np.testing.assert_array_equal(ours.ids, tokens)
+            np.testing.assert_array_equal(ours.logprobs, logprobs)
+            ids.append(record["id"])
+    assert ids == prepared.ids
+    assert {path.name for path in directory.iterdir()} == {
+        *(MANIFEST, "store.json"),
+        *(path.name for path in shards(directory)),
+    }
+
+
+@pytest.mark.parametrize(("size", "kind"), [(65_536, pa.uint16()), (65_537, pa.int32())])
+def test_ids_take_two_bytes_where_the_vocabulary_lets_them(tmp_path: Path, size: int, kind: pa.DataType) -> None:
+    rows = random_rows(np.random.default_rng(0), 5, 3, size)
+    rows.ids[0, 0] = size - 1
+    path = write_shard(tmp_path, 3, [("a", rows)], vocabulary=size)
+    write_store(tmp_path, k=3, files=SHARDS)
+    assert pa.ipc.open_file(pa.OSFile(str(path))).schema.field("ids").type.value_type == kind
+    found = open_distributions(tmp_path)["a"]
+    assert found.ids.dtype == np.int32
+    np.testing.assert_array_equal(found.ids, rows.ids)
+
+
+def test_an_id_that_the_model_does_not_know_is_not_stored_as_another(tmp_path: Path) -> None:
+    rows = random_rows(np.random.default_rng(0), 5, 3, 1000)
+    for wrong in (-1, 65_536):
+        rows.ids[2, 1] = wrong
+        with pytest.raises(pa.ArrowInvalid):
+            write_shard(tmp_path, 0, [("a", rows)], vocabulary=1000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_targets_keep_pads(tmp_path: Path) -> None:
+    rows = random_rows(np.random.default_rng(0), 4, 3, 1000)
+    rows.ids[1:, 2] = -1
+    rows.logprobs[1:, 2] = -np.inf
+    write_distributions(tmp_path / "aligned.arrow", [("a", rows)])
+    write_store(tmp_path, k=3, files="aligned.arrow")
+    np.testing.assert_array_equal(open_distributions(tmp_path)["a"].ids, rows.ids)
+
+
+@pytest.mark.parametrize(
+    ("size", "k", "most"), [(49_152, 10, 47), (49_152, 50, 208), (262_144, 10, 67), (262_144, 50, 308)]
+)
+def test_bytes_on_the_disk(tmp_path: Path, size: int, k: int, most: float) -> None:
+    """Everything in the directory counted, of 600 conversations with 20 to 200 rows: at most 72 at k = 10, 320 at 50."""
+    random = np.random.default_rng(0)
+    lengths = random.integers(20, 200, 600)
+    rows = random_rows(random, 200, k, size)
+
+    def work(directory: Path) -> dict[str, Any]:
+        write_store(directory, k=k, files=SHARDS)
+        for shard, begin in enumerate(range(0, 600, 256)):
+            members = range(begin, min(begin + 256, 600))
+            records = [(f"{index:020x}", rows.take(np.arange(lengths[index]))) for index in members]
+            write_shard(directory, shard, records, vocabulary=size)
+        return {}
+
+    Step("capture", "x", tmp_path / "x", {}, work).run()
+    assert sum(file.stat().st_size for file in (tmp_path / "x").iterdir()) / lengths.sum() <= most
+
+
+# -- damage -------------------------------------------------------------------------------------------------------------
+
+
+def altered(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def renamed(path: Path) -> None:
+    path.rename(path.with_name(path.name[:12] + "0123456789abcdef.arrow"))
+
+
+DAMAGE = [altered, truncated, empty, renamed]
+
+
+def unfinish(directory: Path) -> None:
+    """As a kill leaves it: begun, without a manifest."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    (directory / MANIFEST).unlink()
+    (directory / STARTED).write_text(json.dumps({"fingerprint": manifest["fingerprint"]}))
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_that_goes_on_takes_no_shard_on_trust(
+    captured: Path, work: Path, heard: list[str], damage: Callable[[Path], None]
+) -> None:
+    directory = work / CAPTURE
+    before = runs.digests(work)
+    first, second, third = shards(directory)
+    kept = {path: path.stat().st_mtime_ns for path in (first, third)}
+    unfinish(directory)
+    damage(second)
+    assert again(captured, work) == 1
+    assert runs.digests(work) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "the others are left as they are"
+    (line,) = heard
+    assert "shard-00001-" in line
+    assert str(directory) in line
+
+
+def test_a_shard_that_is_there_twice(captured: Path, work: Path, heard: list[str]) -> None:
+    before = runs.digests(work)
+    directory = work / CAPTURE
+    unfinish(directory)
+    twice = directory / "shard-00001-ffffffffffffffff.arrow"
+    twice.write_bytes(b"something else")
+    assert again(captured, work) == 1
+    assert runs.digests(work) == before
+    assert [str(twice) in line for line in heard] == [True]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_of_a_finished_capture_one_damaged_shard_is_captured_again_alone(
+    captured: Path, work: Path, damage: Callable[[Path], None]
+) -> None:
+    directory = work / CAPTURE
+    before = runs.digests(work)
+    first, second, third = shards(directory)
+    kept = {path: path.stat().st_mtime_ns for path in (first, third)}
+    damage(second)
+    assert again(captured, work) == 1
+    assert runs.digests(work) == before
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+def test_a_store_file_that_is_gone_is_written_again(captured: Path, work: Path) -> None:
+    before = runs.digests(work)
+    kept = {path: path.stat().st_mtime_ns for path in shards(work / CAPTURE)}
+    (work / CAPTURE / "store.json").unlink()
+    assert again(captured, work) == 1
+    assert runs.digests(work) == before
+    assert {path: path.stat().st_mtime_ns for path in shards(work / CAPTURE)} == kept
+
+
+def test_a_bit_that_rots_unseen_is_found_by_who_reads_it_and_mended_by_the_next_run(captured: Path, work: Path) -> None:
+    """Neither size nor times say anything; the shard's name does."""
+    directory = work / CAPTURE
+    assert again(captured, work) == 0
+    before = runs.digests(work)
+    victim = shards(directory)[1]
+    stat = victim.stat()
+    altered(victim)
+    os.utime(victim, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    open_distributions(directory, verify=False)
+    with pytest.raises(WorkdirError) as raised:
+        open_distributions(directory)
+    (line,) = raised.value.messages
+    assert line.startswith(f"{victim}: is damaged")
+    assert "run again" in line
+    states = {step.label: step.state()[0] for step in build_steps(load_recipe(captured / "recipe.yaml"), work)}
+    assert states["capture mistral/data"] == "damaged"
+    assert again(captured, work) == 1
+    assert runs.digests(work) == before
+
+
+def test_captures_of_the_first_format_are_made_again(captured: Path, work: Path) -> None:
+    before = runs.digests(work)
+    manifest = json.loads((work / CAPTURE / MANIFEST).read_text())
+    manifest["inputs"]["format"] = 1
+    (work / CAPTURE / MANIFEST).write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    first = shards(work / CAPTURE)[0]
+    first.rename(first.with_name("shard-00000.arrow"))
+    assert again(captured, work) == 1
+    assert runs.digests(work) == before
