@@ -26,7 +26,9 @@ BEST = SAVED | {
     "load_best_model_at_end": True,
     "metric_for_best_model": "bits_per_byte",
     "save_total_limit": 1,
-    "learning_rate": 0.1,  # too much: the last step is not the best
+    "learning_rate": 0.3,  # too much, and more at the end: the last step is not the best
+    "lr_scheduler_type": "constant_with_warmup",
+    "warmup_steps": 7,
 }
 
 
