@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm check bench bench-alignment bench-merge clean
+.PHONY: install quickstart test test-vllm check bench bench-alignment bench-merge bench-training clean
 
 install: .venv/.installed
 
@@ -51,6 +51,11 @@ bench-alignment: install
 bench-merge: install
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,mergekit]'
 	$(BIN)/python benchmarks/merge.py
+
+# Size and speed of captures, cost and memory of fusion, each beside the model alone: some minutes each.
+bench-training: install
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/fuse.py
 
 clean:
 	rm -rf .venv .venv-vllm build dist src/*.egg-info
