@@ -106,6 +106,7 @@ def test_a_gate_says_which_rows_have_a_fusion_term() -> None:
     seen = []
 
     def gate(nll: torch.Tensor) -> torch.Tensor:
+        assert not nll.requires_grad
         seen.append(nll)
         return open_rows
 

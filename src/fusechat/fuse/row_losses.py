@@ -107,7 +107,7 @@ class _NllAndDivergence(torch.autograd.Function):
         if bucket:
             log_q = torch.cat([log_q, (others - tempered)[:, None]], dim=1)
         divergence, slope = DIVERGENCES[kind](log_p, log_q)
-        taught = present.any(dim=1) & (log_p > -torch.inf).any(dim=1)
+        taught = (log_p > -torch.inf).any(dim=1)
         slope = torch.where(taught[:, None], slope, 0.0)
         ctx.save_for_backward(logits, labels, gold, ids, kept, slope, normaliser, tempered, others)
         ctx.temperature = temperature
