@@ -14,7 +14,7 @@ from fusechat.capture import top_k
 from fusechat.capture.top_k import capture_batch, sparse_rows
 from fusechat.core import forward
 from fusechat.core.conversations import Conversation, Message
-from fusechat.core.forward import collate, keeps_logits, length_batches, response_logits
+from fusechat.core.forward import collate, keeps_logits, length_batches, response_logits, wanted_logits
 from fusechat.core.prepared import Prepared
 from fusechat.core.templates import ChatTemplate
 from fusechat.prepare.tokenise import prepare_conversation
@@ -118,6 +118,33 @@ def test_models_that_cannot_keep_chosen_logits_give_the_same(
     expected = response_logits(model, batch)
     for other in (Wrapped(model), Plain(model), Wrapped(Plain(model))):
         torch.testing.assert_close(response_logits(other, batch), expected, rtol=1e-5, atol=1e-5)
+
+
+class Everywhere(Plain):
+    """As `Plain`, and tells what its head is."""
+
+    def get_output_embeddings(self) -> Any:
+        return self.inner.get_output_embeddings()
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@torch.no_grad()
+def test_a_head_that_runs_for_wanted_rows_alone_gives_the_same(
+    tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
+) -> None:
+    model = loaded[kind]
+    for conversations in (prepare_all(tokenizers, kind), prepare_all(tokenizers, kind)[:1]):
+        batch = collate(conversations)
+        expected = response_logits(model, batch)
+        for other in (model, Wrapped(model), Plain(model), Everywhere(model)):
+            shapes: list[torch.Size] = []
+            hook = model.lm_head.register_forward_hook(lambda m, i, output, shapes=shapes: shapes.append(output.shape))
+            found = wanted_logits(other, batch)
+            hook.remove()
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+            if hasattr(other, "get_output_embeddings"):
+                assert [shape[:2] for shape in shapes] == [(1, len(batch.rows))]
+        assert not model.lm_head._forward_pre_hooks
 
 
 def test_collate_masks_by_position_so_that_a_padding_token_may_mean_something() -> None:
