@@ -111,7 +111,15 @@ def done(workdir: Path) -> list[str]:
         ("top_k: 6", "top_k: 0", ["14: capture.top_k: Input should be greater than or equal to 1, not 0"]),
         ("0.5", "1.5", ["16: fuse.sft_weight: Input should be less than or equal to 1, not 1.5"]),
         ("0.5", "half", ["16: fuse.sft_weight: Input should be a valid number, not 'half'"]),
-        ("sft_weight: 0.5", "function: average", ["16: fuse.function: Input should be 'mince', 'avgce' or 'source', not 'average'"]),
+        (
+            "sft_weight: 0.5",
+            "function: average",
+            ["16: fuse.function: Input should be 'mince', 'avgce' or 'source', not 'average'"],
+        ),
+            "sft_weight: 0.5",
+            "function: average",
+            ["16: fuse.function: Input should be 'mince', 'avgce' or 'source', not 'average'"],
+        ),
         ("capture:\n  top_k: 6", "capture:", ["13: capture: should be a mapping of keys, not nothing"]),
         (
             "capture:\n  top_k: 6",

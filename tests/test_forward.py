@@ -1,5 +1,6 @@
 """Logits of response tokens, batches, and captured rows, against calls of the model on one conversation without padding."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +15,7 @@ from fusechat.capture import top_k
 from fusechat.capture.top_k import capture_batch, sparse_rows
 from fusechat.core import forward
 from fusechat.core.conversations import Conversation, Message
-from fusechat.core.forward import collate, keeps_logits, length_batches, response_logits, wanted_logits
+from fusechat.core.forward import collate, keeps_logits, length_batches, response_logits
 from fusechat.core.prepared import Prepared
 from fusechat.core.templates import ChatTemplate
 from fusechat.prepare.tokenise import prepare_conversation
@@ -71,19 +72,6 @@ def test_the_prediction_does_not_see_the_token_that_it_predicts(
     assert not torch.allclose(one[row + 1], two[row + 1], atol=1e-3)
 
 
-@torch.no_grad()
-def test_the_head_runs_at_response_positions_only(tokenizers: dict[str, Any], loaded: dict[str, Any]) -> None:
-    conversations = prepare_all(tokenizers, "llama")
-    seen: list[torch.Size] = []
-    hook = loaded["llama"].lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
-    try:
-        response_logits(loaded["llama"], collate(conversations))
-    finally:
-        hook.remove()
-    positions = {int(position) for one in conversations for position in one.position}
-    assert [shape[:2] for shape in seen] == [(3, len(positions))]
-
-
 class Plain(torch.nn.Module):
     """A model that always runs its head everywhere."""
 
@@ -128,22 +116,33 @@ class Everywhere(Plain):
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
-@torch.no_grad()
-def test_a_head_that_runs_for_wanted_rows_alone_gives_the_same(
+def test_the_head_runs_for_response_rows_alone_however_the_model_is_wrapped(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
 ) -> None:
+    """The same logits and gradients as picked from the logits of all positions."""
+    from peft import LoraConfig, get_peft_model
+
     model = loaded[kind]
+    weight = model.get_input_embeddings().weight
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
     for conversations in (prepare_all(tokenizers, kind), prepare_all(tokenizers, kind)[:1]):
         batch = collate(conversations)
-        expected = response_logits(model, batch)
-        for other in (model, Wrapped(model), Plain(model), Everywhere(model)):
+        everywhere = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+        expected = everywhere[batch.rows[:, 0], batch.rows[:, 1] - 1]
+        (gradient,) = torch.autograd.grad(expected.square().sum(), weight)
+        ways = [(one, model) for one in (model, Wrapped(model), Plain(model), Everywhere(model))]
+        for other, inner in (*ways, (adapted, adapted), (Wrapped(adapted), adapted)):
             shapes: list[torch.Size] = []
-            hook = model.lm_head.register_forward_hook(lambda m, i, output, shapes=shapes: shapes.append(output.shape))
-            found = wanted_logits(other, batch)
+            head = inner.get_output_embeddings()
+            hook = head.register_forward_hook(lambda m, i, output, shapes=shapes: shapes.append(output.shape))
+            found = response_logits(other, batch)
             hook.remove()
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-            if hasattr(other, "get_output_embeddings"):
+            if not isinstance(other, Plain) or isinstance(other, Everywhere):
                 assert [shape[:2] for shape in shapes] == [(1, len(batch.rows))]
+            if other is model:
+                (own,) = torch.autograd.grad(found.square().sum(), weight)
+                torch.testing.assert_close(own, gradient, rtol=1e-4, atol=1e-4)
         assert not model.lm_head._forward_pre_hooks
 
 

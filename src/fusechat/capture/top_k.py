@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fusechat.core.distributions import SparseDistribution
-from fusechat.core.forward import collate, float_rows, gold_nll, wanted_logits
+from fusechat.core.forward import collate, float_rows, gold_nll, response_logits
 from fusechat.core.prepared import Prepared
 
 _BLOCK = 256  # logits
@@ -46,7 +46,7 @@ def start_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> tup
     """`sparse_rows` of the conversations' rows, one conversation after the other, where the model is."""
     batch = collate(conversations)
     gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]
-    logits = wanted_logits(model, batch)
+    logits = response_logits(model, batch)
     return sparse_rows(logits, gold.to(logits.device), min(k, logits.shape[1]))
 
 

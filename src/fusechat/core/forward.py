@@ -5,6 +5,7 @@ This is the one place where logits are shifted against labels: the logits at tok
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,54 +45,61 @@ def collate(conversations: Sequence[Prepared], pad: int = 0) -> Batch:
 
 
 def response_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits [n, V] of the distributions that predict the response tokens `batch.rows`, in their order.
+    """Logits [n, V] of the distributions that predict the response tokens `batch.rows`, in their order, on the model's device.
 
-    The language-model head runs only at positions where some conversation of the batch needs it.
+    The language-model head runs for these rows alone, not for each conversation wherever one of them needs it: they are picked
+    from what goes into the head.
     """
-    wanted = batch.rows[:, 1] - 1
-    kept, column = torch.unique(wanted, return_inverse=True)
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if not keeps_logits(model):
-        return model(**inputs).logits[batch.rows[:, 0], wanted]
-    logits = model(**inputs, logits_to_keep=kept).logits  # [b, kept, V]
-    return logits[batch.rows[:, 0], column]
-
-
-def wanted_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """As `response_logits`, on the model's device, for inference: the head runs for the batch's rows alone, not for each
-    conversation wherever one of them needs it. The rows are picked from what goes into the head."""
     device = next(model.parameters()).device
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        return response_logits(model, batch.to(device))
     tokens = batch.to(device)
+    column = batch.rows[:, 1] - 1  # of a batch on the CPU found there, so that nothing waits for a GPU
     inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "use_cache": False}
-    column = batch.rows[:, 1] - 1  # found on the CPU, so that nothing waits for a GPU
-    before = tuple(batch.input_ids.shape)
+    shape = tuple(batch.input_ids.shape)
     if keeps_logits(model):
         kept, column = torch.unique(column, return_inverse=True)
         inputs["logits_to_keep"] = kept.to(device)
-        before = len(batch.input_ids), len(kept)
+        shape = len(batch.input_ids), len(kept)
     at = tokens.rows[:, 0], column.to(device)
+    with _picking(model, at, shape) as picked:
+        logits = model(**inputs).logits
+    return logits[0] if picked else logits[at]
 
-    def pick(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = arguments  # [b, kept, hidden]
-        return (hidden[at].unsqueeze(0), *rest) if hidden.shape[:2] == before else arguments
 
+@contextmanager
+def _picking(model: Any, at: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, ...]) -> Iterator[list[bool]]:
+    """While it lasts, the head of the model gets [1, n, hidden], the places `at` of hidden states [*shape, hidden]. What it yields
+    is not empty once that has happened."""
+    picked: list[bool] = []
+
+    def pick(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden, *rest = arguments
+        if tuple(hidden.shape[:2]) != shape:
+            return None
+        picked.append(True)
+        return (hidden[at].unsqueeze(0), *rest)
+
+    inner = unwrapped(model)
+    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if head is None or hasattr(inner, "_orig_mod"):  # compiled code would be compiled again for a hook
+        yield picked
+        return
     hook = head.register_forward_pre_hook(pick)
     try:
-        logits = model(**inputs).logits
+        yield picked
     finally:
         hook.remove()
-    return logits[0] if logits.shape[:2] == (1, len(batch.rows)) else logits[at]
+
+
+def unwrapped(model: Any) -> Any:
+    """The model itself, without what distributed training or PEFT put around it."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def keeps_logits(model: Any) -> bool:
     """Whether the model can run its head at chosen positions only."""
-    inner = model
-    while hasattr(inner, "module"):  # a wrapper of distributed training
-        inner = inner.module
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
 def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
