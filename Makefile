@@ -16,7 +16,7 @@ quickstart: install
 	$(BIN)/fusechat run examples/quickstart.yaml
 
 test: install
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 # Capture by vLLM against capture by Transformers, for real and without a GPU: 4 GB of disk, an environment of its own (vLLM wants
 # older versions of some packages than constraints.txt has), and some minutes.

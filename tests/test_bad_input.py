@@ -116,10 +116,6 @@ def done(workdir: Path) -> list[str]:
             "function: average",
             ["16: fuse.function: Input should be 'mince', 'avgce' or 'source', not 'average'"],
         ),
-            "sft_weight: 0.5",
-            "function: average",
-            ["16: fuse.function: Input should be 'mince', 'avgce' or 'source', not 'average'"],
-        ),
         ("capture:\n  top_k: 6", "capture:", ["13: capture: should be a mapping of keys, not nothing"]),
         (
             "capture:\n  top_k: 6",
