@@ -32,7 +32,7 @@ from fusechat.sections import Capture
 ROOT = Path(__file__).parents[1]
 RECIPE, DATA = ROOT / "examples" / "quickstart.yaml", ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 SIZES = {10: 72, 50: 320}  # k, and how many bytes a position may take
-CONVERSATIONS, TIMED, TURNS = 256, 32, 5
+CONVERSATIONS, TIMED, TURNS = 128, 32, 5
 
 
 def main(files: list[Path]) -> None:
