@@ -83,7 +83,7 @@ def test_in_this_process(smollm: Any, conversations: list[Any], expected: list[A
     assert_same(backend.capture(conversations, nothing), expected)  # nothing is answered from a cache
     assert engines()
     backend.close()
-    assert gone(within=10)
+    assert gone(within=10), engines()
 
 
 def test_bfloat16_is_as_near_to_float32_as_with_transformers(
@@ -214,7 +214,7 @@ def test_a_model_that_vllm_cannot_run_is_told(models: dict[str, Path], open_back
         backend.capture([conversation([1, 5, 6])], nothing)
     assert str(caught.value).startswith(f"pivot ({models['llama']}): vLLM failed: ")
     backend.close()
-    assert gone(within=30)
+    assert gone(within=30), engines()
 
 
 def test_a_run_that_is_killed_leaves_no_engine_behind(wide: dict[str, Path]) -> None:

@@ -25,6 +25,7 @@ _LOGITS = (
     1 << 27
 )  # float32 logits that a step of the engine may hold: 512 MiB, beside what vLLM measures and takes for itself
 _TOKENS_AT_ONCE = 1 << 16  # given to the engine in one go: each of them comes back as k objects of Python
+_FAREWELL = 10.0  # seconds for the engine to end by itself
 # Run beside the engine: when this process is gone, however it ended (its end of the pipe closes), it ends the engine's.
 _WATCH = """
 import os, signal, sys
@@ -98,7 +99,8 @@ class InProcess:
             )
         except Exception as error:
             raise self._failure("cannot run it", error) from error
-        self._watch = _watch([child.pid for child in multiprocessing.active_children() if child.pid not in before])
+        self._processes = [child for child in multiprocessing.active_children() if child.pid not in before]
+        self._watch = _watch([process.pid for process in self._processes])
         self._parameters = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._k, detokenize=False)
 
     def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
@@ -124,6 +126,11 @@ class InProcess:
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
+            for process in self._processes:
+                process.join(_FAREWELL)
+                if process.is_alive():  # an engine that failed may hang
+                    process.kill()
+                    process.join()
             self._watch.kill()
             self._watch.communicate()
             del llm
