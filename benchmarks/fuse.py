@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -78,35 +79,33 @@ def memory(case: Case) -> None:
 def loss_alone() -> None:
     """Every variant of the loss, forward and backward, as a share of the time of cross-entropy on the labels in float32."""
     settings = [*itertools.product((torch.bfloat16, torch.float32), (32_000, 262_144))]
-    columns = [shares(vocabulary, dtype) for dtype, vocabulary in settings]
     print("Loss and its gradient alone, beside plain cross-entropy")
     print_line("", *(str(dtype).removeprefix("torch.") for dtype, _ in settings))
     print_line("vocabulary", *(f"{vocabulary:,}" for _, vocabulary in settings))
-    for variant in columns[0]:
-        print_line(f"  {variant}", *(f"{column[variant]:.2f}" for column in columns))
+    shares = [share_of(vocabulary, dtype) for dtype, vocabulary in settings]
+    for kind, tail, temperature in itertools.product(DIVERGENCES, ("renormalise", "bucket"), (1.0, 2.0)):
+        found = [share(kind=kind, tail=tail, temperature=temperature) for share in shares]
+        print_line(f"  {kind}, {tail}, T = {temperature:g}", *(f"{share:.2f}" for share in found))
 
 
-def shares(vocabulary: int, dtype: torch.dtype) -> dict[str, float]:
+def share_of(vocabulary: int, dtype: torch.dtype) -> Callable[..., float]:
     example = make_example(vocabulary, joined=True)
     n = len(example.labels) if vocabulary < 100_000 else len(example.labels) // 4
-    labels, ids, logprobs = (tensor[:n] for tensor in example.targets)
+    targets = [tensor[:n] for tensor in example.targets]
     logits = torch.randn(n, vocabulary).to(dtype).requires_grad_()
 
     def plain() -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(logits.float(), labels)
+        return torch.nn.functional.cross_entropy(logits.float(), targets[0])
 
-    found = {}
-    for kind, tail, temperature in itertools.product(DIVERGENCES, ("renormalise", "bucket"), (1.0, 2.0)):
-
-        def fused(kind: str = kind, tail: str = tail, temperature: float = temperature) -> torch.Tensor:
-            return fusion_loss_parts(
-                logits, labels, ids, logprobs, sft_weight=SFT_WEIGHT, kind=kind, tail=tail, temperature=temperature
-            ).total
+    def share(**how: Any) -> float:
+        def fused() -> torch.Tensor:
+            return fusion_loss_parts(logits, *targets, sft_weight=SFT_WEIGHT, **how).total
 
         both = [(gradient_time(fused, logits), gradient_time(plain, logits)) for _ in range(5)][1:]
         ours, beside = (min(column) for column in zip(*both, strict=True))
-        found[f"{kind}, {tail}, T = {temperature:g}"] = ours / beside
-    return found
+        return ours / beside
+
+    return share
 
 
 def gradient_time(loss: Callable[[], torch.Tensor], logits: torch.Tensor) -> float:
