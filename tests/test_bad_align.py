@@ -19,7 +19,7 @@ from fusechat.align import token_spans
 from fusechat.align.aligner import Pair, Side, Strategy
 from fusechat.align.check import check_conversation
 from fusechat.core.conversations import Conversation, Message
-from fusechat.core.distributions import SparseDistribution, open_distributions, write_distributions
+from fusechat.core.distributions import SparseDistribution, open_distributions, write_shard
 from fusechat.core.files import digest_json
 from fusechat.core.prepared import FILE, Prepared, PreparedSet, write_prepared
 from fusechat.core.spans import encode_with_spans
@@ -54,9 +54,11 @@ def work(captured: Path, tmp_path: Path) -> Path:
 def vouch(step: Path) -> None:
     """Makes the manifest of a step, and those of the captures that rest on it, say that its files are as they should be."""
     manifest = json.loads((step / MANIFEST).read_text())
-    for name in manifest["outputs"]:
-        data = (step / name).read_bytes()
-        manifest["outputs"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["outputs"] = {}
+    for file in step.iterdir():
+        if file.name != MANIFEST:
+            data = file.read_bytes()
+            manifest["outputs"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (step / MANIFEST).write_text(json.dumps(manifest))
     above = step.parents[2] / "capture" / step.parent.name / step.name / MANIFEST
     if step.parents[1].name == "prepare":
@@ -80,10 +82,16 @@ def tamper_captured(work: Path, change: Callable[[SparseDistribution], SparseDis
     store = open_distributions(work / CAPTURE)
     everything = {identity: store[identity] for identity in store.index}
     everything[victim] = change(everything[victim])
-    for shard in sorted((work / CAPTURE).glob("shard-*.arrow")):
-        write_distributions(shard, list(everything.items()) if shard.name == "shard-00000.arrow" else [])
-    vouch(work / CAPTURE)
+    rewrite(work / CAPTURE, everything)
     return victim
+
+
+def rewrite(capture: Path, rows: dict[str, SparseDistribution]) -> None:
+    """Puts other distributions into a finished capture, under a name that is theirs."""
+    for shard in capture.glob("shard-*.arrow"):
+        shard.unlink()
+    write_shard(capture, 0, rows.items(), vocabulary=1 << 20)
+    vouch(capture)
 
 
 def complaint(captured: Path, work: Path) -> str:
@@ -233,21 +241,21 @@ def test_the_line_is_the_same_from_another_process(captured: Path, work: Path, m
 # -- damaged files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [f"{SOURCE}/{FILE}", f"{CAPTURE}/shard-00000.arrow"])
+@pytest.mark.parametrize("name", [f"{SOURCE}/{FILE}", f"{CAPTURE}/shard-00000-*.arrow"])
 def test_a_truncated_file_is_made_again(captured: Path, work: Path, name: str) -> None:
     recipe = load_recipe(captured / "recipe.yaml")
     assert run(recipe, work, until="align", only="mistral") == 1
     before = runs.digests(work)
-    file = work / name
+    (file,) = work.glob(name)
     file.write_bytes(file.read_bytes()[:-100])
     assert run(recipe, work, until="align", only="mistral") == 1, "only that step"
     assert runs.digests(work) == before
 
 
-@pytest.mark.parametrize("name", [f"{SOURCE}/{FILE}", f"{CAPTURE}/shard-00000.arrow"])
+@pytest.mark.parametrize("name", [f"{SOURCE}/{FILE}", f"{CAPTURE}/shard-00000-*.arrow"])
 @pytest.mark.parametrize("end", [b"", bytes(200)], ids=["cut short", "end of zeros"])
 def test_a_damaged_file_of_the_size_that_was_written(captured: Path, work: Path, name: str, end: bytes) -> None:
-    file = work / name
+    (file,) = work.glob(name)
     file.write_bytes(file.read_bytes()[:-200] + end)
     vouch(file.parent)
     assert str(file) in complaint(captured, work)

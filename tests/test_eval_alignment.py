@@ -19,11 +19,11 @@ from fusechat.align.aligner import Pair, Strategy
 from fusechat.align.counts import Seen
 from fusechat.alignment import STRATEGIES, evaluate_alignment
 from fusechat.cli import main
-from fusechat.core.distributions import open_distributions, write_distributions
+from fusechat.core.distributions import open_distributions
 from fusechat.core.prepared import Prepared, PreparedSet
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
-from test_bad_align import vouch
+from test_bad_align import rewrite
 from test_bad_input import PREFIX
 
 KEYS = {field.name for field in fields(Strategy)}
@@ -293,8 +293,6 @@ def test_distributions_of_another_text(models: dict[str, Path], tmp_path: Path) 
     rows = {identity: store[identity] for identity in store.index}
     victim = next(iter(rows))
     rows[victim] = replace(rows[victim], nll=rows[victim].nll[1:])
-    for shard in sorted(directory.glob("shard-*.arrow")):
-        write_distributions(shard, list(rows.items()) if shard.name == "shard-00000.arrow" else [])
-    vouch(directory)
+    rewrite(directory, rows)
     line = error_of(recipe, "--workdir", tmp_path / "work")
     assert line.startswith(f"mistral ({models['mistral']}): conversation {victim} has ")
