@@ -133,7 +133,7 @@ def change_config(directory: Path, **changes: Any) -> None:
         (cut, "capture", "{model}: the model cannot be loaded: Error while deserializing header"),
         (cut_in_header, "capture", "{model}: the model cannot be loaded: Error while deserializing header"),
         (emptied, "capture", "{model}: the model cannot be loaded: Error while deserializing header"),
-        (unknown_architecture, "capture", "{model}: the model cannot be loaded: "),
+        (unknown_architecture, "capture", "{model}: its configuration cannot be loaded: "),
         (
             of_another_shape,
             "capture",
@@ -185,7 +185,7 @@ def test_code_of_a_model_does_not_run_without_trust(tmp_path: Path, models: dict
             json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}})
         )
     recipe = with_source(tmp_path, models, str(model))
-    what = "the model" if part == "model" else "its tokenizer"
+    what = "its configuration" if part == "model" else "its tokenizer"
     assert complaints("run", recipe, "--workdir", tmp_path / "work", "--until", "capture") == [
         f"{model}: {what} cannot be loaded: it needs code of its own to run; set trust_remote_code: true for it if you "
         "trust that code"

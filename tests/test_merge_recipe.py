@@ -133,7 +133,7 @@ def test_granularity(tmp_path: Path) -> None:
         ({"method": ["sce"]}, ["3: merge.method: Input should be a valid string"]),
         ({"metod": "sce"}, ["3: merge.metod: unknown key; did you mean method?"]),
         ({"lambda_": 1}, ["3: merge.lambda_: unknown key; did you mean lambda?"]),
-        ({"method": "dare_ties", "weight": 1, "seed": 3}, ["5: merge.seed: unknown key; known here: method, granularity, "
+        ({"method": "dare_ties", "weight": 1, "seed": 3}, ["5: merge.seed: unknown key; known here: method, targets, granularity, "
           "select_topk, select_deltas, normalize, weight, density, rescale, lambda, t, dtype"]),
         ({"granularity": "block"}, ["3: merge.granularity: Input should be 'tensor', 'layer' or 'model', not 'block'"]),
         ({"dtype": "int8"}, ["3: merge.dtype: Input should be 'float32', 'bfloat16' or 'float16', not 'int8'"]),

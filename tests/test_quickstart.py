@@ -39,7 +39,7 @@ def test_the_fused_model_beats_the_pivot_on_both_held_out_sets(work: Path) -> No
 def test_the_sources_really_taught(work: Path) -> None:
     for source in ("arithmetic", "knowledge"):
         counts = json.loads((work / "fuse" / source / "manifest.json").read_text())["counts"]
-        assert counts["taught_by_source"] > 0
+        assert counts["chosen"][source][source] > 0
         figures = json.loads((work / "align" / source / "figures.json").read_text())
         assert figures["coverage_of_positions"] > 0.5
 
