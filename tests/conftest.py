@@ -1,7 +1,8 @@
 """Fixtures that all tests share: tiny models and their tokenizers, built once a session."""
 
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import settings
 
 import showing
 import tiny
+from fusechat.core.progress import log
 from fusechat.show.tokens import load
 
 settings.register_profile("fusechat", deadline=None, derandomize=True, database=None)
@@ -63,3 +65,18 @@ def tokenizer(tokenizers: dict[str, Any]) -> Callable[[str], Any]:
         return loaded[name]
 
     return find
+
+
+@pytest.fixture
+def heard() -> Iterator[list[str]]:
+    """What is logged as a warning."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener = Listener(level=logging.WARNING)
+    log.addHandler(listener)
+    yield said
+    log.removeHandler(listener)

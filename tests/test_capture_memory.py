@@ -1,9 +1,7 @@
 """Batches that do not fit in memory are made smaller, and nothing is lost."""
 
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 
 from fusechat.capture.local import Local
 from fusechat.core.prepared import Prepared
-from fusechat.core.progress import log
 from fusechat.errors import ModelError
 
 
@@ -43,21 +40,6 @@ def conversations(lengths: list[int]) -> list[Prepared]:
             Prepared(f"c{number}", ids, position, zeros, zeros, zeros, zeros.astype(bool), np.array([1], np.int32))
         )
     return made
-
-
-@pytest.fixture
-def heard(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    """What is logged as a warning."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener = Listener(level=logging.WARNING)
-    log.addHandler(listener)
-    yield said
-    log.removeHandler(listener)
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from fusechat.core.distributions import (
     write_store,
 )
 from fusechat.core.prepared import PreparedSet
-from fusechat.core.progress import log
 from fusechat.core.steps import MANIFEST, STARTED, Step
 from fusechat.errors import WorkdirError
 from fusechat.pipeline import build_steps, run
@@ -45,21 +43,6 @@ def work(captured: Path, tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(captured / "work", tmp_path / "work"))
-
-
-@pytest.fixture
-def heard() -> Iterator[list[str]]:
-    """What is logged as a warning."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            said.append(record.getMessage())
-
-    listener = Listener(level=logging.WARNING)
-    log.addHandler(listener)
-    yield said
-    log.removeHandler(listener)
 
 
 def again(captured: Path, work: Path) -> int:

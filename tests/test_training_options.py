@@ -174,6 +174,13 @@ def test_several_held_out_sets_are_measured_apart_and_together(place: Path) -> N
     assert not (work / "capture" / "pivot").exists() or (place / "work" / "capture" / "pivot").exists()
 
 
+def test_plain_fine_tuning_is_compared_with_nobody_and_says_so(place: Path) -> None:
+    work = finish(place, "sft-student", "targets={sft: []}", "fuse.against=student", "fuse.level=response", only="sft")
+    assert not any(key.startswith("taught/") for entry in log_of(work, "sft") for key in entry)
+    counts = json.loads((work / "fuse" / "sft" / "manifest.json").read_text())["counts"]
+    assert {name: chosen["none"] for name, chosen in counts["chosen"].items()} == {"data": 10, "gemma": 8}
+
+
 def test_validation_without_held_out_conversations_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     data = {"train": "train.jsonl"}
     sources = {"mistral": str(models["mistral"])}

@@ -21,9 +21,8 @@ from fusechat.core.prepared import Prepared
 from fusechat.core.progress import Advance
 from fusechat.errors import ModelError, RecipeError, first_line
 
-_LOGITS = (
-    1 << 27
-)  # float32 logits that a step of the engine may hold: 512 MiB, beside what vLLM measures and takes for itself
+# float32 logits that a step of the engine may hold: 512 MiB, beside what vLLM measures and takes for itself
+_LOGITS = 1 << 27
 _TOKENS_AT_ONCE = 1 << 16  # given to the engine in one go: each of them comes back as k objects of Python
 _FAREWELL = 10.0  # seconds for the engine to end by itself
 # Run beside the engine: when this process is gone, however it ended (its end of the pipe closes), it ends the engine's.

@@ -104,7 +104,7 @@ def check(recipe: Recipe) -> None:
 def _fuse(
     directory: Path, logs: Path, target: str, sets: Sequence[SetSteps], held_out: Mapping[str, Step], recipe: Recipe
 ) -> dict[str, Any]:
-    data = _data(sets, recipe)
+    data = _data(sets, recipe, target)
     chosen = ranks.from_first(lambda: data.chosen)
     for name, counts in chosen.items():
         log.info("fuse %s: on %s %s", target, name, ", ".join(f"{who} {count:g}" for who, count in counts.items()))
@@ -118,12 +118,12 @@ def _fuse(
     return {
         "conversations": len(data),
         "steps": steps,
-        "level": recipe.fuse.level,
+        "level": data.rule.level,
         "chosen": _against_student(chosen, entries),
     }
 
 
-def _data(sets: Sequence[SetSteps], recipe: Recipe) -> Any:
+def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
     from fusechat.core.prepared import PreparedSet
     from fusechat.fuse.choice import Rule
     from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
@@ -143,7 +143,9 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe) -> Any:
             )
             for one in sets
         ],
-        Rule(function=fuse.function, unit=fuse.unit, level=fuse.level, against=fuse.against),
+        Rule(function=fuse.function, unit=fuse.unit, level=fuse.level, against=fuse.against)
+        if is_taught(recipe, target)
+        else Rule(),  # nobody is compared with anybody
     )
 
 
