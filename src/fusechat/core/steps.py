@@ -18,6 +18,7 @@ from fusechat.core import ranks
 from fusechat.core.cache import fresh_digest, known_digest
 from fusechat.core.files import digest_json, read_json, remove_partial, write_json
 from fusechat.core.progress import log
+from fusechat.core.usage import watch
 
 MANIFEST, STARTED = "manifest.json", "started.json"
 State = Literal["done", "partial", "stale", "damaged", "absent"]
@@ -108,12 +109,13 @@ class Step:
         """Does the work unless it is done; returns whether there was anything to do."""
         if not ranks.from_first(self._begin):
             return False
-        began = time.monotonic()
+        began, peaks = time.monotonic(), watch()
         if self.join is not None:
             counts = self.join(ranks.gather(self.work(self.directory)))
         else:
             counts = ranks.from_first(lambda: self.work(self.directory))
-        ranks.from_first(lambda: self._finish(counts, time.monotonic() - began))
+        timings = {"seconds": round(time.monotonic() - began, 3), **peaks()}  # of the last, completing run
+        ranks.from_first(lambda: self._finish(counts, timings))
         return True
 
     def _begin(self) -> bool:
@@ -140,7 +142,7 @@ class Step:
         ranks.from_first(lambda: (self.directory / MANIFEST).unlink(missing_ok=True))
         self.run()
 
-    def _finish(self, counts: dict[str, Any], seconds: float) -> None:
+    def _finish(self, counts: dict[str, Any], timings: dict[str, float]) -> None:
         outputs = {
             str(file.relative_to(self.directory)): {"bytes": file.stat().st_size, "sha256": fresh_digest(file)}
             for own in self._own()
@@ -158,7 +160,7 @@ class Step:
                 "versions": _versions(),
                 "counts": counts,
                 "outputs": outputs,
-                "timings": {"seconds": round(seconds, 3)},  # of the last, completing run
+                "timings": timings,
             },
         )
         (self.directory / STARTED).unlink(missing_ok=True)

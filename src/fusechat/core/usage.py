@@ -1,0 +1,51 @@
+"""The most memory that this process held at once while it did something; processes that it started are not counted."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+_PEAK = "5"  # written to clear_refs: the peak begins anew, see proc_pid_clear_refs(5)
+
+
+def watch() -> Callable[[], dict[str, int]]:
+    """Begins; the function returned tells `peak_memory_bytes`, what was resident at once with all that the process held before,
+    and `peak_gpu_bytes`, what PyTorch's tensors took of the fullest GPU. Each is left out where it cannot be known."""
+    counted = _reset()
+    gpus = _cuda()
+    for device in range(gpus.device_count()) if gpus else ():
+        gpus.reset_peak_memory_stats(device)
+
+    def peaks() -> dict[str, int]:
+        found = {"peak_memory_bytes": _resident()} if counted else {}
+        used = _cuda()  # which may have begun since, and then holds nothing older
+        if used:
+            found["peak_gpu_bytes"] = max(used.max_memory_allocated(device) for device in range(used.device_count()))
+        return {name: size for name, size in found.items() if size}
+
+    return peaks
+
+
+def _reset() -> bool:
+    try:
+        _RESET.write_text(_PEAK)
+    except OSError:  # not Linux, or not allowed
+        return False
+    return bool(_resident())
+
+
+def _resident() -> int:
+    try:
+        found = re.search(r"^VmHWM:\s*(\d+) kB$", _STATUS.read_text(), flags=re.MULTILINE)
+    except OSError:
+        return 0
+    return 1024 * int(found[1]) if found else 0
+
+
+def _cuda() -> Any:
+    """`torch.cuda` where somebody uses it, else None; neither is begun for this."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    return cuda if cuda is not None and cuda.is_available() and cuda.is_initialized() else None
