@@ -2,19 +2,36 @@
 
 import json
 import shutil
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from fusechat.core.cache import cache_directory, known_digest, locked
-from fusechat.core.files import atomic_directory
+from fusechat.core.files import atomic_directory, write_json
 from fusechat.core.progress import log, progress
 from fusechat.core.references import Reference
 from fusechat.core.wheels import fetch_joined, forget_wheels, wheel_digest
 from fusechat.errors import ModelError, first_line
 
+ABOUT = "gguf.json"  # what the file says of itself, beside the converted model; conversions of older versions lack it
 _FORMAT = 1  # raised when the conversion changes what it writes
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}  # GGUF's types of values
+_STRING = 8
 
 
 def converted(reference: Reference) -> Path:
@@ -27,6 +44,15 @@ def converted(reference: Reference) -> Path:
     return target
 
 
+def at_hand(reference: Reference) -> Path | None:
+    """The directory of the converted model, where there is one already; fetches and converts nothing."""
+    if reference.is_wheel and not reference.sha256:
+        return None  # the checksum that names it is not known before the file is
+    sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
+    target = cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
+    return target if target.is_dir() else None
+
+
 def convert_together(references: Sequence[Reference]) -> None:
     """Converts those not yet converted, each in a process of its own: most of a conversion is one-threaded parsing."""
     code = (
@@ -34,9 +60,7 @@ def convert_together(references: Sequence[Reference]) -> None:
         "from fusechat.core.gguf import converted; from fusechat.core.references import Reference;"
         "p, s = json.loads(sys.argv[1]); converted(Reference(tuple(p), s))"
     )
-    waiting = [
-        reference for reference in dict.fromkeys(references) if reference.is_file and not _is_converted(reference)
-    ]
+    waiting = [reference for reference in dict.fromkeys(references) if reference.is_file and at_hand(reference) is None]
     if len(waiting) < 2:
         return
     running = [
@@ -52,13 +76,6 @@ def convert_together(references: Sequence[Reference]) -> None:
     # Whatever failed is done again, and says why, where the model is asked for.
 
 
-def _is_converted(reference: Reference) -> bool:
-    if reference.is_wheel and not reference.sha256:
-        return False
-    sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
-    return (cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}").is_dir()
-
-
 def _convert_new(reference: Reference, sha: str, target: Path) -> None:
     with atomic_directory(target) as directory:
         file = directory / "model.gguf"
@@ -71,6 +88,7 @@ def _convert_new(reference: Reference, sha: str, target: Path) -> None:
         log.info("converting %s to safetensors, once", reference.label)
         with progress(f"convert {reference.label}", None):
             convert(file, directory, name=str(reference))
+        write_json(directory / ABOUT, about(file))
         file.unlink()
     if reference.is_wheel:
         forget_wheels(reference)
@@ -104,3 +122,41 @@ def convert(file: Path, directory: Path, *, name: str) -> None:
     refuse_missing(report, name)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def about(file: Path) -> dict[str, Any]:
+    """Size of a GGUF file, and what it says of the model: its entries `general.*`, without lists. They come first by the format's
+    convention; nothing is read past the first list that is not of strings, and of a damaged file what can be read."""
+    found: dict[str, Any] = {}
+    with file.open("rb") as stream:
+        _, _, _, count = struct.unpack("<4sIQQ", stream.read(24).ljust(24, b"\0"))
+        try:
+            for _ in range(min(count, 1000)):
+                name = _string(stream)
+                value = _value(stream, *struct.unpack("<I", stream.read(4)))
+                if name.startswith("general.") and not isinstance(value, list):
+                    found[name.removeprefix("general.")] = value
+                if name.startswith("tokenizer."):
+                    break
+        except (struct.error, ValueError, KeyError):
+            pass
+    return {**found, "bytes": file.stat().st_size}
+
+
+def _value(stream: BinaryIO, kind: int) -> Any:
+    if kind in _NUMBERS:
+        form = "<" + _NUMBERS[kind]
+        return struct.unpack(form, stream.read(struct.calcsize(form)))[0]
+    if kind == _STRING:
+        return _string(stream)
+    inner, count = struct.unpack("<IQ", stream.read(12))
+    if inner != _STRING or count > 1000:
+        raise ValueError("a long list")
+    return [_string(stream) for _ in range(count)]
+
+
+def _string(stream: BinaryIO) -> str:
+    (size,) = struct.unpack("<Q", stream.read(8))
+    if size > 1 << 20:
+        raise ValueError("a long text")
+    return stream.read(size).decode("utf-8")

@@ -82,6 +82,24 @@ def local_directory(reference: Reference) -> Path:
     return directory
 
 
+def at_hand(reference: Reference) -> Path | None:
+    """The same directory where it is on this machine already; fetches and converts nothing, and asks no network."""
+    if reference.is_file:
+        from fusechat.core import gguf
+
+        return gguf.at_hand(reference)
+    path = Path(reference.parts[0])
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = reference.parts[0].partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+    except Exception:  # of many kinds; all mean that it is not here
+        return None
+
+
 def _existing(reference: Reference) -> Path:
     problem = reference.check()
     if problem:
