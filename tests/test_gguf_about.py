@@ -38,7 +38,7 @@ def test_name_and_licence_as_the_library_wrote_them(file: Path) -> None:
     assert "tags" not in found
 
 
-@pytest.mark.parametrize("kept", [0, 3, 24, 30, 47, 70, 100])
+@pytest.mark.parametrize("kept", [0, 3, 24, 30, 47, 66, 70, 100])
 def test_of_a_damaged_file_what_can_be_read(file: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
     found = about(file)

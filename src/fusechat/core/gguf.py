@@ -159,4 +159,7 @@ def _string(stream: BinaryIO) -> str:
     (size,) = struct.unpack("<Q", stream.read(8))
     if size > 1 << 20:
         raise ValueError("a long text")
-    return stream.read(size).decode("utf-8")
+    data = stream.read(size)
+    if len(data) < size:
+        raise ValueError("cut off")
+    return data.decode("utf-8")

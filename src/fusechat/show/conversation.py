@@ -1,12 +1,14 @@
 """A conversation of a finished run: both models' tokens of its responses, with the distributions that were captured there
 and what the alignment made of them."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import Conversation, DataSet, read_conversations
 from fusechat.core.distributions import SparseDistribution, open_distributions
 from fusechat.core.prepared import Prepared, PreparedSet
@@ -30,18 +32,52 @@ def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Show
         raise RecipeError(f"{pivot}: with --workdir the first argument is {PIVOT}, the second a source of the run")
     recipe = load_recipe(workdir / RECIPE)
     step = _align_step(build_steps(recipe, workdir), source, workdir)
-    sides = tuple(PreparedSet(step.upstream[name].directory) for name in (PIVOT, "source"))
-    identity = _find(conversation, sides[0].ids, source)
-    captured, aligned = (open_distributions(one.directory) for one in (step.upstream["capture"], step))
-    rows = []
-    for name, data, forecasts in ((PIVOT, sides[0], aligned), (source, sides[1], captured)):
-        known = identity in data.row_of
-        table = token_bytes(recipe.chatter(name).tokenizer())
-        distributions = forecasts[identity] if known and identity in forecasts else None
-        rows.append(_Row(table, data[data.row_of[identity]] if known else None, distributions))
-    messages = _read(recipe.training_set(source), identity)
-    labels = [recipe.pivot.reference.label, f"{source} ({recipe.chatter(source).reference.label})"]
-    return _shown(messages, rows[0], rows[1], labels=labels, conversation=identity)
+    branch = Branch(step, recipe.chatter(PIVOT), recipe.chatter(source))
+    identity = _find(conversation, branch.ids, source)
+    return branch.shown(recipe.training_set(source), [identity])[0]
+
+
+class Branch:
+    """What both models made of the conversations that a source taught, from the files of its finished align step and of those
+    before it. `verify`: whether captures are read as a whole first, for their checksums."""
+
+    def __init__(self, aligned: Step, pivot: Chatter, source: Chatter, *, verify: bool = True) -> None:
+        self.chatters = (pivot, source)
+        self.sides = tuple(PreparedSet(aligned.upstream[name].directory) for name in (PIVOT, "source"))
+        captured = open_distributions(aligned.upstream["capture"].directory, verify=verify)
+        self.forecasts = (open_distributions(aligned.directory, verify=verify), captured)
+
+    @property
+    def ids(self) -> list[str]:
+        return self.sides[0].ids
+
+    def coverage(self, identity: str) -> float | None:
+        """The share of the pivot's response tokens that begin where one of the source's begins; None without response tokens."""
+        starts = [
+            (side[side.row_of[identity]].response.astype(np.int64) << 32) + side[side.row_of[identity]].begin
+            for side in self.sides
+            if identity in side.row_of
+        ]
+        if not len(starts[0]):
+            return None
+        return float(np.isin(starts[0], starts[1]).mean()) if len(starts) == 2 else 0.0
+
+    def shown(self, data: DataSet, identities: Sequence[str]) -> list[Shown]:
+        """The conversations as they are drawn; `data` is what they were read from. Raises DataError where it has changed."""
+        messages = _read(data, identities)
+        return [self._shown(messages[identity]) for identity in identities]
+
+    def _shown(self, messages: Conversation) -> Shown:
+        identity = messages.id
+        rows = []
+        for chatter, data, forecasts in zip(self.chatters, self.sides, self.forecasts, strict=True):
+            known = identity in data.row_of
+            table = token_bytes(chatter.tokenizer())
+            distributions = forecasts[identity] if known and identity in forecasts else None
+            rows.append(_Row(table, data[data.row_of[identity]] if known else None, distributions))
+        pivot, source = self.chatters
+        labels = [pivot.reference.label, f"{source.name} ({source.reference.label})"]
+        return _shown(messages, rows[0], rows[1], labels=labels, conversation=identity)
 
 
 def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
@@ -68,11 +104,14 @@ def _find(asked: str, ids: list[str], source: str) -> str:
     raise DataError(f"{asked}: no such conversation of {source}; there are 0 to {len(ids) - 1}, {ids[0]} to {ids[-1]}")
 
 
-def _read(data: DataSet, identity: str) -> Conversation:
+def _read(data: DataSet, identities: Sequence[str]) -> dict[str, Conversation]:
+    wanted, found = set(identities), {}
     for conversation in read_conversations(data):
-        if isinstance(conversation, Conversation) and conversation.id == identity:
-            return conversation
-    raise DataError(f"{data.path}: no longer holds conversation {identity}")
+        if isinstance(conversation, Conversation) and conversation.id in wanted:
+            found[conversation.id] = conversation
+            if len(found) == len(wanted):
+                return found
+    raise DataError(f"{data.path}: no longer holds conversation {next(iter(wanted - found.keys()))}")
 
 
 class _Row:

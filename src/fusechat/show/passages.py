@@ -30,6 +30,13 @@ class Forecast:
     tail: float | None = None  # the probability of all that was not kept
     gold: float | None = None  # the gold token's own probability, where it is known
 
+    def likeliest(self, count: int) -> "Forecast":
+        """With at most `count` candidates; the others join the tail."""
+        kept, others = self.candidates[:count], self.candidates[count:]
+        own = next((candidate.probability for candidate in others if candidate.gold), self.gold)
+        tail = None if self.tail is None else self.tail + sum(candidate.probability for candidate in others)
+        return Forecast(kept, tail, own)
+
 
 @dataclass(frozen=True)
 class Token:
@@ -73,6 +80,14 @@ class Passage:
             if partner >= 0:
                 result[partner] = token
         return result
+
+    def beginning(self, tokens: int) -> "Passage":
+        """Up to a start that both share, after `tokens` pivot tokens or the first one past them; the whole where there is none."""
+        for at in range(tokens, len(self.pivot)):
+            if self.partner[at] >= 0:
+                text = self.text.encode()[: self.pivot[at].begin].decode("utf-8", "ignore")
+                return replace(self, text=text, pivot=self.pivot[:at], source=self.source[: self.partner[at]])
+        return self
 
     @cached_property
     def segments(self) -> list[Segment]:
