@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import Message
 from fusechat.core.references import Reference
 from fusechat.errors import ModelError
 
@@ -16,23 +17,27 @@ def talk(
     import torch
     from transformers import TextStreamer
 
-    from fusechat.core.models import choose_device
+    from fusechat.core.models import choose_device, default_dtype, stop_tokens
+    from fusechat.core.templates import UnrenderableError
 
     reference = Reference((str(Path(model).resolve()) if Path(model).exists() else model,))
     problem = reference.check()
     if problem:
         raise ModelError(problem)
     chatter = Chatter(model, reference)
-    tokenizer = chatter.tokenizer()
-    end_of_turn = chatter.template().end_of_turn
-    place = choose_device(device)
-    network = chatter.model(dtype="bfloat16" if place.type == "cuda" else "float32", device=place)
+    template = chatter.template()
+    tokenizer, place = template.tokenizer, choose_device(device)
+    network = chatter.model(dtype=default_dtype(place), device=place)
+    stops = stop_tokens(network, tokenizer, template.end_of_turn)
     torch.manual_seed(seed)
-    messages: list[dict[str, str]] = [{"role": "system", "content": system}] if system else []
+    messages = [Message("system", system)] if system else []
     for question in _questions():
-        messages.append({"role": "user", "content": question})
-        inputs = _prompt(tokenizer, messages, place)
-        stops = {token for token in (end_of_turn, tokenizer.eos_token_id) if token is not None}
+        messages.append(Message("user", question))
+        try:
+            text = template.prompt(messages)
+        except UnrenderableError as error:
+            raise ModelError(f"{model}: {error}") from None
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False).to(place)
         with torch.inference_mode():
             output = network.generate(
                 **inputs,
@@ -46,12 +51,7 @@ def talk(
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
         answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        messages.append({"role": "assistant", "content": answer})
-
-
-def _prompt(tokenizer: Any, messages: list[dict[str, str]], device: Any) -> dict[str, Any]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return dict(tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False).to(device))
+        messages.append(Message("assistant", answer))
 
 
 def _questions() -> Any:

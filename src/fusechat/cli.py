@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fusechat.cli_eval import measure
 from fusechat.errors import FuseChatError, storage_error
 
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -16,7 +17,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fuses several chat LLMs into one model.",
 )
-measure = typer.Typer(no_args_is_help=True, help="Measure a model, or an alignment.")
 app.add_typer(measure, name="eval")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 WorkDirectory = Annotated[Path, typer.Argument(metavar="WORKDIR", help="The directory of a run.")]
@@ -214,12 +214,13 @@ def _print_results(workdir: Path, name: str) -> None:
     from rich.console import Console
 
     from fusechat.core.files import read_json
-    from fusechat.report.results import result_table, terminal_table
+    from fusechat.report.results import result_tables, terminal_tables
 
     console = Console()
     results = workdir / "evaluate" / "results.json"
     if results.is_file():
-        console.print(terminal_table(result_table(read_json(results)), name))
+        for table in terminal_tables(result_tables(read_json(results)), name):
+            console.print(table)
     console.print(f"fused model: {workdir / 'merge' / 'model'}", soft_wrap=True)
     console.print(f"report:      {workdir / 'report' / 'index.html'}", soft_wrap=True)
 

@@ -8,6 +8,7 @@ A step knows its upstream steps, so that its fingerprint changes when anything t
 import fcntl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from fusechat.align import stage as align
@@ -19,6 +20,7 @@ from fusechat.core.conversations import DataSet
 from fusechat.core.gguf import convert_together
 from fusechat.core.lock import only_one
 from fusechat.core.progress import log
+from fusechat.core.references import Reference
 from fusechat.core.steps import Step, with_upstream
 from fusechat.errors import DataError, RecipeError, WorkdirError
 from fusechat.evaluate import stage as evaluate
@@ -41,8 +43,7 @@ def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     upstream = {f"align/{name}": step for name, step in aligned.items()}
     upstream |= {f"fuse/{name}": step for name, step in targets.items()}
     upstream["merge"] = merged
-    if held_out and recipe.evaluate.bits_per_byte:
-        upstream["evaluate"] = _evaluation(recipe, workdir, held_out, targets, merged)
+    upstream |= _evaluation(recipe, workdir, targets, merged)
     steps = with_upstream([report.step(recipe, workdir, upstream)])
     return sorted(steps, key=lambda step: STAGES.index(step.stage))  # stable: upstream stays first
 
@@ -78,27 +79,60 @@ def _branch(recipe: Recipe, workdir: Path, source: str, data: DataSet, pivot_pre
     return fuse.SourceSteps(prepared, captured, aligned)
 
 
-def _evaluation(recipe: Recipe, workdir: Path, held_out: list[DataSet], targets: dict[str, Step], merged: Step) -> Step:
-    """Every model on every held-out set. Sources that are one model with one template are measured once."""
+def _evaluation(recipe: Recipe, workdir: Path, targets: dict[str, Step], merged: Step) -> dict[str, Step]:
+    """Every model on every held-out set, what pivot, sources and fused model answer there, and what suites found."""
+    measured = recipe.validation_sets() if recipe.evaluate.bits_per_byte else []
+    models = run_models(recipe, targets, merged)
+    subjects = [_subject(recipe, workdir, model, measured) for model in models]
+    found: dict[str, Step] = {}
+    if recipe.evaluate.answers and measured:
+        for model, subject in zip(models, subjects, strict=True):
+            if model.role != "target":
+                step = evaluate.answers_step(recipe, workdir, subject, model.chatter, measured, model.made_by)
+                found[f"answers/{model.name}"] = step
+    if measured or evaluate.has_suites(workdir):
+        sets = [data.name for data in measured]
+        found["evaluate"] = evaluate.results_step(workdir, subjects if measured else [], sets)
+    return found
 
-    def prepared(chatter: Chatter) -> dict[str, Step]:
-        return {data.name: prepare.step(recipe, workdir, chatter, data) for data in held_out}
 
-    subjects, seen = [], set()
+@dataclass(frozen=True)
+class RunModel:
+    """A model of a run. `name`: how it is told from the others; `made_by`: the step that wrote it, None where the recipe
+    names it."""
+
+    role: str
+    name: str
+    label: str
+    chatter: Chatter
+    made_by: Step | None = None
+
+
+def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[RunModel]:
+    """Pivot, sources, targets and the fused model. Sources that are one model with one template are there once."""
+    models, seen = [], set()
     for name in (PIVOT, *recipe.sources):
         chatter = recipe.chatter(name)
         role = PIVOT if name == PIVOT else "source"
         if (role, chatter.tokenizer_identity) not in seen:
             seen.add((role, chatter.tokenizer_identity))
-            step = evaluate.pivot_or_source_step(recipe, workdir, chatter, prepared(chatter))
-            subjects.append(evaluate.Subject(role, chatter.reference.label, step))
-    pivot_prepared = prepared(recipe.chatter(PIVOT))
-    for name, target in targets.items():
-        step = evaluate.tuned_step(recipe, workdir, f"target-{name}", target, pivot_prepared)
-        subjects.append(evaluate.Subject("target", name, step))
-    fused = evaluate.tuned_step(recipe, workdir, FUSED, merged, pivot_prepared)
-    subjects.append(evaluate.Subject(FUSED, recipe.name, fused))
-    return evaluate.results_step(workdir, subjects, [data.name for data in held_out])
+            models.append(RunModel(role, name if name == PIVOT else f"source-{name}", chatter.reference.label, chatter))
+    for role, name, label, step in (
+        *(("target", f"target-{name}", name, step) for name, step in targets.items()),
+        (FUSED, FUSED, recipe.name, merged),
+    ):
+        trust = recipe.pivot.reference.trust_remote_code
+        reference = Reference((str(step.directory / "model"),), trust_remote_code=trust)
+        models.append(RunModel(role, name, label, Chatter(name, reference), step))
+    return models
+
+
+def _subject(recipe: Recipe, workdir: Path, model: RunModel, held_out: list[DataSet]) -> evaluate.Subject:
+    """How a model of the run is measured: a target or the fused model with the pivot's tokens."""
+    tokens = model.chatter if model.made_by is None else recipe.chatter(PIVOT)
+    prepared = {data.name: prepare.step(recipe, workdir, tokens, data) for data in held_out}
+    step = evaluate.model_step(recipe, workdir, model.name, model.chatter, prepared, model.made_by)
+    return evaluate.Subject(model.role, model.label, step)
 
 
 def _check_files(sets: list[DataSet]) -> None:

@@ -217,6 +217,8 @@ class Evaluate(Section):
     bits_per_byte: bool = True
     dtype: Dtype = "bfloat16"
     batch_tokens: int = Field(default=2048, ge=1)
+    answers: int = Field(default=4, ge=0)
+    answer_tokens: int = Field(default=128, ge=1)
 
 
 def is_template_file(text: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from fusechat.capture.top_k import split_batch, start_batch
 from fusechat.core.distributions import SparseDistribution
 from fusechat.core.forward import length_batches
+from fusechat.core.memory import free_memory, out_of_memory
 from fusechat.core.prepared import Prepared
 from fusechat.core.progress import log
 from fusechat.errors import ModelError
@@ -50,7 +51,7 @@ class Local:
     def close(self) -> None:
         """Gives the model's memory back."""
         del self.model
-        _free_memory()
+        free_memory()
 
     def _start(self, members: list[Prepared]) -> Started | None:
         """What a batch gives, on its way to the CPU, and when it has arrived; None where it does not fit in memory."""
@@ -60,9 +61,9 @@ class Local:
             arriving = tuple(column.to("cpu", non_blocking=gpu) for column in columns)
             return arriving, torch.cuda.current_stream(columns[0].device).record_event() if gpu else None
         except Exception as error:
-            if not _out_of_memory(error):
+            if not out_of_memory(error):
                 raise
-        _free_memory()  # not before the exception, and what its frames hold, is gone
+        free_memory()  # not before the exception, and what its frames hold, is gone
         return None
 
     def _shrink(self, members: list[Prepared]) -> None:
@@ -97,15 +98,3 @@ def _finish(
 
 def _nothing() -> None:
     pass
-
-
-def _out_of_memory(error: Exception) -> bool:
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
-
-
-def _free_memory() -> None:
-    from accelerate.utils.memory import clear_device_cache
-
-    clear_device_cache(garbage_collection=True)

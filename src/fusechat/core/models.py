@@ -101,6 +101,18 @@ def choose_device(name: str | None) -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def default_dtype(device: torch.device) -> str:
+    """What a model is run in where nobody says: half the memory on a GPU, and no surprises on a CPU."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def stop_tokens(model: Any, tokenizer: Any, end_of_turn: int | None) -> set[int]:
+    """Tokens that end an answer: the template's end of turn, the tokenizer's and the model's end of sequence."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    every = (end_of_turn, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]))
+    return {token for token in every if token is not None}
+
+
 def _model_error(directory: Path, what: str, error: Exception) -> Exception:
     """A line about the user's model where that is what failed; the disk's and our own failures stay what they are."""
     if isinstance(error, MemoryError | AttributeError | NameError):

@@ -70,6 +70,24 @@ class ChatTemplate:
                 raise
             return replace(self._locate(folded), system_folded=True)
 
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """The conversation's text up to where the model answers. Raises UnrenderableError with the reason.
+
+        A template that does not know how to ask for an answer is asked for one, which is cut off."""
+        folded = _fold_system(messages)
+        try:
+            text = self._apply(messages, ask=True)
+            if folded is not None and messages[0].content.strip() not in text:
+                raise UnrenderableError("the template leaves out the system message")
+        except UnrenderableError:
+            if folded is None:
+                raise
+            return self.prompt(folded)
+        if text != self._apply(messages):
+            return text
+        answered = self._apply([*messages, Message("assistant", _OPEN)])
+        return answered[: answered.index(_OPEN)] if _OPEN in answered else text
+
     def _locate(self, messages: Sequence[Message]) -> Rendered:
         text = self._apply(messages)
         marks = [f"{_OPEN}{index}{_CLOSE}" for index in range(len(messages))]
@@ -104,10 +122,11 @@ class ChatTemplate:
         )
         return Rendered(text, responses)
 
-    def _apply(self, messages: Sequence[Message]) -> str:
+    def _apply(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         turns = [{"role": message.role, "content": message.content} for message in messages]
+        options = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": ask}
         try:
-            return str(self.tokenizer.apply_chat_template(turns, chat_template=self.template, tokenize=False))
+            return str(self.tokenizer.apply_chat_template(turns, **options))
         except Exception as error:  # a template is a program of the user's: it may raise whatever Python can
             raise UnrenderableError(f"the template refuses it: {error}") from None
 

@@ -13,6 +13,7 @@ import torch
 
 from fusechat.core.forward import collate, float_rows, gold_nll, length_batches, response_logits
 from fusechat.core.prepared import Prepared, PreparedSet
+from fusechat.evaluate.records import Measurement
 
 # conversation id → [nll in nats, bytes] of each of its responses
 Responses = dict[str, list[tuple[float, int]]]
@@ -52,12 +53,26 @@ def _nll(logits: torch.Tensor, gold: torch.Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Score:
-    """`value` bits per byte, None where there is nothing to measure; over `responses` that every model has, `missing` left out."""
+    """`value` bits per byte, None where there is nothing to measure; over `responses` that every model has, `missing` left out.
+    `items`: conversation id → (bits, bytes) of those responses."""
 
     value: float | None
     bytes: int
     responses: int
     missing: int
+    items: dict[str, tuple[float, float]]
+
+    def measurement(self, data: str) -> Measurement:
+        return Measurement(
+            data,
+            "bits_per_byte",
+            self.items,
+            self.missing,
+            why="nothing to measure, or a value that is not finite" if self.value is None else None,
+            higher_is_better=False,
+            n=self.responses,
+            more={"bytes": self.bytes},
+        )
 
 
 def compare(models: dict[str, Responses]) -> dict[str, Score]:
@@ -73,10 +88,15 @@ def compare(models: dict[str, Responses]) -> dict[str, Score]:
         for identity, index in every
         if all(index < len(responses.get(identity, ())) for responses in models.values())
     )
-    scores = {}
-    for name, responses in models.items():
-        pairs = [responses[identity][index] for identity, index in common]
-        nll, size = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
-        value = nll / size / math.log(2) if size and math.isfinite(nll) else None
-        scores[name] = Score(value, size, len(pairs), len(every) - len(common))
-    return scores
+    return {name: _score(responses, common, len(every) - len(common)) for name, responses in models.items()}
+
+
+def _score(responses: Responses, common: list[tuple[str, int]], missing: int) -> Score:
+    pairs = [responses[identity][index] for identity, index in common]
+    nll, size = sum(pair[0] for pair in pairs), sum(pair[1] for pair in pairs)
+    finite = bool(size) and math.isfinite(nll)
+    items: dict[str, tuple[float, float]] = {}
+    for (identity, _), (own, width) in zip(common, pairs, strict=True):
+        bits, total = items.get(identity, (0.0, 0.0))
+        items[identity] = bits + own / math.log(2), total + width
+    return Score(nll / size / math.log(2) if finite else None, size, len(pairs), missing, items if finite else {})

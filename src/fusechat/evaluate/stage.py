@@ -1,17 +1,23 @@
 """evaluate/<model>/scores.json: nll and bytes of every held-out response, per data set.
-evaluate/results.json: the scores of all models, in one schema for every suite."""
+evaluate/answers-<model>/answers.json: what it answers to some of the held-out questions, for the report.
+evaluate/results.json: the scores of all models, and what suites found that were run by themselves; see `records.py`."""
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fusechat.config import PIVOT, Recipe
+from fusechat.core.cache import known_digest
 from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import DataSet
 from fusechat.core.files import read_json, write_json
 from fusechat.core.progress import log, progress
-from fusechat.core.steps import Step
+from fusechat.core.steps import Step, versions
+from fusechat.evaluate.records import RECORDS, RESULTS
 
-SCORES, RESULTS = "scores.json", "results.json"
+SCORES, ANSWERS = "scores.json", "answers.json"
+ANSWER_BATCH = 4096  # tokens of a batch at most, with the room for answers
 
 
 @dataclass(frozen=True)
@@ -23,40 +29,58 @@ class Subject:
     step: Step
 
 
-def pivot_or_source_step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: dict[str, Step]) -> Step:
-    """Measures a model that the recipe names. `prepared`: held-out data set → its prepare step for this model."""
-    role = PIVOT if chatter.name == PIVOT else f"source-{chatter.name}"
-    settings = {**_settings(recipe), "model": chatter.identity}
-
-    def work(directory: Path) -> dict[str, Any]:
-        return _score(directory, chatter, prepared, settings, label=role)
-
-    return Step("evaluate", role, workdir / "evaluate" / role, settings, work, prepared)
-
-
-def tuned_step(recipe: Recipe, workdir: Path, name: str, made_by: Step, prepared: dict[str, Step]) -> Step:
-    """Measures a target or the fused model: the pivot's tokens, the weights that step `made_by` wrote."""
-    from fusechat.core.references import Reference
-
+def model_step(
+    recipe: Recipe, workdir: Path, name: str, chatter: Chatter, prepared: dict[str, Step], made_by: Step | None
+) -> Step:
+    """Measures a model: one that the recipe names, or the target or fused model that step `made_by` wrote. `prepared`: held-out
+    data set → its prepare step for the tokens of this model."""
     settings = _settings(recipe)
-    pivot = recipe.chatter(PIVOT)
-    reference = Reference((str(made_by.directory / "model"),), trust_remote_code=pivot.reference.trust_remote_code)
+    named = {} if made_by else {"model": chatter.identity}
 
     def work(directory: Path) -> dict[str, Any]:
-        return _score(directory, Chatter(name, reference), prepared, settings, label=name)
+        return _score(directory, chatter, prepared, settings, label=name)
 
-    return Step("evaluate", name, workdir / "evaluate" / name, settings, work, {"model": made_by, **prepared})
+    upstream = {"model": made_by, **prepared} if made_by else prepared
+    return Step("evaluate", name, workdir / "evaluate" / name, {**settings, **named}, work, upstream)
+
+
+def has_suites(workdir: Path) -> bool:
+    """Whether a suite that was run by itself has left results in the work directory."""
+    return any((workdir / "evaluate").glob(f"*/{RECORDS}"))
 
 
 def results_step(workdir: Path, subjects: list[Subject], sets: list[str]) -> Step:
-    """Joins the scores of all models."""
-    settings = {"subjects": [[subject.role, subject.label] for subject in subjects], "sets": sets}
+    """Joins the scores of all models, and the records of suites in the same directory."""
+    suites = {file.parent.name: known_digest(file) for file in sorted((workdir / "evaluate").glob(f"*/{RECORDS}"))}
+    settings: dict[str, Any] = {"subjects": [[subject.role, subject.label] for subject in subjects], "sets": sets}
+    settings |= {"suites": suites} if suites else {}
     upstream = {f"{index:03d}": subject.step for index, subject in enumerate(subjects)}
 
     def work(directory: Path) -> dict[str, Any]:
         return _results(directory, subjects, sets)
 
-    return Step("evaluate", "results", workdir / "evaluate", settings, work, upstream)
+    return Step("evaluate", "results", workdir / "evaluate", settings, work, upstream, format=2)
+
+
+def answers_step(
+    recipe: Recipe, workdir: Path, subject: Subject, chatter: Chatter, held_out: list[DataSet], made_by: Step | None
+) -> Step:
+    """Answers to the first questions of the held-out conversations, greedily. `made_by`: the step that wrote the model."""
+    settings = {
+        "model": None if made_by else chatter.identity,
+        "template": chatter.chat_template,
+        "data": {data.name: data.identity() for data in held_out},
+        "answers": recipe.evaluate.answers,
+        "tokens": recipe.evaluate.answer_tokens,
+        **_settings(recipe),
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        return _answer(directory, recipe, chatter, held_out, label=subject.label)
+
+    name = subject.step.name
+    upstream = {"model": made_by} if made_by else {}
+    return Step("evaluate", f"answers {name}", workdir / "evaluate" / f"answers-{name}", settings, work, upstream)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -80,32 +104,77 @@ def _score(
     return {name: len(found) for name, found in scores.items()}
 
 
+def _answer(
+    directory: Path, recipe: Recipe, chatter: Chatter, held_out: list[DataSet], *, label: str
+) -> dict[str, Any]:
+    from fusechat.evaluate.answers import Answer, Prompt
+    from fusechat.evaluate.client import Missing
+    from fusechat.evaluate.generate import Generator
+
+    shown = questions(held_out, recipe.evaluate.answers)
+    evaluate = recipe.evaluate
+    generator = Generator(
+        chatter, dtype=evaluate.dtype, device=recipe.device, batch_tokens=ANSWER_BATCH, seed=recipe.seed
+    )
+    prompts = [
+        Prompt(one["id"], tuple((turn["role"], turn["content"]) for turn in one["prompt"]), 0.0, evaluate.answer_tokens)
+        for one in shown
+    ]
+    found: dict[int, Answer | Missing] = {}
+    with progress(f"answers of {label}", len(prompts), "questions") as advance:
+
+        def done(index: int, answer: Answer | Missing) -> None:
+            found[index] = answer
+            advance(1)
+
+        generator.answer(prompts, done, [False] * len(prompts))
+    for index, one in enumerate(shown):
+        answer = found[index]
+        said = isinstance(answer, Answer)
+        one["text"] = answer.text if isinstance(answer, Answer) else f"({answer.reason})"
+        one["complete"] = isinstance(answer, Answer) and answer.complete
+        one["missing"] = not said
+    write_json(directory / ANSWERS, shown)
+    return {"answers": len(shown)}
+
+
+def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
+    """The first questions of the first conversations of every data set, in turn, with the answers that the data has."""
+    from fusechat.core.conversations import Conversation, read_conversations
+
+    every = []
+    for number, data in enumerate(held_out):
+        usable = (one for one in read_conversations(data) if isinstance(one, Conversation) and one.responses)
+        every += [(place, number, data.name, one) for place, one in enumerate(islice(usable, count))]
+    chosen = sorted(every, key=lambda one: one[:2])[:count]
+    shown = []
+    for _, _, name, one in sorted(chosen, key=lambda one: (one[1], one[0])):
+        end = next(place for place, message in enumerate(one.messages) if message.role == "assistant")
+        asked = [{"role": message.role, "content": message.content} for message in one.messages[:end]]
+        shown.append({"data": name, "id": one.id, "prompt": asked, "reference": one.messages[end].content})
+    return shown
+
+
 def _results(directory: Path, subjects: list[Subject], sets: list[str]) -> dict[str, Any]:
     from fusechat.evaluate.bits_per_byte import compare
+    from fusechat.evaluate.records import gather, records, write_results
 
     scores = {subject.step.name: read_json(subject.step.directory / SCORES) for subject in subjects}
-    records = []
+    found = []
     for name in sets:
-        found = compare({model: by_set[name] for model, by_set in scores.items()})
-        pivot = found[PIVOT].value
-        for subject in subjects:
-            score = found[subject.step.name]
-            records.append(
-                {
-                    "suite": "bits-per-byte",
-                    "data": name,
-                    "role": subject.role,
-                    "model": subject.label,
-                    "value": score.value,
-                    "difference_to_pivot": None if score.value is None or pivot is None else score.value - pivot,
-                    "bytes": score.bytes,
-                    "n": score.responses,
-                    "missing": score.missing,
-                }
+        compared = compare({model: by_set[name] for model, by_set in scores.items()})
+        settings = {key: subjects[0].step.settings[key] for key in ("dtype", "batch_tokens", "device")}
+        measured = {step: [score.measurement(name)] for step, score in compared.items()}
+        roles = {subject.step.name: subject.role for subject in subjects}
+        labels = {subject.step.name: subject.label for subject in subjects}
+        own = records("bits-per-byte", measured, roles=roles, pivot=PIVOT, settings=settings, versions=versions())
+        for record in own:
+            record["model"] = labels[record["model"]]
+            record["compared_with"] = record["compared_with"] and labels[PIVOT]
+        found += own
+        if compared and compared[PIVOT].missing:
+            log.warning(
+                "evaluate %s: %d responses are left out, which some model does not have", name, compared[PIVOT].missing
             )
-            if score.missing and subject.role == PIVOT:
-                log.warning(
-                    "evaluate %s: %d responses are left out, which some model does not have", name, score.missing
-                )
-    write_json(directory / RESULTS, {"schema": 1, "scores": records})
+    write_results(directory / RESULTS, [*found, *gather(directory)])
     return {"models": len(subjects), "sets": len(sets)}

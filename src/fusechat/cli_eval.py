@@ -1,0 +1,257 @@
+"""`fusechat eval SUITE MODEL…`: the command line of the suites; see `evaluation.py` for where results go."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from fusechat.errors import RecipeError
+
+measure = typer.Typer(no_args_is_help=True, help="Measure a model, or an alignment.")
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL]…",
+        help="A directory or other model reference, URL#NAME of a server, or with --workdir pivot, source-NAME, "
+        "target-NAME, fused. LABEL=MODEL gives it another name.",
+        show_default=False,
+    ),
+]
+WorkDir = Annotated[Path | None, typer.Option(help="A run: its models, all without MODEL, and its report.")]
+Out = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: evaluate/results.json]")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="So many questions only, for a trial.")]
+Dtype = Annotated[
+    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="[default: bfloat16 on a GPU, else float32]")
+]
+Device = Annotated[str | None, typer.Option(help="[default: what is there]")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a batch at most, with the room for answers.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of answers at a temperature above 0, and of few-shot examples.")]
+JudgeUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server: https://…/v1.", show_default=False)]
+JudgeModel = Annotated[str | None, typer.Option(help="The judge's name there.", show_default=False)]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")]
+EstimateOnly = Annotated[
+    bool, typer.Option("--estimate", help="Stop before the judge is asked; print what it would cost.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the records as JSON, for a script to read.")]
+
+
+@measure.command("mt-bench")
+def mt_bench(
+    models: Models = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    data: Annotated[Path | None, typer.Option(help="FastChat's llm_judge/data. [default: that of the package]")] = None,
+    mode: Annotated[
+        Literal["single", "pairwise"], typer.Option(help="A score for each answer, or a verdict against the baseline.")
+    ] = "single",
+    baseline: Annotated[
+        str | None, typer.Option(help="Of pairwise: a model's name. [default: pivot, or first]")
+    ] = None,
+    reference: Annotated[str, typer.Option(help="Which reference answers: gpt-4, gpt-4-0125-preview.")] = "gpt-4",
+    limit: Limit = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 1024,
+    workdir: WorkDir = None,
+    out: Out = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    batch_tokens: BatchTokens = 16384,
+    seed: Seed = 0,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 300.0,
+    estimate: EstimateOnly = False,
+    as_json: AsJson = False,
+) -> None:
+    """MT-Bench: 80 questions of two turns, answers graded by a judge."""
+    from fusechat.evaluate.mt_bench import data as questions
+    from fusechat.evaluate.mt_bench import suite
+    from fusechat.evaluation import evaluation, finish
+
+    loaded = questions.load(data, reference=reference)
+    judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
+    with evaluation("mt-bench", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "batch_tokens": batch_tokens, "seed": seed}
+        measured, settings = suite.run(
+            found.subjects,
+            data=loaded,
+            answering=found.answering(**how),
+            judge=judge,
+            directory=found.directory,
+            mode=mode,
+            baseline=baseline or found.pivot,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            announce=announce(estimate),
+        )
+        _show(finish(found, measured, {**settings, **how, "judge_address": judge.address}), found, as_json)
+
+
+@measure.command("alpaca-eval")
+def alpaca_eval(
+    models: Models = None,
+    judge_url: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A directory with df_gamed.csv and the baseline's outputs or annotations. [default: the hub's]"
+        ),
+    ] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Score these annotations; no MODEL and no judge.")
+    ] = None,
+    limit: Limit = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 2048,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers.")] = 0.0,
+    workdir: WorkDir = None,
+    out: Out = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    batch_tokens: BatchTokens = 16384,
+    seed: Seed = 0,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 300.0,
+    estimate: EstimateOnly = False,
+    as_json: AsJson = False,
+) -> None:
+    """AlpacaEval 2.0: 805 instructions, win rate and length-controlled win rate against the baseline."""
+    from fusechat.evaluate.alpaca import data as instructions
+    from fusechat.evaluate.alpaca import suite
+    from fusechat.evaluation import evaluation, finish
+
+    if annotations is not None:
+        if models or workdir or judge_url or limit:
+            raise RecipeError("--annotations: goes without MODEL, --workdir, --judge-url and --limit")
+        with evaluation("alpaca-eval", [], workdir=None, out=out, needs_models=False) as found:
+            gamed = None if data is None else data / "df_gamed.csv" if data.is_dir() else data
+            measured, settings = suite.score_annotations(annotations, gamed=gamed)
+            _show(finish(found, measured, settings), found, as_json)
+        return
+    loaded = instructions.read_data(data)
+    judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
+    with evaluation("alpaca-eval", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "batch_tokens": batch_tokens, "seed": seed}
+        measured, settings = suite.run(
+            found.subjects,
+            data=loaded,
+            answering=found.answering(**how),
+            judge=judge,
+            directory=found.directory,
+            limit=limit,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            announce=announce(estimate),
+        )
+        _show(finish(found, measured, {**settings, **how, "judge_address": judge.address}), found, as_json)
+
+
+@measure.command("harness")
+def harness(
+    models: Models = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAME,…", help="Tasks of lm_eval.", show_default=False)] = None,
+    include: Annotated[Path | None, typer.Option(metavar="DIR", help="A directory of task files of your own.")] = None,
+    few_shot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a question. [default: the task's]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of a batch.")] = 8,
+    limit: Limit = None,
+    workdir: WorkDir = None,
+    out: Out = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Any tasks of the Language Model Evaluation Harness, with the model's chat template."""
+    from fusechat.evaluate import harness as suite
+    from fusechat.evaluation import evaluation, finish
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if not names:
+        raise RecipeError("--tasks: names no task")
+    manager = suite.check_tasks(names, include)
+    with evaluation("harness", models or [], workdir=workdir, out=out) as found:
+        how: dict[str, Any] = {
+            "limit": limit,
+            "few_shot": few_shot,
+            "dtype": dtype,
+            "batch_size": batch_size,
+            "seed": seed,
+        }
+        measured = suite.run(found.subjects, tasks=names, manager=manager, device=device, **how)
+        _show(finish(found, measured, {"tasks": names, "chat_template": True, **how}), found, as_json)
+
+
+@measure.command("bits-per-byte")
+def bits_per_byte(
+    models: Models = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Conversations.", show_default=False)] = None,
+    limit: Limit = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens; responses that end later are left out.")] = 2048,
+    on_error: Annotated[Literal["stop", "skip"], typer.Option(help="What to do about malformed lines.")] = "stop",
+    workdir: WorkDir = None,
+    out: Out = None,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
+    device: Device = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch at most.")] = 2048,
+    as_json: AsJson = False,
+) -> None:
+    """Bits per byte of the responses in a file of conversations, which compares models whatever their tokenizer."""
+    from fusechat.evaluation import bits_per_byte as score
+    from fusechat.evaluation import evaluation, finish
+
+    if data is None:
+        raise RecipeError("--data: names no file of conversations")
+    with evaluation("bits-per-byte", models or [], workdir=workdir, out=out) as found:
+        how: dict[str, Any] = {"limit": limit, "max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens}
+        measured, settings = score(found.subjects, data=data, on_error=on_error, device=device, **how)
+        _show(finish(found, measured, settings), found, as_json)
+
+
+def _judge(url: str | None, model: str | None, *, concurrency: int, timeout: float) -> Any:
+    from fusechat.evaluate.client import Client, judge_key
+
+    if not url or not model:
+        lacking = [name for name, value in (("--judge-url", url), ("--judge-model", model)) if not value]
+        raise RecipeError(f"{' and '.join(lacking)}: tell which server and which of its models is the judge")
+    return Client(url=url, model=model, key=judge_key(), what="--judge-url", concurrency=concurrency, timeout=timeout)
+
+
+class _EstimateOnly(Exception):
+    """The estimate is told, and nothing more was asked for."""
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[bool], Callable[[Any], None]]]:
+    """What tells the estimate, and, where it is asked for alone, ends the block with it."""
+
+    def announce(only: bool) -> Callable[[Any], None]:
+        def tell(estimate: Any) -> None:
+            if only:
+                print(estimate)
+                raise _EstimateOnly
+            from fusechat.core.progress import log
+
+            log.info("%s", estimate)
+
+        return tell
+
+    with suppress(_EstimateOnly):
+        yield announce
+
+
+def _show(records: list[dict[str, Any]], found: Any, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(records, indent=1, ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    from fusechat.report.results import result_tables, terminal_tables
+
+    console = Console()
+    for table in terminal_tables(result_tables({"schema": 2, "scores": records}), found.title):
+        console.print(table)
+    console.print(f"results: {found.out}", soft_wrap=True)

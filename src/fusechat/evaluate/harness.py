@@ -1,0 +1,169 @@
+"""Tasks of the Language Model Evaluation Harness, through `lm_eval` as a library: own chat template, every sample kept."""
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fusechat.core.models import choose_device, default_dtype
+from fusechat.core.progress import log
+from fusechat.errors import FuseChatError, RecipeError, first_line
+from fusechat.evaluate.records import Measurement
+from fusechat.evaluate.subjects import Subject
+
+SUITE = "harness"
+
+
+def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
+    """The harness's task manager. Raises RecipeError for a task that neither the harness nor the directory `include` has."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise RecipeError("lm_eval is not installed (pip install 'fusechat[harness]')") from error
+    if include is not None and not include.is_dir():
+        raise RecipeError(f"--include {include}: no such directory")
+    path = str(include) if include else None
+    with _quietly():
+        manager = TaskManager(include_path=path, include_defaults=False) if path else None
+        if manager is None or any(task not in manager.all_tasks for task in tasks):  # its own are slow to list
+            manager = TaskManager(include_path=path, include_defaults=True)
+    unknown = [task for task in tasks if task not in manager.all_tasks]
+    if unknown:
+        where = f"the harness or {include}" if include else "the harness; --include DIR brings your own"
+        raise RecipeError(f"--tasks {','.join(unknown)}: no such task in {where}")
+    return manager
+
+
+def run(
+    subjects: Sequence[Subject],
+    *,
+    tasks: Sequence[str],
+    manager: Any,
+    limit: int | None,
+    few_shot: int | None,
+    dtype: str | None,
+    device: str | None,
+    batch_size: int,
+    seed: int,
+) -> dict[str, list[Measurement]]:
+    """Every task on every model, one model after the other. Raises RecipeError where a task cannot be run, with the harness's
+    own words."""
+    found = {}
+    for subject in subjects:
+        chatter = subject.local(SUITE)
+        place = choose_device(device)
+        log.info("harness: %s on %s", subject.label, ", ".join(tasks))
+        with _quietly():
+            found[subject.label] = _measure(
+                chatter,
+                tasks=tasks,
+                manager=manager,
+                limit=limit,
+                few_shot=few_shot,
+                dtype=dtype or default_dtype(place),
+                place=place,
+                batch_size=batch_size,
+                seed=seed,
+            )
+    return found
+
+
+def _measure(
+    chatter: Any,
+    *,
+    tasks: Sequence[str],
+    manager: Any,
+    limit: int | None,
+    few_shot: int | None,
+    dtype: str,
+    place: Any,
+    batch_size: int,
+    seed: int,
+) -> list[Measurement]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    template = chatter.template()
+    tokenizer = template.tokenizer
+    own = tokenizer.chat_template
+    tokenizer.chat_template = template.template
+    try:
+        model = HFLM(pretrained=chatter.model(dtype=dtype, device=place), tokenizer=tokenizer, batch_size=batch_size)
+        results = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            task_manager=manager,
+            num_fewshot=few_shot,
+            limit=limit,
+            apply_chat_template=True,
+            fewshot_as_multiturn=bool(few_shot),
+            log_samples=True,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (FuseChatError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: a task is a program with data of its own
+        raise RecipeError(f"--tasks {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        tokenizer.chat_template = own
+    return measurements(results)
+
+
+def measurements(results: Mapping[str, Any]) -> list[Measurement]:
+    """What the harness found, in its own values and names: `exact_match,strict-match`. Samples give the items, so that two
+    models are compared on the same ones."""
+    found = []
+    samples = results.get("samples", {})
+    for task, values in results["results"].items():
+        better = results.get("higher_is_better", {}).get(task, {})
+        counted = results.get("n-samples", {}).get(task, {}).get("effective")
+        for name, value in values.items():
+            metric, comma, kind = name.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = values.get(f"{metric}_stderr,{kind}")
+            found.append(
+                Measurement(
+                    task,
+                    name,
+                    _items(samples.get(task, ()), metric, kind),
+                    0,
+                    value=float(value),
+                    why=None if math.isfinite(value) else "the harness found no finite value",
+                    standard_error=float(error) if isinstance(error, int | float) else None,
+                    higher_is_better=better.get(metric),
+                    n=int(counted) if counted is not None else 0,
+                )
+            )
+    return found
+
+
+def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> dict[str, tuple[float, float]]:
+    """Document → its value; none where the metric is not a mean over documents."""
+    values = {str(one["doc_id"]): one.get(metric) for one in samples if one.get("filter", kind) == kind}
+    if any(not isinstance(value, int | float) for value in values.values()):
+        return {}
+    return {key: (float(value), 1.0) for key, value in values.items()}  # type: ignore[arg-type]
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """The harness sets up the root logger and talks a lot; what is wrong it raises, or says as an error."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    names = ("lm_eval", "datasets", "evaluate")
+    levels = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        for name, before in levels.items():
+            logging.getLogger(name).setLevel(before)

@@ -1,0 +1,139 @@
+"""evaluate/results.json: what every suite found, in one schema; and the suites' own files, of which it is put together.
+
+Schema 2: `{"schema": 2, "scores": [record, …]}`, a record for each model, data set and metric:
+
+- `suite`, `data`, `metric`; `role` (pivot, source, target, fused; empty for a model given by itself) and `model`
+- `value`, `standard_error`: null where there is none, with `why`; `n` items measured, `missing` that there are none of
+- `higher_is_better`: null where neither
+- `compared_with`: the pivot's name, null where there is none; `difference_to_pivot`, `difference_standard_error`: over the
+  `difference_n` items that both have
+- `settings`, `versions`: what the value depends on
+- of bits per byte also `bytes`; there n counts responses, and the standard error is of conversations
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusechat.core.files import read_json, write_json
+from fusechat.errors import WorkdirError
+from fusechat.evaluate.statistics import Estimate, Items, paired_difference, ratio
+
+SCHEMA, RECORDS, RESULTS = 2, "records.json", "results.json"
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One metric of one model on one data set: Σ sum / Σ weight over `items`, or `value` and `standard_error` where the suite's own
+    library says them. `missing`: judgements that there are none of. `higher_is_better`: None for neither."""
+
+    data: str
+    metric: str
+    items: Items
+    missing: int
+    value: float | None = None
+    standard_error: float | None = None
+    why: str | None = None
+    higher_is_better: bool | None = True
+    n: int | None = None  # where it is not the number of items
+    more: Mapping[str, Any] | None = None  # what else a record of this suite holds
+
+    @property
+    def estimate(self) -> Estimate:
+        found = ratio(self.items)
+        if self.why is not None:
+            return Estimate(None, None, found.n if self.n is None else self.n)
+        if self.value is None:
+            return found
+        return Estimate(self.value, self.standard_error, found.n if self.n is None else self.n)
+
+
+def records(
+    suite: str,
+    measured: Mapping[str, Sequence[Measurement]],
+    *,
+    roles: Mapping[str, str],
+    pivot: str | None,
+    settings: Mapping[str, Any],
+    versions: Mapping[str, str],
+) -> list[Record]:
+    """The records of a suite. `measured`: model → its measurements; `roles`: model → role; `pivot`: the model that the others are
+    compared with, None for none."""
+    reference = {(one.data, one.metric): one for one in measured.get(pivot or "", ())}
+    found = []
+    for model, measurements in measured.items():
+        for one in measurements:
+            estimate = one.estimate
+            against = reference.get((one.data, one.metric)) if model != pivot else None
+            nothing = against is None or estimate.value is None or against.estimate.value is None
+            difference = Estimate(None, None, 0) if nothing else _difference(one, against)  # type: ignore[arg-type]
+            found.append(
+                {
+                    "suite": suite,
+                    "data": one.data,
+                    "metric": one.metric,
+                    "role": roles.get(model, ""),
+                    "model": model,
+                    "value": estimate.value,
+                    "standard_error": estimate.standard_error,
+                    "n": estimate.n,
+                    "missing": one.missing,
+                    "why": one.why if estimate.value is None else None,
+                    "higher_is_better": one.higher_is_better,
+                    "compared_with": pivot if model != pivot else None,
+                    "difference_to_pivot": difference.value,
+                    "difference_standard_error": difference.standard_error,
+                    "difference_n": difference.n,
+                    "settings": dict(settings),
+                    "versions": dict(versions),
+                    **(one.more or {}),
+                }
+            )
+    return found
+
+
+def _difference(one: Measurement, other: Measurement) -> Estimate:
+    """Over common items; of metrics that are no ratio over items, of the stated values, without a standard error."""
+    if one.items and other.items:
+        return paired_difference(one.items, other.items)
+    assert one.value is not None
+    assert other.value is not None
+    return Estimate(one.value - other.value, None, 0)
+
+
+def keep(directory: Path, new: Sequence[Record]) -> None:
+    """Puts a suite's records in `directory`/records.json; what is there of other models, data or metrics stays."""
+    file = directory / RECORDS
+    merged = {_key(record): record for record in [*read_records(file), *new]}
+    write_json(file, list(merged.values()))
+
+
+def gather(root: Path) -> list[Record]:
+    """The records of all suites below `root`, in the order of their names."""
+    return [record for file in sorted(root.glob(f"*/{RECORDS}")) for record in read_records(file)]
+
+
+def read_records(file: Path) -> list[Record]:
+    """Nothing where the file is not there. Raises WorkdirError for a file of another kind."""
+    try:
+        found = read_json(file)
+    except FileNotFoundError:
+        return []
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or any(not isinstance(one, dict) or not one.keys() >= _KEY for one in found):
+        raise WorkdirError(f"{file}: holds no results of an evaluation; remove it to begin anew")
+    return found
+
+
+def write_results(file: Path, found: Sequence[Record]) -> None:
+    write_json(file, {"schema": SCHEMA, "scores": list(found)})
+
+
+_KEY = {"suite", "data", "metric", "role", "model"}
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return tuple(record[name] for name in sorted(_KEY))

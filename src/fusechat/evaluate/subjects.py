@@ -1,0 +1,85 @@
+"""The models that are measured, as the command line names them: a model reference, or a server that serves one already.
+
+MODEL          a directory, a hub id, a .gguf file, a wheel: reference
+URL#NAME       model NAME of an OpenAI-compatible server: http://127.0.0.1:8000/v1#mixtral
+LABEL=MODEL    either, under another name in tables
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fusechat.core.chatters import Chatter
+from fusechat.core.references import Reference
+from fusechat.errors import ModelError, RecipeError
+
+_LABELLED = re.compile(r"(?P<label>[\w][\w.-]*)=(?P<model>.+)", re.DOTALL)
+_URL = re.compile(r"(?P<url>https?://[^#]+)(#(?P<name>.+))?")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A model that a server at `url` serves as `name`."""
+
+    url: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """`role`: pivot, source, target or fused; empty for a model given by itself. `label`: unique, what tables call it. Either
+    `chatter` or `server` tells what it is."""
+
+    role: str
+    label: str
+    chatter: Chatter | None = None
+    server: Server | None = None
+
+    @property
+    def identity(self) -> str:
+        """What its answers depend on. Of a server only its model's name is known."""
+        if self.server is not None:
+            return f"served:{self.server.name}"
+        assert self.chatter is not None
+        return self.chatter.tokenizer_identity
+
+    @property
+    def folder(self) -> str:
+        """A name for files."""
+        return re.sub(r"[^\w.-]+", "_", self.label).strip("._") or "model"
+
+    def local(self, suite: str) -> Chatter:
+        """The model, where a suite needs its probabilities. Raises RecipeError for one that is behind a server."""
+        if self.chatter is None:
+            raise RecipeError(f"{self.label}: {suite} needs the model itself, not a server; name its directory")
+        return self.chatter
+
+
+def parse_model(text: str) -> Subject:
+    """A subject without a role. Raises ModelError where nothing is of that name."""
+    labelled = None if Path(text).exists() else _LABELLED.fullmatch(text)
+    label, model = (labelled["label"], labelled["model"]) if labelled else (None, text)
+    url = _URL.fullmatch(model)
+    if url:
+        if not url["name"]:
+            raise RecipeError(f"{model}: does not say which model; add its name, as in {model}#NAME")
+        return Subject("", label or url["name"], server=Server(url["url"], url["name"]))
+    path = Path(model).expanduser()
+    reference = Reference((str(path.resolve()) if path.exists() else model,))
+    problem = reference.check()
+    if problem:
+        raise ModelError(problem)
+    name = label or (model.rstrip("/") if path.is_dir() else reference.label)
+    return Subject("", name, chatter=Chatter(name, reference))
+
+
+def check_labels(subjects: Sequence[Subject]) -> None:
+    """Raises RecipeError for two models that tables or files would call the same."""
+    seen: dict[str, str] = {}
+    for subject in subjects:
+        if subject.folder in seen:
+            raise RecipeError(
+                f"{subject.label}: two models of this name; give one another name, as in other={subject.label}"
+            )
+        seen[subject.folder] = subject.label

@@ -1,0 +1,230 @@
+"""`fusechat eval`: one suite on some models, by themselves or those of a run, and where the results go.
+
+    ROOT/<suite>/…             answers, judgements and records.json of the suite; what was answered is not asked again
+    ROOT/results.json          the records of all suites; of a run also its own, and its report is written again
+
+ROOT is WORKDIR/evaluate for the models of a run, and else the directory of --out.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fusechat.config import PIVOT, Recipe
+from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import Conversation, DataSet, Malformed, read_conversations
+from fusechat.core.files import write_json
+from fusechat.core.lock import only_one
+from fusechat.core.prepared import Prepared
+from fusechat.core.progress import log
+from fusechat.core.steps import MANIFEST, STARTED, Step, versions
+from fusechat.errors import DataError, RecipeError, WorkdirError
+from fusechat.evaluate.answers import Answering
+from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep, records, write_results
+from fusechat.evaluate.subjects import Subject, check_labels, parse_model
+from fusechat.pipeline import RECIPE, build_steps, lock, run_models
+from fusechat.prepare.tokenise import RejectedError, prepare_conversation
+from fusechat.recipe_file import load_recipe
+
+Measured = Mapping[str, Sequence[Measurement]]
+_LIBRARIES = {"alpaca-eval": ("alpaca-eval",), "harness": ("lm-eval",), "mt-bench": ("openai",)}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured and where it goes. `pivot`: the label of the model that the others are compared with."""
+
+    suite: str
+    subjects: tuple[Subject, ...]
+    root: Path
+    out: Path
+    pivot: str | None
+    recipe: Recipe | None = None
+    workdir: Path | None = None
+
+    @property
+    def directory(self) -> Path:
+        return self.root / self.suite
+
+    @property
+    def title(self) -> str:
+        return self.recipe.name if self.recipe is not None else self.suite
+
+    def answering(self, **how: Any) -> Answering:
+        """How its models are asked; their answers are kept beside the suite's other files."""
+        return Answering(self.directory, **how)
+
+
+@contextmanager
+def evaluation(
+    suite: str, models: Sequence[str], *, workdir: Path | None, out: Path | None, needs_models: bool = True
+) -> Iterator[Evaluation]:
+    """Holds the directory of the results while the suite runs; see the module's docstring. Without `models` those of the run.
+
+    Raises RecipeError, ModelError and WorkdirError for what is not there.
+    """
+    if workdir is not None and out is not None:
+        raise RecipeError("--out: the results of a run are kept in its --workdir; give one of the two")
+    with ExitStack() as held:
+        if workdir is None:
+            if not models and needs_models:
+                raise RecipeError("names no MODEL: give some, or the --workdir of a run")
+            subjects = [parse_model(text) for text in models]
+            check_labels(subjects)
+            file = out or Path("evaluate") / RESULTS
+            if file.is_dir():
+                raise RecipeError(f"--out {file}: is a directory; name a file in it, such as {file / RESULTS}")
+            held.enter_context(only_one(file.parent / ".lock", file.parent, remove=True))
+            pivot = subjects[0].label if subjects else None
+            found = Evaluation(suite, tuple(subjects), file.parent, file, pivot)
+        else:
+            recipe = _recipe(workdir)
+            held.enter_context(lock(recipe, workdir))
+            subjects = _of_run(recipe, workdir, models)
+            root = workdir / "evaluate"
+            pivot = next((subject.label for subject in subjects if subject.role == PIVOT), None)
+            found = Evaluation(suite, tuple(subjects), root, root / RESULTS, pivot, recipe, workdir)
+        found.directory.mkdir(parents=True, exist_ok=True)
+        write_json(found.directory / STARTED, {"suite": suite})  # so that a run leaves the directory alone
+        yield found
+
+
+def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any]) -> list[Record]:
+    """Writes the records and the results, of a run its report too; returns the records of these models."""
+    used = {**versions(), **_library_versions(evaluated.suite)}
+    roles = {subject.label: subject.role for subject in evaluated.subjects}
+    new = records(evaluated.suite, measured, roles=roles, pivot=evaluated.pivot, settings=settings, versions=used)
+    keep(evaluated.directory, new)
+    write_json(evaluated.directory / MANIFEST, {"stage": "evaluate", "name": evaluated.suite, "versions": used})
+    (evaluated.directory / STARTED).unlink(missing_ok=True)
+    if evaluated.workdir is None or evaluated.recipe is None:
+        write_results(evaluated.out, gather(evaluated.root))
+    else:
+        _write_again(evaluated.recipe, evaluated.workdir)
+    return new
+
+
+def _recipe(workdir: Path) -> Recipe:
+    if not (workdir / RECIPE).is_file():
+        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    return load_recipe(workdir / RECIPE)
+
+
+def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject]:
+    """Models of a run by name, all without one, and any other that is given as a reference or a server."""
+    steps = build_steps(recipe, workdir)
+    targets = {step.name: step for step in steps if step.stage == "fuse"}
+    merged = next(step for step in steps if step.stage == "merge")
+    models = {model.name: model for model in run_models(recipe, targets, merged)}
+    labels = [model.label for model in models.values()]
+    subjects = []
+    for name in names or models:
+        model = models.get(name)
+        if model is None:
+            try:
+                subjects.append(parse_model(name))
+            except Exception as error:
+                known = ", ".join(models)
+                raise RecipeError(f"{name}: no model of the run, which has {known}; and {error}") from error
+            continue
+        if model.made_by is not None:
+            _refuse_unfinished(model.made_by, workdir)
+        label = model.label if labels.count(model.label) == 1 else f"{model.label} ({model.role})"
+        chatter = model.chatter
+        subjects.append(Subject(model.role, label, Chatter(label, chatter.reference, chatter.chat_template)))
+    check_labels(subjects)
+    return subjects
+
+
+def _refuse_unfinished(step: Step, workdir: Path) -> None:
+    state, why = step.state()
+    if state != "done":
+        raise WorkdirError(f"{workdir}: not finished: {step.label} is {state} ({why}); run the recipe first")
+
+
+def _write_again(recipe: Recipe, workdir: Path) -> None:
+    """results.json and the report of a run, where all that goes into them is there."""
+    *before, page = build_steps(recipe, workdir)
+    results = next(step for step in before if step.name == "results")
+    waiting = next((step for step in before if step is not results and step.state()[0] != "done"), None)
+    if waiting is not None:
+        log.info("%s is not done: the run's results.json and report will have this when it is", waiting.label)
+        return
+    results.run()
+    page.run()
+
+
+def _library_versions(suite: str) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {}
+    for name in _LIBRARIES.get(suite, ()):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def bits_per_byte(
+    subjects: Sequence[Subject],
+    *,
+    data: str,
+    limit: int | None,
+    max_length: int,
+    on_error: str,
+    dtype: str,
+    device: str | None,
+    batch_tokens: int,
+) -> tuple[Measured, dict[str, Any]]:
+    """Of the responses in a file of conversations that every model can use; settings. Raises DataError as a run does."""
+    from fusechat.core.models import choose_device
+    from fusechat.core.progress import progress
+    from fusechat.evaluate.bits_per_byte import Responses, compare, score_responses
+
+    held_out = DataSet(Path(data).name, data, on_error)
+    conversations = list(islice(_usable(held_out), limit))
+    found: dict[str, Responses] = {}
+    for subject in subjects:
+        chatter = subject.local("bits-per-byte")
+        prepared = _prepared(conversations, chatter, max_length=max_length)
+        model = chatter.model(dtype=dtype, device=choose_device(device))
+        with progress(f"bits per byte of {subject.label}", len(prepared), "conversations") as advance:
+            found[subject.label] = score_responses(model, prepared, batch_tokens=batch_tokens, advance=advance)
+        del model
+    wanted = sum(len(conversation.responses) for conversation in conversations)
+    measured = {}
+    for label, score in compare(found).items():
+        measured[label] = [replace(score, missing=wanted - score.responses).measurement(held_out.name)]
+    settings = {"dtype": dtype, "batch_tokens": batch_tokens, "max_length": max_length, "limit": limit}
+    return measured, {**settings, "data": held_out.identity()}
+
+
+def _usable(data: DataSet) -> Iterator[Conversation]:
+    """Conversations with a response, each once."""
+    seen = set()
+    for record in read_conversations(data):
+        if isinstance(record, Malformed):
+            if data.on_error == "stop":
+                raise DataError(f"{record.where}: {record.reason}; or leave such lines out by --on-error skip")
+            log.warning("%s: left out: %s", record.where, record.reason)
+        elif record.responses and record.id not in seen:
+            seen.add(record.id)
+            yield record
+
+
+def _prepared(conversations: Sequence[Conversation], chatter: Chatter, *, max_length: int) -> list[Prepared]:
+    """As a model sees them; what it cannot use is counted and said, and then missing for all."""
+    template = chatter.template()
+    found, lost = [], []
+    for conversation in conversations:
+        try:
+            found.append(prepare_conversation(conversation, template, max_length=max_length)[0])
+        except RejectedError as error:
+            lost.append(str(error))
+    if lost:
+        log.warning("%s cannot use %d of %d conversations: %s", chatter.name, len(lost), len(conversations), lost[0])
+    return found
