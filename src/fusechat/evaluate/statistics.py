@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 Items = Mapping[str, tuple[float, float]]  # item → (sum, weight)
-Z = 1.959963984540054  # half the width of a 95% interval, in standard errors
 
 
 @dataclass(frozen=True)
