@@ -181,7 +181,9 @@ def harness(
             "batch_size": batch_size,
             "seed": seed,
         }
-        measured = suite.run(found.subjects, tasks=names, manager=manager, device=device, **how)
+        measured = suite.run(
+            found.subjects, tasks=names, manager=manager, directory=found.directory, device=device, **how
+        )
         _show(finish(found, measured, {"tasks": names, "chat_template": True, **how}), found, as_json)
 
 

@@ -1,5 +1,6 @@
 """Tasks of the Language Model Evaluation Harness, through `lm_eval` as a library: own chat template, every sample kept."""
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,13 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fusechat.core.files import write_text
 from fusechat.core.models import choose_device, default_dtype
 from fusechat.core.progress import log
 from fusechat.errors import FuseChatError, RecipeError, first_line
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
 
-SUITE = "harness"
+SUITE, SAMPLES = "harness", "samples.jsonl"
 
 
 def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
@@ -41,6 +43,7 @@ def run(
     *,
     tasks: Sequence[str],
     manager: Any,
+    directory: Path,
     limit: int | None,
     few_shot: int | None,
     dtype: str | None,
@@ -48,15 +51,15 @@ def run(
     batch_size: int,
     seed: int,
 ) -> dict[str, list[Measurement]]:
-    """Every task on every model, one model after the other. Raises RecipeError where a task cannot be run, with the harness's
-    own words."""
+    """Every task on every model, one model after the other; `directory`/<model>/samples.jsonl has a line for each sample, with what
+    the model answered. Raises RecipeError where a task cannot be run, with the harness's own words."""
     found = {}
     for subject in subjects:
         chatter = subject.local(SUITE)
         place = choose_device(device)
         log.info("harness: %s on %s", subject.label, ", ".join(tasks))
         with _quietly():
-            found[subject.label] = _measure(
+            results = _measure(
                 chatter,
                 tasks=tasks,
                 manager=manager,
@@ -67,7 +70,16 @@ def run(
                 batch_size=batch_size,
                 seed=seed,
             )
+        write_text(directory / subject.folder / SAMPLES, "".join(_lines(results)))
+        found[subject.label] = measurements(results)
     return found
+
+
+def _lines(results: Mapping[str, Any]) -> Iterator[str]:
+    for task, samples in results.get("samples", {}).items():
+        for sample in samples:
+            kept = {key: value for key, value in sample.items() if not key.endswith("_hash")}
+            yield json.dumps({"task": task, **kept}, ensure_ascii=False, default=str) + "\n"
 
 
 def _measure(
@@ -81,8 +93,10 @@ def _measure(
     place: Any,
     batch_size: int,
     seed: int,
-) -> list[Measurement]:
-    from lm_eval import simple_evaluate
+) -> Mapping[str, Any]:
+    from unittest.mock import patch
+
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
     template = chatter.template()
@@ -91,27 +105,29 @@ def _measure(
     tokenizer.chat_template = template.template
     try:
         model = HFLM(pretrained=chatter.model(dtype=dtype, device=place), tokenizer=tokenizer, batch_size=batch_size)
-        results = simple_evaluate(
-            model=model,
-            tasks=list(tasks),
-            task_manager=manager,
-            num_fewshot=few_shot,
-            limit=limit,
-            apply_chat_template=True,
-            fewshot_as_multiturn=bool(few_shot),
-            log_samples=True,
-            random_seed=seed,
-            numpy_random_seed=seed,
-            torch_random_seed=seed,
-            fewshot_random_seed=seed,
-        )
+        # It would ask git for the commit of the current directory, and git complains where there is none.
+        with patch.object(evaluator, "get_git_commit_hash", return_value=None):
+            results: Mapping[str, Any] = evaluator.simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                task_manager=manager,
+                num_fewshot=few_shot,
+                limit=limit,
+                apply_chat_template=True,
+                fewshot_as_multiturn=bool(few_shot),
+                log_samples=True,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
     except (FuseChatError, MemoryError):
         raise
     except Exception as error:  # of any kind: a task is a program with data of its own
         raise RecipeError(f"--tasks {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         tokenizer.chat_template = own
-    return measurements(results)
+    return results
 
 
 def measurements(results: Mapping[str, Any]) -> list[Measurement]:
