@@ -15,7 +15,8 @@ _UNDECIDED = "the judge's likeliest tokens name neither output"
 _SEED = 0
 # What the library's template engine would take for its own, wherever it stands: stands aside until the messages are cut.
 _MARKS = {
-    mark: f"\ue000{number}\ue001" for number, mark in enumerate(("<|im_start|>", "<|im_end|>", "{output_1}", "{output_2}"))
+    mark: f"\ue000{number}\ue001"
+    for number, mark in enumerate(("<|im_start|>", "<|im_end|>", "{output_1}", "{output_2}"))
 }
 
 # All prompts, in the order of the pairs, and the annotator's settings → what the library's parser reads, one for each.
