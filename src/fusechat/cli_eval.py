@@ -130,7 +130,7 @@ def alpaca_eval(
             measured, settings = suite.score_annotations(annotations, gamed=gamed)
             _show(finish(found, measured, settings), found, as_json)
         return
-    loaded = instructions.read_data(data)
+    loaded = instructions.load(data)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
     with evaluation("alpaca-eval", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
         how: dict[str, Any] = {"dtype": dtype, "device": device, "batch_tokens": batch_tokens, "seed": seed}

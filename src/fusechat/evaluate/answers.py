@@ -8,7 +8,7 @@ from typing import Any
 
 from fusechat.core.files import digest_json
 from fusechat.core.progress import log, progress
-from fusechat.evaluate.client import Client, Missing, Request, model_key
+from fusechat.evaluate.client import MODEL_KEY, Client, Missing, Request, model_key
 from fusechat.evaluate.journal import Journal
 from fusechat.evaluate.subjects import Subject
 
@@ -109,6 +109,7 @@ class Answering:
             what=f"{subject.label}, served at {server.url}",
             concurrency=self.concurrency,
             timeout=self.timeout,
+            key_names=(MODEL_KEY,),
         )
         requests = [
             Request(prompt.messages, prompt.temperature, prompt.max_new_tokens, seed=self.seed) for prompt in prompts
