@@ -13,7 +13,7 @@ import pytest
 from fusechat.evaluate.answers import Answer, Prompt
 from fusechat.evaluate.client import Missing, Reply, Request
 from fusechat.evaluate.mt_bench.data import MtBench
-from fusechat.evaluate.mt_bench.suite import run
+from fusechat.evaluate.mt_bench.suite import FILES, run
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
 
@@ -148,6 +148,6 @@ def measured(
 
 
 def lines(directory: Path) -> list[dict[str, Any]]:
-    return [
-        json.loads(line) for line in (directory / "out" / "scores.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
-    ]
+    """What the judge said: of single grading or of comparisons, whichever the test made."""
+    (file,) = (found for name in FILES.values() if (found := directory / "out" / name).exists())
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]

@@ -91,7 +91,7 @@ def test_no_answer_no_judgement(tmp_path: Path, data: MtBench) -> None:
     assert (scores["all", "score"].missing, scores["turn 1", "score"].missing) == (3, 1)
     assert scores["all", "score"].estimate.value == 10  # never counted as 0
     assert scores["reasoning", "score"].estimate.value is None
-    assert scores["reasoning", "score"].why == "none of 2 judgements could be had; scores.jsonl says why"
+    assert scores["reasoning", "score"].why == "none of 2 judgements could be had"
     assert scores["reasoning", "score"].items == {}
     assert scores["extraction", "score"].items == {"86": (10, 1)}
     why = {(line["question"], line["turn"]): line["why"] for line in lines(tmp_path) if line["score"] is None}
@@ -144,7 +144,7 @@ def test_every_judgement_can_be_looked_up(tmp_path: Path, data: MtBench) -> None
 
 def test_a_judge_that_is_cut_off(tmp_path: Path, data: MtBench) -> None:
     measured(tmp_path, data, Judge(lambda text: "The answer", finish="length"), Models(), [OURS])
-    assert lines(tmp_path)[0]["why"] == "the judge's text has no score from 1 to 10; it was cut off at 2048 tokens"
+    assert lines(tmp_path)[0]["why"] == "the judge's text has no score from 1 to 10; it was cut off (--judge-max-tokens)"
 
 
 def test_what_is_announced_comes_first(tmp_path: Path, data: MtBench) -> None:

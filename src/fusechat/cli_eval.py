@@ -54,6 +54,7 @@ def mt_bench(
     reference: Annotated[str, typer.Option(help="Which reference answers: gpt-4, gpt-4-0125-preview.")] = "gpt-4",
     limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 1024,
+    judge_max_tokens: Annotated[int, typer.Option(min=1, help="The longest judgement.")] = 2048,
     workdir: WorkDir = None,
     out: Out = None,
     dtype: Dtype = None,
@@ -84,6 +85,7 @@ def mt_bench(
             baseline=baseline or found.pivot,
             limit=limit,
             max_new_tokens=max_new_tokens,
+            judge_max_tokens=judge_max_tokens,
             announce=announce(estimate),
         )
         _show(finish(found, measured, {**settings, **how, "judge_address": judge.address}), found, as_json)

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from fusechat.evaluate.mt_bench.judge import Mode, Outcome
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
 
-JOURNAL, SCORES = "judgements.jsonl", "scores.jsonl"
+JOURNAL = "judgements.jsonl"
+FILES: dict[Mode, str] = {"single": "scores.jsonl", "pairwise": "verdicts.jsonl"}  # what the judge said, for a person
 Answers = dict[int, list[Answer | Missing]]  # question id → the answer to each turn
 
 
@@ -57,13 +58,15 @@ def run(
     baseline: str | None,
     limit: int | None,
     max_new_tokens: int = 1024,
+    judge_max_tokens: int = judging.MAX_TOKENS,
     announce: Callable[[Estimate], None],
 ) -> tuple[dict[str, list[Measurement]], dict[str, Any]]:
     """Label → measurements, and the settings that mattered. `pairwise` compares with the subject of label `baseline` (the first
     one where it is None), which has no measurement of its own; `single` does not look at it. `limit`, at least 1: see `chosen`.
 
-    Answers come first, then `announce` is told what the judge has to do, and may raise. Writes `directory`/scores.jsonl: a line
-    for each judgement, with the judge's words. Raises RecipeError for a baseline that is none of several subjects.
+    Answers come first, then `announce` is told what the judge has to do, and may raise. Writes `directory`/scores.jsonl, or
+    verdicts.jsonl: a line for each judgement, with the judge's words. Raises RecipeError for a baseline that is none of several
+    subjects.
     """
     against = _baseline([subject.label for subject in subjects], baseline) if mode == "pairwise" else None
     questions = chosen(data.questions, limit)
@@ -73,14 +76,23 @@ def run(
     else:
         others = [label for label in answers if label != against]
         cases = [case for label in others for case in _pairs(data, questions, label, answers[label], answers[against])]
-    judged = _judge(cases, judge, directory / JOURNAL, mode, announce)
-    write_text(directory / SCORES, "".join(f"{_line(one, against)}\n" for one in judged))
+    judged = _judge(cases, judge, directory / JOURNAL, announce, mode=mode, max_tokens=judge_max_tokens)
+    write_text(directory / FILES[mode], "".join(f"{_line(one, against)}\n" for one in judged))
     _tell(judged)
     measured = {
         subject.label: _measured([one for one in judged if one.case.model == subject.label], questions, mode)
         for subject in subjects
     }
-    return measured, _settings(data, questions, judge, mode=mode, against=against, limit=limit, tokens=max_new_tokens)
+    return measured, _settings(
+        data,
+        questions,
+        judge,
+        mode=mode,
+        against=against,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        judge_max_tokens=judge_max_tokens,
+    )
 
 
 def chosen(questions: Sequence[Question], limit: int | None) -> list[Question]:
@@ -176,9 +188,15 @@ def _texts(answers: Sequence[Answer | Missing], turn: int, who: str) -> list[str
 
 
 def _judge(
-    cases: Sequence[Case], judge: Client, journal: Path, mode: Mode, announce: Callable[[Estimate], None]
+    cases: Sequence[Case],
+    judge: Client,
+    journal: Path,
+    announce: Callable[[Estimate], None],
+    *,
+    mode: Mode,
+    max_tokens: int,
 ) -> list[Judged]:
-    requests = [case.asked for case in cases if isinstance(case.asked, Request)]
+    requests = [replace(case.asked, max_tokens=max_tokens) for case in cases if isinstance(case.asked, Request)]
     journal.parent.mkdir(parents=True, exist_ok=True)
     announce(judge.estimate(requests, journal))
     replies = iter(judge.ask(requests, journal, description="judgements"))
@@ -188,7 +206,7 @@ def _judge(
 def _read(case: Case, reply: Reply | Missing, mode: Mode) -> Judged:
     if isinstance(reply, Missing):
         return Judged(case, None, why=reply.reason)
-    cut = f"; it was cut off at {judging.MAX_TOKENS} tokens" if reply.finish == "length" else ""
+    cut = "; it was cut off (--judge-max-tokens)" if reply.finish == "length" else ""
     if mode == "single":
         score = judging.parse_score(reply.text)
         why = None if score is not None else f"the judge's text has no score from 1 to 10{cut}"
@@ -236,8 +254,7 @@ def _settings(
     *,
     mode: Mode,
     against: str | None,
-    limit: int | None,
-    tokens: int,
+    **tokens: int | None,
 ) -> dict[str, Any]:
     turns = range(1, TURNS + 1)
     prompts = {judging.prompt_name(one.category, turn=turn, mode=mode) for one in questions for turn in turns}
@@ -246,12 +263,10 @@ def _settings(
         "baseline": against,
         "judge": judge.model,
         "judge_temperature": judging.TEMPERATURE,
-        "judge_max_tokens": judging.MAX_TOKENS,
         "prompts": sorted(prompts),
         "reference_answers": data.reference,
         "data_sha256": data.digest,
         "questions": len(questions),
-        "limit": limit,
         "temperatures": "published",
-        "max_new_tokens": tokens,
+        **tokens,
     }
