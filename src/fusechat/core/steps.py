@@ -157,7 +157,7 @@ class Step:
                 "fingerprint": self.fingerprint,
                 "inputs": self.inputs,
                 "built_from": self._upstream_contents(),
-                "versions": _versions(),
+                "versions": versions(),
                 "counts": counts,
                 "outputs": outputs,
                 "timings": timings,
@@ -205,7 +205,7 @@ def with_upstream(steps: list[Step]) -> Iterator[Step]:
         yield from visit(step)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for name in _VERSIONS:
         try:

@@ -4,46 +4,53 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fusechat.report.figures import Figure, axis, layout, number, plain
+
 OUTSIDE = "–"  # the row of tensors that are in no layer
-CELL, HEADER = 17, 190  # pixels
+CELL, HEADER = 15, 190  # pixels
 HOVER = (
     "layer %{y}, %{x}<br>coefficient %{z:.4f}<br>update %{customdata[0]} (rms)<br>"
     "selected %{customdata[1]}, erased %{customdata[2]}<extra></extra>"
 )
+_SCALE = [[0, "#c2570c"], [0.5, "#e8e6e3"], [1, "#2563c9"]]
 
 
-def heat_map(report: Mapping[str, Any]) -> str:
-    """HTML of a plot without Plotly itself; empty where nothing was merged. `report`: merge_report.json."""
-    from plotly.graph_objects import Figure, Heatmap
-    from plotly.subplots import make_subplots
-
+def heat_maps(report: Mapping[str, Any]) -> list[Figure]:
+    """A figure a target, none where nothing was merged. `report`: merge_report.json."""
     tensors = {name: entry for name, entry in report["tensors"].items() if "coefficients" in entry}
     if not tensors:
-        return ""
+        return []
     rows, columns, cells = grid(list(tensors))
     targets = report["targets"]
-    figure: Figure = make_subplots(rows=1, cols=len(targets), subplot_titles=targets, shared_yaxes=True)
-    for number, target in enumerate(targets, 1):
-        values = [[_coefficient(tensors, cells.get((row, column)), target) for column in columns] for row in rows]
-        more = [[_more(tensors, cells.get((row, column)), target) for column in columns] for row in rows]
-        trace = Heatmap(
-            x=columns, y=rows, z=values, customdata=more, hovertemplate=HOVER, coloraxis="coloraxis", xgap=1, ygap=1
-        )
-        figure.add_trace(trace, row=1, col=number)
     even = 1 / len(targets)
-    figure.update_layout(
-        height=HEADER + CELL * len(rows),
-        margin={"l": 55, "r": 15, "t": 45, "b": 120},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"color": "#808890", "size": 11},
-        coloraxis={"colorscale": "RdBu", "cmin": 0, "cmid": even, "cmax": min(1.0, 2 * even)},
-    )
-    figure.update_xaxes(tickangle=-60, showgrid=False)
-    figure.update_yaxes(autorange="reversed", type="category", showgrid=False, title_text="")
-    figure.update_yaxes(title_text="layer", col=1)
-    config = {"responsive": True, "displayModeBar": False}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, div_id="coefficients", config=config))
+    figures = []
+    for place, target in enumerate(targets):
+        trace = {
+            "type": "heatmap",
+            "x": [plain(column) for column in columns],
+            "y": rows,
+            "z": [[_coefficient(tensors, cells.get((row, column)), target) for column in columns] for row in rows],
+            "customdata": [[_more(tensors, cells.get((row, column)), target) for column in columns] for row in rows],
+            "hovertemplate": HOVER,
+            "hoverongaps": False,
+            "xgap": 1,
+            "ygap": 1,
+            "colorscale": _SCALE,
+            "zmin": 0,
+            "zmid": even,
+            "zmax": min(1.0, 2 * even),
+            "colorbar": {"thickness": 10, "outlinewidth": 0, "len": 0.9},
+        }
+        mean = report["mean_coefficients"][target]
+        drawn = layout(
+            f"{target}: {mean:.4f} on average",
+            HEADER + CELL * len(rows),
+            xaxis=axis(tickangle=-60, showgrid=False, type="category"),
+            yaxis=axis("layer", autorange="reversed", type="category", showgrid=False, dtick=max(1, len(rows) // 20)),
+            margin={"l": 45, "r": 10, "t": 40, "b": 110},
+        )
+        figures.append(Figure(f"coefficients-{place}", [trace], drawn))
+    return figures
 
 
 def grid(names: list[str]) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
@@ -61,7 +68,7 @@ def grid(names: list[str]) -> tuple[list[str], list[str], dict[tuple[str, str], 
 
 
 def _coefficient(tensors: Mapping[str, Any], name: str | None, target: str) -> float | None:
-    return None if name is None else round(tensors[name]["coefficients"][target], 5)
+    return None if name is None else number(tensors[name]["coefficients"][target])
 
 
 def _more(tensors: Mapping[str, Any], name: str | None, target: str) -> list[str | float]:

@@ -1,96 +1,126 @@
 """The report page: one self-contained HTML file, which opens from disk without a network."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from fusechat.report import numbers
+from fusechat.report.answers import Card
 from fusechat.report.choices import ChoiceRow
-from fusechat.report.coefficients import heat_map
-from fusechat.report.results import ResultTable
+from fusechat.report.coefficients import heat_maps
+from fusechat.report.costs import StageCost, together
+from fusechat.report.figures import loss_figures
+from fusechat.report.models import DataFile, Model
+from fusechat.report.results import INTERVAL, ResultTable
+from fusechat.report.samples import Sample
+from fusechat.report.scripts import scripts
 
-_COLOURS = {"loss": "#5b8def", "sft_loss": "#3fa57a", "fusion_loss": "#d9822b", "eval_loss": "#b45bcf"}
-_NAMES = {"loss": "loss", "sft_loss": "SFT term", "fusion_loss": "fusion term", "eval_loss": "held-out (SFT term)"}
-
+_HERE = Path(__file__).parent
+_FEW = 3  # columns whose differences the header has room for
 _ALIGNMENT = {
-    "pivot positions": "positions",
-    "covered: share of positions": "coverage_of_positions",
-    "mass mapped to pivot tokens": "coverage_of_mass",
-    "mass kept": "kept_mass",
-    "positions inside a source token": "positions_inside_a_source_token",
-    "of these conditioned": "positions_conditioned",
-    "where the source rarely cuts": "positions_where_the_source_rarely_cuts",
-    "rows of W": "map_rows",
-    "entropy of W (bits)": "map_entropy_bits",
-    "back-offs, by mass": "back_off_mass",
+    "pivot positions": ("positions", "d"),
+    "covered: share of positions": ("coverage_of_positions", "%"),
+    "mass mapped to pivot tokens": ("coverage_of_mass", "%"),
+    "mass kept": ("kept_mass", "%"),
+    "positions inside a source token": ("positions_inside_a_source_token", "d"),
+    "of these conditioned": ("positions_conditioned", "d"),
+    "where the source rarely cuts": ("positions_where_the_source_rarely_cuts", "d"),
+    "rows of W": ("map_rows", "d"),
+    "entropy of W (bits)": ("map_entropy_bits", "f"),
+    "back-offs, by mass": ("back_off_mass", ""),
 }
 
 
-def render_page(
-    *,
-    name: str,
-    table: ResultTable | None,
-    models: list[dict[str, str]],
-    losses: dict[str, list[dict[str, float]]],
-    alignment: dict[str, dict[str, Any]],
-    choices: list[ChoiceRow],
-    merged: dict[str, Any],
-    recipe: str,
-    versions: dict[str, str],
-) -> str:
-    """The page as HTML. Every text in it is escaped; the only scripts are Plotly and the plots' own data."""
+@dataclass(frozen=True)
+class Contents:
+    """All that the page tells. `losses`, `alignment` and `samples` by target or source; `merged`: merge_report.json; `answers` is
+    empty where nobody was asked, `tables` where nothing was measured."""
+
+    name: str
+    tables: Sequence[ResultTable]
+    models: Sequence[Model]
+    data: Sequence[DataFile]
+    losses: dict[str, list[dict[str, float]]]
+    alignment: dict[str, dict[str, Any]]
+    samples: dict[str, list[Sample]]
+    choices: Sequence[ChoiceRow]
+    merged: dict[str, Any]
+    answers: Sequence[Card]
+    costs: Sequence[StageCost]
+    recipe: str
+    seed: int
+    versions: dict[str, str]
+
+
+def render_page(contents: Contents) -> str:
+    """The page as HTML. Every text in it is escaped; the only scripts that its policy lets run are ours and Plotly."""
+    losses, merging = loss_figures(contents.losses), heat_maps(contents.merged)
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader([_HERE, _HERE.parent]),  # show/passage.html.j2 too
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {
+        "size": numbers.size,
+        "amount": numbers.amount,
+        "duration": numbers.duration,
+        "percent": numbers.percent,
+        "short": short,
+        "figure": _figure,
+    }
     return environment.get_template("page.html.j2").render(
-        name=name,
-        table=table,
-        models=models,
-        plots=loss_plots(losses),
-        alignment=alignment,
-        alignment_rows=list(_ALIGNMENT.items()),
-        choices=choices,
-        coefficients=merged["mean_coefficients"],
-        heat_map=heat_map(merged),
-        recipe=recipe,
-        versions=versions,
+        page=contents,
+        interval=INTERVAL,
+        verdicts=[verdict for table in contents.tables if (verdict := _verdict(table))],
+        alignment_rows=[(title, *place) for title, place in _ALIGNMENT.items()],
+        colours=_colours(contents.choices),
+        losses=losses,
+        merging=merging,
+        total=together("all", [stage.total for stage in contents.costs]),
+        scripts=scripts([*losses, *merging]),
     )
 
 
-def loss_plots(losses: dict[str, list[dict[str, float]]]) -> list[str]:
-    """A plot for each target, its loss and the two terms of it over the steps, as HTML; Plotly itself comes with the first."""
-    from plotly.graph_objects import Figure, Scatter
+def short(identity: str) -> str:
+    """The beginning of a hash, with its kind where that is not the usual one."""
+    kind, _, value = identity.rpartition(":")
+    if kind.startswith("hub"):
+        return value.rpartition("@")[2][:12]
+    return value[:12]
 
-    plots: list[str] = []
-    for target, entries in losses.items():
-        figure = Figure()
-        for key, colour in _COLOURS.items():
-            points = [(entry["step"], entry[key]) for entry in entries if key in entry]
-            if not points:
-                continue
-            line = {"color": colour, "width": 3 if key == "loss" else 1.5}
-            figure.add_trace(
-                Scatter(x=[x for x, _ in points], y=[y for _, y in points], name=_NAMES[key], mode="lines", line=line)
-            )
-        figure.update_layout(
-            title=target,
-            xaxis_title="step",
-            yaxis_title="nats per response token",
-            height=340,
-            margin={"l": 55, "r": 15, "t": 45, "b": 45},
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            font={"color": "#808890"},
-            legend={"orientation": "h", "y": 1.12, "x": 1, "xanchor": "right"},
-        )
-        figure.update_xaxes(gridcolor="rgba(128,136,144,0.25)", zeroline=False)
-        figure.update_yaxes(gridcolor="rgba(128,136,144,0.25)", zeroline=False, rangemode="tozero")
-        plots.append(
-            figure.to_html(
-                full_html=False,
-                include_plotlyjs=not plots,
-                div_id=f"loss-{len(plots)}",
-                config={"responsive": True, "displayModeBar": False},
-            )
-        )
-    return plots
+
+def _figure(figures: dict[str, Any], key: str, form: str) -> str:
+    value = figures.get(key)
+    if value is None:
+        return "–"
+    return {"d": lambda: f"{value:,}", "%": lambda: numbers.percent(value), "f": lambda: f"{value:.4f}"}.get(
+        form, lambda: str(value)
+    )()
+
+
+def _verdict(table: ResultTable) -> tuple[str, str, str] | None:
+    """How the fused model did against the pivot in a suite: title, in how many columns it is better, and more of that."""
+    for row in table.rows:
+        compared = [(column, cell) for column, cell in zip(table.columns, row.cells, strict=True) if cell.difference]
+        if row.role == "fused" and compared:
+            better, worse = (sum(cell.better is which for _, cell in compared) for which in (True, False))
+            open_ = len(compared) - better - worse
+            rest = [f"{worse} worse"] if worse else []
+            rest += [f"{open_} too close to tell"] if open_ else []
+            if len(compared) <= _FEW:
+                rest = [f"{column.data} {cell.difference.partition(' ')[0]}" for column, cell in compared]
+            return table.title, f"better on {better} of {len(compared)}", ", ".join(rest)
+    return None
+
+
+def _colours(choices: Sequence[ChoiceRow]) -> dict[str, int]:
+    """A colour for each teacher, the pivot's the first."""
+    names = dict.fromkeys(who for row in choices for who, _, _ in row.taught_by)
+    return {
+        who: number for number, who in enumerate(sorted(names, key=lambda who: who != "pivot"), "pivot" not in names)
+    }

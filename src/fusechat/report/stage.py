@@ -1,57 +1,153 @@
 """report/index.html: what was fused, and what came of it."""
 
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fusechat.config import PIVOT, Recipe
-from fusechat.core.files import read_json, write_text
-from fusechat.core.steps import Step
+from fusechat.core.files import digest_json, read_json, write_text
+from fusechat.core.references import Reference, at_hand
+from fusechat.core.steps import Step, with_upstream
 
 PAGE = "index.html"
+FORMAT = 2  # 2: more sections, Plotly packed
 
 
 def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
-    """Writes the page. `upstream`: `align/<source>`, `fuse/<target>`, `merge`, and `evaluate` where something was measured."""
+    """Writes the page. `upstream`: `align/<source>`, `fuse/<target>`, `merge`; `evaluate` where something was measured, and
+    `answers/<model>` where models answered."""
 
     def work(directory: Path) -> dict[str, Any]:
         return _write(directory, recipe, upstream)
 
-    return Step("report", "", workdir / "report", {"recipe": recipe.model_dump()}, work, upstream)
+    return Step("report", "", workdir / "report", {"recipe": recipe.model_dump()}, work, upstream, format=FORMAT)
 
 
 def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[str, Any]:
+    from fusechat.report.answers import cards
     from fusechat.report.choices import choice_rows
-    from fusechat.report.page import render_page
-    from fusechat.report.results import result_table
+    from fusechat.report.costs import stage_costs
+    from fusechat.report.page import Contents, render_page
+    from fusechat.report.results import result_tables
 
     evaluated = upstream.get("evaluate")
-    fused = {name.removeprefix("fuse/"): step for name, step in upstream.items() if name.startswith("fuse/")}
-    aligned = {name.removeprefix("align/"): step for name, step in upstream.items() if name.startswith("align/")}
-    merged = read_json(upstream["merge"].directory / "merge_report.json")
-    pivot = {"role": PIVOT, "name": "", "reference": str(recipe.chatter(PIVOT).reference), "data": ""}
+    fused, aligned = _named(upstream, "fuse"), _named(upstream, "align")
+    answers = {name: read_json(step.directory / "answers.json") for name, step in _named(upstream, "answers").items()}
+    every = list(with_upstream(list(upstream.values())))
     page = render_page(
-        name=recipe.name,
-        table=result_table(read_json(evaluated.directory / "results.json")) if evaluated else None,
-        models=[pivot, *(_source(recipe, name) for name in recipe.sources)],
-        losses={name: _losses(step) for name, step in fused.items()},
-        alignment={name: _alignment(step) for name, step in aligned.items()},
-        choices=choice_rows({name: (step.manifest() or {})["counts"] for name, step in fused.items()}),
-        merged=merged,
-        recipe=yaml.safe_dump(
-            recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=100
-        ),
-        versions=(upstream["merge"].manifest() or {})["versions"],
+        Contents(
+            name=recipe.name,
+            tables=result_tables(read_json(evaluated.directory / "results.json")) if evaluated else [],
+            models=_models(recipe, fused, upstream["merge"]),
+            data=_data(recipe, every),
+            losses={name: _losses(step) for name, step in fused.items()},
+            alignment={name: _alignment(step) for name, step in aligned.items()},
+            samples=_samples(recipe, aligned),
+            choices=choice_rows({name: (step.manifest() or {})["counts"] for name, step in fused.items()}),
+            merged=read_json(upstream["merge"].directory / "merge_report.json"),
+            answers=cards(answers, {f"source-{name}": name for name in recipe.sources} | {"fused": recipe.name}),
+            costs=stage_costs(every),
+            recipe=yaml.safe_dump(
+                recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=100
+            ),
+            seed=recipe.seed,
+            versions={
+                **(upstream["merge"].manifest() or {})["versions"],
+                "Python": platform.python_version(),
+                "system": f"{platform.system()} {platform.machine()}",
+            },
+        )
     )
     write_text(directory / PAGE, page)
     return {"bytes": len(page.encode())}
 
 
-def _source(recipe: Recipe, name: str) -> dict[str, str]:
-    data = Path(recipe.training_set(name).path).name
-    return {"role": "source", "name": name, "reference": str(recipe.chatter(name).reference), "data": data}
+def _named(upstream: dict[str, Step], stage: str) -> dict[str, Step]:
+    return {name.removeprefix(f"{stage}/"): step for name, step in upstream.items() if name.startswith(f"{stage}/")}
+
+
+def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
+    """Pivot, sources, targets and the fused model, from what is on this machine; nothing is fetched."""
+    from fusechat.report.models import Model, facts
+
+    models = []
+    for name in (PIVOT, *recipe.sources):
+        reference = recipe.chatter(name).reference
+        role = PIVOT if name == PIVOT else "source"
+        data = "" if name == PIVOT else Path(recipe.training_set(name).path).name
+        directory = at_hand(reference)
+        found = facts(directory, reference)
+        identity = _identity(reference, directory)
+        models.append(
+            Model(role, "" if name == PIVOT else name, reference.label, reference.parts, identity, data, found)
+        )
+    for name, step in fused.items():
+        data = ", ".join(Path(data.path).name for data in recipe.training_sets(name))
+        taught = " + ".join(recipe.teachers()[name]) or "nobody: plain fine-tuning"
+        models.append(_made("target", name, step, f"the pivot, taught by {taught}", data))
+    made_of = " + ".join(recipe.merged_targets())
+    return [*models, _made("fused", recipe.name, merge, f"{recipe.merge.method} of {made_of}", "")]
+
+
+def _made(role: str, name: str, step: Step, label: str, data: str) -> Any:
+    """A model that the run wrote; its hash is that of its weights, of several files the hash of theirs."""
+    from fusechat.report.models import Model, facts
+
+    outputs = (step.manifest() or {})["outputs"]
+    weights = {file: output["sha256"] for file, output in outputs.items() if file.endswith(".safetensors")}
+    known = next(iter(weights.values())) if len(weights) == 1 else digest_json(weights)
+    parts = tuple(f"{file} {sha}" for file, sha in weights.items())
+    return Model(role, name, label, parts, f"sha256:{known}", data, facts(step.directory / "model"))
+
+
+def _identity(reference: Reference, directory: Path | None) -> str:
+    from fusechat.core.references import identity
+
+    if directory is None:
+        return f"sha256:{reference.sha256}" if reference.sha256 else ""
+    if reference.is_file or Path(reference.parts[0]).is_dir():
+        return identity(reference)
+    return f"hub:{reference.parts[0]}@{directory.name}"  # a snapshot's directory is named after its commit
+
+
+def _data(recipe: Recipe, steps: list[Step]) -> list[Any]:
+    """Every file of conversations that was used, as the pivot could use it."""
+    from fusechat.report.models import DataFile
+
+    used = {step.name: step for step in steps if step.stage == "prepare"}
+    taught: dict[Any, list[str]] = {}
+    for name in recipe.sources:
+        taught.setdefault(recipe.training_set(name), []).append(name)
+    uses = {data: f"teaches {', '.join(names)}" for data, names in taught.items()}
+    uses |= dict.fromkeys(recipe.validation_sets(), "held out")
+    files = []
+    for data, use in uses.items():
+        manifest = used[f"pivot/{data.name}"].manifest() if f"pivot/{data.name}" in used else None
+        if manifest is not None:
+            counts = manifest["counts"]
+            digest = manifest["inputs"]["settings"]["data"]
+            files.append(DataFile(data.name, Path(data.path).name, digest, use, counts))
+    return files
+
+
+def _samples(recipe: Recipe, aligned: dict[str, Step]) -> dict[str, Any]:
+    """Of every source whose tokenizer, and the pivot's, are on this machine."""
+    from fusechat.report.samples import samples
+    from fusechat.show.conversation import Branch
+
+    pivot = recipe.chatter(PIVOT)
+    here = {name: step for name, step in aligned.items() if at_hand(recipe.chatter(name).reference)}
+    if at_hand(pivot.reference) is None:
+        return {}
+    return samples(
+        {
+            name: (Branch(step, pivot, recipe.chatter(name), verify=False), recipe.training_set(name))
+            for name, step in here.items()
+        }
+    )
 
 
 def _losses(step: Step) -> list[dict[str, float]]:

@@ -1,0 +1,54 @@
+"""What pivot, sources and the fused model answered to the same prompts, side by side."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+LONGEST = 6000  # characters of an answer or a message; what is longer is cut, and says so
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`kind`: pivot, source, fused or reference. `complete`: the model ended by itself."""
+
+    kind: str
+    name: str
+    text: str
+    complete: bool
+    cut: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """A prompt, all messages before the answer, and what each model said."""
+
+    data: str
+    prompt: tuple[tuple[str, str], ...]
+    answers: tuple[Answer, ...]
+
+
+def cards(found: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str, str]) -> list[Card]:
+    """`found`: a model's name (pivot, source-NAME, fused) → its answers, the same prompts in the same order; `labels`: how the page
+    calls it. Pivot first, fused last before the reference."""
+    order = sorted(found, key=lambda name: (name == "fused", name != "pivot"))
+    result = []
+    for entries in zip(*(found[name] for name in order), strict=True):
+        first = entries[0]
+        answers = [
+            _answer(name.partition("-")[0], labels.get(name, name), entry["text"], complete=entry["complete"])
+            for name, entry in zip(order, entries, strict=True)
+        ]
+        if first.get("reference"):
+            answers.append(_answer("reference", "held-out answer", first["reference"], complete=True))
+        prompt = tuple((message["role"], _cut(message["content"])[0]) for message in first["prompt"])
+        result.append(Card(first["data"].removesuffix("-held-out"), prompt, tuple(answers)))
+    return result
+
+
+def _answer(kind: str, name: str, text: str, *, complete: bool) -> Answer:
+    shown, cut = _cut(text)
+    return Answer(kind, name, shown, complete, cut)
+
+
+def _cut(text: str) -> tuple[str, bool]:
+    return (text, False) if len(text) <= LONGEST else (text[:LONGEST] + "…", True)

@@ -1,0 +1,35 @@
+"""Sizes, counts and times as a person reads them."""
+
+
+def size(count: float | None) -> str:
+    """Bytes in decimal units: 538 MB."""
+    return _scaled(count, (" bytes", " kB", " MB", " GB", " TB"))
+
+
+def amount(count: float | None) -> str:
+    """A count with its unit: 134.5M."""
+    return _scaled(count, ("", "k", "M", "B", "T"))
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "–"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f}%"
+
+
+def _scaled(count: float | None, units: tuple[str, ...]) -> str:
+    if count is None:
+        return "–"
+    power = 0
+    while power + 1 < len(units) and round(count / 1000**power, 0) >= 1000:
+        power += 1
+    value = count / 1000**power
+    return f"{value:,.0f}{units[power]}" if not power or value >= 100 else f"{value:.3g}{units[power]}"
