@@ -3,12 +3,15 @@
 Schema 2: `{"schema": 2, "scores": [record, …]}`, a record for each model, data set and metric:
 
 - `suite`, `data`, `metric`; `role` (pivot, source, target, fused; empty for a model given by itself) and `model`
-- `value`, `standard_error`: null where there is none, with `why`; `n` items measured, `missing` that there are none of
+- `value`, `standard_error`: null where there is none, with `why`
+- `n`: judgements, responses or samples measured; `missing`: how many of them there are none of
 - `higher_is_better`: null where neither
 - `compared_with`: the pivot's name, null where there is none; `difference_to_pivot`, `difference_standard_error`: over the
   `difference_n` items that both have
 - `settings`, `versions`: what the value depends on
-- of bits per byte also `bytes`; there n counts responses, and the standard error is of conversations
+- of bits per byte also `bytes`
+
+Standard errors are of what was drawn: of questions with both their turns, of conversations with all their responses.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,17 +40,18 @@ class Measurement:
     standard_error: float | None = None
     why: str | None = None
     higher_is_better: bool | None = True
-    n: int | None = None  # where it is not the number of items
+    n: int | None = None  # judgements, responses or samples, where these are not the items
     more: Mapping[str, Any] | None = None  # what else a record of this suite holds
 
     @property
     def estimate(self) -> Estimate:
         found = ratio(self.items)
+        n = found.n if self.n is None else self.n
         if self.why is not None:
-            return Estimate(None, None, found.n if self.n is None else self.n)
+            return Estimate(None, None, n)
         if self.value is None:
-            return found
-        return Estimate(self.value, self.standard_error, found.n if self.n is None else self.n)
+            return Estimate(found.value, found.standard_error, n)
+        return Estimate(self.value, self.standard_error, n)
 
 
 def records(
