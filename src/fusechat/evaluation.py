@@ -96,7 +96,16 @@ def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any
     """Writes the records and the results, of a run its report too; returns the records of these models."""
     used = {**versions(), **_library_versions(evaluated.suite)}
     roles = {subject.label: subject.role for subject in evaluated.subjects}
-    new = records(evaluated.suite, measured, roles=roles, pivot=evaluated.pivot, settings=settings, versions=used)
+    identities = {subject.label: subject.identity for subject in evaluated.subjects}
+    new = records(
+        evaluated.suite,
+        measured,
+        roles=roles,
+        identities=identities,
+        pivot=evaluated.pivot,
+        settings=settings,
+        versions=used,
+    )
     keep(evaluated.directory, new)
     write_json(evaluated.directory / MANIFEST, {"stage": "evaluate", "name": evaluated.suite, "versions": used})
     (evaluated.directory / STARTED).unlink(missing_ok=True)

@@ -88,11 +88,9 @@ def _evaluation(recipe: Recipe, workdir: Path, targets: dict[str, Step], merged:
     if recipe.evaluate.answers and measured:
         for model, subject in zip(models, subjects, strict=True):
             if model.role != "target":
-                step = evaluate.answers_step(recipe, workdir, subject, model.chatter, measured, model.made_by)
-                found[f"answers/{model.name}"] = step
+                found[f"answers/{model.name}"] = evaluate.answers_step(recipe, workdir, subject, measured)
     if measured or evaluate.has_suites(workdir):
-        sets = [data.name for data in measured]
-        found["evaluate"] = evaluate.results_step(workdir, subjects if measured else [], sets)
+        found["evaluate"] = evaluate.results_step(workdir, subjects, [data.name for data in measured])
     return found
 
 
@@ -132,7 +130,7 @@ def _subject(recipe: Recipe, workdir: Path, model: RunModel, held_out: list[Data
     tokens = model.chatter if model.made_by is None else recipe.chatter(PIVOT)
     prepared = {data.name: prepare.step(recipe, workdir, tokens, data) for data in held_out}
     step = evaluate.model_step(recipe, workdir, model.name, model.chatter, prepared, model.made_by)
-    return evaluate.Subject(model.role, model.label, step)
+    return evaluate.Subject(model.role, model.label, step, model.chatter, model.made_by)
 
 
 def _check_files(sets: list[DataSet]) -> None:

@@ -3,6 +3,7 @@
 Schema 2: `{"schema": 2, "scores": [record, …]}`, a record for each model, data set and metric:
 
 - `suite`, `data`, `metric`; `role` (pivot, source, target, fused; empty for a model given by itself) and `model`
+- `identity`: a fingerprint of the model's weights, tokenizer and template; of a server, the model's name there
 - `value`, `standard_error`: null where there is none, with `why`
 - `n`: judgements, responses or samples measured; `missing`: how many of them there are none of
 - `higher_is_better`: null where neither
@@ -59,12 +60,13 @@ def records(
     measured: Mapping[str, Sequence[Measurement]],
     *,
     roles: Mapping[str, str],
+    identities: Mapping[str, str],
     pivot: str | None,
     settings: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> list[Record]:
-    """The records of a suite. `measured`: model → its measurements; `roles`: model → role; `pivot`: the model that the others are
-    compared with, None for none."""
+    """The records of a suite. `measured`: model → its measurements; `roles`, `identities`: of each model, the latter None for one
+    that is known by its name alone; `pivot`: the model that the others are compared with, None for none."""
     reference = {(one.data, one.metric): one for one in measured.get(pivot or "", ())}
     found = []
     for model, measurements in measured.items():
@@ -80,6 +82,7 @@ def records(
                     "metric": one.metric,
                     "role": roles.get(model, ""),
                     "model": model,
+                    "identity": identities.get(model),
                     "value": estimate.value,
                     "standard_error": estimate.standard_error,
                     "n": estimate.n,

@@ -22,11 +22,14 @@ ANSWER_BATCH = 4096  # tokens of a batch at most, with the room for answers
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is measured: `role` is pivot, source, target or fused; `label` is what tables call it."""
+    """A model that is measured: `role` is pivot, source, target or fused; `label` is what tables call it. `made_by`: the step that
+    wrote it, None where the recipe names it."""
 
     role: str
     label: str
     step: Step
+    chatter: Chatter
+    made_by: Step | None
 
 
 def model_step(
@@ -50,11 +53,13 @@ def has_suites(workdir: Path) -> bool:
 
 
 def results_step(workdir: Path, subjects: list[Subject], sets: list[str]) -> Step:
-    """Joins the scores of all models, and the records of suites in the same directory."""
+    """Joins the scores of all models on the data sets, and the records of suites in the same directory."""
     suites = {file.parent.name: known_digest(file) for file in sorted((workdir / "evaluate").glob(f"*/{RECORDS}"))}
-    settings: dict[str, Any] = {"subjects": [[subject.role, subject.label] for subject in subjects], "sets": sets}
-    settings |= {"suites": suites} if suites else {}
-    upstream = {f"{index:03d}": subject.step for index, subject in enumerate(subjects)}
+    named = [[subject.role, subject.label] for subject in subjects] if sets else []
+    settings: dict[str, Any] = {"subjects": named, "sets": sets, **({"suites": suites} if suites else {})}
+    upstream = {f"{index:03d}": subject.step for index, subject in enumerate(subjects) if sets}
+    if suites:
+        upstream |= {f"model {one.step.name}": one.made_by for one in subjects if one.made_by is not None}
 
     def work(directory: Path) -> dict[str, Any]:
         return _results(directory, subjects, sets)
@@ -62,10 +67,9 @@ def results_step(workdir: Path, subjects: list[Subject], sets: list[str]) -> Ste
     return Step("evaluate", "results", workdir / "evaluate", settings, work, upstream, format=2)
 
 
-def answers_step(
-    recipe: Recipe, workdir: Path, subject: Subject, chatter: Chatter, held_out: list[DataSet], made_by: Step | None
-) -> Step:
-    """Answers to the first questions of the held-out conversations, greedily. `made_by`: the step that wrote the model."""
+def answers_step(recipe: Recipe, workdir: Path, subject: Subject, held_out: list[DataSet]) -> Step:
+    """Answers to the first questions of the held-out conversations, greedily."""
+    chatter, made_by = subject.chatter, subject.made_by
     settings = {
         "model": None if made_by else chatter.identity,
         "template": chatter.chat_template,
@@ -157,9 +161,9 @@ def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
 
 def _results(directory: Path, subjects: list[Subject], sets: list[str]) -> dict[str, Any]:
     from fusechat.evaluate.bits_per_byte import compare
-    from fusechat.evaluate.records import gather, records, write_results
+    from fusechat.evaluate.records import records, write_results
 
-    scores = {subject.step.name: read_json(subject.step.directory / SCORES) for subject in subjects}
+    scores = {subject.step.name: read_json(subject.step.directory / SCORES) for subject in subjects if sets}
     found = []
     for name in sets:
         compared = compare({model: by_set[name] for model, by_set in scores.items()})
@@ -167,7 +171,16 @@ def _results(directory: Path, subjects: list[Subject], sets: list[str]) -> dict[
         measured = {step: [score.measurement(name)] for step, score in compared.items()}
         roles = {subject.step.name: subject.role for subject in subjects}
         labels = {subject.step.name: subject.label for subject in subjects}
-        own = records("bits-per-byte", measured, roles=roles, pivot=PIVOT, settings=settings, versions=versions())
+        identities = {subject.step.name: subject.chatter.tokenizer_identity for subject in subjects}
+        own = records(
+            "bits-per-byte",
+            measured,
+            roles=roles,
+            identities=identities,
+            pivot=PIVOT,
+            settings=settings,
+            versions=versions(),
+        )
         for record in own:
             record["model"] = labels[record["model"]]
             record["compared_with"] = record["compared_with"] and labels[PIVOT]
@@ -176,5 +189,17 @@ def _results(directory: Path, subjects: list[Subject], sets: list[str]) -> dict[
             log.warning(
                 "evaluate %s: %d responses are left out, which some model does not have", name, compared[PIVOT].missing
             )
-    write_results(directory / RESULTS, [*found, *gather(directory)])
+    write_results(directory / RESULTS, [*found, *_of_suites(directory, subjects)])
     return {"models": len(subjects), "sets": len(sets)}
+
+
+def _of_suites(directory: Path, subjects: list[Subject]) -> list[dict[str, Any]]:
+    """The suites' records, without those of models that the run no longer has."""
+    from fusechat.evaluate.records import gather
+
+    every = gather(directory)
+    now = {subject.chatter.tokenizer_identity for subject in subjects} if every else set()
+    kept = [record for record in every if not record["role"] or record["identity"] in now]
+    for suite, role in dict.fromkeys((record["suite"], record["role"]) for record in every if record not in kept):
+        log.warning("evaluate: %s measured a %s model that is another now; measure it again", suite, role)
+    return kept
