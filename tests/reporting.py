@@ -1,0 +1,125 @@
+"""A report's contents by hand, and text that would run if it were taken for markup."""
+
+from html.parser import HTMLParser
+from typing import Any
+
+from fusechat.report.answers import cards
+from fusechat.report.choices import ChoiceRow
+from fusechat.report.costs import Cost, StageCost
+from fusechat.report.models import DataFile, Facts, Model
+from fusechat.report.page import Contents
+from fusechat.report.results import result_tables
+
+OWN = "document.title='owned'"
+HOSTILE = (
+    f'</script><script>{OWN}</script><img src=x onerror="{OWN}"><!-- <svg onload={OWN}> {{{{ 7 * 7 }}}} & \u2028\''
+)
+
+
+def record(**changes: Any) -> dict[str, Any]:
+    """A record of results.json in schema 2."""
+    return {
+        "suite": "bits-per-byte",
+        "data": "data-held-out",
+        "metric": "bits_per_byte",
+        "role": "pivot",
+        "model": "llama",
+        "value": 1.5,
+        "standard_error": 0.1,
+        "n": 20,
+        "missing": 0,
+        "why": None,
+        "higher_is_better": False,
+        "compared_with": None,
+        "difference_to_pivot": None,
+        "difference_standard_error": None,
+        "difference_n": 0,
+        "settings": {"dtype": "float32"},
+        "versions": {"fusechat": "0.1.0"},
+        **changes,
+    }
+
+
+def compared(difference: float | None, error: float | None, **changes: Any) -> dict[str, Any]:
+    """A record of another model, with its difference to the pivot."""
+    return record(
+        **{
+            "role": "fused",
+            "model": "tiny",
+            "value": 1.5 + (difference or 0),
+            "compared_with": "llama",
+            "difference_to_pivot": difference,
+            "difference_standard_error": error,
+            "difference_n": 20,
+            **changes,
+        }
+    )
+
+
+def results(*scores: dict[str, Any]) -> dict[str, Any]:
+    return {"schema": 2, "scores": list(scores)}
+
+
+def contents(text: str = "text", **changes: Any) -> Contents:
+    """A small page's contents, with `text` wherever a model, a file or a user may put one."""
+    coefficients = {"coefficients": {"one": 0.3, "two": 0.7}, "selected": 0.5, "erased": 0.1}
+    asked = {"data": "data-held-out", "id": "1", "prompt": [{"role": "user", "content": text}], "reference": text}
+    answers = {
+        name: [{**asked, "text": text, "complete": name != "fused"}] for name in ("fused", "pivot", "source-one")
+    }
+    model = Model(
+        "source", text, text, (text,), f"sha256:{'a' * 64}", text, Facts(text, 2, 1000, text, 1, 9, text, text)
+    )
+    given: dict[str, Any] = {
+        "name": text,
+        "tables": result_tables(
+            results(record(model=text), compared(-0.5, 0.1, model=text, why=text, settings={text: text}))
+        ),
+        "models": [model],
+        "data": [DataFile(text, text, text, text, {"conversations": 1, "responses": 1, "response_tokens": 1})],
+        "losses": {text: [{"step": 1, "sft_loss": 2.0, "fusion_loss": 3.0}, {"step": 2, "eval_loss": float("nan")}]},
+        "alignment": {text: {"positions": 3, "coverage_of_positions": 0.5, "back_off_mass": text}},
+        "samples": {},
+        "choices": [ChoiceRow(text, text, "conversation", 4, ((text, 3, 0.75), ("pivot", 1, 0.25)), 0)],
+        "merged": {
+            "targets": ["one", "two"],
+            "method": text,
+            "mean_coefficients": {"one": 0.3, "two": 0.7},
+            "tensors": {f"model.layers.0.{text}": coefficients},
+        },
+        "answers": cards(answers, {"fused": text, "source-one": text}),
+        "costs": [StageCost(Cost("fuse", 61.2, 10**9, None, 10**6), (Cost(text, 61.2, 10**9, None, 10**6),))],
+        "recipe": text,
+        "seed": 7,
+        "versions": {"fusechat": "0.1.0", text: text},
+    }
+    return Contents(**{**given, **changes})
+
+
+class Elements(HTMLParser):
+    """The elements of a page, each with its attributes and what it holds directly; comments are none of the page's."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.inside: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs), []))
+        if tag not in ("meta", "br"):
+            self.inside.append(self.found[-1])
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.inside.pop()[0] == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.inside[-1][2].append(data)
+
+    def handle_comment(self, data: str) -> None:
+        raise AssertionError(f"a comment: {data}")
+
+    def named(self, tag: str) -> list[tuple[dict[str, str | None], str]]:
+        return [(attributes, "".join(data)) for name, attributes, data in self.found if name == tag]

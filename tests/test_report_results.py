@@ -1,0 +1,118 @@
+"""The tables of results: intervals, differences, and what is missing, the same for the page and the terminal."""
+
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fusechat.errors import WorkdirError
+from fusechat.report.page import render_page
+from fusechat.report.results import MISSING, Cell, result_tables, terminal_tables
+from reporting import compared, contents, record, results
+
+
+def only(*scores: dict[str, Any]) -> list[Cell]:
+    """The cells of the second row of the one table."""
+    (table,) = result_tables(results(*scores))
+    return list(table.rows[1].cells)
+
+
+def test_a_value_has_its_interval_and_its_difference_to_the_pivot() -> None:
+    (cell,) = only(record(), compared(-0.25, 0.01))
+    assert cell == Cell("1.2500 ± 0.1960", "-0.2500 ± 0.0196", better=True)
+    (cell,) = only(record(), compared(-0.25, 0.01, standard_error=None))
+    assert cell.value == "1.2500"
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "higher", "better"),
+    [
+        (-0.1, 0.05, False, True),
+        (-0.1, 0.05, True, False),
+        (0.1, 0.05, False, False),
+        (0.1, 0.052, False, None),
+        (-0.1, 0.06, True, None),
+        (0.1, None, True, None),
+        (0.1, 0.01, None, None),
+        (0.0, 0.0, True, None),
+    ],
+)
+def test_it_is_better_only_where_the_interval_excludes_0(
+    difference: float, error: float | None, higher: bool | None, better: bool | None
+) -> None:
+    (cell,) = only(record(), compared(difference, error, higher_is_better=higher))
+    assert cell.better is better
+
+
+def test_what_is_missing_is_counted_and_never_0() -> None:
+    (cell,) = only(record(), compared(None, None, value=None, why="no judgement", missing=20, n=0))
+    assert cell == Cell(MISSING, note="20 missing", why="no judgement")
+    (cell,) = only(record(), compared(-0.5, 0.1, missing=2, n=18))
+    assert cell.note == "n=18, 2 missing"
+    assert [cell.value for cell in only(record(), record(data="b-held-out"), compared(-0.5, 0.1))] == [
+        "1.0000 ± 0.1960",
+        MISSING,
+    ]
+
+
+def test_each_suite_has_its_table_and_its_decimals() -> None:
+    tables = result_tables(
+        results(
+            record(),
+            record(
+                suite="mt-bench", data="all", metric="score", value=6.543, standard_error=0.1, higher_is_better=True
+            ),
+            record(suite="mt-bench", data="all", metric="ties", value=50.0, standard_error=None, higher_is_better=None),
+            record(suite="alpaca-eval", data="all", metric="win_rate", value=12.3456, standard_error=1.0),
+            record(suite="harness", data="gsm8k", metric="exact_match,none", value=0.125, higher_is_better=True),
+        )
+    )
+    assert [table.title for table in tables] == ["Bits per byte", "MT-Bench", "AlpacaEval", "Evaluation harness"]
+    assert [cell.value for table in tables for cell in table.rows[0].cells] == [
+        "1.5000 ± 0.1960",
+        "6.54 ± 0.20",
+        "50.00",
+        "12.35 ± 1.96",
+        "0.1250 ± 0.1960",
+    ]
+    assert [column.metric for table in tables for column in table.columns][-1] == "exact match"
+    assert "Less is better." in tables[0].caption
+    assert "better" not in tables[1].caption
+    assert [column.direction for column in tables[1].columns] == ["more is better", ""]
+    assert tables[0].columns[0].data == "data"
+
+
+def test_another_schema_is_refused() -> None:
+    with pytest.raises(WorkdirError, match="has schema 1, and this version reads 2"):
+        result_tables({"schema": 1, "scores": []})
+
+
+def drawn(width: int, *scores: dict[str, Any]) -> str:
+    console = Console(file=StringIO(), width=width)
+    for table in terminal_tables(result_tables(results(*scores)), "[red]tiny", width=width):
+        console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_terminal_and_the_page_say_the_same_numbers_whole(width: int) -> None:
+    names = ("arithmetic-held-out", "knowledge-held-out", "dialogue-held-out")
+    scores = [record(data=name, model="SmolLM2-135M-Instruct") for name in names]
+    scores += [compared(-0.1 * place, 0.05, data=name) for place, name in enumerate(names)]
+    text = drawn(width, *scores)
+    page = render_page(contents(tables=result_tables(results(*scores))))
+    assert max(map(len, text.splitlines())) <= width
+    for row in result_tables(results(*scores))[0].rows:
+        for cell in row.cells:
+            assert cell.value in text
+            assert cell.difference in text
+            assert f">{cell.value}<" in page
+            assert f">{cell.difference}<" in page
+    assert "[red]tiny" in text
+
+
+def test_names_are_no_markup_of_the_terminal() -> None:
+    text = drawn(100, record(model="[bold]a[/]"), compared(0.1, 0.5, why="[x]", value=None, model="b"))
+    assert "[bold]a[/]" in text
+    assert "[x]" in text
