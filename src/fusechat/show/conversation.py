@@ -53,11 +53,7 @@ class Branch:
 
     def coverage(self, identity: str) -> float | None:
         """The share of the pivot's response tokens that begin where one of the source's begins; None without response tokens."""
-        starts = [
-            (side[side.row_of[identity]].response.astype(np.int64) << 32) + side[side.row_of[identity]].begin
-            for side in self.sides
-            if identity in side.row_of
-        ]
+        starts = [_starts(side[side.row_of[identity]]) for side in self.sides if identity in side.row_of]
         if not len(starts[0]):
             return None
         return float(np.isin(starts[0], starts[1]).mean()) if len(starts) == 2 else 0.0
@@ -78,6 +74,12 @@ class Branch:
         pivot, source = self.chatters
         labels = [pivot.reference.label, f"{source.name} ({source.reference.label})"]
         return _shown(messages, rows[0], rows[1], labels=labels, conversation=identity)
+
+
+def _starts(prepared: Prepared) -> np.ndarray:
+    """int64 [n]: a number for each place at which a token starts; the ends of turn of a response are one place."""
+    begin = np.where(prepared.end_of_turn, (1 << 32) - 1, np.maximum(prepared.begin, 0)).astype(np.int64)
+    return (prepared.response.astype(np.int64) << 32) + begin
 
 
 def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
