@@ -23,7 +23,7 @@ def finished(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """A directory with `recipe.yaml` and the work directory `work` that one run of it made."""
     directory = tmp_path_factory.mktemp("finished")
     runs.write_recipe(directory, models)
-    assert run(load_recipe(directory / "recipe.yaml"), directory / "work") == 27
+    assert run(load_recipe(directory / "recipe.yaml"), directory / "work") == 31
     return directory
 
 
@@ -176,6 +176,7 @@ def test_a_changed_setting_redoes_what_rests_on_it(finished: Path) -> None:
     changed = states("merge.select_topk=0.2")
     assert {label for label, state in changed.items() if state == "stale"} == {
         "merge",
+        "evaluate answers fused",
         "evaluate fused",
         "evaluate results",
         "report",
