@@ -67,7 +67,7 @@ def write_recipe(directory: Path, models: dict[str, Path], **changes: Any) -> Pa
         "capture": {"top_k": 6, "dtype": "float32", "shard_conversations": 4, "batch_tokens": 300},
         "fuse": {"sft_weight": 0.5, "training": TRAINING},
         "merge": {"method": "sce", "select_topk": 0.5},
-        "evaluate": {"dtype": "float32"},
+        "evaluate": {"dtype": "float32", "answers": 3, "answer_tokens": 12},
         "device": "cpu",
     }
     write_conversations(directory / "own-held-out.jsonl", 4, first=300)
