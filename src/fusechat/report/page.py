@@ -113,7 +113,9 @@ def _verdict(table: ResultTable) -> tuple[str, str, str] | None:
             rest = [f"{worse} worse"] if worse else []
             rest += [f"{open_} too close to tell"] if open_ else []
             if len(compared) <= _FEW:
-                rest = [f"{column.data} {cell.difference.partition(' ')[0]}" for column, cell in compared]
+                one_set = len({column.data for column, _ in compared}) < len(compared)
+                names = [column.metric if one_set else column.data for column, _ in compared]
+                rest = [f"{name} {cell.difference.split()[0]}" for name, (_, cell) in zip(names, compared, strict=True)]
             return table.title, f"better on {better} of {len(compared)}", ", ".join(rest)
     return None
 

@@ -27,7 +27,10 @@ _WHAT = {
     "harness": "As the harness itself reports them.",
 }
 _DECIMALS = {"mt-bench": 2, "alpaca-eval": 2}  # scores and percent; shares and bits have four
-_TERMINAL_CELL, _TERMINAL_NAMES = 19, 37  # columns of a terminal for a column of numbers, and for role and model
+_BORDER, _LONGEST_NAME = (
+    3,
+    21,
+)  # columns of a terminal: between two columns of a table, and for a model's name before it folds
 
 
 @dataclass(frozen=True)
@@ -147,12 +150,19 @@ def _with_interval(value: float, error: float | None, form: str, decimals: int) 
 def terminal_tables(tables: Sequence[ResultTable], title: str, *, width: int | None = None) -> list[Table]:
     """The tables for Rich to print; one with more columns than fit in `width`, by default the terminal's, is drawn in parts."""
     width = width or Console().width
-    fit = max(1, (width - _TERMINAL_NAMES) // _TERMINAL_CELL)
-    return [
-        _terminal_table(table, f"{title}: {table.title}", range(first, min(first + fit, len(table.columns))))
-        for table in tables
-        for first in range(0, len(table.columns), fit)
-    ]
+    drawn = []
+    for table in tables:
+        fit = _columns_that_fit(table, width)
+        for first in range(0, len(table.columns), fit):
+            shown = range(first, min(first + fit, len(table.columns)))
+            drawn.append(_terminal_table(table, f"{title}: {table.title}", shown))
+    return drawn
+
+
+def _columns_that_fit(table: ResultTable, width: int) -> int:
+    names = max(len(row.role) for row in table.rows) + min(_LONGEST_NAME, max(len(row.model) for row in table.rows))
+    numbers = max(len(text) for row in table.rows for cell in row.cells for text in (cell.value, cell.difference))
+    return max(1, (width - names - 2 * _BORDER - 1) // (numbers + _BORDER))
 
 
 def _terminal_table(table: ResultTable, title: str, shown: range) -> Table:
