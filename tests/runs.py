@@ -1,7 +1,9 @@
 """Recipes of tiny models, and what a finished work directory holds, for tests that run the whole pipeline."""
 
+import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import pty
@@ -106,6 +108,23 @@ def fusechat(*arguments: str | Path, stdin: str | None = None, **environment: st
         env=os.environ | environment,
         timeout=900,
     )
+
+
+def here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """As `fusechat`, in this process, which has imported already what takes seconds to import."""
+    from fusechat.cli import main
+
+    before, out, err = sys.argv, io.StringIO(), io.StringIO()
+    sys.argv = ["fusechat", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        status: Any = 0
+    except SystemExit as ended:
+        status = ended.code
+    finally:
+        sys.argv = before
+    return subprocess.CompletedProcess(list(arguments), status or 0, out.getvalue(), err.getvalue())
 
 
 def on_a_terminal(columns: int, *arguments: str | Path) -> str:

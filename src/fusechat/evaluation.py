@@ -6,9 +6,10 @@
 ROOT is WORKDIR/evaluate for the models of a run, and else the directory of --out.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Evaluation:
     pivot: str | None
     recipe: Recipe | None = None
     workdir: Path | None = None
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def directory(self) -> Path:
@@ -106,8 +108,14 @@ def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any
         settings=settings,
         versions=used,
     )
+    shown = {subject.label: subject.shown or subject.label for subject in evaluated.subjects}
+    for record in new:
+        record["model"] = shown.get(record["model"], record["model"])
+        record["compared_with"] = shown.get(record["compared_with"], record["compared_with"])
     keep(evaluated.directory, new)
-    write_json(evaluated.directory / MANIFEST, {"stage": "evaluate", "name": evaluated.suite, "versions": used})
+    timings = {"seconds": round(time.monotonic() - evaluated.began, 3)}
+    manifest = {"stage": "evaluate", "name": evaluated.suite, "versions": used, "timings": timings}
+    write_json(evaluated.directory / MANIFEST, manifest)
     (evaluated.directory / STARTED).unlink(missing_ok=True)
     if evaluated.workdir is None or evaluated.recipe is None:
         write_results(evaluated.out, gather(evaluated.root))
@@ -142,8 +150,8 @@ def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject
         if model.made_by is not None:
             _refuse_unfinished(model.made_by, workdir)
         label = model.label if labels.count(model.label) == 1 else f"{model.label} ({model.role})"
-        chatter = model.chatter
-        subjects.append(Subject(model.role, label, Chatter(label, chatter.reference, chatter.chat_template)))
+        chatter = Chatter(label, model.chatter.reference, model.chatter.chat_template)
+        subjects.append(Subject(model.role, label, chatter, shown=model.label))
     check_labels(subjects)
     return subjects
 

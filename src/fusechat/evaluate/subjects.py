@@ -35,6 +35,7 @@ class Subject:
     label: str
     chatter: Chatter | None = None
     server: Server | None = None
+    shown: str | None = None  # what results call it, where only with its role that tells it from the others
 
     @property
     def identity(self) -> str:
