@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import pytest
+
+from fusechat.report import coefficients
 from fusechat.report.coefficients import OUTSIDE, grid, heat_maps
 
 
@@ -26,7 +29,7 @@ def test_layers_are_in_their_order_and_modules_in_columns() -> None:
     rows, columns, cells = grid([name for name, entry in REPORT["tensors"].items() if "coefficients" in entry])  # type: ignore[attr-defined]
     assert rows == [OUTSIDE, "0", "2", "10"]
     assert columns == ["embed_tokens", "mlp.up_proj", "self_attn.q_proj.bias"]
-    assert cells["10", "mlp.up_proj"] == "model.layers.10.mlp.up_proj.weight"
+    assert cells["10", "mlp.up_proj"] == ["model.layers.10.mlp.up_proj.weight"]
     assert len(cells) == 4
 
 
@@ -51,3 +54,15 @@ def test_nothing_is_drawn_where_nothing_was_merged() -> None:
 def test_a_name_is_no_markup() -> None:
     report = {**REPORT, "tensors": {"model.<b>bold</b>&amp;": entry(0.5, 0.5)}}
     assert heat_maps(report)[0].data[0]["x"] == ["&lt;b&gt;bold&lt;/b&gt;&amp;amp;"]
+
+
+def test_of_very_many_tensors_those_of_one_name_but_for_a_number_share_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"model.layers.0.experts.{number}.up.weight": entry(0.2 * number, 0.1) for number in range(4)}
+    report = {**REPORT, "tensors": {**tensors, "model.norm.weight": entry(0.5, 0.5)}}
+    monkeypatch.setattr(coefficients, "MOST", 9)
+    one, _ = heat_maps(report)
+    assert one.data[0]["x"] == ["experts.*.up", "norm"]
+    assert one.data[0]["z"] == [[None, 0.5], [0.3, None]]
+    assert "(means)" in one.data[0]["hovertemplate"]
+    monkeypatch.setattr(coefficients, "MOST", 10)
+    assert len(heat_maps(report)[0].data[0]["x"]) == 5

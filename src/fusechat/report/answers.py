@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LONGEST = 6000  # characters of an answer or a message; what is longer is cut, and says so
+_ALL, _SHORTEST = 500_000, 300  # characters on the page: what its size allows; with many answers each is cut earlier
 
 
 @dataclass(frozen=True)
@@ -31,24 +32,26 @@ def cards(found: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str,
     """`found`: a model's name (pivot, source-NAME, fused) → its answers, the same prompts in the same order; `labels`: how the page
     calls it. Pivot first, fused last before the reference."""
     order = sorted(found, key=lambda name: (name == "fused", name != "pivot"))
+    texts = sum(len(entry["prompt"]) + 2 for entries in found.values() for entry in entries)
+    room = max(_SHORTEST, min(LONGEST, _ALL // max(1, texts)))
     result = []
     for entries in zip(*(found[name] for name in order), strict=True):
         first = entries[0]
         answers = [
-            _answer(name.partition("-")[0], labels.get(name, name), entry["text"], complete=entry["complete"])
+            _answer(name.partition("-")[0], labels.get(name, name), entry["text"], room, complete=entry["complete"])
             for name, entry in zip(order, entries, strict=True)
         ]
         if first.get("reference"):
-            answers.append(_answer("reference", "held-out answer", first["reference"], complete=True))
-        prompt = tuple((message["role"], _cut(message["content"])[0]) for message in first["prompt"])
+            answers.append(_answer("reference", "held-out answer", first["reference"], room, complete=True))
+        prompt = tuple((message["role"], _cut(message["content"], room)[0]) for message in first["prompt"])
         result.append(Card(first["data"].removesuffix("-held-out"), prompt, tuple(answers)))
     return result
 
 
-def _answer(kind: str, name: str, text: str, *, complete: bool) -> Answer:
-    shown, cut = _cut(text)
+def _answer(kind: str, name: str, text: str, room: int, *, complete: bool) -> Answer:
+    shown, cut = _cut(text, room)
     return Answer(kind, name, shown, complete, cut)
 
 
-def _cut(text: str) -> tuple[str, bool]:
-    return (text, False) if len(text) <= LONGEST else (text[:LONGEST] + "…", True)
+def _cut(text: str, room: int) -> tuple[str, bool]:
+    return (text, False) if len(text) <= room else (text[:room] + "…", True)

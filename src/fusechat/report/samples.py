@@ -11,6 +11,7 @@ from fusechat.show.passages import Passage, Token
 EACH, TOKENS, CANDIDATES = 3, 80, 4  # conversations of a source, pivot tokens of one, tokens of a distribution
 _ALL = 720  # pivot tokens on the page: what its size allows
 _FEWEST = 12
+_ASKED = 2000  # characters of what was asked
 _SEARCHED = 500  # conversations among which the worst aligned one is looked for
 
 
@@ -69,7 +70,9 @@ def choose(branch: Branch) -> dict[str, str]:
 
 
 def _small(passage: Passage) -> Passage:
-    return replace(passage, pivot=tuple(map(_short, passage.pivot)), source=tuple(map(_short, passage.source)))
+    asked = passage.asked if len(passage.asked) <= _ASKED else passage.asked[:_ASKED] + "…"
+    pivot, source = (tuple(map(_short, tokens)) for tokens in (passage.pivot, passage.source))
+    return replace(passage, asked=asked, pivot=pivot, source=source)
 
 
 def _short(token: Token) -> Token:
