@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training clean
+.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training bench-answers clean
 
 install: .venv/.installed
 
@@ -64,6 +64,10 @@ bench-merge: install
 bench-training: install
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/fuse.py
+
+# Answers in batches by length, in the file's order, one at a time: some minutes.
+bench-answers: install
+	$(BIN)/python benchmarks/answers.py $(DATA)/oasst_threads.jsonl
 
 clean:
 	rm -rf .venv .venv-vllm build dist src/*.egg-info
