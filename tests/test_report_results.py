@@ -47,7 +47,7 @@ def test_it_is_better_only_where_the_interval_excludes_0(
 
 def test_what_is_missing_is_counted_and_never_0() -> None:
     (cell,) = only(record(), compared(None, None, value=None, why="no judgement", missing=20, n=0))
-    assert cell == Cell(MISSING, note="20 missing", why="no judgement")
+    assert cell == Cell("20 missing", why="no judgement")
     (cell,) = only(record(), compared(-0.5, 0.1, missing=2, n=18))
     assert cell.note == "n=18, 2 missing"
     assert [cell.value for cell in only(record(), record(data="b-held-out"), compared(-0.5, 0.1))] == [
@@ -116,3 +116,30 @@ def test_names_are_no_markup_of_the_terminal() -> None:
     text = drawn(100, record(model="[bold]a[/]"), compared(0.1, 0.5, why="[x]", value=None, model="b"))
     assert "[bold]a[/]" in text
     assert "[x]" in text
+
+
+def test_many_columns_are_turned_on_their_side() -> None:
+    """Eleven data sets of two models do not fit in 80 columns; two models do, one column each."""
+    names = [f"category {number}" for number in range(11)]
+    scores = [one for name in names for one in (record(data=name), compared(-0.5, 0.1, data=name))]
+    (table,) = terminal_tables(result_tables(results(*scores)), "tiny", width=80)
+    assert len(table.columns) == 3
+    assert table.row_count == 11
+    console = Console(width=80, file=StringIO(), record=True)
+    console.print(table)
+    text = console.export_text()
+    assert all(name in text for name in names)
+    assert text.count("-0.5000 ± 0.1960") == 11
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_models_by_themselves_have_no_column_of_roles() -> None:
+    (table,) = terminal_tables(result_tables(results(record(role=""), record(role="", model="b"))), "x", width=80)
+    assert table.columns[0].header == "model"
+    assert len(table.columns) == 2
+
+
+def test_a_metric_that_does_not_go_without_saying_is_named() -> None:
+    score = record(suite="harness", metric="exact_match,last", data="sums")
+    (table,) = terminal_tables(result_tables(results(score)), "x", width=80)
+    assert table.columns[-1].header == "sums\nexact match,last\nn=20"

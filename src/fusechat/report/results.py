@@ -26,11 +26,9 @@ _WHAT = {
     "alpaca-eval": "Wins against the reference answers in percent, by an automatic annotator.",
     "harness": "As the harness itself reports them.",
 }
+_USUAL = {"bits-per-byte": "bits per byte", "mt-bench": "score"}  # metrics that go without saying
 _DECIMALS = {"mt-bench": 2, "alpaca-eval": 2}  # scores and percent; shares and bits have four
-_BORDER, _LONGEST_NAME = (
-    3,
-    21,
-)  # columns of a terminal: between two columns of a table, and for a model's name before it folds
+_BORDER, _LONGEST_NAME = 3, 21  # of a terminal's columns: between two of a table, and for a name before it folds
 
 
 @dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _cell(score: Mapping[str, Any] | None, most: int) -> Cell:
     gone = score["missing"]
     value, decimals = score["value"], _DECIMALS.get(score["suite"], 4)
     if value is None:
-        return Cell(MISSING, note=f"{gone} missing" if gone else "", why=score["why"] or "")
+        return Cell(f"{gone} {MISSING}" if gone else MISSING, why=score["why"] or "")
     notes = [f"n={score['n']}"] if score["n"] != most else []
     notes += [f"{gone} missing"] if gone else []
     text = _with_interval(value, score["standard_error"], f".{decimals}f", decimals)
@@ -148,36 +146,85 @@ def _with_interval(value: float, error: float | None, form: str, decimals: int) 
 
 
 def terminal_tables(tables: Sequence[ResultTable], title: str, *, width: int | None = None) -> list[Table]:
-    """The tables for Rich to print; one with more columns than fit in `width`, by default the terminal's, is drawn in parts."""
+    """The tables for Rich to print; one with more columns than fit in `width`, by default the terminal's, is turned on its side
+    where that makes it narrower, and else drawn in parts."""
     width = width or Console().width
     drawn = []
     for table in tables:
-        fit = _columns_that_fit(table, width)
-        for first in range(0, len(table.columns), fit):
-            shown = range(first, min(first + fit, len(table.columns)))
-            drawn.append(_terminal_table(table, f"{title}: {table.title}", shown))
+        heading = f"{title}: {table.title}" if title != table.suite else table.title
+        grid = _upright(table)
+        if not _fits(grid, width) and len(table.rows) < len(table.columns):
+            grid = _on_its_side(table)
+        parts = _parts(grid, width)
+        drawn += [_draw(grid, heading, part) for part in parts]
+        drawn[-1].caption = escape(f"{table.caption} {INTERVAL}.")
     return drawn
 
 
-def _columns_that_fit(table: ResultTable, width: int) -> int:
-    names = max(len(row.role) for row in table.rows) + min(_LONGEST_NAME, max(len(row.model) for row in table.rows))
-    numbers = max(len(text) for row in table.rows for cell in row.cells for text in (cell.value, cell.difference))
-    return max(1, (width - names - 2 * _BORDER - 1) // (numbers + _BORDER))
+@dataclass(frozen=True)
+class _Grid:
+    """What is drawn: headings of columns, and rows of names and cells; `bold` rows or columns are the fused model's."""
+
+    names: tuple[str, ...]  # headings of the columns of names
+    headings: tuple[str, ...]
+    rows: tuple[tuple[tuple[str, ...], tuple[Cell, ...]], ...]
+    bold_rows: frozenset[int] = frozenset()
+    bold_columns: frozenset[int] = frozenset()
 
 
-def _terminal_table(table: ResultTable, title: str, shown: range) -> Table:
-    last = shown.stop == len(table.columns)
-    caption = f"{table.caption} {INTERVAL}." if last else None
-    drawn = Table(title=escape(title), caption=escape(caption) if caption else None, caption_justify="left")
-    drawn.add_column("role", no_wrap=True)
-    drawn.add_column("model", overflow="fold", min_width=8)
-    one_metric = len({column.metric for column in table.columns}) == 1
-    for column in (table.columns[number] for number in shown):
-        name = column.data if one_metric else f"{column.data}\n{column.metric}"
-        drawn.add_column(f"{escape(name)}\nn={column.n}", justify="right", overflow="fold")
-    for row in table.rows:
-        cells = [_terminal_cell(row.cells[number]) for number in shown]
-        drawn.add_row(row.role, escape(row.model), *cells, style="bold" if row.role == "fused" else None)
+def _upright(table: ResultTable) -> _Grid:
+    """A row for each model. Models by themselves have no role."""
+    with_role = any(row.role for row in table.rows)
+    return _Grid(
+        ("role", "model") if with_role else ("model",),
+        tuple(_heading(table, column) for column in table.columns),
+        tuple(((row.role, row.model) if with_role else (row.model,), row.cells) for row in table.rows),
+        bold_rows=frozenset(number for number, row in enumerate(table.rows) if row.role == "fused"),
+    )
+
+
+def _on_its_side(table: ResultTable) -> _Grid:
+    """A column for each model."""
+    return _Grid(
+        ("",),
+        tuple(f"{row.role}\n{row.model}" if row.role else row.model for row in table.rows),
+        tuple(
+            ((_heading(table, column).replace("\n", ", "),), tuple(row.cells[number] for row in table.rows))
+            for number, column in enumerate(table.columns)
+        ),
+        bold_columns=frozenset(number for number, row in enumerate(table.rows) if row.role == "fused"),
+    )
+
+
+def _heading(table: ResultTable, column: Column) -> str:
+    """The metric only where it does not go without saying."""
+    metric = f"\n{column.metric}" if {each.metric for each in table.columns} != {_USUAL.get(table.suite)} else ""
+    return f"{column.data}{metric}\nn={column.n}"
+
+
+def _parts(grid: _Grid, width: int) -> list[range]:
+    """Which columns are drawn together: as many as fit."""
+    names = sum(min(_LONGEST_NAME, max(len(row[0][number]) for row in grid.rows)) for number in range(len(grid.names)))
+    cells = [cell for _, cells in grid.rows for cell in cells]
+    numbers = max(len(text) for cell in cells for text in (cell.value, cell.difference))
+    fit = max(1, (width - names - len(grid.names) * _BORDER - 1) // (numbers + _BORDER))
+    return [range(first, min(first + fit, len(grid.headings))) for first in range(0, len(grid.headings), fit)]
+
+
+def _fits(grid: _Grid, width: int) -> bool:
+    return len(_parts(grid, width)) == 1
+
+
+def _draw(grid: _Grid, title: str, shown: range) -> Table:
+    drawn = Table(title=escape(title), caption_justify="left")
+    for name in grid.names:
+        drawn.add_column(name, overflow="fold", no_wrap=name == "role", min_width=8 if name == "model" else None)
+    for number in shown:
+        style = "bold" if number in grid.bold_columns else None
+        drawn.add_column(escape(grid.headings[number]), justify="right", overflow="fold", style=style)
+    for place, (names, cells) in enumerate(grid.rows):
+        texts = [_terminal_cell(cells[number]) for number in shown]
+        drawn.add_row(*map(escape, names), *texts, style="bold" if place in grid.bold_rows else None)
     return drawn
 
 
