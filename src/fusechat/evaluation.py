@@ -205,8 +205,8 @@ def bits_per_byte(
     held_out = DataSet(Path(data).name, data, on_error)
     conversations = list(islice(_usable(held_out), limit))
     found: dict[str, Responses] = {}
-    for subject in subjects:
-        chatter = subject.local("bits-per-byte")
+    chatters = [subject.local("bits-per-byte") for subject in subjects]
+    for subject, chatter in zip(subjects, chatters, strict=True):
         prepared = _prepared(conversations, chatter, max_length=max_length)
         model = chatter.model(dtype=dtype, device=choose_device(device))
         with progress(f"bits per byte of {subject.label}", len(prepared), "conversations") as advance:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fusechat.core.files import write_text
 from fusechat.core.models import choose_device, default_dtype
 from fusechat.core.progress import log
@@ -33,9 +35,23 @@ def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
             manager = TaskManager(include_path=path, include_defaults=True)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
+        if include:
+            _refuse_broken(include)
         where = f"the harness or {include}" if include else "the harness; --include DIR brings your own"
         raise RecipeError(f"--tasks {','.join(unknown)}: no such task in {where}")
     return manager
+
+
+def _refuse_broken(include: Path) -> None:
+    """The harness leaves out what is no YAML without a word."""
+    for file in sorted(include.rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_text(encoding="utf-8"))
+        except yaml.MarkedYAMLError as error:
+            line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+            raise RecipeError(f"{file}{line}: not YAML: {error.problem or error.context}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{file}: not YAML: {first_line(error)}") from None
 
 
 def run(
@@ -54,9 +70,11 @@ def run(
     """Every task on every model, one model after the other; `directory`/<model>/samples.jsonl has a line for each sample, with what
     the model answered. Raises RecipeError where a task cannot be run, with the harness's own words."""
     found = {}
-    for subject in subjects:
-        chatter = subject.local(SUITE)
-        place = choose_device(device)
+    place = choose_device(device)
+    chatters = [subject.local(SUITE) for subject in subjects]
+    for chatter in chatters:
+        chatter.template()  # one that has none, before hours go by with the others
+    for subject, chatter in zip(subjects, chatters, strict=True):
         log.info("harness: %s on %s", subject.label, ", ".join(tasks))
         with _quietly():
             results = _measure(
