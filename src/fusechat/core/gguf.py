@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import struct
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from fusechat.core.cache import cache_directory, known_digest, locked
 from fusechat.core.files import atomic_directory, write_json
@@ -18,20 +17,6 @@ from fusechat.errors import ModelError, first_line
 
 ABOUT = "gguf.json"  # what the file says of itself, beside the converted model; conversions of older versions lack it
 _FORMAT = 1  # raised when the conversion changes what it writes
-_NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}  # GGUF's types of values
-_STRING = 8
 
 
 def converted(reference: Reference) -> Path:
@@ -126,41 +111,11 @@ def convert(file: Path, directory: Path, *, name: str) -> None:
 
 
 def about(file: Path) -> dict[str, Any]:
-    """Size of a GGUF file, and what it says of the model: its entries `general.*`, without lists. They come first by the format's
-    convention; nothing is read past the first list that is not of strings, and of a damaged file what can be read."""
-    found: dict[str, Any] = {}
-    with file.open("rb") as stream:
-        _, _, _, count = struct.unpack("<4sIQQ", stream.read(24).ljust(24, b"\0"))
-        try:
-            for _ in range(min(count, 1000)):
-                name = _string(stream)
-                value = _value(stream, *struct.unpack("<I", stream.read(4)))
-                if name.startswith("general.") and not isinstance(value, list):
-                    found[name.removeprefix("general.")] = value
-                if name.startswith("tokenizer."):
-                    break
-        except (struct.error, ValueError, KeyError):
-            pass
-    return {**found, "bytes": file.stat().st_size}
+    """Size of a GGUF file, and what it says of the model: its entries `general.*`, without lists."""
+    from gguf import GGUFReader
 
-
-def _value(stream: BinaryIO, kind: int) -> Any:
-    if kind in _NUMBERS:
-        form = "<" + _NUMBERS[kind]
-        return struct.unpack(form, stream.read(struct.calcsize(form)))[0]
-    if kind == _STRING:
-        return _string(stream)
-    inner, count = struct.unpack("<IQ", stream.read(12))
-    if inner != _STRING or count > 1000:
-        raise ValueError("a long list")
-    return [_string(stream) for _ in range(count)]
-
-
-def _string(stream: BinaryIO) -> str:
-    (size,) = struct.unpack("<Q", stream.read(8))
-    if size > 1 << 20:
-        raise ValueError("a long text")
-    data = stream.read(size)
-    if len(data) < size:
-        raise ValueError("cut off")
-    return data.decode("utf-8")
+    fields = GGUFReader(file).fields
+    found = {name.removeprefix("general."): fields[name].contents() for name in fields if name.startswith("general.")}
+    return {name: value for name, value in found.items() if not isinstance(value, list)} | {
+        "bytes": file.stat().st_size
+    }

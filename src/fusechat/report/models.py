@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 
 from fusechat.core.files import read_json
-from fusechat.core.gguf import ABOUT, about
-from fusechat.core.references import Reference
+from fusechat.core.gguf import ABOUT
 
 _HEADER_LIMIT = 1 << 30  # no header of a safetensors file is longer
 
@@ -59,14 +58,14 @@ class DataFile:
     counts: Mapping[str, Any]
 
 
-def facts(directory: Path | None, reference: Reference | None = None) -> Facts:
-    """Of a model directory; `reference` is what it was converted from or fetched by. What cannot be read is left out."""
+def facts(directory: Path | None) -> Facts:
+    """Of a model directory. What cannot be read is left out."""
     if directory is None:
         return Facts()
     config = _json(directory / "config.json")
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     parameters, dtypes = count_parameters(directory, tied=bool(config.get("tie_word_embeddings", False)))
-    original = _original(directory, reference)
+    original = _json(directory / ABOUT)
     licence, where = _licence(directory, original)
     architectures = config.get("architectures") or [None]
     return Facts(
@@ -105,14 +104,6 @@ def _header(file: Path) -> dict[str, Any]:
     except (OSError, struct.error, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _original(directory: Path, reference: Reference | None) -> dict[str, Any]:
-    """What the GGUF file says of itself that was converted to the directory; empty where it was none, or kept nothing of it."""
-    said = _json(directory / ABOUT)
-    if not said and reference is not None and reference.is_file and not reference.is_wheel:
-        said = about(Path(reference.parts[0]))
-    return said
 
 
 def _licence(directory: Path, original: Mapping[str, Any]) -> tuple[str | None, str]:

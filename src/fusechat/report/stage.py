@@ -79,7 +79,7 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
         role = PIVOT if name == PIVOT else "source"
         data = "" if name == PIVOT else Path(recipe.training_set(name).path).name
         directory = at_hand(reference)
-        found = facts(directory, reference)
+        found = facts(directory)
         identity = _identity(reference, directory)
         models.append(
             Model(role, "" if name == PIVOT else name, reference.label, reference.parts, identity, data, found)
