@@ -1,5 +1,6 @@
 """Suites on the models of a run and by themselves: where results go, what stays, what is refused."""
 
+import errno
 import json
 import os
 import shutil
@@ -147,6 +148,8 @@ def test_what_is_refused(models: dict[str, Path], finished: Path, copied: Path, 
     assert "needs the model itself, not a server" in refused(*score, "http://127.0.0.1:9/v1#it", "--data", data)
     assert "add its name" in refused(*score, "http://127.0.0.1:9/v1", "--data", data)
     assert "is a directory; name a file in it" in refused(*score, llama, "--data", data, "--out", tmp_path)
+    bad_place = refused(*score, llama, "--data", data, "--out", data / "x.json")
+    assert bad_place == f"--out {data / 'x.json'}: its directory cannot be made (File exists)"
     both = refused(*score, "pivot", "--workdir", copied, "--data", data, "--out", "x.json")
     assert both.startswith("--out: the results of a run are kept in its --workdir")
     assert "no work directory of FuseChat" in refused(*score, "--workdir", tmp_path / "none", "--data", data)
@@ -197,6 +200,18 @@ def test_one_at_a_time(models: dict[str, Path], finished: Path, copied: Path, tm
     with only_one(copied / ".lock", copied):
         said = refused("eval", "bits-per-byte", "pivot", "--workdir", copied, "--data", data)
     assert f"process {os.getpid()} is using it" in said
+
+
+def test_a_full_disk_is_told_with_the_option(
+    models: dict[str, Path], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: Path, value: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    monkeypatch.setattr("fusechat.evaluate.records.write_json", full)
+    said = runs.here("eval", "bits-per-byte", models["llama"], "--data", finished / "held-out.jsonl", *LENGTH)
+    assert said.returncode == 2
+    assert "free some room or choose another --out, then run again to resume" in said.stderr
 
 
 def test_records_by_hand(tmp_path: Path) -> None:

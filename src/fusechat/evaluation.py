@@ -22,7 +22,7 @@ from fusechat.core.lock import only_one
 from fusechat.core.prepared import Prepared
 from fusechat.core.progress import log
 from fusechat.core.steps import MANIFEST, STARTED, Step, versions
-from fusechat.errors import DataError, RecipeError, WorkdirError
+from fusechat.errors import DataError, RecipeError, StorageError, WorkdirError, storage_error
 from fusechat.evaluate.answers import Answering
 from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep, records, write_results
 from fusechat.evaluate.subjects import Subject, check_labels, parse_model
@@ -70,7 +70,7 @@ def evaluation(
     """
     if workdir is not None and out is not None:
         raise RecipeError("--out: the results of a run are kept in its --workdir; give one of the two")
-    with ExitStack() as held:
+    with _told("--out" if workdir is None else "--workdir"), ExitStack() as held:
         if workdir is None:
             if not models and needs_models:
                 raise RecipeError("names no MODEL: give some, or the --workdir of a run")
@@ -79,6 +79,7 @@ def evaluation(
             file = out or Path("evaluate") / RESULTS
             if file.is_dir():
                 raise RecipeError(f"--out {file}: is a directory; name a file in it, such as {file / RESULTS}")
+            _make(file)
             held.enter_context(only_one(file.parent / ".lock", file.parent, remove=True))
             pivot = subjects[0].label if subjects else None
             found = Evaluation(suite, tuple(subjects), file.parent, file, pivot)
@@ -92,6 +93,18 @@ def evaluation(
         found.directory.mkdir(parents=True, exist_ok=True)
         write_json(found.directory / STARTED, {"suite": suite})  # so that a run leaves the directory alone
         yield found
+
+
+@contextmanager
+def _told(place: str) -> Iterator[None]:
+    """A disk that cannot be written is told with the option that says where to write."""
+    try:
+        yield
+    except Exception as error:
+        line = storage_error(error, place=place)
+        if line is None:
+            raise
+        raise StorageError(line) from error
 
 
 def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any]) -> list[Record]:
@@ -122,6 +135,13 @@ def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any
     else:
         _write_again(evaluated.recipe, evaluated.workdir)
     return new
+
+
+def _make(file: Path) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"--out {file}: its directory cannot be made ({error.strerror})") from error
 
 
 def _recipe(workdir: Path) -> Recipe:

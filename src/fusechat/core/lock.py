@@ -20,10 +20,10 @@ def only_one(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
         handle.close()
         handle = _locked(file, what)
     with handle:
-        handle.truncate(0)
-        handle.write(str(os.getpid()))
-        handle.flush()
         try:
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
             yield
         finally:
             if remove:
