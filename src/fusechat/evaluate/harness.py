@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
         counted = results.get("n-samples", {}).get(task, {}).get("effective")
         for name, value in values.items():
             metric, comma, kind = name.partition(",")
-            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+            if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
             found.append(
@@ -169,7 +170,7 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
                     0,
                     value=float(value),
                     why=None if math.isfinite(value) else "the harness found no finite value",
-                    standard_error=float(error) if isinstance(error, int | float) else None,
+                    standard_error=float(error) if _is_number(error) else None,
                     higher_is_better=better.get(metric),
                     n=int(counted) if counted is not None else 0,
                 )
@@ -180,9 +181,14 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
 def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> dict[str, tuple[float, float]]:
     """Document → its value; none where the metric is not a mean over documents."""
     values = {str(one["doc_id"]): one.get(metric) for one in samples if one.get("filter", kind) == kind}
-    if any(not isinstance(value, int | float) for value in values.values()):
+    if not all(_is_number(value) for value in values.values()):
         return {}
     return {key: (float(value), 1.0) for key, value in values.items()}  # type: ignore[arg-type]
+
+
+def _is_number(value: Any) -> bool:
+    """Python's or NumPy's, and finite; the harness writes "N/A" for what it does not know, and NaN for what cannot be."""
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from fusechat.core.references import Reference
 from fusechat.errors import ModelError, RecipeError
 
 _LABELLED = re.compile(r"(?P<label>[\w][\w.-]*)=(?P<model>.+)", re.DOTALL)
-_URL = re.compile(r"(?P<url>https?://[^#]+)(#(?P<name>.+))?")
+_URL = re.compile(r"(?P<url>https?://[^#]+)(#(?P<name>.*))?", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,19 @@ class Subject:
 
 
 def parse_model(text: str) -> Subject:
-    """A subject without a role. Raises ModelError where nothing is of that name."""
+    """A subject without a role. Raises ModelError where nothing is of that name, RecipeError for half of one."""
     labelled = None if Path(text).exists() else _LABELLED.fullmatch(text)
     label, model = (labelled["label"], labelled["model"]) if labelled else (None, text)
     url = _URL.fullmatch(model)
     if url:
         if not url["name"]:
-            raise RecipeError(f"{model}: does not say which model; add its name, as in {model}#NAME")
+            shown = "a server's URL" if "@" in model else url["url"]  # it may hold a key
+            raise RecipeError(f"{shown}: does not say which model; add its name, as in {shown}#NAME")
         return Subject("", label or url["name"], server=Server(url["url"], url["name"]))
+    if not model:
+        raise RecipeError(
+            "MODEL is empty: give a directory or another reference"
+        )  # a path that is empty is where we are
     path = Path(model).expanduser()
     reference = Reference((str(path.resolve()) if path.exists() else model,))
     problem = reference.check()
@@ -80,7 +85,5 @@ def check_labels(subjects: Sequence[Subject]) -> None:
     seen: dict[str, str] = {}
     for subject in subjects:
         if subject.folder in seen:
-            raise RecipeError(
-                f"{subject.label}: two models of this name; give one another name, as in other={subject.label}"
-            )
+            raise RecipeError(f"{subject.label}: two models of this name; give one another name, as in LABEL=MODEL")
         seen[subject.folder] = subject.label
