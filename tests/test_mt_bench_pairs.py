@@ -110,5 +110,6 @@ def test_win_rates_as_a_loop_over_the_lines_finds_them(tmp_path: Path, seed: int
         kept = [points.get((pair["A"], pair["B"]), 50) for pair in inside if "?" not in pair.values()]
         assert one.estimate.value == pytest.approx(sum(kept) / len(kept)) if kept else one.estimate.value is None
         assert one.missing == len(inside) - len(kept)
-        shares = [found["ours"][name, share].estimate.value for share in ("wins", "ties", "losses")]
-        assert not kept or sum(share or 0 for share in shares) == pytest.approx(100)
+    wins, ties, losses = (found["ours"]["all", share].estimate.value or 0 for share in ("wins", "ties", "losses"))
+    assert wins + ties + losses == pytest.approx(100)
+    assert wins + ties / 2 == pytest.approx(found["ours"]["all", "win_rate"].estimate.value)

@@ -7,6 +7,7 @@ from fusechat.evaluate.mt_bench.judge import Outcome
 from fusechat.evaluate.records import Measurement
 
 Case = tuple[int, int]  # question id, turn
+ALL = "all"
 # Metric → what an outcome counts, in percent, and whether more of it is better.
 _SHARES: dict[str, tuple[dict[Outcome, float], bool | None]] = {
     "win_rate": ({"win": 100.0, "tie": 50.0, "loss": 0.0}, True),
@@ -22,11 +23,13 @@ def of_scores(questions: Sequence[Question], scores: Mapping[Case, float | None]
 
 
 def of_outcomes(questions: Sequence[Question], outcomes: Mapping[Case, Outcome | None]) -> list[Measurement]:
-    """In percent of the turns that both orders have a verdict for: `win_rate` (a tie is half a win), `wins`, `ties`, `losses`."""
+    """In percent of the turns that both orders have a verdict for: `win_rate` (a tie is half a win); over all also `wins`, `ties`
+    and `losses`."""
     found = []
     for metric, (worth, better) in _SHARES.items():
         shares = {case: None if outcome is None else worth[outcome] for case, outcome in outcomes.items()}
-        found += _measured(questions, shares, metric=metric, higher_is_better=better)
+        measured = _measured(questions, shares, metric=metric, higher_is_better=better)
+        found += measured if metric == "win_rate" else [one for one in measured if one.data == ALL]
     return found
 
 
@@ -53,7 +56,7 @@ def _measured(
 def _slices(questions: Sequence[Question]) -> dict[str, list[Case]]:
     """Name → its cases: all, each turn, each category that there is, in the order of the questions."""
     turns = range(1, TURNS + 1)
-    slices = {"all": _cases(questions, turns)} | {f"turn {turn}": _cases(questions, [turn]) for turn in turns}
+    slices = {ALL: _cases(questions, turns)} | {f"turn {turn}": _cases(questions, [turn]) for turn in turns}
     for category in dict.fromkeys(question.category for question in questions):
         slices[category] = _cases([one for one in questions if one.category == category], turns)
     return slices
