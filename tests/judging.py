@@ -31,25 +31,34 @@ _RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 _SERVE = """
 import sys
 from xllamacpp import CommonParams, Server
+from xllamacpp.xllamacpp import CommonGrammar
 p = CommonParams()
 p.model.path, p.hostnames, p.port = sys.argv[1], ["127.0.0.1"], 0
 p.n_ctx, p.n_parallel, p.n_gpu_layers = 8192, 4, 0
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1  # more wait for each other where others compute as well
 p.warmup = False
+if sys.argv[2]:
+    p.sampling.grammar = CommonGrammar(1, sys.argv[2])  # 1: as the user wrote it
 server = Server(p)
 print(server.listening_address, flush=True)
 sys.stdin.read()  # until the test that started it ends, however it does
 """
 PASSING = ("cut", "half", "429", "500", "503", "nonsense", "shape", "drip")  # faults after which asking again helps
 _DRIP = 0.2  # seconds a byte
+# The model is too small to be a judge; but its first letter depends on what it read, and here all else goes by that letter.
+GRADES = """\
+root ::= [b-k] " [[3]] [[A]]" | [lm] " [[10]] [[B]]" | [no] " [[4.5]] [[C]]" | others
+others ::= [pqr] " [6] [[A]]" | [st] " will not say" | [u-z] " [[2]] [[A]]"
+"""
 
 
 @contextmanager
-def real_server() -> Iterator[str]:
-    """The quickstart's pivot behind llama.cpp's own server, in a process of its own; gives the URL that ends in /v1."""
+def real_server(grammar: str | None = None) -> Iterator[str]:
+    """The quickstart's pivot behind llama.cpp's own server, in a process of its own; gives the URL that ends in /v1. `grammar`:
+    what all its answers keep to; log-probabilities are the model's all the same."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("xllamacpp is not installed")
-    command = [sys.executable, "-c", _SERVE, str(_model())]
+    command = [sys.executable, "-c", _SERVE, str(_model()), grammar or ""]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -99,6 +108,25 @@ class Canned:
 
     def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
         return 200, completion(f"Answer to {body['messages'][-1]['content']}: [[7]]")
+
+
+@dataclass
+class Remembered(Canned):
+    """Passes on to `upstream` (a URL that ends in /v1) what it was not asked before; so that the same question gets the same
+    answer, which a real model's may not be to the last bit: it depends on what else it reads meanwhile."""
+
+    upstream: str = ""
+    _known: dict[str, tuple[int, bytes]] = field(default_factory=dict)
+
+    def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
+        asked = json.dumps(body, sort_keys=True)
+        if asked not in self._known:
+            url, headers = (
+                f"{self.upstream}/chat/completions",
+                {"Content-Type": "application/json", "Authorization": None},
+            )
+            self._known[asked] = _forward(url, asked.encode(), headers)
+        return self._known[asked]
 
 
 @contextmanager
