@@ -18,8 +18,9 @@ from judging import GRADES, Misbehaving, Remembered, canned, journal_keys, misbe
 from runs import fusechat
 
 KEY = "sk-open-sesame-0123456789"
-LIMIT, JUDGEMENTS = 8, 16
-RUNS = {"FUSECHAT_JUDGE_KEY": KEY, "COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
+LIMITS = {"mt-bench": 8, "alpaca-eval": 6}
+JUDGEMENTS = 2 * LIMITS["mt-bench"]  # of one model
+RUNS = {"FUSECHAT_JUDGE_KEY": KEY, "FUSECHAT_MODEL_KEY": "", "COLUMNS": "400", "HF_HUB_OFFLINE": "1"}
 Ended = subprocess.CompletedProcess[str]
 
 
@@ -36,8 +37,9 @@ class Place:
     subjects: dict[str, str]
 
     def command(self, suite: str, out: Path, *more: str, models: str = "one two") -> list[str]:
-        options = ["--judge-url", self.url, "--judge-model", "judge", "--limit", str(LIMIT), "--max-new-tokens", "8"]
-        options += ["--data", str(self.root / suite), "--dtype", "float32", "--device", "cpu", "--timeout", "3"]
+        options = ["--judge-url", self.url, "--judge-model", "judge", "--limit", str(LIMITS[suite])]
+        options += ["--data", str(self.root / suite), "--dtype", "float32", "--device", "cpu"]
+        options += ["--max-new-tokens", "4"]  # a judgement takes as long as what the judge has to read
         subjects = [f"{name}={self.subjects[name]}" for name in models.split()]
         return ["eval", suite, *subjects, *options, "--out", str(out / "results.json"), *more]
 

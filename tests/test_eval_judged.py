@@ -13,13 +13,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import alpaca_evaluating
 import judged
 import mt_benching
-from judged import JUDGEMENTS, KEY, LIMIT, RUNS, Place, Scored, lines, mean, records, refused, shows, tells_no_key
+from fusechat.cli import app
+from fusechat.errors import ModelError, RecipeError
+from judged import JUDGEMENTS, KEY, LIMITS, RUNS, Place, Scored, lines, mean, records, refused, shows, tells_no_key
 from judging import journal_keys
 from runs import fusechat
 
@@ -136,12 +139,12 @@ def test_win_rates_are_means_of_the_written_preferences(compared: Scored) -> Non
         told = json.loads((compared.out / "alpaca-eval" / f"{model}.annotations.json").read_text(encoding="utf-8"))
         rates[model] = [None if one["preference"] is None else 100 * (one["preference"] - 1) for one in told]
         had = [value for value in rates[model] if value is not None]
-        assert len(told) == LIMIT
+        assert len(told) == LIMITS["alpaca-eval"]
         assert len(set(had)) > 2
         value, error = statistics.fmean(had), statistics.stdev(had) / math.sqrt(len(had))
         record = found[model, "all", "win_rate"]
         assert (record["value"], record["standard_error"]) == (pytest.approx(value), pytest.approx(error))
-        assert (record["n"], record["missing"]) == (len(had), LIMIT - len(had))
+        assert (record["n"], record["missing"]) == (len(had), len(told) - len(had))
         assert shows(compared.ended, model, value, error)
         controlled = found[model, "all", "length_controlled_win_rate"]
         assert controlled["value"] is None
@@ -164,7 +167,7 @@ def test_the_published_annotations(tmp_path: Path) -> None:
 
 def test_the_published_instructions(place: Place) -> None:
     alpaca_evaluating.published()
-    more = ("--data", str(alpaca_evaluating.SHARED), "--limit", "1", "--timeout", "120")
+    more = ("--data", str(alpaca_evaluating.SHARED), "--limit", "1")
     asked = place.judge.got
     ended = place.run("alpaca-eval", place.root / "published", *more, models="served")
     assert ended.returncode == 0, ended.stderr
@@ -177,7 +180,7 @@ def test_the_published_instructions(place: Place) -> None:
 def test_faults_cost_what_cannot_be_had_and_nothing_else(place: Place, scored: Scored) -> None:
     out = judged.answered(scored, "faults")
     place.judge.script(FAULTS)
-    ended = place.run("mt-bench", out)
+    ended = place.run("mt-bench", out, "--timeout", "2")
     assert ended.returncode == 0, ended.stderr
     expected, found = (lines(where / "mt-bench" / "scores.jsonl") for where in (scored.out, out))
     lost = [now for before, now in zip(expected, found, strict=True) if before != now]
@@ -236,4 +239,23 @@ def test_a_judge_that_cannot_be_asked(place: Place, scored: Scored) -> None:
         nobody = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
         ended = place.run("mt-bench", out, "--judge-url", nobody)
     refused(ended, f"--judge-url: the server at {nobody}: no connection (Connection refused); is it running?")
+    place.judge.script([])
     assert not (out / "results.json").exists()
+
+
+def test_how_requests_are_sent_is_the_same_for_models(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def client(**options: Any) -> None:
+        seen.update(options)
+        raise ModelError("enough")
+
+    monkeypatch.setattr("fusechat.evaluate.answers.Client", client)
+    more = ("--concurrency", "3", "--timeout", "7")
+    with pytest.raises(ModelError, match="enough"):
+        app(place.command("mt-bench", tmp_path, *more, models="served"), standalone_mode=False)
+    assert (seen["concurrency"], seen["timeout"]) == (3, 7.0)
+    with pytest.raises(RecipeError, match="--baseline: nothing is compared with it"):
+        app(place.command("mt-bench", tmp_path, "--baseline", "two"), standalone_mode=False)

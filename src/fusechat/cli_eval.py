@@ -71,6 +71,8 @@ def mt_bench(
     from fusechat.evaluate.mt_bench import suite
     from fusechat.evaluation import evaluation, finish
 
+    if baseline is not None and mode == "single":
+        raise RecipeError("--baseline: nothing is compared with it; --mode pairwise does")
     loaded = questions.load(data, reference=reference)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
     with evaluation("mt-bench", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
@@ -78,7 +80,7 @@ def mt_bench(
         measured, settings = suite.run(
             found.subjects,
             data=loaded,
-            answering=found.answering(**how),
+            answering=found.answering(**how, concurrency=concurrency, timeout=timeout),
             judge=judge,
             directory=found.directory,
             mode=mode,
@@ -139,7 +141,7 @@ def alpaca_eval(
         measured, settings = suite.run(
             found.subjects,
             data=loaded,
-            answering=found.answering(**how),
+            answering=found.answering(**how, concurrency=concurrency, timeout=timeout),
             judge=judge,
             directory=found.directory,
             limit=limit,

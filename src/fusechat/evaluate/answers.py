@@ -48,7 +48,7 @@ class Answering:
     batch_tokens: int = 16384
     seed: int = 0
     concurrency: int = 8
-    timeout: float = 600.0
+    timeout: float = 300.0
 
     @contextmanager
     def __call__(self, subject: Subject) -> Iterator[Ask]:
