@@ -254,7 +254,9 @@ def test_samples_that_are_truth_values_and_of_one_filter() -> None:
 
 def test_groups_have_no_samples_of_their_own() -> None:
     group = {"all": {"acc,none": 0.5, "acc_stderr,none": 0.1}, "part": {"acc,none": 0.5, "acc_stderr,none": 0.1}}
-    counted = {"part": {"original": 2, "effective": 2}}
-    whole, part = measurements({"results": group, "samples": {"part": samples("acc", 1.0, 0.0)}, "n-samples": counted})
-    assert (whole.data, whole.items, whole.value, whole.n) == ("all", {}, 0.5, 0)
+    counted = {"part": {"original": 9, "effective": 2}, "other": {"original": 9, "effective": 3}}
+    parts = {"all": ["part", "more"], "more": ["other"], "part": []}
+    results = {"results": group, "samples": {"part": samples("acc", 1.0, 0.0)}, "n-samples": counted}
+    whole, part = measurements(results | {"group_subtasks": parts})
+    assert (whole.data, whole.items, whole.value, whole.n) == ("all", {}, 0.5, 5)
     assert (part.data, len(part.items), part.n) == ("part", 2, 2)

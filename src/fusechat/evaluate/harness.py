@@ -156,7 +156,7 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
     samples = results.get("samples", {})
     for task, values in results["results"].items():
         better = results.get("higher_is_better", {}).get(task, {})
-        counted = results.get("n-samples", {}).get(task, {}).get("effective")
+        counted = _counted(results, task)
         for name, value in values.items():
             metric, comma, kind = name.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
@@ -172,10 +172,18 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
                     why=None if math.isfinite(value) else "the harness found no finite value",
                     standard_error=float(error) if _is_number(error) else None,
                     higher_is_better=better.get(metric),
-                    n=int(counted) if counted is not None else 0,
+                    n=counted,
                 )
             )
     return found
+
+
+def _counted(results: Mapping[str, Any], task: str) -> int:
+    """Documents of a task, or of all tasks of a group."""
+    own = results.get("n-samples", {}).get(task)
+    if own:
+        return int(own["effective"])
+    return sum(_counted(results, part) for part in results.get("group_subtasks", {}).get(task, ()))
 
 
 def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> dict[str, tuple[float, float]]:
