@@ -144,7 +144,9 @@ def test_every_judgement_can_be_looked_up(tmp_path: Path, data: MtBench) -> None
 
 def test_a_judge_that_is_cut_off(tmp_path: Path, data: MtBench) -> None:
     measured(tmp_path, data, Judge(lambda text: "The answer", finish="length"), Models(), [OURS])
-    assert lines(tmp_path)[0]["why"] == "the judge's text has no score from 1 to 10; it was cut off (--judge-max-tokens)"
+    assert (
+        lines(tmp_path)[0]["why"] == "the judge's text has no score from 1 to 10; it was cut off (--judge-max-tokens)"
+    )
 
 
 def test_what_is_announced_comes_first(tmp_path: Path, data: MtBench) -> None:
