@@ -200,7 +200,7 @@ def test_code_of_a_model_does_not_run_without_trust(tmp_path: Path, models: dict
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
-        (None, "has no chat template, and the recipe gives none; set chat_template for it"),
+        (None, "has no chat template; a recipe can give it one: set chat_template for it"),
         ("{% for message in messages %}{{ message.content }}", FAILS + "the template refuses it: Unexpected end"),
         ("{{ messages[0", FAILS + "the template refuses it: unexpected end of template"),
         ("{{ messages | nothing }}", FAILS + "the template refuses it: No filter named 'nothing'"),

@@ -22,7 +22,7 @@ from fusechat.core.lock import only_one
 from fusechat.core.prepared import Prepared
 from fusechat.core.progress import log
 from fusechat.core.steps import MANIFEST, STARTED, Step, versions
-from fusechat.errors import DataError, RecipeError, StorageError, WorkdirError, storage_error
+from fusechat.errors import DataError, FuseChatError, RecipeError, StorageError, WorkdirError, storage_error
 from fusechat.evaluate.answers import Answering
 from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep, records, write_results
 from fusechat.evaluate.subjects import Subject, check_labels, parse_model
@@ -100,6 +100,8 @@ def _told(place: str) -> Iterator[None]:
     """A disk that cannot be written is told with the option that says where to write."""
     try:
         yield
+    except FuseChatError:
+        raise
     except Exception as error:
         line = storage_error(error, place=place)
         if line is None:

@@ -49,7 +49,7 @@ class ChatTemplate:
         self.tokenizer = tokenizer
         self.template = template or tokenizer.chat_template
         if not self.template:
-            raise ModelError(f"{model}: has no chat template, and the recipe gives none; set chat_template for it")
+            raise ModelError(f"{model}: has no chat template; a recipe can give it one: set chat_template for it")
         if not isinstance(self.template, str):
             raise ModelError(f"{model}: has several chat templates; choose one by chat_template in the recipe")
         try:
