@@ -17,7 +17,7 @@ from alpaca_evaluating import GAMED, PUBLISHED, annotation_records, needs_the_li
 from fusechat.errors import RecipeError
 from fusechat.evaluate.alpaca.data import Annotation, read_annotations
 from fusechat.evaluate.alpaca.library import library
-from fusechat.evaluate.alpaca.rates import length_controlled, win_rate
+from fusechat.evaluate.alpaca.rates import fit, length_controlled, win_rate
 from fusechat.evaluate.alpaca.suite import score_annotations
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.statistics import ratio
@@ -44,11 +44,13 @@ def test_published_rates(annotations: list[Annotation]) -> None:
     assert (controlled.data, controlled.metric, controlled.missing) == ("all", "length_controlled_win_rate", 0)
     assert plain.value == pytest.approx(29.9219, abs=5e-5)
     assert controlled.value == pytest.approx(25.27098, abs=5e-6)
-    for one in (plain, controlled):
-        assert len(one.items) == 805
-        found = ratio(one.items)
-        assert found.value == pytest.approx(one.value, abs=1e-9)
-        assert found.standard_error == pytest.approx(one.standard_error, abs=1e-9)
+    assert len(plain.items) == 805
+    found = ratio(plain.items)
+    assert found.value == pytest.approx(plain.value, abs=1e-9)
+    assert found.standard_error == pytest.approx(plain.standard_error, abs=1e-9)
+    assert plain.standard_error == pytest.approx(1.39346, abs=5e-6)
+    assert controlled.standard_error == pytest.approx(0.64066, abs=5e-6)
+    assert (controlled.n, controlled.items) == (805, {}), "what a fit predicts is not measured"
     assert settings["annotator"] == "weighted_alpaca_eval_gpt4_turbo"
     assert settings["baseline"] == "gpt4_1106_preview"
     assert not any("/" in str(value) for value in settings.values())
@@ -110,36 +112,36 @@ def difficulty() -> np.ndarray:
     return np.array([by_index[index] for index in range(805)])
 
 
-def line(found: Measurement) -> tuple[float, float]:
+def line(annotations: list[Annotation], found: Measurement) -> list[int]:
     """At equal length the predicted log-odds are a line in the difficulty; that they are shows that each instruction was given
-    its own. Slope and intercept."""
-    rows = [int(name) for name in found.items]
-    share = np.array([part / 100 for part, _ in found.items.values()])
+    its own. The places that have one."""
+    predicted, _ = fit(annotations, GAMED)
+    rows, share = list(predicted), np.array(list(predicted.values()))
+    assert found.value == pytest.approx(100 * share.mean())
     odds = np.log(share / (1 - share))
     slope, intercept = np.polyfit(difficulty()[rows], odds, 1)
     np.testing.assert_allclose(odds, slope * difficulty()[rows] + intercept, atol=1e-9)
-    return float(slope), float(intercept)
+    assert slope != 0
+    return rows
 
 
 def test_missing_judgements_are_left_out_of_the_fit_and_predicted(annotations: list[Annotation]) -> None:
     lost = set(range(0, 805, 40))
-    found = length_controlled(without(annotations, lost, preference=None), GAMED)
-    assert len(found.items) == 805
-    assert found.missing == len(lost)
+    left = without(annotations, lost, preference=None)
+    found = length_controlled(left, GAMED)
+    assert (found.n, found.missing) == (805 - len(lost), len(lost))
     assert found.value == pytest.approx(25.27, abs=1.0)
-    assert ratio(found.items).value == pytest.approx(found.value)
-    line(found)
+    assert line(left, found) == list(range(805))
 
 
 def test_missing_answers_leave_the_others_at_their_places(annotations: list[Annotation]) -> None:
     """The first answers are missing, so that all others would slip to other instructions' difficulties."""
     lost = set(range(30))
-    found = length_controlled(without(annotations, lost, preference=None, output_2=None), GAMED)
-    assert list(found.items) == [str(number) for number in range(30, 805)]
+    left = without(annotations, lost, preference=None, output_2=None)
+    found = length_controlled(left, GAMED)
+    assert line(left, found) == list(range(30, 805))
     assert found.missing == 30
     assert found.value == pytest.approx(25.27, abs=2.0)
-    slope, _ = line(found)
-    assert slope != 0
 
 
 def test_a_model_that_always_loses_has_a_rate(annotations: list[Annotation]) -> None:

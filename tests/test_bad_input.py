@@ -15,7 +15,9 @@ import runs
 from fusechat.cli import main
 
 PREFIX = "fusechat: error: "
-_PROGRESS = re.compile(r"(prepare|capture|align|count|transfer|fuse|merge|evaluate|report|fetch|convert)(ing)?\b.*")
+_PROGRESS = re.compile(
+    r"(answers|prepare|capture|align|count|transfer|fuse|merge|evaluate|report|fetch|convert)(ing)?\b.*"
+)
 RECIPE = """\
 name: tiny
 pivot: org/pivot

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 import runs
+import tiny
 from fusechat.core.lock import only_one
+from fusechat.core.steps import Step
 from fusechat.evaluate.records import Measurement, gather, keep, records, write_results
-from fusechat.pipeline import run
+from fusechat.pipeline import run, run_models
 from fusechat.recipe_file import load_recipe
 
 LENGTH = ("--max-length", "256", "--dtype", "float32", "--device", "cpu")
@@ -91,8 +93,10 @@ def test_results_of_a_model_that_is_another_now_are_left_out(finished: Path, cop
     assert again.returncode == 0, again.stderr
     assert "bits-per-byte measured a fused model that is another now; measure it again" in again.stderr
     assert [one["role"] for one in of_suite(copied)] == ["pivot"]
-    runs.here("eval", "bits-per-byte", "pivot", "fused", "--workdir", copied, "--data", data, *LENGTH)
-    assert [one["role"] for one in of_suite(copied)] == ["pivot", "fused"]
+    runs.here("eval", "bits-per-byte", "fused", "--workdir", copied, "--data", data, *LENGTH)
+    pivot, fused = of_suite(copied)
+    assert [pivot["role"], fused["role"]] == ["pivot", "fused"], "it is compared with the pivot without a word"
+    assert fused["difference_to_pivot"] == pytest.approx(fused["value"] - pivot["value"])
 
 
 def test_models_by_themselves_are_compared_with_the_first(
@@ -109,12 +113,18 @@ def test_models_by_themselves_are_compared_with_the_first(
     assert f"{second['value']:.4f} ± {1.959964 * second['standard_error']:.4f}" in ended.stdout
     assert first["settings"]["dtype"] == "float32"
     assert {"fusechat", "torch", "transformers"} <= first["versions"].keys()
-    more = runs.here("eval", "bits-per-byte", two[1], "--data", data, "--limit", "2", *LENGTH, "--out", out)
+    three = f"three={models['llama']}"
+    more = runs.here("eval", "bits-per-byte", two[0], three, "--data", data, *LENGTH, "--out", out)
     assert more.returncode == 0, more.stderr
     kept = {one["model"]: one for one in scores(out)}
-    assert kept["one"] == first, "what is not measured again stays"
-    assert kept["two"]["settings"]["limit"] == 2
-    assert kept["two"]["compared_with"] is None
+    assert list(kept) == ["one", "two", "three"]
+    assert kept["two"] == second, "what is not measured again stays"
+    assert kept["three"]["difference_to_pivot"] == 0
+    other = runs.here("eval", "bits-per-byte", two[0], "--data", data, "--limit", "2", *LENGTH, "--out", out)
+    assert "results of two with other settings or another pivot are left out" in other.stderr
+    assert [(one["model"], one["settings"]["limit"]) for one in scores(out)] == [("one", 2)]
+    alone = runs.here("eval", "bits-per-byte", two[1], "--data", data, "--limit", "2", *LENGTH, "--out", out)
+    assert "results of one with other settings or another pivot are left out" in alone.stderr
     assert not list(out.parent.glob("**/.lock"))
 
 
@@ -154,7 +164,10 @@ def test_what_is_refused(models: dict[str, Path], finished: Path, copied: Path, 
     assert both.startswith("--out: the results of a run are kept in its --workdir")
     assert "no work directory of FuseChat" in refused(*score, "--workdir", tmp_path / "none", "--data", data)
     unknown = refused(*score, "fuse", "--workdir", copied, "--data", data)
-    assert "no model of the run, which has pivot, source-mistral, source-gemma, target-mistral" in unknown
+    assert unknown.startswith("'fuse' is neither a directory")
+    assert unknown.endswith("; the run has pivot, source-mistral, source-gemma, target-mistral, target-gemma, fused")
+    for secret in ("https://user:sesame@host/v1", "https://host/v1?api_key=sesame"):
+        assert "sesame" not in refused(*score, secret, "--workdir", copied, "--data", data)
     assert (
         refused("eval", "mt-bench", llama)
         == "--judge-url and --judge-model: tell which server and which of its models is the judge"
@@ -190,6 +203,17 @@ def test_a_run_without_held_out_data_has_the_suites(models: dict[str, Path], tmp
     assert ended.returncode == 0, ended.stderr
     assert [one["role"] for one in of_suite(work)] == ["pivot", "fused"]
     assert "held-out.jsonl" in (work / "report" / "index.html").read_text()
+
+
+def test_models_of_one_name_are_told_apart(models: dict[str, Path], tmp_path: Path) -> None:
+    """Two sources in directories that end alike."""
+    for name, kind in (("a", "mistral"), ("b", "gemma")):
+        shutil.copytree(models[kind], tmp_path / name / "model")
+    sources = {"one": "a/model", "two": {"model": "b/model", "chat_template": tiny.TEMPLATE}}
+    recipe = load_recipe(runs.write_recipe(tmp_path, models, sources=sources))
+    pivot, first, second, *targets = run_models(recipe, {}, Step("merge", "", tmp_path, {}, lambda directory: {}))
+    assert (pivot.label, first.label, second.label) == ("llama", "source-one", "source-two")
+    assert [model.label for model in targets] == ["tiny"]
 
 
 def test_one_at_a_time(models: dict[str, Path], finished: Path, copied: Path, tmp_path: Path) -> None:

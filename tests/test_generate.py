@@ -102,6 +102,19 @@ def test_a_prompt_without_room_is_missing_and_the_others_are_not(models: dict[st
     assert "Only user and assistant roles" in found[4].reason
 
 
+def test_a_long_prompt_takes_no_room_from_those_beside_it(models: dict[str, Path]) -> None:
+    generator = Generator(chatter(models, "llama"), dtype="float32", device="cpu", batch_tokens=10**6, seed=0)
+    alone = answers(generator, prompts(longest=40))
+    written = (Prompt("long", (("user", "word " * count),), 0.0, 40) for count in range(100, 2000, 3))
+    lengths = ((prompt, generator._encode(prompt)) for prompt in written)
+    long = next(prompt for prompt, ids in lengths if isinstance(ids, list) and len(ids) > 2048 - 30)
+    asked = [long, *prompts(longest=40)]
+    found = answers(generator, asked)
+    assert found[1:] == alone
+    assert isinstance(found[0], Answer)
+    assert (found[0].tokens or 0) < 40
+
+
 def test_a_batch_that_does_not_fit_is_halved(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
@@ -117,7 +130,10 @@ def test_a_batch_that_does_not_fit_is_halved(
 
     monkeypatch.setattr(generator, "_generate", tight)
     assert answers(generator, prompts()) == expected
-    assert any("5 answers do not fit in memory together" in line for line in heard)
+    assert sum("do not fit in memory together" in line for line in heard) == 2, "5, then 3"
+    heard.clear()
+    assert answers(generator, prompts()) == expected
+    assert heard == [], "it is remembered how many do"
     fits = 0
     with pytest.raises(ModelError, match="one answer does not fit in memory"):
         answers(generator, prompts())

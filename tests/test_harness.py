@@ -224,11 +224,20 @@ def found(values: dict[str, Any], of: list[dict[str, Any]], **more: Any) -> Any:
 
 def test_numbers_are_the_harnesss_own() -> None:
     values = {"alias": "t", "acc,none": 0.75, "acc_stderr,none": 0.25, "name": "t", "sample_len": 3}
-    one = found(values, samples("acc", 1.0, 0.0, 1.0), higher_is_better={"t": {"acc": True}})
+    one = found(values, samples("acc", 1.0, 0.0, 1.0, 1.0), higher_is_better={"t": {"acc": True}})
     assert (one.data, one.metric, one.value, one.standard_error, one.n) == ("t", "acc,none", 0.75, 0.25, 3)
     assert (one.higher_is_better, one.missing, one.why) == (True, 0, None)
-    assert one.items == {"0": (1.0, 1.0), "1": (0.0, 1.0), "2": (1.0, 1.0)}
+    assert one.items == {"0": (1.0, 1.0), "1": (0.0, 1.0), "2": (1.0, 1.0), "3": (1.0, 1.0)}
     assert (one.estimate.value, one.estimate.standard_error, one.estimate.n) == (0.75, 0.25, 3)
+
+
+def test_a_metric_that_is_no_mean_over_documents_has_no_items() -> None:
+    """Of a perplexity the samples hold log-likelihoods: more of these is better, less of that."""
+    likelihoods = (-1.0, -3.0)
+    values = {"perplexity,none": math.exp(2.0), "perplexity_stderr,none": 1.0}
+    one = found(values, samples("perplexity", *likelihoods), higher_is_better={"t": {"perplexity": False}})
+    assert (one.items, one.higher_is_better) == ({}, False)
+    assert one.value == pytest.approx(math.exp(2.0))
 
 
 def test_numbers_that_are_none() -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from fusechat.errors import FuseChatError, RecipeError, WorkdirError
+from fusechat.errors import FuseChatError, ModelError, RecipeError, WorkdirError
 from fusechat.evaluate import client as module
 from fusechat.evaluate.client import Missing, Reply, Request, judge_key, model_key
 from fusechat.evaluate.journal import Journal
-from judging import Canned, canned, client, completion, journal_keys, question
+from judging import Canned, canned, client, completion, journal_keys, misbehaving, question
 
 
 @pytest.fixture(autouse=True)
@@ -222,6 +222,16 @@ def test_without_a_client_a_line_says_what_to_install(monkeypatch: pytest.Monkey
     )
 
 
+@pytest.mark.parametrize("status", ["403", "404"])
+def test_one_request_that_is_refused_after_others_were_answered_is_missing(tmp_path: Path, status: str) -> None:
+    """A gateway refuses what it does not like to read with these."""
+    with canned() as upstream, misbehaving(upstream, [None, None, status]) as (url, _):
+        found = client(url, concurrency=1).ask([question(n) for n in range(4)], tmp_path / "j", description="x")
+    assert [type(one).__name__ for one in found] == ["Reply", "Reply", "Missing", "Reply"]
+    with canned() as upstream, misbehaving(upstream, [status]) as (url, _), pytest.raises(ModelError):
+        client(url, concurrency=1).ask([question(9)], tmp_path / "j", description="x")
+
+
 def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FUSECHAT_JUDGE_KEY", "OPENAI_API_KEY", "FUSECHAT_MODEL_KEY"):
         monkeypatch.delenv(name, raising=False)
@@ -235,7 +245,7 @@ def test_keys_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None
     assert judge_key() == "judge's"
     assert model_key() == "model's"
     monkeypatch.setenv("FUSECHAT_JUDGE_KEY", "")
-    assert judge_key() == "general"
+    assert judge_key() is None, "set to nothing it says that there is none"
 
 
 def unsupported(name: str, style: str) -> tuple[int, Any]:

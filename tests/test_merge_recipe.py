@@ -274,8 +274,8 @@ def test_another_merge_redoes_merging_evaluation_and_report_only(finished: Path,
         changes = [f"merge={json.dumps(section)}"]
         recipe = load_recipe(finished / "recipe.yaml", changes)
         stale = {step.label for step in build_steps(recipe, work) if step.state()[0] != "done"}
-        assert stale == {"merge", "evaluate fused", "evaluate results", "report"}
-    assert run(recipe, work) == 4
+        assert stale == {"merge", "evaluate fused", "evaluate answers fused", "evaluate results", "report"}
+    assert run(recipe, work) == 5
     after = runs.digests(work)
     changed = {name.split("/")[0] for name in before if before[name] != after.get(name)}
     assert changed == {"merge", "evaluate", "report", "recipe.yaml"}

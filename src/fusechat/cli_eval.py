@@ -69,14 +69,14 @@ def mt_bench(
     """MT-Bench: 80 questions of two turns, answers graded by a judge."""
     from fusechat.evaluate.mt_bench import data as questions
     from fusechat.evaluate.mt_bench import suite
-    from fusechat.evaluation import evaluation, finish
+    from fusechat.evaluation import evaluation, finish, resolved
 
     if baseline is not None and mode == "single":
         raise RecipeError("--baseline: nothing is compared with it; --mode pairwise does")
     loaded = questions.load(data, reference=reference)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
     with evaluation("mt-bench", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
-        how: dict[str, Any] = {"dtype": dtype, "device": device, "batch_tokens": batch_tokens, "seed": seed}
+        how: dict[str, Any] = {**resolved(dtype, device), "batch_tokens": batch_tokens, "seed": seed}
         measured, settings = suite.run(
             found.subjects,
             data=loaded,
@@ -84,7 +84,7 @@ def mt_bench(
             judge=judge,
             directory=found.directory,
             mode=mode,
-            baseline=baseline or found.pivot,
+            baseline=found.label_of(baseline) if baseline else found.pivot,
             limit=limit,
             max_new_tokens=max_new_tokens,
             judge_max_tokens=judge_max_tokens,
@@ -124,11 +124,11 @@ def alpaca_eval(
     """AlpacaEval 2.0: 805 instructions, win rate and length-controlled win rate against the baseline."""
     from fusechat.evaluate.alpaca import data as instructions
     from fusechat.evaluate.alpaca import suite
-    from fusechat.evaluation import evaluation, finish
+    from fusechat.evaluation import evaluation, finish, resolved
 
     if annotations is not None:
-        if models or workdir or judge_url or limit:
-            raise RecipeError("--annotations: goes without MODEL, --workdir, --judge-url and --limit")
+        if models or workdir or judge_url or judge_model or limit or estimate:
+            raise RecipeError("--annotations: goes with --data and --out only, without MODEL and judge")
         with evaluation("alpaca-eval", [], workdir=None, out=out, needs_models=False) as found:
             gamed = None if data is None else data / "df_gamed.csv" if data.is_dir() else data
             measured, settings = suite.score_annotations(annotations, gamed=gamed)
@@ -137,7 +137,7 @@ def alpaca_eval(
     loaded = instructions.load(data)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
     with evaluation("alpaca-eval", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
-        how: dict[str, Any] = {"dtype": dtype, "device": device, "batch_tokens": batch_tokens, "seed": seed}
+        how: dict[str, Any] = {**resolved(dtype, device), "batch_tokens": batch_tokens, "seed": seed}
         measured, settings = suite.run(
             found.subjects,
             data=loaded,
@@ -171,23 +171,17 @@ def harness(
 ) -> None:
     """Any tasks of the Language Model Evaluation Harness, with the model's chat template."""
     from fusechat.evaluate import harness as suite
-    from fusechat.evaluation import evaluation, finish
+    from fusechat.evaluation import evaluation, finish, resolved
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if not names:
         raise RecipeError("--tasks: names no task")
     manager = suite.check_tasks(names, include)
     with evaluation("harness", models or [], workdir=workdir, out=out) as found:
-        how: dict[str, Any] = {
-            "limit": limit,
-            "few_shot": few_shot,
-            "dtype": dtype,
-            "batch_size": batch_size,
-            "seed": seed,
-        }
-        measured = suite.run(
-            found.subjects, tasks=names, manager=manager, directory=found.directory, device=device, **how
-        )
+        how: dict[str, Any] = {**resolved(dtype, device), "batch_size": batch_size, "limit": limit}
+        how |= {"few_shot": few_shot, "seed": seed}
+        options: dict[str, Any] = {"tasks": names, "manager": manager, "include": include, "directory": found.directory}
+        measured = suite.run(found.subjects, **options, **how)
         _show(finish(found, measured, {"tasks": names, "chat_template": True, **how}), found, as_json)
 
 
@@ -255,9 +249,9 @@ def _show(records: list[dict[str, Any]], found: Any, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from fusechat.report.results import result_tables, terminal_tables
+    from fusechat.report.results import SCHEMA, result_tables, terminal_tables
 
     console = Console()
-    for table in terminal_tables(result_tables({"schema": 2, "scores": records}), found.title):
+    for table in terminal_tables(result_tables({"schema": SCHEMA, "scores": records}), found.title):
         console.print(table)
     console.print(f"results: {found.out}", soft_wrap=True)

@@ -24,6 +24,7 @@ from fusechat.core.progress import log
 from fusechat.core.steps import MANIFEST, STARTED, Step, versions
 from fusechat.errors import DataError, FuseChatError, RecipeError, StorageError, WorkdirError, storage_error
 from fusechat.evaluate.answers import Answering
+from fusechat.evaluate.client import MODEL_KEY, check_url
 from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep, records, write_results
 from fusechat.evaluate.subjects import Subject, check_labels, parse_model
 from fusechat.pipeline import RECIPE, build_steps, lock, run_models
@@ -54,6 +55,10 @@ class Evaluation:
     @property
     def title(self) -> str:
         return self.recipe.name if self.recipe is not None else self.suite
+
+    def label_of(self, name: str) -> str:
+        """What tables call the model of that name in the run: `pivot`, `fused`; any other name is a label already."""
+        return next((subject.label for subject in self.subjects if name in (subject.name, subject.shown)), name)
 
     def answering(self, **how: Any) -> Answering:
         """How its models are asked; their answers are kept beside the suite's other files."""
@@ -90,6 +95,9 @@ def evaluation(
             root = workdir / "evaluate"
             pivot = next((subject.label for subject in subjects if subject.role == PIVOT), None)
             found = Evaluation(suite, tuple(subjects), root, root / RESULTS, pivot, recipe, workdir)
+        for subject in found.subjects:
+            if subject.server is not None:
+                check_url(subject.server.url, subject.label, MODEL_KEY)
         found.directory.mkdir(parents=True, exist_ok=True)
         write_json(found.directory / STARTED, {"suite": suite})  # so that a run leaves the directory alone
         yield found
@@ -107,6 +115,14 @@ def _told(place: str) -> Iterator[None]:
         if line is None:
             raise
         raise StorageError(line) from error
+
+
+def resolved(dtype: str | None, device: str | None) -> dict[str, str]:
+    """The type of the weights and the device as they come to be without a word on them. Raises ModelError."""
+    from fusechat.core.models import choose_device, default_dtype
+
+    place = choose_device(device)
+    return {"dtype": dtype or default_dtype(place), "device": str(place)}
 
 
 def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any]) -> list[Record]:
@@ -165,15 +181,17 @@ def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject
         if model is None:
             try:
                 subjects.append(parse_model(name))
-            except Exception as error:
-                known = ", ".join(models)
-                raise RecipeError(f"{name}: no model of the run, which has {known}; and {error}") from error
+            except FuseChatError as error:
+                raise type(error)(f"{error}; the run has {', '.join(models)}") from error
             continue
         if model.made_by is not None:
             _refuse_unfinished(model.made_by, workdir)
         label = model.label if labels.count(model.label) == 1 else f"{model.label} ({model.role})"
         chatter = Chatter(label, model.chatter.reference, model.chatter.chat_template)
-        subjects.append(Subject(model.role, label, chatter, shown=model.label))
+        subjects.append(Subject(model.role, label, chatter, shown=model.label, name=name))
+    if any(subject.role for subject in subjects) and not any(subject.role == PIVOT for subject in subjects):
+        log.info("the pivot is measured as well: the others are compared with it")
+        return _of_run(recipe, workdir, [PIVOT, *names])
     check_labels(subjects)
     return subjects
 

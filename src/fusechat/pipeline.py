@@ -6,9 +6,10 @@ A step knows its upstream steps, so that its fingerprint changes when anything t
 """
 
 import fcntl
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusechat.align import stage as align
@@ -122,7 +123,8 @@ def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[R
         trust = recipe.pivot.reference.trust_remote_code
         reference = Reference((str(step.directory / "model"),), trust_remote_code=trust)
         models.append(RunModel(role, name, label, Chatter(name, reference), step))
-    return models
+    called = Counter((model.role, model.label) for model in models)
+    return [replace(one, label=one.name) if called[one.role, one.label] > 1 else one for one in models]
 
 
 def _subject(recipe: Recipe, workdir: Path, model: RunModel, held_out: list[DataSet]) -> evaluate.Subject:

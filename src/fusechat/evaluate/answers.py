@@ -114,6 +114,14 @@ class Answering:
         requests = [
             Request(prompt.messages, prompt.temperature, prompt.max_new_tokens, seed=self.seed) for prompt in prompts
         ]
+        before = client.estimate(requests, journal).answered
+        if before:
+            log.info(
+                "%s: %d answers are from before; remove %s if another model is served now",
+                subject.label,
+                before,
+                journal,
+            )
         replies = client.ask(requests, journal, description=f"answers of {subject.label}")
         found = [
             reply

@@ -73,7 +73,7 @@ class Client:
     ) -> None:
         self._key_names = " or ".join(key_names)
         what = what.replace(url, "a URL") if any(sign in url for sign in "@?#") else what  # it may hold a key
-        _check_url(url, what, self._key_names)
+        check_url(url, what, self._key_names)
         self._openai = _import_openai(what)
         self.address = url.rstrip("/")
         self.model = model
@@ -83,6 +83,7 @@ class Client:
         self._who = what if self.address in what else f"{what}: the server at {self.address}"
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
         self._instead: dict[str, str | None] = {}  # parameters that this server calls otherwise, or does not have
+        self._replied = False  # of one that has answered before, a refusal is of the one request
         self._heard = self._told = False  # it answered once, whatever; a long wait was logged
         self._in_a_row = 0
 
@@ -155,6 +156,7 @@ class Client:
             body = self._body(request)
             result = await self._try(client, body, logprobs=request.top_logprobs is not None)
             if isinstance(result, Reply):
+                self._replied = True
                 return result
             self._refuse_hopeless(result)
             if self._adapts(result, body):
@@ -201,10 +203,10 @@ class Client:
     def _refuse_hopeless(self, fault: Fault) -> None:
         """Raises ModelError where no request can be answered."""
         said = None
-        if fault.status in (401, 403):
+        if fault.status == 401 or (fault.status == 403 and not self._replied):
             said = f"refuses the key; {self._key_names} in the environment has to hold it"
             said += f" ({fault.said})" if fault.status == 403 else ""  # 401: servers repeat parts of the key
-        elif fault.status in (404, 405):
+        elif fault.status in (404, 405) and not self._replied:
             said = f"has no model {self.model}, or the URL is not the one that ends in /v1 ({fault.said})"
         elif fault.status == 402 or fault.code == "insufficient_quota":
             said = fault.said
@@ -237,8 +239,8 @@ class Client:
 
 
 def judge_key() -> str | None:
-    """The judge's key: FUSECHAT_JUDGE_KEY, else OPENAI_API_KEY."""
-    return next((os.environ[name] for name in JUDGE_KEYS if os.environ.get(name)), None)
+    """The judge's key: FUSECHAT_JUDGE_KEY, else OPENAI_API_KEY; none where the first is there and empty."""
+    return next((os.environ[name] for name in JUDGE_KEYS if name in os.environ), None) or None
 
 
 def model_key() -> str | None:
@@ -246,7 +248,8 @@ def model_key() -> str | None:
     return os.environ.get(MODEL_KEY) or None
 
 
-def _check_url(url: str, what: str, key_names: str) -> None:
+def check_url(url: str, what: str, key_names: str) -> None:
+    """Raises RecipeError, in which `what` is the option that gave the URL, for what is none or holds a key."""
     if not url.startswith(("http://", "https://")):
         raise RecipeError(f"{what}: a URL that starts with http:// or https:// is wanted")
     try:

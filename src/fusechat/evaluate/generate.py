@@ -30,6 +30,7 @@ class Generator:
         self._tokenizer = self._template.tokenizer
         self._model = chatter.model(dtype=dtype or default_dtype(place), device=place)
         self._batch_tokens, self._seed = batch_tokens, seed
+        self._most = 1 << 30  # answers at once; less where memory did not suffice
         config = self._model.config.get_text_config()
         self._room = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self._stops = stop_tokens(self._model, self._tokenizer, self._template.end_of_turn)
@@ -53,11 +54,18 @@ class Generator:
             tokens[index] = found
             kinds.setdefault((prompt.temperature, prompt.max_new_tokens), []).append(index)
         for (_, longest), members in kinds.items():
-            lengths = np.array([len(tokens[index]) + longest for index in members], dtype=np.int64)
-            for batch in length_batches(lengths, self._batch_tokens):
-                chosen = [members[index] for index in batch]
-                if not all(has[index] for index in chosen):
-                    self._batch(chosen, prompts, tokens, done)
+            for batch in self._batches(members, tokens, longest):
+                while batch and not all(has[index] for index in batch):
+                    part, batch = batch[: self._most], batch[self._most :]
+                    self._batch(part, prompts, tokens, done)
+
+    def _batches(self, members: Sequence[int], tokens: Mapping[int, list[int]], longest: int) -> list[list[int]]:
+        """Prompts of like length together; by itself each that leaves less room than the longest answer takes."""
+        alone = [index for index in members if len(tokens[index]) + longest > self._room]
+        others = [index for index in members if len(tokens[index]) + longest <= self._room]
+        lengths = np.array([len(tokens[index]) + longest for index in others], dtype=np.int64)
+        batches = length_batches(lengths, self._batch_tokens)
+        return [[others[index] for index in batch] for batch in batches] + [[index] for index in alone]
 
     def _batch(
         self,
@@ -91,7 +99,7 @@ class Generator:
         if len(chosen) == 1:
             raise ModelError(f"{self._name}: one answer does not fit in memory by itself; lower --max-new-tokens")
         log.warning("%s: %d answers do not fit in memory together; halved (--batch-tokens)", self._name, len(chosen))
-        middle = len(chosen) // 2
+        self._most = middle = len(chosen) // 2
         self._batch(chosen[:middle], *rest)
         self._batch(chosen[middle:], *rest)
 

@@ -5,20 +5,22 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fusechat.core.files import write_text
-from fusechat.core.models import choose_device, default_dtype
+from fusechat.core.files import digest, digest_json, read_json, write_json, write_text
+from fusechat.core.memory import free_memory, out_of_memory
+from fusechat.core.models import choose_device
 from fusechat.core.progress import log
-from fusechat.errors import FuseChatError, RecipeError, first_line
+from fusechat.errors import FuseChatError, ModelError, RecipeError, first_line, storage_error
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
 
-SUITE, SAMPLES = "harness", "samples.jsonl"
+SUITE, SAMPLES, INTERRUPTED = "harness", "samples.jsonl", "measured.json"
 
 
 def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
@@ -60,38 +62,56 @@ def run(
     *,
     tasks: Sequence[str],
     manager: Any,
+    include: Path | None,
     directory: Path,
     limit: int | None,
     few_shot: int | None,
-    dtype: str | None,
-    device: str | None,
+    dtype: str,
+    device: str,
     batch_size: int,
     seed: int,
 ) -> dict[str, list[Measurement]]:
     """Every task on every model, one model after the other; `directory`/<model>/samples.jsonl has a line for each sample, with what
-    the model answered. Raises RecipeError where a task cannot be run, with the harness's own words."""
+    the model answered. An interrupted run goes on at the model that it was at. Raises RecipeError where a task cannot be run, with
+    the harness's own words."""
     found = {}
     place = choose_device(device)
     chatters = [subject.local(SUITE) for subject in subjects]
     for chatter in chatters:
         chatter.template()  # one that has none, before hours go by with the others
+    how: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "few_shot": few_shot, "batch_size": batch_size}
+    how |= {"dtype": dtype, "seed": seed}
     for subject, chatter in zip(subjects, chatters, strict=True):
+        file, key = directory / subject.folder / INTERRUPTED, _key(subject, include, how)
+        kept = _kept(file, key)
+        if kept is not None:
+            log.info("harness: %s was measured before the interruption", subject.label)
+            found[subject.label] = kept
+            continue
         log.info("harness: %s on %s", subject.label, ", ".join(tasks))
         with _quietly():
-            results = _measure(
-                chatter,
-                tasks=tasks,
-                manager=manager,
-                limit=limit,
-                few_shot=few_shot,
-                dtype=dtype or default_dtype(place),
-                place=place,
-                batch_size=batch_size,
-                seed=seed,
-            )
+            results = _measure(chatter, manager=manager, place=place, **how)
         write_text(directory / subject.folder / SAMPLES, "".join(_lines(results)))
         found[subject.label] = measurements(results)
+        write_json(file, {"key": key, "measured": [asdict(one) for one in found[subject.label]]})
+        free_memory()
+    for subject in subjects:
+        (directory / subject.folder / INTERRUPTED).unlink(missing_ok=True)
     return found
+
+
+def _kept(file: Path, key: str) -> list[Measurement] | None:
+    """What an interrupted run left."""
+    try:
+        kept = read_json(file)
+        return [Measurement(**one) for one in kept["measured"]] if kept["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _key(subject: Subject, include: Path | None, settings: Mapping[str, Any]) -> str:
+    files = sorted(file for file in include.rglob("*") if file.is_file()) if include else []
+    return digest_json([subject.identity, {str(file): digest(file) for file in files}, dict(settings)])
 
 
 def _lines(results: Mapping[str, Any]) -> Iterator[str]:
@@ -133,16 +153,20 @@ def _measure(
                 num_fewshot=few_shot,
                 limit=limit,
                 apply_chat_template=True,
-                fewshot_as_multiturn=bool(few_shot),
+                fewshot_as_multiturn=True,
                 log_samples=True,
                 random_seed=seed,
                 numpy_random_seed=seed,
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-    except (FuseChatError, MemoryError):
+    except FuseChatError:
         raise
     except Exception as error:  # of any kind: a task is a program with data of its own
+        if out_of_memory(error):
+            raise ModelError(f"{chatter.name}: does not fit in memory with its batches; lower --batch-size") from error
+        if storage_error(error):
+            raise
         raise RecipeError(f"--tasks {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         tokenizer.chat_template = own
@@ -162,11 +186,12 @@ def measurements(results: Mapping[str, Any]) -> list[Measurement]:
             if not comma or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             error = values.get(f"{metric}_stderr,{kind}")
+            items = _items(samples.get(task, ()), metric, kind)
             found.append(
                 Measurement(
                     task,
                     name,
-                    _items(samples.get(task, ()), metric, kind),
+                    items if _is_mean(items, float(value)) else {},
                     0,
                     value=float(value),
                     why=None if math.isfinite(value) else "the harness found no finite value",
@@ -187,11 +212,16 @@ def _counted(results: Mapping[str, Any], task: str) -> int:
 
 
 def _items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> dict[str, tuple[float, float]]:
-    """Document → its value; none where the metric is not a mean over documents."""
+    """Document → its value; none where a document has no number."""
     values = {str(one["doc_id"]): one.get(metric) for one in samples if one.get("filter", kind) == kind}
     if not all(_is_number(value) for value in values.values()):
         return {}
     return {key: (float(value), 1.0) for key, value in values.items()}  # type: ignore[arg-type]
+
+
+def _is_mean(items: Mapping[str, tuple[float, float]], value: float) -> bool:
+    """Whether the metric is the mean over documents; a perplexity is not, though every document has a number."""
+    return bool(items) and math.isclose(sum(one for one, _ in items.values()) / len(items), value, abs_tol=1e-9)
 
 
 def _is_number(value: Any) -> bool:

@@ -7,8 +7,8 @@ Schema 2: `{"schema": 2, "scores": [record, …]}`, a record for each model, dat
 - `value`, `standard_error`: null where there is none, with `why`
 - `n`: judgements, responses or samples measured; `missing`: how many of them there are none of
 - `higher_is_better`: null where neither
-- `compared_with`: the pivot's name, null where there is none; `difference_to_pivot`, `difference_standard_error`: over the
-  `difference_n` items that both have
+- `compared_with`: the pivot's name, null where there is none, and its fingerprint `pivot_identity`
+- `difference_to_pivot`, `difference_standard_error`: over the `difference_n` items that both have
 - `settings`, `versions`: what the value depends on
 - of bits per byte also `bytes`
 
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.core.files import read_json, write_json
+from fusechat.core.progress import log
 from fusechat.errors import WorkdirError
 from fusechat.evaluate.statistics import Estimate, Items, paired_difference, ratio
 
@@ -90,6 +91,7 @@ def records(
                     "why": one.why if estimate.value is None else None,
                     "higher_is_better": one.higher_is_better,
                     "compared_with": pivot if model != pivot else None,
+                    "pivot_identity": identities.get(pivot or ""),
                     "difference_to_pivot": difference.value,
                     "difference_standard_error": difference.standard_error,
                     "difference_n": difference.n,
@@ -111,10 +113,24 @@ def _difference(one: Measurement, other: Measurement) -> Estimate:
 
 
 def keep(directory: Path, new: Sequence[Record]) -> None:
-    """Puts a suite's records in `directory`/records.json; what is there of other models, data or metrics stays."""
+    """Puts a suite's records in `directory`/records.json. What is there of other models, data or metrics stays; but not where it
+    was measured with other settings, or compared with another pivot, than what stands beside it now."""
     file = directory / RECORDS
-    merged = {_key(record): record for record in [*read_records(file), *new]}
-    write_json(file, list(merged.values()))
+    before = {_key(record): record for record in read_records(file)}
+    merged = before | {_key(record): record for record in new}
+    kept = {key: record for key, record in merged.items() if all(_comparable(record, one) for one in new)}
+    for model in dict.fromkeys(merged[key]["model"] for key in merged if key not in kept):
+        log.warning("%s: results of %s with other settings or another pivot are left out", file, model)
+    write_json(file, list(kept.values()))
+
+
+def _comparable(one: Record, new: Record) -> bool:
+    """Whether a record may stand in one column with a new one."""
+    if (one["data"], one["metric"]) != (new["data"], new["metric"]):
+        return True
+    settings = [{key: value for key, value in each["settings"].items() if key not in _HARMLESS} for each in (one, new)]
+    pivots = {each["pivot_identity"] for each in (one, new)}
+    return settings[0] == settings[1] and len(pivots) == 1
 
 
 def gather(root: Path) -> list[Record]:
@@ -139,6 +155,12 @@ def write_results(file: Path, found: Sequence[Record]) -> None:
     write_json(file, {"schema": SCHEMA, "scores": list(found)})
 
 
+_HARMLESS = {
+    "judge_address",
+    "device",
+    "batch_tokens",
+    "batch_size",
+}  # settings that change nothing but the last digits
 _KEY = {"suite", "data", "metric", "role", "model"}
 
 

@@ -134,10 +134,9 @@ def _answer(
         generator.answer(prompts, done, [False] * len(prompts))
     for index, one in enumerate(shown):
         answer = found[index]
-        said = isinstance(answer, Answer)
-        one["text"] = answer.text if isinstance(answer, Answer) else f"({answer.reason})"
+        one["text"] = answer.text if isinstance(answer, Answer) else ""
         one["complete"] = isinstance(answer, Answer) and answer.complete
-        one["missing"] = not said
+        one["missing"] = None if isinstance(answer, Answer) else answer.reason
     write_json(directory / ANSWERS, shown)
     return {"answers": len(shown)}
 

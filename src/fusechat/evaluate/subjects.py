@@ -35,7 +35,8 @@ class Subject:
     label: str
     chatter: Chatter | None = None
     server: Server | None = None
-    shown: str | None = None  # what results call it, where only with its role that tells it from the others
+    shown: str | None = None  # what results call it, where `label` tells it from the others of its run
+    name: str | None = None  # of a model of a run: pivot, fused, source-NAME, target-NAME
 
     @property
     def identity(self) -> str:
@@ -64,7 +65,7 @@ def parse_model(text: str) -> Subject:
     url = _URL.fullmatch(model)
     if url:
         if not url["name"]:
-            shown = "a server's URL" if "@" in model else url["url"]  # it may hold a key
+            shown = "a server's URL" if re.search(r"[@?]", model) else url["url"]  # it may hold a key
             raise RecipeError(f"{shown}: does not say which model; add its name, as in {shown}#NAME")
         return Subject("", label or url["name"], server=Server(url["url"], url["name"]))
     if not model:

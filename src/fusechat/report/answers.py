@@ -1,7 +1,7 @@
 """What pivot, sources and the fused model answered to the same prompts, side by side."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LONGEST = 6000  # characters of an answer or a message; what is longer is cut, and says so
@@ -10,13 +10,14 @@ _ALL, _SHORTEST = 500_000, 300  # characters on the page: what its size allows; 
 
 @dataclass(frozen=True)
 class Answer:
-    """`kind`: pivot, source, fused or reference. `complete`: the model ended by itself."""
+    """`kind`: pivot, source, fused or reference. `complete`: the model ended by itself. `missing`: why there is no answer."""
 
     kind: str
     name: str
     text: str
     complete: bool
     cut: bool
+    missing: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,12 @@ def cards(found: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str,
     for entries in zip(*(found[name] for name in order), strict=True):
         first = entries[0]
         answers = [
-            _answer(name.partition("-")[0], labels.get(name, name), entry["text"], room, complete=entry["complete"])
+            replace(
+                _answer(
+                    name.partition("-")[0], labels.get(name, name), entry["text"], room, complete=entry["complete"]
+                ),
+                missing=entry.get("missing"),
+            )
             for name, entry in zip(order, entries, strict=True)
         ]
         if first.get("reference"):

@@ -19,6 +19,7 @@ from fusechat.report.samples import Sample
 from fusechat.report.scripts import scripts
 
 _HERE = Path(__file__).parent
+_ALL = "all"  # the whole of a suite, beside its turns and categories
 _FEW = 3  # columns whose differences the header has room for
 _ALIGNMENT = {
     "pivot positions": ("positions", "d"),
@@ -72,6 +73,7 @@ def render_page(contents: Contents) -> str:
         "percent": numbers.percent,
         "short": short,
         "figure": _figure,
+        "count_of": lambda value: f"{value:,.10g}",
     }
     return environment.get_template("page.html.j2").render(
         page=contents,
@@ -106,7 +108,11 @@ def _figure(figures: dict[str, Any], key: str, form: str) -> str:
 def _verdict(table: ResultTable) -> tuple[str, str, str] | None:
     """How the fused model did against the pivot in a suite: title, in how many columns it is better, and more of that."""
     for row in table.rows:
-        compared = [(column, cell) for column, cell in zip(table.columns, row.cells, strict=True) if cell.difference]
+        compared = [
+            (column, cell)
+            for column, cell in zip(table.columns, row.cells, strict=True)
+            if "±" in cell.difference and (column.data == _ALL or _ALL not in {each.data for each in table.columns})
+        ]  # with an interval, and no part of a suite beside the whole of it
         if row.role == "fused" and compared:
             better, worse = (sum(cell.better is which for _, cell in compared) for which in (True, False))
             open_ = len(compared) - better - worse

@@ -22,7 +22,7 @@ _TITLES = {
 }
 _WHAT = {
     "bits-per-byte": "Bits per byte of held-out responses, the end of turn left out, whatever the tokenizer.",
-    "mt-bench": "A judge's scores of 1 to 10, or shares of wins against the pivot in percent.",
+    "mt-bench": "A judge's scores of 1 to 10, or shares of wins against a baseline in percent.",
     "alpaca-eval": "Wins against the reference answers in percent, by an automatic annotator.",
     "harness": "As the harness itself reports them.",
 }

@@ -9,10 +9,11 @@ import yaml
 
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.files import digest_json, read_json, write_text
+from fusechat.core.progress import in_bytes, log
 from fusechat.core.references import Reference, at_hand
 from fusechat.core.steps import Step, with_upstream
 
-PAGE = "index.html"
+PAGE, LIMIT = "index.html", 5_000_000  # bytes that the page should not pass
 FORMAT = 2  # 2: more sections, Plotly packed
 
 
@@ -62,6 +63,8 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
         )
     )
     write_text(directory / PAGE, page)
+    if len(page.encode()) > LIMIT:
+        log.warning("report: the page has %s, more than it should", in_bytes(len(page.encode())))
     return {"bytes": len(page.encode())}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusechat.errors import first_line
+from fusechat.errors import RecipeError, first_line
 from fusechat.evaluate.alpaca.data import INSTRUCTIONS, Annotation, is_official
 from fusechat.evaluate.alpaca.library import Library, library
 from fusechat.evaluate.records import Measurement
@@ -51,6 +51,23 @@ def length_controlled(annotations: Sequence[Annotation], gamed: Path) -> Measure
         return Measurement("all", CONTROLLED, {}, missing, why=_no_judgements(annotations))
     if judged < _FEWEST:
         return Measurement("all", CONTROLLED, {}, missing, why=f"{judged} judgements are too few for a fit")
+    try:
+        _, found = fit(annotations, gamed)
+    except RecipeError:
+        raise
+    except Exception as error:  # of pandas, patsy or scikit-learn: mostly of lengths that are all the same
+        return Measurement("all", CONTROLLED, {}, missing, why=f"the fit fails ({first_line(error)})")
+    value = _number(found["length_controlled_winrate"])
+    if value is None:
+        return Measurement("all", CONTROLLED, {}, missing, why="the fit gives no number")
+    # No items: what the fit predicts for each instruction is not measured there, and two fits differ by more than these tell.
+    spread = _number(found["lc_standard_error"])
+    return Measurement("all", CONTROLLED, {}, missing, value=value, standard_error=spread, n=judged)
+
+
+def fit(annotations: Sequence[Annotation], gamed: Path) -> tuple[dict[int, float], dict[str, float]]:
+    """What the library predicts for each instruction with an answer, by its place, as shares of wins at equal length; and its
+    rates. Raises what the library does where it cannot be fitted."""
     rows = [(index, one) for index, one in enumerate(annotations) if one.output_2 is not None]
     columns = ("preference", "output_1", "output_2", "generator_1", "generator_2")
     with library() as using, _difficulties(using, gamed):
@@ -59,17 +76,8 @@ def length_controlled(annotations: Sequence[Annotation], gamed: Path) -> Measure
             {name: [getattr(one, name) for _, one in rows] for name in columns}, index=[index for index, _ in rows]
         )
         frame["preference"] = frame["preference"].astype(float)
-        try:
-            found = using.glm.get_length_controlled_winrate(frame, save_weights_dir=None, is_warn_extreme_changes=False)
-        except Exception as error:  # of pandas, patsy or scikit-learn: mostly of lengths that are all the same
-            return Measurement("all", CONTROLLED, {}, missing, why=f"the fit fails ({first_line(error)})")
-    items = {str(index): (100 * float(value), 1.0) for index, value in frame["glm_preference"].dropna().items()}
-    value = _number(found["length_controlled_winrate"])
-    if value is None:
-        return Measurement("all", CONTROLLED, {}, missing, why="the fit gives no number")
-    return Measurement(
-        "all", CONTROLLED, items, missing, value=value, standard_error=_number(found["lc_standard_error"])
-    )
+        found = using.glm.get_length_controlled_winrate(frame, save_weights_dir=None, is_warn_extreme_changes=False)
+    return {int(index): float(value) for index, value in frame["glm_preference"].dropna().items()}, found
 
 
 def not_controlled(annotations: Sequence[Annotation], why: str) -> Measurement:

@@ -156,7 +156,8 @@ def _replies(judge: Client, requests: Sequence[Request], journal: Path) -> list[
     first = judge.ask(requests[:_FIRST], journal, description="judge")
     given = [reply for reply in first if isinstance(reply, Reply)]
     if given and not any(first_token(reply) for reply in given):
-        log.warning("%s: %s, so there are no judgements; AlpacaEval needs a judge that does", judge.address, _SILENT)
+        told = "%s: %s, so there are no judgements; AlpacaEval needs a judge that does (remove %s when it does)"
+        log.warning(told, judge.address, _SILENT, journal)
         return [Missing(_SILENT) for _ in requests]
     rest = requests[_FIRST:]
     return [*first, *judge.ask(rest, journal, description="judge")] if rest else first

@@ -232,6 +232,8 @@ def _tell(judged: Sequence[Judged]) -> None:
     loose = sum(one.score is not None and not judging.keeps_format(one.text or "") for one in judged)
     if loose:
         log.info("MT-Bench: %d of %d scores were read from [n], since the judge wrote no [[n]]", loose, len(judged))
+    for why, count in Counter(one.why for one in judged if one.why).most_common():
+        log.warning("MT-Bench: %d of %d judgements are missing: %s", count, len(judged), why)
 
 
 def _measured(judged: Sequence[Judged], questions: Sequence[Question], mode: Mode) -> list[Measurement]:
