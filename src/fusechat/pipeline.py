@@ -127,12 +127,12 @@ def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[R
     return [replace(one, label=one.name) if called[one.role, one.label] > 1 else one for one in models]
 
 
-def _subject(recipe: Recipe, workdir: Path, model: RunModel, held_out: list[DataSet]) -> evaluate.Subject:
+def _subject(recipe: Recipe, workdir: Path, model: RunModel, held_out: list[DataSet]) -> evaluate.Measured:
     """How a model of the run is measured: a target or the fused model with the pivot's tokens."""
     tokens = model.chatter if model.made_by is None else recipe.chatter(PIVOT)
     prepared = {data.name: prepare.step(recipe, workdir, tokens, data) for data in held_out}
     step = evaluate.model_step(recipe, workdir, model.name, model.chatter, prepared, model.made_by)
-    return evaluate.Subject(model.role, model.label, step, model.chatter, model.made_by)
+    return evaluate.Measured(model.role, model.label, step, model.chatter, model.made_by)
 
 
 def _check_files(sets: list[DataSet]) -> None:

@@ -21,7 +21,7 @@ ANSWER_BATCH = 4096  # tokens of a batch at most, with the room for answers
 
 
 @dataclass(frozen=True)
-class Subject:
+class Measured:
     """A model that is measured: `role` is pivot, source, target or fused; `label` is what tables call it. `made_by`: the step that
     wrote it, None where the recipe names it."""
 
@@ -52,7 +52,7 @@ def has_suites(workdir: Path) -> bool:
     return any((workdir / "evaluate").glob(f"*/{RECORDS}"))
 
 
-def results_step(workdir: Path, subjects: list[Subject], sets: list[str]) -> Step:
+def results_step(workdir: Path, subjects: list[Measured], sets: list[str]) -> Step:
     """Joins the scores of all models on the data sets, and the records of suites in the same directory."""
     suites = {file.parent.name: known_digest(file) for file in sorted((workdir / "evaluate").glob(f"*/{RECORDS}"))}
     named = [[subject.role, subject.label] for subject in subjects] if sets else []
@@ -67,7 +67,7 @@ def results_step(workdir: Path, subjects: list[Subject], sets: list[str]) -> Ste
     return Step("evaluate", "results", workdir / "evaluate", settings, work, upstream, format=2)
 
 
-def answers_step(recipe: Recipe, workdir: Path, subject: Subject, held_out: list[DataSet]) -> Step:
+def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: list[DataSet]) -> Step:
     """Answers to the first questions of the held-out conversations, greedily."""
     chatter, made_by = subject.chatter, subject.made_by
     settings = {
@@ -158,7 +158,7 @@ def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
     return shown
 
 
-def _results(directory: Path, subjects: list[Subject], sets: list[str]) -> dict[str, Any]:
+def _results(directory: Path, subjects: list[Measured], sets: list[str]) -> dict[str, Any]:
     from fusechat.evaluate.bits_per_byte import compare
     from fusechat.evaluate.records import records, write_results
 
@@ -192,7 +192,7 @@ def _results(directory: Path, subjects: list[Subject], sets: list[str]) -> dict[
     return {"models": len(subjects), "sets": len(sets)}
 
 
-def _of_suites(directory: Path, subjects: list[Subject]) -> list[dict[str, Any]]:
+def _of_suites(directory: Path, subjects: list[Measured]) -> list[dict[str, Any]]:
     """The suites' records, without those of models that the run no longer has."""
     from fusechat.evaluate.records import gather
 

@@ -7,7 +7,7 @@ def size(count: float | None) -> str:
 
 
 def amount(count: float | None) -> str:
-    """A count with its unit: 134.5M."""
+    """A count with its unit: 135M, 1.24B."""
     return _scaled(count, ("", "k", "M", "B", "T"))
 
 
