@@ -22,7 +22,7 @@ from fusechat.recipe_file import load_recipe
 
 ROOT = Path(__file__).parents[1]
 RECIPE, DATA = ROOT / "examples" / "quickstart.yaml", ROOT.parent / "shared" / "data" / "oasst_threads.jsonl"
-QUESTIONS, LONGEST, TURNS, BATCH = 16, 48, 3, 4096
+QUESTIONS, LONGEST, TURNS, BATCH = 16, 48, 2, 4096
 sorted_batches = generate.length_batches
 
 

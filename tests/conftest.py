@@ -8,6 +8,8 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test downloads anything
+if "PYTEST_XDIST_WORKER" in os.environ:  # of runs in processes of their own: as many as cores would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

@@ -101,7 +101,8 @@ def test_what_is_hopeless_for_all_stops_at_once(tmp_path: Path, status: int, err
 
     with canned(server := Ends()) as url:
         assert refusal(url, tmp_path / "j", key=KEY, concurrency=1) == f"--judge-url: the server at {url}: {said}"
-        assert len(server.asked) == 4
+        refused = 5 if status == 404 else 1  # after others were answered, a few may be refused for themselves
+        assert len(server.asked) == 3 + refused
         assert len(journal_keys(tmp_path / "j")) == 3
 
 

@@ -83,7 +83,7 @@ class Client:
         self._who = what if self.address in what else f"{what}: the server at {self.address}"
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
         self._instead: dict[str, str | None] = {}  # parameters that this server calls otherwise, or does not have
-        self._replied = False  # of one that has answered before, a refusal is of the one request
+        self._replied, self._refusals = False, 0  # whether it answered one, and how many it has refused since then
         self._heard = self._told = False  # it answered once, whatever; a long wait was logged
         self._in_a_row = 0
 
@@ -156,7 +156,7 @@ class Client:
             body = self._body(request)
             result = await self._try(client, body, logprobs=request.top_logprobs is not None)
             if isinstance(result, Reply):
-                self._replied = True
+                self._replied, self._refusals = True, 0
                 return result
             self._refuse_hopeless(result)
             if self._adapts(result, body):
@@ -203,10 +203,12 @@ class Client:
     def _refuse_hopeless(self, fault: Fault) -> None:
         """Raises ModelError where no request can be answered."""
         said = None
-        if fault.status == 401 or (fault.status == 403 and not self._replied):
+        self._refusals += fault.status in (403, 404, 405)
+        alone = self._replied and self._refusals < _IN_A_ROW  # what answered others refuses this one
+        if fault.status == 401 or (fault.status == 403 and not alone):
             said = f"refuses the key; {self._key_names} in the environment has to hold it"
             said += f" ({fault.said})" if fault.status == 403 else ""  # 401: servers repeat parts of the key
-        elif fault.status in (404, 405) and not self._replied:
+        elif fault.status in (404, 405) and not alone:
             said = f"has no model {self.model}, or the URL is not the one that ends in /v1 ({fault.said})"
         elif fault.status == 402 or fault.code == "insufficient_quota":
             said = fault.said
