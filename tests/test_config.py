@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from fusechat.config import Recipe
+from fusechat.errors import RecipeError
 from fusechat.recipe_file import load_recipe, recipe_identity, save_recipe
 
 LEAST = {"name": "tiny", "pivot": "org/pivot", "sources": {"first": "org/first"}, "data": {"train": "train.jsonl"}}
@@ -40,6 +41,38 @@ def test_the_papers_settings_are_the_defaults(tmp_path: Path) -> None:
     assert (recipe.capture.top_k, recipe.fuse.sft_weight, recipe.merge.select_topk) == (10, 0.9, 0.1)
     assert (recipe.fuse.function, recipe.fuse.loss, recipe.merge.method) == ("mince", "cross_entropy", "sce")
     assert (recipe.data.max_length, recipe.data.on_error, recipe.seed, recipe.device) == (2048, "stop", 0, None)
+
+
+def test_the_papers_settings_are_one_key_away(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, preset="paper"))
+    align, fuse, merge = recipe.align, recipe.fuse, recipe.merge
+    assert (align.sequence, align.vocabulary, align.top_1, align.unaligned) == ("dtw", "statistics", True, "label")
+    assert not align.strategy().look_ahead
+    assert (fuse.function, fuse.unit, fuse.level, fuse.against) == ("mince", "token", "conversation", "pivot")
+    assert (fuse.loss, fuse.tail, fuse.temperature, fuse.sft_weight) == ("cross_entropy", "renormalise", 1.0, 0.9)
+    assert fuse.training == {
+        "num_train_epochs": 3,
+        "learning_rate": 5e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+    }
+    assert (merge.method, merge.select_topk, recipe.capture.top_k, recipe.data.max_length) == ("sce", 0.1, 10, 2048)
+    assert load_recipe(write(tmp_path), ["preset=paper"]) == recipe
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_what_a_recipe_says_itself_comes_before_a_preset(tmp_path: Path) -> None:
+    own = {"fuse": {"unit": "byte", "training": {"learning_rate": 1e-4}}, "merge": {"method": "linear"}}
+    recipe = load_recipe(write(tmp_path, preset="paper", **own))
+    assert (recipe.fuse.unit, recipe.fuse.training["learning_rate"]) == ("byte", 1e-4)
+    assert recipe.fuse.training["num_train_epochs"] == 3
+    assert (recipe.merge.method, recipe.merge.select_topk) == ("linear", None)
+    assert recipe.align.sequence == "dtw"
+    with pytest.raises(RecipeError, match=r"recipe.yaml:7: preset: .*'paper'.*not 'papers'"):
+        load_recipe(write(tmp_path, preset="papers"))
+    with pytest.raises(RecipeError, match=r"fuse: should be a mapping of keys, not int"):
+        load_recipe(write(tmp_path, preset="paper", fuse=3))
 
 
 def test_alignment_looks_ahead_by_default_where_the_map_is_counted(tmp_path: Path) -> None:

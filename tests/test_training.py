@@ -39,6 +39,17 @@ def test_accumulation_changes_nothing_but_rounding(models: dict[str, Path], data
     assert torch.allclose(a.lm_head.weight, b.lm_head.weight, atol=2e-3)
 
 
+def test_the_weight_of_the_gold_tokens_moves_evenly_from_the_first_step_to_the_last(
+    models: dict[str, Path], data: FusionData, tmp_path: Path
+) -> None:
+    log, _ = fine_tune(models["llama"], data, tmp_path / "a", sft_weight=(0.2, 1.0), max_steps=5)
+    for entry, weight in zip(log, (0.2, 0.4, 0.6, 0.8, 1.0), strict=True):
+        sft, fusion = entry["sft_loss"], entry["fusion_loss"]
+        assert entry["loss"] == pytest.approx(weight * sft + (1 - weight) * fusion, rel=1e-4)
+    assert log[-1]["fusion_loss"] == 0.0
+    assert log[0]["fusion_loss"] > 0
+
+
 def test_the_first_loss_is_the_mean_over_all_response_tokens(
     models: dict[str, Path], data: FusionData, loaded: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -252,8 +252,8 @@ def test_every_loss_teaches(
 ) -> None:
     """Without gold tokens, and on the same batch, so that the fusion term alone brings itself down."""
     data = fusion_data(place / "work", "mistral", function="source")
-    loss = {**setting, "temperature": temperature, "sft_weight": 0.0}
-    settings = {"max_steps": 5, "per_device_train_batch_size": 10, "learning_rate": 3e-3}
+    loss = {**setting, "temperature": temperature}
+    settings = {"sft_weight": (0.0, 0.0), "max_steps": 5, "per_device_train_batch_size": 10, "learning_rate": 3e-3}
     log, _ = fine_tune(models["llama"], data, tmp_path, loss=loss, **settings)
     assert log[-1]["fusion_loss"] < log[0]["fusion_loss"]
 

@@ -13,7 +13,7 @@ from fusechat.fuse.trainer import FusionTrainer
 from fusechat.fuse.training import make_trainer, train, training_arguments
 from fusechat.fuse.validation import Validation
 
-SETTINGS = {"sft_weight": 0.5, "kind": "cross_entropy", "tail": "renormalise", "temperature": 1.0}
+SETTINGS: dict[str, Any] = {"kind": "cross_entropy", "tail": "renormalise", "temperature": 1.0}
 
 
 def fusion_data(work: Path, *sources: str, **rule: str) -> FusionData:
@@ -38,6 +38,7 @@ def trainer_of(
     data: FusionData,
     output: Path,
     *,
+    sft_weight: tuple[float, float] = (0.5, 0.5),
     loss: dict[str, Any] | None = None,
     held_out: dict[str, Validation] | None = None,
     logs: Path | None = None,
@@ -55,6 +56,7 @@ def trainer_of(
         model,
         data,
         arguments,
+        sft_weight=sft_weight,
         loss_settings=SETTINGS | (loss or {}),
         pad=0,
         advance=silent,

@@ -1,13 +1,14 @@
 """The recipe: what a user writes, checked as a whole before any work. Its sections are in `sections.py`, reading the file in
 `recipe_file.py`."""
 
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.errors import RecipeError
+from fusechat.presets import with_preset
 from fusechat.sections import (
     COMMON,
     FUSED,
@@ -32,6 +33,7 @@ STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
 
 class Recipe(Section):
     name: Name
+    preset: Literal["paper"] | None = None
     pivot: ModelSpec
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
     targets: dict[SourceName, list[str]] = Field(default={})
@@ -43,6 +45,11 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0)
     device: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, raw: Any) -> Any:
+        return with_preset(raw)
 
     @field_validator("sources")
     @classmethod

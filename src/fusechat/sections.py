@@ -158,6 +158,7 @@ class Fuse(Section):
     tail: Literal["renormalise", "bucket"] = "renormalise"
     temperature: float = Field(default=1.0, gt=0)
     sft_weight: float = Field(default=0.9, ge=0, le=1)
+    sft_weight_end: float | None = Field(default=None, ge=0, le=1)
     lora: dict[str, Any] | None = None
     training: dict[str, Any] = {}
 

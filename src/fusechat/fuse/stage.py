@@ -48,7 +48,13 @@ class SetSteps:
 
 def is_taught(recipe: Recipe, target: str) -> bool:
     """Whether a target learns from distributions at all: not by plain fine-tuning."""
-    return bool(recipe.teachers()[target]) and recipe.fuse.sft_weight < 1
+    return bool(recipe.teachers()[target]) and min(_sft_weights(recipe)) < 1
+
+
+def _sft_weights(recipe: Recipe) -> tuple[float, float]:
+    """λ of the first step and of the last."""
+    first, last = recipe.fuse.sft_weight, recipe.fuse.sft_weight_end
+    return first, first if last is None else last
 
 
 def needs_pivot(recipe: Recipe, target: str) -> bool:
@@ -177,11 +183,11 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
             data,
             arguments,
             loss_settings={
-                "sft_weight": fuse.sft_weight if is_taught(recipe, target) else 1.0,
                 "kind": fuse.loss,
                 "tail": fuse.tail,
                 "temperature": fuse.temperature,
             },
+            sft_weight=_sft_weights(recipe) if is_taught(recipe, target) else (1.0, 1.0),
             pad=pivot.tokenizer().pad_token_id or 0,
             advance=advance,
             held_out={name: Validation(PreparedSet(one.directory)) for name, one in held_out.items()},

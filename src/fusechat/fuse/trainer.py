@@ -27,17 +27,23 @@ STUDENT = "student"
 
 
 class FusionTrainer(Trainer):
-    """A Trainer whose batches come from `collate_fusion`. `loss_settings` are the keyword arguments of `fusion_loss`; `held_out`
-    are the sets of conversations that are measured where the arguments say so."""
+    """A Trainer whose batches come from `collate_fusion`. `sft_weight`: λ of the first step and of the last, linear between
+    them. `loss_settings` are the other keyword arguments of `fusion_loss`; `held_out` are the sets of conversations that are
+    measured where the arguments say so."""
 
     train_dataset: FusionData
 
     def __init__(
-        self, *args: Any, loss_settings: dict[str, Any], held_out: Mapping[str, Validation] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        sft_weight: tuple[float, float],
+        loss_settings: dict[str, Any],
+        held_out: Mapping[str, Validation] | None = None,
+        **kwargs: Any,
     ) -> None:
         self.held_out = dict(held_out or {})
         super().__init__(*args, eval_dataset=self.held_out or None, **kwargs)
-        self.loss_settings = loss_settings
+        self.sft_weight, self.loss_settings = sft_weight, loss_settings
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the global batch …
         self.loss_is_scaled_for_ga = True  # … and not again by the accumulation steps
         self._loss_shifts_labels = False  # labels are those of the rows, no position is dropped
@@ -60,6 +66,7 @@ class FusionTrainer(Trainer):
             inputs["labels"],
             inputs["target_ids"],
             inputs["target_logprobs"],
+            sft_weight=self._sft_weight(),
             num_items=num_items_in_batch,
             gate=None if comparison is None else lambda nll: self._gate(nll, comparison),
             **self.loss_settings,
@@ -71,6 +78,11 @@ class FusionTrainer(Trainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # what averages the gradients divides by it
         return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _sft_weight(self) -> float:
+        first, last = self.sft_weight
+        steps = max(self.state.max_steps - 1, 1)
+        return first if first == last else first + (last - first) * min(self.state.global_step / steps, 1.0)
 
     def _gate(self, nll: torch.Tensor, comparison: dict[str, torch.Tensor]) -> torch.Tensor:
         """bool [n]: the rows at which the source is still better than the student; counts who teaches (0 is the student)."""
@@ -102,7 +114,7 @@ class FusionTrainer(Trainer):
         steps = self.state.global_step - self._logged_at
         if "loss" in logs and steps > 0:
             sums, taught = (sum(parts) for parts in zip(*ranks.gather((self._sums, self._taught)), strict=True))
-            terms = ("sft_loss", "fusion_loss") if self.loss_settings["sft_weight"] < 1 else ("sft_loss",)
+            terms = ("sft_loss", "fusion_loss") if min(self.sft_weight) < 1 else ("sft_loss",)
             logs.update(zip(terms, (sums / steps).tolist(), strict=False))
             if self.train_dataset.rule.compares_with_student:
                 logs.update(self._taught_by(taught.tolist()))

@@ -82,6 +82,7 @@ def make_trainer(
     data: FusionData,
     arguments: TrainingArguments,
     *,
+    sft_weight: tuple[float, float],
     loss_settings: dict[str, Any],
     pad: int,
     advance: Advance,
@@ -97,6 +98,7 @@ def make_trainer(
             args=arguments,
             train_dataset=data,
             data_collator=functools.partial(collate_fusion, pad=pad),
+            sft_weight=sft_weight,
             loss_settings=loss_settings,
             held_out=held_out,
         )
