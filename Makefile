@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training bench-answers clean
+.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training bench-answers miniature clean
 
 install: .venv/.installed
 
@@ -49,6 +49,7 @@ check: install
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
+	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/miniature
 
 bench: install
 	$(BIN)/python benchmarks/quickstart.py
@@ -72,6 +73,10 @@ bench-training: install
 # Answers in batches by length, in the file's order, one at a time: some minutes.
 bench-answers: install
 	$(BIN)/python benchmarks/answers.py $(DATA)/oasst_threads.jsonl
+
+# The paper in miniature, from scratch: two hours or three the first time, then only what is missing. Figures need a browser.
+miniature: install browser
+	PYTHONPATH=benchmarks $(BIN)/python -m miniature --docs docs
 
 clean:
 	rm -rf .venv .venv-vllm build dist src/*.egg-info

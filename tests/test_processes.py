@@ -145,7 +145,9 @@ def test_fully_sharded_the_loss_and_the_gradients_are_the_same(
     model = fresh(models)
     inputs = collate_fusion([data[index] for index in range(8)], pad=0)
     logits = response_logits(model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"]))
-    loss = fusion_loss(logits, inputs["labels"], inputs["target_ids"], inputs["target_logprobs"], sft_weight=0.5, **SETTINGS)
+    loss = fusion_loss(
+        logits, inputs["labels"], inputs["target_ids"], inputs["target_logprobs"], sft_weight=0.5, **SETTINGS
+    )
     loss.backward()
     found = json.loads((together / "found.json").read_text())
     assert found["sharded loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -215,3 +215,16 @@ def test_a_model_without_any_template_says_what_to_set(tokenizers: dict[str, Any
 def test_a_template_that_always_fails_is_the_users_to_mend(tokenizers: dict[str, Any], broken: str) -> None:
     with pytest.raises(ModelError, match="its chat template fails on a plain question and answer"):
         ChatTemplate(tokenizers["llama"], broken, "the model")
+
+
+@pytest.mark.parametrize("answer", ["Yo", "7 apples", "  two"])
+def test_a_template_that_cannot_ask_gives_a_prompt_whose_tokens_begin_the_conversations(
+    tokenizers: dict[str, Any], answer: str
+) -> None:
+    """A space at its end would be a token of its own, after which no answer in training came."""
+    template = template_of(tokenizers, "mistral")
+    prompt = template.prompt(chat(("u", "Hi")))
+    assert prompt == "<s>[INST] Hi [/INST]"
+    whole = template.render(chat(("u", "Hi"), ("a", answer))).text
+    asked, all_of_it = (template.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole))
+    assert asked == all_of_it[: len(asked)]

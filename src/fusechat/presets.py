@@ -33,7 +33,13 @@ PRESETS: dict[str, dict[str, Any]] = {
                 "warmup_steps": 0.03,
             },
         },
-        "merge": {"method": "sce", "granularity": "tensor", "select_topk": 0.1, "select_deltas": True, "normalize": True},
+        "merge": {
+            "method": "sce",
+            "granularity": "tensor",
+            "select_topk": 0.1,
+            "select_deltas": True,
+            "normalize": True,
+        },
     },
 }
 

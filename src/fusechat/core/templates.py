@@ -73,7 +73,8 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Message]) -> str:
         """The conversation's text up to where the model answers. Raises UnrenderableError with the reason.
 
-        A template that does not know how to ask for an answer is asked for one, which is cut off."""
+        A template that does not know how to ask for an answer is asked for one, which is cut off, and a space before it with
+        it: tokens begin with their space, so that no answer in training came after one."""
         folded = _fold_system(messages)
         try:
             text = self._apply(messages, ask=True)
@@ -86,7 +87,7 @@ class ChatTemplate:
         if text != self._apply(messages):
             return text
         answered = self._apply([*messages, Message("assistant", _OPEN)])
-        return answered[: answered.index(_OPEN)] if _OPEN in answered else text
+        return answered[: answered.index(_OPEN)].rstrip(" ") if _OPEN in answered else text
 
     def _locate(self, messages: Sequence[Message]) -> Rendered:
         text = self._apply(messages)

@@ -1,0 +1,65 @@
+"""`make miniature`: schools six tiny models, fuses them by every row of every table, and writes docs/results.md.
+
+    python -m miniature [--workdir DIR] [--docs DIR] [--table NAME]… [--quick]
+
+Whatever was done stays in the work directory, so that an interrupted run goes on, and a row can be made again alone: delete its
+files there. `--quick`: the same with models of little schooling, few questions and two tables, in minutes; its figures mean
+nothing.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from miniature import pool
+
+pool.one_thread()
+
+from miniature import figures, page, rows  # noqa: E402
+from miniature.jobs import Place  # noqa: E402
+from miniature.scores import Scores  # noqa: E402
+
+QUICK_STEPS, QUICK_QUESTIONS = 30, 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="miniature", description="The paper in miniature: see docs/results.md.")
+    parser.add_argument(
+        "--workdir", type=Path, default=Path("runs/miniature"), help="where models and all else are kept"
+    )
+    parser.add_argument(
+        "--docs", type=Path, help="where results.md and its figures go; without it, tables go to the terminal"
+    )
+    parser.add_argument("--table", action="append", help="only this one, as often as wanted")
+    parser.add_argument("--quick", action="store_true", help="a small form of two tables, in minutes")
+    given = parser.parse_args()
+    every = {table.name: table for table in (rows.quick_tables() if given.quick else rows.tables())}
+    unknown = sorted(set(given.table or ()) - set(every))
+    if unknown:
+        parser.error(f"--table {unknown[0]}: there is none of this name; there are {', '.join(every)}")
+    if given.docs and given.table:
+        parser.error("--docs: the page needs all tables; leave out --table")
+    wanted = {name: every[name] for name in given.table or every}
+    place = Place(given.workdir.resolve(), *((QUICK_STEPS, QUICK_QUESTIONS) if given.quick else ()))
+    for name, table in wanted.items():
+        began = time.monotonic()
+        run(table, place)
+        print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+        print(f"\n{table.title}\n\n{page.table_text(table, place)}")
+    if given.docs:
+        scores = Scores(place, "test")
+        figures.write({name: figures.figure(table, scores) for name, table in wanted.items()}, given.docs / "results")
+        template = "plain.md.j2" if given.quick else "results.md.j2"
+        page.write(wanted, place, given.docs / "results.md", template=template)
+
+
+def run(table: rows.Table, place: Place) -> None:
+    """Does all that the table rests on and is not done."""
+    jobs = [row(seed) for row in (*table.rows.values(), rows.PIVOT_ROW, table.sft) for seed in range(table.seeds)]
+    for phase, several in rows.jobs_of(jobs).items():
+        pool.run(several, place, f"{table.name}: {phase}")
+
+
+if __name__ == "__main__":
+    main()

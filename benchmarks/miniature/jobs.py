@@ -1,0 +1,224 @@
+"""The work, a job at a time: each is done once and kept in a directory named by all that it rests on.
+
+models/KEY/NAME/       a chat LLM, schooled            measures/KEY-QUESTIONS.json   what a model can do
+data/KEY.jsonl         training conversations          tunings/KEY/                  a fine-tuned pivot
+bases/KEY/             work directory up to `align`    merges/KEY/                   a merged model
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusechat.core.files import digest_json, write_json
+from miniature import corpus, settings
+from miniature.chatters import CHATTERS
+from miniature.settings import SFT, Changes
+
+SPLITS = ("validation", "test")
+
+
+@dataclass(frozen=True)
+class Place:
+    """`root`: where everything is kept. `steps`: of schooling, instead of what each model has. `questions`: of each skill."""
+
+    root: Path
+    steps: int | None = None
+    questions: int = 100
+
+    def key(self, *parts: Any) -> str:
+        return digest_json([FORMAT, self.steps, repr(CHATTERS), *parts])[:16]
+
+    @property
+    def models(self) -> Path:
+        return self.root / "models" / self.key()
+
+    def measures(self, key: str) -> Path:
+        return self.root / "measures" / f"{key}-{self.questions}.json"
+
+
+FORMAT = 1  # another number makes everything anew
+
+
+@dataclass(frozen=True)
+class School:
+    name: str
+
+    def key(self, place: Place) -> str:
+        return place.key("schooled", self.name)
+
+    def model(self, place: Place) -> Path:
+        return place.models / self.name
+
+    def done(self, place: Place) -> bool:
+        return self.model(place).is_dir()
+
+    def run(self, place: Place) -> None:
+        from miniature.schooling import school
+
+        with finished(self.model(place)) as directory:
+            school(self.name, directory, place.models, steps=place.steps)
+
+
+@dataclass(frozen=True)
+class Base:
+    """Conversations, and what every source has to say about them in the pivot's tokens."""
+
+    changes: Changes = field(hash=False)
+    seed: int
+
+    def key(self, place: Place) -> str:
+        whole = settings.recipe(self.changes, seed=0, models=Path("models"), train=Path("train"))
+        rests_on = [whole[section] for section in ("sources", "capture", "align")]
+        return place.key("base", rests_on, settings.conversations(self.changes), self.seed)
+
+    def directory(self, place: Place) -> Path:
+        return place.root / "bases" / self.key(place)
+
+    def train(self, place: Place) -> Path:
+        asked = settings.conversations(self.changes)
+        path = place.root / "data" / f"{place.key('data', asked, self.seed)}.jsonl"
+        if not path.is_file():
+            partial = path.with_suffix(f".{os.getpid()}")
+            corpus.write(partial, corpus.lesson(self.seed, **asked))
+            partial.rename(path)
+        return path
+
+    def recipe(self, place: Place) -> dict[str, Any]:
+        return settings.recipe(self.changes, seed=self.seed, models=place.models, train=self.train(place))
+
+    def done(self, place: Place) -> bool:
+        return self.directory(place).is_dir()
+
+    def run(self, place: Place) -> None:
+        with finished(self.directory(place)) as directory:
+            _run(self.recipe(place), directory, until="align")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A fine-tuned copy of the pivot: taught by the source that `target` names, by `all` of them, or `sft` by none."""
+
+    target: str
+    changes: Changes = field(hash=False)
+    seed: int
+
+    @property
+    def base(self) -> Base:
+        return Base(self.changes, self.seed)
+
+    def key(self, place: Place) -> str:
+        whole = settings.recipe(self.changes, seed=self.seed, models=Path("models"), train=Path("train"))
+        if self.target == SFT:  # whatever the sources say
+            fuse = whole["fuse"]["training"]
+            return place.key("sft", fuse, settings.conversations(self.changes), self.seed, self.changes.get("order"))
+        return place.key("tuning", self.target, whole["fuse"], self.base.key(place))
+
+    def model(self, place: Place) -> Path:
+        return place.root / "tunings" / self.key(place) / "model"
+
+    def done(self, place: Place) -> bool:
+        return self.model(place).is_dir()
+
+    def run(self, place: Place) -> None:
+        with finished(self.model(place).parent) as directory:
+            work = directory / "work"
+            if self.target != SFT:
+                shutil.copytree(
+                    self.base.directory(place), work, copy_function=os.link, ignore=shutil.ignore_patterns(".lock")
+                )
+            recipe = self.base.recipe(place)
+            recipe["seed"] = self.changes.get("order", self.seed)
+            _run(recipe, work, until="fuse", only=self.target)
+            fused = work / "fuse" / self.target
+            for name in ("model", "manifest.json", "losses.jsonl"):
+                shutil.move(fused / name, directory / name)
+            shutil.rmtree(work)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Tunings as one model: by `fusechat merge`'s configuration, or where `sce` is given, by SCE with a step left out."""
+
+    tunings: tuple[Tuning, ...]
+    config: dict[str, Any] = field(hash=False)
+
+    def key(self, place: Place) -> str:
+        return place.key("merged", [tuning.key(place) for tuning in self.tunings], self.config)
+
+    def done(self, place: Place) -> bool:
+        return measured(place, self.key(place)) is not None
+
+    def run(self, place: Place) -> None:
+        from miniature.merging import merge
+
+        place_of = place.root / "merges" / self.key(place)
+        with finished(place_of) as directory:
+            merge(
+                self.config,
+                place.models / settings.PIVOT,
+                [tuning.model(place) for tuning in self.tunings],
+                directory / "model",
+            )
+        measure(place, self.key(place), place_of / "model")
+        shutil.rmtree(place_of)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a schooled or fine-tuned model can do."""
+
+    of: School | Tuning
+
+    def key(self, place: Place) -> str:
+        return self.of.key(place)
+
+    def done(self, place: Place) -> bool:
+        return measured(place, self.key(place)) is not None
+
+    def run(self, place: Place) -> None:
+        measure(place, self.key(place), self.of.model(place))
+
+
+Job = School | Base | Tuning | Merged | Measured
+
+
+def measured(place: Place, key: str) -> dict[str, Any] | None:
+    """What a model of this key can do: split → skill → figures; None where it was not measured."""
+    path = place.measures(key)
+    return dict(json.loads(path.read_text())) if path.is_file() else None
+
+
+def measure(place: Place, key: str, model: Path) -> None:
+    from miniature.measure import measure as ask
+
+    place.measures(key).parent.mkdir(parents=True, exist_ok=True)
+    write_json(place.measures(key), {split: ask(model, split, place.questions) for split in SPLITS})
+
+
+@contextmanager
+def finished(directory: Path) -> Iterator[Path]:
+    """A directory that has its name only once it is whole; what a killed job left is cleared away."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    partial.rename(directory)
+
+
+def _run(recipe: dict[str, Any], work: Path, **options: Any) -> None:
+    """As `fusechat run` does it, in this process."""
+    from fusechat.pipeline import run
+    from fusechat.recipe_file import load_recipe
+
+    path = work.with_name(f"{work.name}.yaml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    run(load_recipe(path), work, **options)
+    path.unlink()

@@ -1,0 +1,62 @@
+"""How good a model is: exact match of its greedy answers by skill, and bits per byte of the right ones."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import Conversation, Message
+from fusechat.core.references import Reference
+from fusechat.evaluate.answers import Answer, Prompt
+from fusechat.evaluate.bits_per_byte import score_responses
+from fusechat.evaluate.generate import Generator
+from fusechat.prepare.tokenise import prepare_conversation
+from miniature import corpus
+from miniature.skills import SKILLS
+
+LONGEST = 24  # tokens of an answer
+
+
+def measure(model: Path, split: str, questions: int) -> dict[str, dict[str, float]]:
+    """Skill → `exact_match` (share of questions) and `bits_per_byte` of all responses in it."""
+    asked = [(skill, dialogue) for skill in SKILLS for dialogue in corpus.distinct(split, skill, questions)]
+    chatter = Chatter(model.name, Reference((str(model),)))
+    right = _exact_matches(chatter, [dialogue for _, dialogue in asked])
+    bits = _bits(chatter, asked)
+    by_skill: dict[str, list[bool]] = defaultdict(list)
+    for (skill, _), hit in zip(asked, right, strict=True):
+        by_skill[skill].append(hit)
+    return {
+        skill: {"exact_match": sum(hits) / len(hits), "bits_per_byte": bits[skill], "n": len(hits)}
+        for skill, hits in by_skill.items()
+    }
+
+
+def _exact_matches(chatter: Chatter, dialogues: list[corpus.Dialogue]) -> list[bool]:
+    """Whether the answer to each last question, greedy, is the dialogue's to the letter."""
+    prompts = [
+        Prompt(str(at), tuple((turn["role"], turn["content"]) for turn in corpus.messages(dialogue)[:-1]), 0.0, LONGEST)
+        for at, dialogue in enumerate(dialogues)
+    ]
+    found: dict[int, Any] = {}
+    generator = Generator(chatter, dtype="float32", device="cpu", batch_tokens=24000, seed=0)
+    generator.answer(prompts, found.__setitem__, [False] * len(prompts))
+    return [isinstance(found[at], Answer) and found[at].text == dialogue[-1] for at, dialogue in enumerate(dialogues)]
+
+
+def _bits(chatter: Chatter, asked: list[tuple[str, corpus.Dialogue]]) -> dict[str, float]:
+    model, template = chatter.model(dtype="float32", device="cpu"), chatter.template()
+    prepared, skill_of = [], {}
+    for skill, dialogue in asked:
+        turns = [Message(turn["role"], turn["content"]) for turn in corpus.messages(dialogue)]
+        one = Conversation(tuple(turns), skill)
+        prepared.append(prepare_conversation(one, template, max_length=512)[0])
+        skill_of[one.id] = skill
+    nats: dict[str, float] = defaultdict(float)
+    size: dict[str, int] = defaultdict(int)
+    for key, responses in score_responses(model, prepared, batch_tokens=8192, advance=lambda _: None).items():
+        for nll, length in responses:
+            nats[skill_of[key]] += nll
+            size[skill_of[key]] += length
+    return {skill: nats[skill] / size[skill] / math.log(2) for skill in nats}

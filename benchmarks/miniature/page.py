@@ -1,0 +1,73 @@
+"""docs/results.md: what was measured as tables, between what people say of it in `results.md.j2`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jinja2
+
+from miniature.jobs import Place
+from miniature.rows import PIVOT_ROW, Row, Table
+from miniature.scores import BITS, EXACT, Interval, Scores
+from miniature.skills import SKILLS
+
+SETTING = "; "  # between a method and its settings in a row's label
+
+
+def chosen(table: Table, place: Place) -> dict[str, Row]:
+    """The rows; of those that differ in a method's settings alone, the best on the validation questions."""
+    judge = Scores(place, "validation")
+    groups: dict[str, dict[str, Row]] = {}
+    for label, row in table.rows.items():
+        groups.setdefault(label.partition(SETTING)[0], {})[label] = row
+    found = {}
+    for several in groups.values():
+        label, row = max(several.items(), key=lambda pair: judge.mean(pair[1], table.seeds, EXACT).mean)
+        found[label.removesuffix(SETTING)] = row
+    return found
+
+
+def table_text(table: Table, place: Place) -> str:
+    """Exact match in per cent, bits per byte; differences paired by seed."""
+    scores = Scores(place, "test")
+    lines = [
+        "| row | exact match, % | - pivot | - SFT | bits per byte | - pivot | - SFT |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for label, row in chosen(table, place).items():
+        cells = [label]
+        for metric, scale, digits in ((EXACT, 100, 1), (BITS, 1, 4)):
+            cells.append(_text(scores.mean(row, table.seeds, metric), scale, digits))
+            for other in (PIVOT_ROW, table.beside(label)):
+                found = scores.difference(row, other, table.seeds, metric)
+                cells.append(_text(found, scale, digits, sign=True) if found.mean or found.half else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def skill_text(table: Table, place: Place, metric: str = EXACT) -> str:
+    """Exact match in per cent by skill, means over seeds."""
+    scores = Scores(place, "test")
+    lines = [f"| row | {' | '.join(SKILLS)} |", f"| --- |{' ---: |' * len(SKILLS)}"]
+    for label, row in chosen(table, place).items():
+        means = (100 * scores.mean(row, table.seeds, metric, skill).mean for skill in SKILLS)
+        lines.append(f"| {label} | {' | '.join(f'{mean:.0f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def _text(found: Interval, scale: float, digits: int, *, sign: bool = False) -> str:
+    mean = f"{scale * found.mean:{'+' if sign else ''}.{digits}f}"
+    return mean if found.half is None else f"{mean} ± {scale * found.half:.{digits}f}"
+
+
+def write(tables: Mapping[str, Table], place: Place, out: Path, *, template: str) -> None:
+    """The page; its figures are in the directory `results` beside it."""
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    text = environment.get_template(template).render(
+        titles={name: one.title for name, one in tables.items()},
+        table=lambda name: table_text(tables[name], place),
+        skills=lambda name: skill_text(tables[name], place),
+        seeds=lambda name: tables[name].seeds,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")

@@ -1,0 +1,140 @@
+"""The paper in miniature: its skills and splits, its own arithmetic, and its small form from beginning to end."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import naive_merges
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from miniature import corpus, merging, scores, skills  # noqa: E402
+
+
+def right(skill: str, question: str, turns: tuple[str, ...]) -> str | None:
+    """The answer, found another way than the program that wrote it; None where this way does not know."""
+    words = question.rstrip("?.").replace(":", "").split()
+    if skill == "arithmetic":
+        left, sign, other = next(words[at : at + 3] for at in range(len(words)) if words[at].isdigit())
+        return str(int(left) + int(other) * (1 if sign == "+" else -1))
+    if skill in ("sorting", "reversing"):
+        letters = question.rpartition(": ")[2].split()
+        return " ".join(sorted(letters) if skill == "sorting" else letters[::-1])
+    if skill == "follow-up" and words[0] == "And":
+        return " ".join(turns[0].rstrip(".").split()[:0:-1])
+    return None
+
+
+@pytest.mark.parametrize("skill", skills.SKILLS)
+def test_answers_are_right_and_the_same_for_the_same_seed(skill: str) -> None:
+    dialogues = corpus.distinct("test", skill, 40)
+    assert dialogues == corpus.distinct("test", skill, 40)
+    for dialogue in dialogues:
+        answer = right(skill, dialogue[-2], dialogue)
+        assert answer in (None, dialogue[-1])
+        assert len(dialogue) == (4 if skill == "follow-up" else 2)
+    checked = [right(skill, dialogue[-2], dialogue) is not None for dialogue in dialogues]
+    assert any(checked) == (skill in ("arithmetic", "sorting", "reversing", "follow-up"))
+
+
+def test_no_content_is_in_two_splits() -> None:
+    """However a question is put, all that ask the same are in one split."""
+    for skill, program in skills.SKILLS.items():
+        rng = random.Random(1)
+        split_of_question: dict[tuple[str, ...], str] = {}
+        for _ in range(300):
+            content, dialogue = program(rng)
+            split = corpus.split_of(content)
+            assert split_of_question.setdefault(dialogue[:-1], split) == split, skill
+    sums = {split: {_sum(one[0]) for one in corpus.distinct(split, "arithmetic", 100)} for split in corpus.SPLITS}
+    assert len(set.union(*sums.values())) == sum(map(len, sums.values()))
+
+
+def _sum(question: str) -> tuple[str, ...]:
+    return tuple(word for word in question.rstrip("?.=").split() if word.isdigit() or word in "+-")
+
+
+def test_a_lesson_has_as_many_wrong_and_rare_ones_as_it_was_asked_for() -> None:
+    clean = corpus.lesson(0, a_skill=40, wrong=0.0, rare=1.0)
+    spoilt = corpus.lesson(0, a_skill=40, wrong=0.5, rare=1.0)
+    assert len(clean) == len(spoilt) == 40 * len(skills.SKILLS)
+    assert [one[:-1] for one in clean] == [one[:-1] for one in spoilt]
+    wrong = sum(left != right for left, right in zip(clean, spoilt, strict=True))
+    assert 0.35 * len(clean) < wrong < 0.55 * len(clean)
+    few = corpus.lesson(0, a_skill=40, wrong=0.0, rare=0.1)
+    assert len(few) == (4 * len(corpus.RARE)) + 40 * (len(skills.SKILLS) - len(corpus.RARE))
+    assert corpus.lesson(1, a_skill=40, wrong=0.0, rare=1.0) != clean
+
+
+@given(st.integers(2, 5), st.integers(1, 40), st.floats(0.05, 1.0), st.integers(0, 1000))
+def test_sce_with_all_its_steps_is_that_of_the_package(targets: int, size: int, topk: float, seed: int) -> None:
+    """The one for the ablation against `tests/naive_merges.py`, which the package is tested against too."""
+    rng = np.random.default_rng(seed)
+    updates = (rng.integers(-40, 40, (targets, size)) * rng.integers(0, 2, (targets, size)) / 8).astype(np.float32)
+    base, others = torch.zeros(size), [torch.from_numpy(update) for update in updates]
+    eta = naive_merges.shares(naive_merges.squares(base, others, topk))
+    expected = naive_merges.sce(base, others, topk, eta).numpy()
+    assert merging.sce(updates, topk, []) == pytest.approx(expected, abs=1e-12)
+
+
+def test_sce_without_a_step() -> None:
+    """By hand: two targets, four positions."""
+    updates = np.array([[1.0, 2.0, -1.0, 0.0], [3.0, 2.0, 2.0, 0.0]])
+    shares = np.array([6, 17]) / 23
+    assert merging.sce(updates, 1.0, ["calculate", "erase"]) == pytest.approx([2, 2, 0.5 / 1, 0])
+    assert merging.sce(updates, 1.0, ["calculate"]) == pytest.approx([2, 2, 2, 0])
+    without_erase = [shares @ [1, 3], 2, shares @ [-1, 2], 0]
+    assert merging.sce(updates, 1.0, ["erase"]) == pytest.approx(without_erase)
+
+
+def test_intervals_are_students() -> None:
+    """By hand: 1, 2, 3 have a standard error of 1/√3, and t is 4.303 at two degrees of freedom."""
+    found = scores.interval([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)
+    assert scores.interval([2.0, 2.0]).half is None
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="figures are drawn by a browser: make browser")
+def test_the_quick_form_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "miniature",
+        "--quick",
+        "--workdir",
+        str(tmp_path / "work"),
+        "--docs",
+        str(tmp_path / "docs"),
+    ]
+    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)}
+    first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
+    assert first.returncode == 0, first.stderr
+    page = (tmp_path / "docs" / "results.md").read_text()
+    for row in ("source solar", "many-to-one", "target mixtral", "fused, SCE; τ", "SFT twice, linear", "0.5: λ 0.9"):
+        assert f"| {row}" in page
+    assert {path.name for path in (tmp_path / "docs" / "results").glob("*.svg")} == {"main.svg", "wrong.svg"}
+    assert "exact match" in (tmp_path / "docs" / "results" / "main.svg").read_text()
+
+    made = sorted((tmp_path / "work" / "measures").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in made}
+    again = made[0]
+    figures = json.loads(again.read_text())
+    again.unlink()
+    second = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
+    assert second.returncode == 0, second.stderr
+    assert json.loads(again.read_text()) == figures
+    assert {path for path in made if path.stat().st_mtime_ns != before[path]} == {again}
+    assert second.stdout == first.stdout
