@@ -49,14 +49,16 @@ def main() -> None:
         print(f"\n{table.title}\n\n{page.table_text(table, place)}")
     if given.docs:
         scores = Scores(place, "test")
-        figures.write({name: figures.figure(table, scores) for name, table in wanted.items()}, given.docs / "results")
+        drawn = {name: figures.figure(table, page.chosen(table, place), scores) for name, table in wanted.items()}
+        figures.write(drawn, given.docs / "results")
         template = "plain.md.j2" if given.quick else "results.md.j2"
         page.write(wanted, place, given.docs / "results.md", template=template)
 
 
 def run(table: rows.Table, place: Place) -> None:
     """Does all that the table rests on and is not done."""
-    jobs = [row(seed) for row in (*table.rows.values(), rows.PIVOT_ROW, table.sft) for seed in range(table.seeds)]
+    beside = [table.beside(label) for label in table.rows]
+    jobs = [row(seed) for row in (*table.rows.values(), rows.PIVOT_ROW, *beside) for seed in range(table.seeds)]
     for phase, several in rows.jobs_of(jobs).items():
         pool.run(several, place, f"{table.name}: {phase}")
 

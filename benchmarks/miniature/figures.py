@@ -2,11 +2,12 @@
 
 import asyncio
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusechat.report.figures import axis, layout
-from miniature.rows import PIVOT_ROW, SFT_ROW, Table
+from miniature.rows import PIVOT_ROW, Row, Table
 from miniature.scores import BITS, EXACT, Scores
 
 BLUE, ORANGE, VIOLET, GREY = "#3b82c4", "#d9822b", "#b45bcf", "#808890"
@@ -14,17 +15,17 @@ COLOURS = (GREY, BLUE, VIOLET, ORANGE)
 TITLES = {EXACT: "exact match, %", BITS: "bits per byte"}
 
 
-def figure(table: Table, scores: Scores) -> dict[str, Any]:
-    """Plotly's data and layout."""
-    return _curves(table, scores) if table.x else _dots(table, scores)
+def figure(table: Table, rows: Mapping[str, Row], scores: Scores) -> dict[str, Any]:
+    """Plotly's data and layout, of the rows that are shown."""
+    return _curves(table, scores) if table.x else _dots(table, rows, scores)
 
 
-def _dots(table: Table, scores: Scores) -> dict[str, Any]:
+def _dots(table: Table, rows: Mapping[str, Row], scores: Scores) -> dict[str, Any]:
     """A row of the table is a row of the figure; lines stand at pivot and SFT."""
-    labels = list(table.rows)[::-1]
+    labels = list(rows)[::-1]
     data, shapes = [], []
     for number, metric in enumerate((EXACT, BITS), 1):
-        found = [scores.mean(table.rows[label], table.seeds, metric) for label in labels]
+        found = [scores.mean(rows[label], table.seeds, metric) for label in labels]
         scale = 100 if metric == EXACT else 1
         data.append(
             {
@@ -38,7 +39,7 @@ def _dots(table: Table, scores: Scores) -> dict[str, Any]:
                 "yaxis": "y",
             }
         )
-        for row, colour, dash in ((PIVOT_ROW, GREY, "dot"), (SFT_ROW, ORANGE, "dash")):
+        for row, colour, dash in ((PIVOT_ROW, GREY, "dot"), (table.sft, ORANGE, "dash")):
             at = scale * scores.mean(row, table.seeds, metric).mean
             place = {"xref": f"x{number}", "yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1}
             shapes.append({"type": "line", **place, "line": {"color": colour, "dash": dash, "width": 1.5}})

@@ -18,7 +18,7 @@ import yaml
 
 from fusechat.core.files import digest_json, write_json
 from miniature import corpus, settings
-from miniature.chatters import CHATTERS
+from miniature.chatters import CHATTERS, PIVOT
 from miniature.settings import SFT, Changes
 
 SPLITS = ("validation", "test")
@@ -133,7 +133,10 @@ class Tuning:
                 shutil.copytree(
                     self.base.directory(place), work, copy_function=os.link, ignore=shutil.ignore_patterns(".lock")
                 )
-            recipe = self.base.recipe(place)
+            taught = (
+                self.changes if self.target != SFT else {**self.changes, "sources": [PIVOT]}
+            )  # a recipe has a source
+            recipe = Base(taught, self.seed).recipe(place)
             recipe["seed"] = self.changes.get("order", self.seed)
             _run(recipe, work, until="fuse", only=self.target)
             fused = work / "fuse" / self.target
@@ -162,7 +165,7 @@ class Merged:
         with finished(place_of) as directory:
             merge(
                 self.config,
-                place.models / settings.PIVOT,
+                place.models / PIVOT,
                 [tuning.model(place) for tuning in self.tunings],
                 directory / "model",
             )

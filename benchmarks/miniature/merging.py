@@ -19,6 +19,8 @@ def merge(config: dict[str, Any], pivot: Path, targets: list[Path], out: Path) -
     from fusechat.merge import merge as fusechat_merge
 
     method = config.pop("method")
+    if method == "linear":
+        config.setdefault("weight", 1.0)
     own = {name: config.pop(name) for name in ("weight", "density") if name in config}
     whole: dict[str, Any] = {
         "merge_method": method,

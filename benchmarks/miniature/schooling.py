@@ -1,6 +1,7 @@
 """Training a tiny chat LLM from scratch on dialogues of its skills, written as it reads."""
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ POOL = 12  # batches that are sorted by length together
 PEAK = 3e-3
 
 
-def school(name: str, directory: Path, models: Path, *, steps: int | None = None, report: Any = print) -> None:
+def school(name: str, directory: Path, models: Path, *, steps: int | None = None) -> None:
     """Writes the model of this name to `directory`, a plain Hugging Face directory. `models`: where the others are."""
     chatter = chatters.CHATTERS[name]
     torch.manual_seed(sum(map(ord, name)))
@@ -40,7 +41,7 @@ def school(name: str, directory: Path, models: Path, *, steps: int | None = None
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 100 == 99 or step + 1 == steps:
-            report(f"{name}: step {step + 1} of {steps}, loss {loss.item():.3f}")
+            print(f"{name}: step {step + 1} of {steps}, loss {loss.item():.3f}", file=sys.stderr)
     model.eval().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

@@ -1,0 +1,137 @@
+"""The same on two real models: SmolLM2-135M-Instruct taught by Gemma 3 270M, which first learns two specialities.
+
+    python -m miniature.real DATA [--workdir DIR] [--docs DIR]
+
+DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. About an
+hour on two cores; what is done is not done again.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusechat.evaluate.bits_per_byte import compare
+from fusechat.evaluate.statistics import Estimate, paired_difference, ratio
+from fusechat.pipeline import run
+from fusechat.recipe_file import load_recipe
+
+# Conversations by file and lines: those that teach the source its speciality, those of the fusion, those held out.
+SETS = {
+    "mathematics": {
+        "school": ("gsm8k_train", 0, 120),
+        "train": ("gsm8k_train", 1000, 1060),
+        "held-out": ("gsm8k_test", 0, 40),
+    },
+    "code": {"school": ("mbpp", 0, 120), "train": ("mbpp", 120, 180), "held-out": ("mbpp", 220, 260)},
+    "dialogue": {"train": ("oasst_threads", 0, 40), "held-out": ("oasst_threads", 100, 130)},
+}
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+TRAINING: dict[str, Any] = {
+    "learning_rate": 3e-5,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "per_device_train_batch_size": 4,
+    "bf16": True,
+    "save_strategy": "epoch",
+    "save_total_limit": 1,
+}
+FUSION = {"sft_weight": 0.3, "training": {**TRAINING, "num_train_epochs": 2}}
+COMMON: dict[str, Any] = {"data": {"max_length": 512}, "evaluate": {"answers": 0, "batch_tokens": 1024}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="miniature.real", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/miniature/real"))
+    parser.add_argument("--docs", type=Path, help="where the table goes, as results/real.md; it is printed too")
+    given = parser.parse_args()
+    work = given.workdir.resolve()
+    sets = write_sets(given.data, work / "data")
+    pivot, gemma = quickstart_models()
+    sources = {}
+    for name, files in sets.items():
+        teacher = school(name, gemma, files["school"], work) if "school" in files else gemma
+        sources[name] = {**teacher, "data": {"train": files["train"], "validation": files["held-out"]}}
+    recipe = {"name": "real", "pivot": pivot, "sources": sources, "targets": {"many-to-one": list(sets), "sft": []}}
+    recipe |= {**COMMON, "fuse": FUSION, "merge": {"method": "sce", "select_topk": 1.0}}
+    follow(recipe, work / "fusion")
+    text = table(work / "fusion", list(sets))
+    print(text)
+    if given.docs:
+        (given.docs / "results").mkdir(parents=True, exist_ok=True)
+        (given.docs / "results" / "real.md").write_text(text, encoding="utf-8")
+
+
+def quickstart_models() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Pivot and source as the quickstart names them."""
+    recipe = yaml.safe_load(QUICKSTART.read_text())
+    gemma = next(iter(recipe["sources"].values()))
+    return recipe["pivot"], {key: gemma[key] for key in ("wheel", "sha256", "chat_template")}
+
+
+def write_sets(data: Path, out: Path) -> dict[str, dict[str, str]]:
+    """The files of each set, by what they are for."""
+    out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, dict[str, str]] = {}
+    for name, parts in SETS.items():
+        for use, (file, first, last) in parts.items():
+            lines = (data / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()[first:last]
+            path = out / f"{name}.{use}.jsonl"
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            found.setdefault(name, {})[use] = str(path)
+    return found
+
+
+def school(name: str, model: dict[str, Any], conversations: str, work: Path) -> dict[str, Any]:
+    """The model, fine-tuned on its speciality: plain fine-tuning of a pivot."""
+    recipe = {"name": f"school-{name}", "pivot": model, "sources": {"none": model}, "targets": {"sft": []}, **COMMON}
+    recipe["data"] = {**COMMON["data"], "train": conversations}
+    recipe["fuse"] = {"training": {**TRAINING, "num_train_epochs": 1}}
+    taught = work / f"{name}-source"
+    if not taught.is_dir():
+        follow(recipe, work / f"school-{name}", until="fuse", only="sft")
+        shutil.move(work / f"school-{name}" / "fuse" / "sft" / "model", taught)
+        shutil.rmtree(work / f"school-{name}")
+    return {"model": str(taught)}
+
+
+def follow(recipe: dict[str, Any], workdir: Path, **options: Any) -> None:
+    path = workdir.with_name(f"{workdir.name}.yaml")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    run(load_recipe(path), workdir, **options)
+
+
+def table(workdir: Path, sets: list[str]) -> str:
+    """Bits per byte of held-out responses with 95% intervals, and paired differences to pivot and plain fine-tuning."""
+    scores = {
+        path.parent.name: json.loads(path.read_text()) for path in sorted((workdir / "evaluate").glob("*/scores.json"))
+    }
+    sources, targets = ([f"{role}-{name}" for name in sets] for role in ("source", "target"))
+    order = ["pivot", *sources, "target-sft", "target-many-to-one", *targets, "fused"]
+    heads = [f"{name} | - pivot | - SFT" for name in sets]
+    lines = [f"| model | {' | '.join(heads)} |", f"| --- |{' ---: |' * (3 * len(sets))}"]
+    by_set = {name: compare({model: found[f"{name}-held-out"] for model, found in scores.items()}) for name in sets}
+    for model in order:
+        if model in scores:
+            lines.append(f"| {model} | {' | '.join(_cells(model, by_set[name]) for name in sets)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(model: str, compared: Mapping[str, Any]) -> str:
+    items = compared[model].items
+    others = (compared[name].items for name in ("pivot", "target-sft"))
+    differences = ("" if items == other else _text(paired_difference(items, other), "+") for other in others)
+    return " | ".join([_text(ratio(items)), *differences])
+
+
+def _text(found: Estimate, sign: str = "") -> str:
+    return f"{found.value:{sign}.4f} ± {1.96 * (found.standard_error or 0):.4f}"
+
+
+if __name__ == "__main__":
+    main()
