@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
+from miniature import settings
+from miniature.chatters import CHATTERS, PIVOT
 from miniature.jobs import Place
 from miniature.rows import PIVOT_ROW, Row, Table
 from miniature.scores import BITS, EXACT, Interval, Scores
@@ -54,9 +57,30 @@ def skill_text(table: Table, place: Place, metric: str = EXACT) -> str:
     return "\n".join(lines)
 
 
+def difference_text(table: Table, row: str, other: str, place: Place) -> str:
+    """Of two rows in one table, by their first words: exact match in points and bits per byte, paired by seed."""
+    scores, rows = Scores(place, "test"), chosen(table, place)
+    left, right = (next(job for label, job in rows.items() if label.startswith(words)) for words in (row, other))
+    exact, bits = (scores.difference(left, right, table.seeds, metric) for metric in (EXACT, BITS))
+    return f"{_text(exact, 100, 1, sign=True)} points and {_text(bits, 1, 4, sign=True)} bits per byte"
+
+
 def _text(found: Interval, scale: float, digits: int, *, sign: bool = False) -> str:
     mean = f"{scale * found.mean:{'+' if sign else ''}.{digits}f}"
     return mean if found.half is None else f"{mean} ± {scale * found.half:.{digits}f}"
+
+
+def _models(place: Place) -> list[dict[str, Any]]:
+    """What the page says of each model that was schooled."""
+    found = []
+    for name, one in CHATTERS.items():
+        weights = place.models / name / "model.safetensors"
+        if weights.is_file():
+            strengths = [skill for skill, weight in one.mixture.items() if weight >= 2] if name != PIVOT else []
+            kinds = {"name": name, "pivot": name == PIVOT, "further": one.further, "architecture": one.architecture}
+            size = {"millions": weights.stat().st_size / 4e6, "tokens": one.tokens, "vocabulary": one.vocabulary}
+            found.append({**kinds, **size, "end": one.end_of_turn, "strengths": ", ".join(strengths)})
+    return found
 
 
 def write(tables: Mapping[str, Table], place: Place, out: Path, *, template: str) -> None:
@@ -65,8 +89,14 @@ def write(tables: Mapping[str, Table], place: Place, out: Path, *, template: str
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     text = environment.get_template(template).render(
         titles={name: one.title for name, one in tables.items()},
+        models=_models(place),
+        skill_names=", ".join(SKILLS),
+        conversations=settings.CONVERSATIONS,
+        fuse=settings.RECIPE["fuse"],
+        questions=place.questions,
         table=lambda name: table_text(tables[name], place),
         skills=lambda name: skill_text(tables[name], place),
+        difference=lambda name, row, other: difference_text(tables[name], row, other, place),
         seeds=lambda name: tables[name].seeds,
     )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -142,10 +142,13 @@ def with_fuse(**fuse: Any) -> Changes:
 
 def tables() -> list[Table]:
     five = [SOURCES[: count + 1] for count in range(len(SOURCES))]
-    without: dict[str, dict[str, Any]] = {"all steps": {"method": "sce", "select_topk": 0.5, "without": []}} | {
-        f"without {step}": {"method": "sce", "select_topk": 0.5, "without": [step]}
-        for step in ("select", "calculate", "erase")
+    half = {"method": "sce", "select_topk": 0.5}
+    steps = {
+        f"τ {topk:g}{' (nothing selected)' * (topk == 1)}": {"method": "sce", "select_topk": topk}
+        for topk in (1.0, 0.5, 0.1)
     }
+    steps |= {f"τ 0.5, without {step}": {**half, "without": [step]} for step in ("calculate", "erase")}
+    steps["τ 0.5, select alone"] = {**half, "without": ["calculate", "erase"]}
     return [
         Table("main", "The paper's rows, one training answer in five wrong", main_rows(), MAIN_SEEDS),
         Table("clean", "The same, all training answers right", clean_rows(), MAIN_SEEDS, tuned(SFT, CLEAN)),
@@ -166,7 +169,7 @@ def tables() -> list[Table]:
         Table(
             "k", "k, tokens kept", {f"{k}": fused({"capture": {"top_k": k}} if k != 10 else {}) for k in (1, 3, 10, 50)}
         ),
-        Table("steps", "SCE's steps", {name: fused(config=config) for name, config in without.items()}, MAIN_SEEDS),
+        Table("steps", "SCE's steps", {name: fused(config=config) for name, config in steps.items()}, MAIN_SEEDS),
         Table("sources", "Sources one by one", {f"{len(some)}": fused(sources=some) for some in five}, MAIN_SEEDS),
         Table(
             "bad",
