@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -39,7 +40,7 @@ def run(jobs: Sequence[Job], place: Place, what: str) -> None:
 
 @cache
 def _workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn"), _quiet)
+    return ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn"), _ready)
 
 
 def _run(job: Job, place: Place) -> None:
@@ -52,8 +53,17 @@ def one_thread() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def _quiet() -> None:
+def _ready() -> None:
+    """Of a new process: it says little, and ends when the one that started it was killed."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     logging.getLogger("fusechat").setLevel(logging.WARNING)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

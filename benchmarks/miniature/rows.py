@@ -92,12 +92,11 @@ def main_rows() -> dict[str, Row]:
 
 def clean_rows() -> dict[str, Row]:
     """The same where all training answers are right."""
-    clean = CLEAN
-    rows = {"pivot": schooled(PIVOT), "SFT": tuned(SFT, clean), "many-to-one": tuned(ALL, clean)}
-    rows |= {f"target {name}": tuned(name, clean) for name in SOURCES}
-    rows |= {f"fused, {method}": fused(clean, one) for method, one in SOUPS.items()}
-    rows |= {f"SFT five times, {method}": soup(clean, one) for method, one in SOUPS.items()}
-    rows["fused, the paper's settings"] = fused({**PAPER, **clean}, PAPER_SCE)
+    rows = {"pivot": schooled(PIVOT), "SFT": tuned(SFT, CLEAN), "many-to-one": tuned(ALL, CLEAN)}
+    rows |= {f"target {name}": tuned(name, CLEAN) for name in SOURCES}
+    rows |= {f"fused, {method}": fused(CLEAN, one) for method, one in SOUPS.items()}
+    rows |= {f"SFT five times, {method}": soup(CLEAN, one) for method, one in SOUPS.items()}
+    rows["fused, the paper's settings"] = fused({**PAPER, **CLEAN}, PAPER_SCE)
     return rows
 
 
