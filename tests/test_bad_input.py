@@ -83,7 +83,7 @@ def done(workdir: Path) -> list[str]:
         (
             "seed: 0",
             "zzzz: 0",
-            ["19: zzzz: unknown key; known here: name, pivot, sources, targets, data, capture, align, fuse,"],
+            ["19: zzzz: unknown key; known here: name, preset, pivot, sources, targets, data, capture, align,"],
         ),
         ("sft_weight", "sft_wieght", ["16: fuse.sft_wieght: unknown key; did you mean sft_weight?"]),
         ("max_length", "maxlength", ["12: data.maxlength: unknown key; did you mean max_length?"]),

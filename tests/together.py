@@ -64,7 +64,7 @@ def sharded_gradients(model: Any, data: FusionData) -> tuple[float, dict[str, to
     rows = sum(ranks.gather(len(inputs["labels"])))
     logits = response_logits(model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"]))
     targets = (inputs["labels"], inputs["target_ids"], inputs["target_logprobs"])
-    total = fusion_loss_parts(logits, *targets, num_items=rows, **SETTINGS).total
+    total = fusion_loss_parts(logits, *targets, num_items=rows, sft_weight=0.5, **SETTINGS).total
     (total * ranks.world()).backward()  # what averages the gradients divides by it
     found = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
     return sum(ranks.gather(total.item())), found
