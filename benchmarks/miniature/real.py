@@ -2,7 +2,8 @@
 
     python -m miniature.real DATA [--workdir DIR] [--docs DIR]
 
-DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. About an
+DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. It is done twice,
+as in the miniature: on the answers as they are, and with the last answer of every fifth conversation taken from another one. Within an
 hour on two cores; what is done is not done again.
 """
 
@@ -28,7 +29,7 @@ SETS = {
         "held-out": ("gsm8k_test", 0, 40),
     },
     "code": {"school": ("mbpp", 0, 120), "train": ("mbpp", 120, 180), "held-out": ("mbpp", 220, 260)},
-    "dialogue": {"train": ("oasst_threads", 0, 40), "held-out": ("oasst_threads", 100, 130)},
+    "dialogue": {"train": ("oasst_threads", 0, 30), "held-out": ("oasst_threads", 100, 120)},
 }
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 TRAINING: dict[str, Any] = {
@@ -57,10 +58,14 @@ def main() -> None:
     for name, files in sets.items():
         teacher = school(name, gemma, files["school"], work) if "school" in files else gemma
         sources[name] = {**teacher, "data": {"train": files["train"], "validation": files["held-out"]}}
-    recipe = {"name": "real", "pivot": pivot, "sources": sources, "targets": {"many-to-one": list(sets), "sft": []}}
+    recipe = {"name": "right", "pivot": pivot, "sources": sources, "targets": {"many-to-one": list(sets), "sft": []}}
     recipe |= {**COMMON, "fuse": FUSION, "merge": {"method": "sce", "select_topk": 1.0}}
-    follow(recipe, work / "fusion")
-    text = table(work / "fusion", list(sets))
+    follow(recipe, work / "right")
+    for one in sources.values():
+        one["data"]["train"] = spoil(Path(one["data"]["train"]))
+    follow({**recipe, "name": "wrong"}, work / "wrong")
+    tables = [table(work / name, list(sets)) for name in ("right", "wrong")]
+    text = f"Answers as they are:\n\n{tables[0]}\nEvery fifth answer wrong:\n\n{tables[1]}"
     print(text)
     if given.docs:
         (given.docs / "results").mkdir(parents=True, exist_ok=True)
@@ -85,6 +90,18 @@ def write_sets(data: Path, out: Path) -> dict[str, dict[str, str]]:
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
             found.setdefault(name, {})[use] = str(path)
     return found
+
+
+def spoil(conversations: Path) -> str:
+    """A copy of the file in which every fifth conversation ends with the last answer of the next such one."""
+    whole = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()]
+    chosen = whole[::5]
+    answers = [one["messages"][-1]["content"] for one in chosen]
+    for one, answer in zip(chosen, [*answers[1:], answers[0]], strict=True):
+        one["messages"][-1]["content"] = answer
+    path = conversations.with_name(f"{conversations.stem}.spoilt.jsonl")
+    path.write_text("".join(json.dumps(one) + "\n" for one in whole), encoding="utf-8")
+    return str(path)
 
 
 def school(name: str, model: dict[str, Any], conversations: str, work: Path) -> dict[str, Any]:

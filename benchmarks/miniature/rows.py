@@ -213,7 +213,11 @@ def maps() -> list[Table]:
     """Where fusion pays: many-to-one beside SFT on the same conversations, one thing at a time."""
     found = []
     for name, title, values in (
-        ("conversations", "Training conversations of each skill", [{"a_skill": count} for count in (50, 200, 400, 1600)]),
+        (
+            "conversations",
+            "Training conversations of each skill",
+            [{"a_skill": count} for count in (50, 200, 400, 1600)],
+        ),
         ("wrong", "Share of wrong answers", [{"wrong": share} for share in (0.0, 0.2, 0.4)]),
         (
             "rare",
