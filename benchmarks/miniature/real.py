@@ -2,9 +2,9 @@
 
     python -m miniature.real DATA [--workdir DIR] [--docs DIR]
 
-DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. It is done twice,
-as in the miniature: on the answers as they are, and with the last answer of every fifth conversation taken from another one. Within an
-hour on two cores; what is done is not done again.
+DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. All is
+done twice, as in the miniature: on the answers as they are, and with the last answer of every fifth conversation taken from another
+one. Within an hour on two cores; what is done is not done again.
 """
 
 import argparse
