@@ -10,8 +10,8 @@ from fusechat.report.figures import axis, layout
 from miniature.rows import PIVOT_ROW, Row, Table
 from miniature.scores import BITS, EXACT, Scores
 
-BLUE, ORANGE, VIOLET, GREY = "#3b82c4", "#d9822b", "#b45bcf", "#808890"
-COLOURS = (GREY, BLUE, VIOLET, ORANGE)
+BLUE, ORANGE, VIOLET, GREEN, GREY = "#3b82c4", "#d9822b", "#b45bcf", "#3f9b6c", "#808890"
+COLOURS = (GREY, BLUE, VIOLET, ORANGE, GREEN)
 TITLES = {EXACT: "exact match, %", BITS: "bits per byte"}
 
 
@@ -66,7 +66,7 @@ def _curves(table: Table, scores: Scores) -> dict[str, Any]:
         pivot = scale * scores.mean(PIVOT_ROW, table.seeds, metric).mean
         place = {"xref": f"x{number} domain", "yref": f"y{number}", "x0": 0, "x1": 1, "y0": pivot, "y1": pivot}
         shapes.append({"type": "line", **place, "line": {"color": GREY, "dash": "dot", "width": 1.5}})
-        for way, colour in zip(ways, COLOURS, strict=True):
+        for way, colour in zip(ways, COLOURS, strict=False):
             found = [scores.mean(table.rows[f"{place}: {way}"], table.seeds, metric) for place in places]
             data.append(
                 {

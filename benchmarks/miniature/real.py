@@ -42,6 +42,7 @@ TRAINING: dict[str, Any] = {
     "save_total_limit": 1,
 }
 FUSION = {"sft_weight": 0.3, "training": {**TRAINING, "num_train_epochs": 2}}
+TOPKS = (1.0, 0.5, 0.1)  # of SCE
 COMMON: dict[str, Any] = {"data": {"max_length": 512}, "evaluate": {"answers": 0, "batch_tokens": 1024}}
 
 
@@ -59,11 +60,11 @@ def main() -> None:
         teacher = school(name, gemma, files["school"], work) if "school" in files else gemma
         sources[name] = {**teacher, "data": {"train": files["train"], "validation": files["held-out"]}}
     recipe = {"name": "right", "pivot": pivot, "sources": sources, "targets": {"many-to-one": list(sets), "sft": []}}
-    recipe |= {**COMMON, "fuse": FUSION, "merge": {"method": "sce", "select_topk": 1.0}}
-    follow(recipe, work / "right")
+    recipe |= {**COMMON, "fuse": FUSION}
+    fuse(recipe, work / "right")
     for one in sources.values():
         one["data"]["train"] = spoil(Path(one["data"]["train"]))
-    follow({**recipe, "name": "wrong"}, work / "wrong")
+    fuse({**recipe, "name": "wrong"}, work / "wrong")
     tables = [table(work / name, list(sets)) for name in ("right", "wrong")]
     text = f"Answers as they are:\n\n{tables[0]}\nEvery fifth answer wrong:\n\n{tables[1]}"
     print(text)
@@ -117,6 +118,15 @@ def school(name: str, model: dict[str, Any], conversations: str, work: Path) -> 
     return {"model": str(taught)}
 
 
+def fuse(recipe: dict[str, Any], workdir: Path) -> None:
+    """The whole recipe; then its targets merged once more for each other τ, of which only the scores are kept."""
+    for topk in TOPKS:
+        scores = workdir.with_name(f"{workdir.name}-{topk:g}.json")
+        if not scores.is_file():
+            follow({**recipe, "merge": {"method": "sce", "select_topk": topk}}, workdir)
+            shutil.copyfile(workdir / "evaluate" / "fused" / "scores.json", scores)
+
+
 def follow(recipe: dict[str, Any], workdir: Path, **options: Any) -> None:
     path = workdir.with_name(f"{workdir.name}.yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -128,8 +138,10 @@ def table(workdir: Path, sets: list[str]) -> str:
     scores = {
         path.parent.name: json.loads(path.read_text()) for path in sorted((workdir / "evaluate").glob("*/scores.json"))
     }
+    fused = {f"fused, τ {topk:g}": workdir.with_name(f"{workdir.name}-{topk:g}.json") for topk in TOPKS}
+    scores |= {name: json.loads(path.read_text()) for name, path in fused.items()}
     sources, targets = ([f"{role}-{name}" for name in sets] for role in ("source", "target"))
-    order = ["pivot", *sources, "target-sft", "target-many-to-one", *targets, "fused"]
+    order = ["pivot", *sources, "target-sft", "target-many-to-one", *targets, *fused]
     heads = [f"{name} | - pivot | - SFT" for name in sets]
     lines = [f"| model | {' | '.join(heads)} |", f"| --- |{' ---: |' * (3 * len(sets))}"]
     by_set = {name: compare({model: found[f"{name}-held-out"] for model, found in scores.items()}) for name in sets}
