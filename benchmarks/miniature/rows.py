@@ -64,10 +64,12 @@ class Table:
 METHODS: dict[str, list[dict[str, Any]]] = {
     "SCE": [{"method": "sce", "select_topk": topk} for topk in (1.0, 0.5, 0.1)],
     "linear": [{"method": "linear"}],
-    "task arithmetic": [{"method": "task_arithmetic", "weight": weight} for weight in (0.2, 0.3, 0.4)],
-    "TIES": [{"method": "ties", "weight": 1.0, "density": density} for density in (1.0, 0.5, 0.2)],
-    "DARE": [{"method": "dare_linear", "weight": weight, "density": 0.5} for weight in (0.2, 0.3, 0.4)],
-    "DARE, TIES": [{"method": "dare_ties", "weight": weight, "density": 0.5} for weight in (0.2, 0.4)],
+    "task arithmetic": [{"method": "task_arithmetic", "weight": weight} for weight in (0.05, 0.1, 0.2, 0.3, 0.4)],
+    "TIES": [
+        {"method": "ties", "weight": weight, "density": density} for weight in (0.5, 1.0) for density in (1.0, 0.5, 0.2)
+    ],
+    "DARE": [{"method": "dare_linear", "weight": weight, "density": 0.5} for weight in (0.1, 0.2, 0.3, 0.4)],
+    "DARE, TIES": [{"method": "dare_ties", "weight": weight, "density": 0.5} for weight in (0.1, 0.2, 0.4)],
     "VaRM": [{"method": "varm"}],
 }
 
