@@ -70,6 +70,11 @@ def _text(found: Interval, scale: float, digits: int, *, sign: bool = False) -> 
     return mean if found.half is None else f"{mean} ± {scale * found.half:.{digits}f}"
 
 
+def _real(file: Path) -> str:
+    """What `python -m miniature.real` wrote there."""
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else "(not run: `python -m miniature.real DATA`)"
+
+
 def _models(place: Place) -> list[dict[str, Any]]:
     """What the page says of each model that was schooled."""
     found = []
@@ -98,6 +103,7 @@ def write(tables: Mapping[str, Table], place: Place, out: Path, *, template: str
         skills=lambda name: skill_text(tables[name], place),
         difference=lambda name, row, other: difference_text(tables[name], row, other, place),
         seeds=lambda name: tables[name].seeds,
+        real=_real(out.with_name("results") / "real.md"),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")

@@ -24,12 +24,12 @@ from fusechat.recipe_file import load_recipe
 # Conversations by file and lines: those that teach the source its speciality, those of the fusion, those held out.
 SETS = {
     "mathematics": {
-        "school": ("gsm8k_train", 0, 120),
-        "train": ("gsm8k_train", 1000, 1060),
-        "held-out": ("gsm8k_test", 0, 40),
+        "school": ("gsm8k_train", 0, 80),
+        "train": ("gsm8k_train", 1000, 1050),
+        "held-out": ("gsm8k_test", 0, 30),
     },
-    "code": {"school": ("mbpp", 0, 120), "train": ("mbpp", 120, 180), "held-out": ("mbpp", 220, 260)},
-    "dialogue": {"train": ("oasst_threads", 0, 30), "held-out": ("oasst_threads", 100, 120)},
+    "code": {"school": ("mbpp", 0, 80), "train": ("mbpp", 120, 170), "held-out": ("mbpp", 220, 250)},
+    "dialogue": {"train": ("oasst_threads", 0, 20), "held-out": ("oasst_threads", 100, 115)},
 }
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 TRAINING: dict[str, Any] = {

@@ -201,7 +201,7 @@ def choices() -> Table:
         rows[f"{place}: the paper's"] = fused({**PAPER, **changes}, PAPER_SCE)
         for way, fuse in CHOICES.items():
             rows[f"{place}: {way}"] = fused({**with_fuse(**fuse), **changes}, {"method": "sce", "select_topk": 0.5})
-    return Table("choices", "Settings together", rows, MAIN_SEEDS, x="Training answers")
+    return Table("choices", "Settings together", rows, x="Training answers")
 
 
 CHOICES: dict[str, Changes] = {
