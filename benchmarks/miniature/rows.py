@@ -63,6 +63,7 @@ class Table:
 # Every method with several settings: the table shows each at its best on the validation questions.
 METHODS: dict[str, list[dict[str, Any]]] = {
     "SCE": [{"method": "sce", "select_topk": topk} for topk in (1.0, 0.5, 0.1)],
+    "SCE, not normalised": [{"method": "sce", "select_topk": topk, "normalize": False} for topk in (1.0, 0.5, 0.1)],
     "linear": [{"method": "linear"}],
     "task arithmetic": [{"method": "task_arithmetic", "weight": weight} for weight in (0.05, 0.1, 0.2, 0.3, 0.4)],
     "TIES": [
