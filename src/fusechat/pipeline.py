@@ -158,14 +158,14 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
 
 
 def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
-    """Runs what is not done yet; returns how many steps there were to do. Raises a FuseChatError for what a user can mend.
+    """Runs what is not done yet, and of stage `until` what was cleared away; returns how many steps there were to do.
 
-    Under `torchrun` every process calls it; see `core/ranks.py`.
+    Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `core/ranks.py`.
     """
     with lock(recipe, workdir):
         ranks.from_first(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
-        done_now = sum(step.run() for step in steps)
+        done_now = sum(step.run(needed=step.stage == until) for step in steps)
         log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
     ranks.leave()
     return done_now
@@ -175,7 +175,7 @@ def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | Non
     """Writes the recipe down; where there is work to do, checks what can be checked before it, and converts models."""
     steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
     save_recipe(recipe, workdir / RECIPE)
-    waiting = [step for step in steps if step.state()[0] != "done"]
+    waiting = [step for step in steps if not step.finished]
     if any(step.stage == "fuse" for step in waiting):
         fuse.check(recipe)
     if any(step.stage != "report" for step in waiting):
