@@ -51,16 +51,15 @@ def run(
 def status(workdir: WorkDirectory, as_json: AsJson = False) -> None:
     """Show what is done, running, stale or damaged, and why."""
     from fusechat.errors import WorkdirError
-    from fusechat.pipeline import RECIPE, build_steps, in_use
+    from fusechat.pipeline import RECIPE, build_steps
     from fusechat.recipe_file import load_recipe
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    running = in_use(workdir)
     states: list[tuple[str, str, str]] = []
     for step in build_steps(load_recipe(workdir / RECIPE), workdir):
         state, why = step.state()
-        states.append((step.label, "running", "") if state == "partial" and running else (step.label, state, why))
+        states.append((step.label, "running", "") if step.running else (step.label, state, why))
     if as_json:
         print(json.dumps([{"step": label, "state": state, "why": why} for label, state, why in states], indent=1))
         return

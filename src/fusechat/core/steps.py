@@ -9,6 +9,7 @@ import fnmatch
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,10 +19,11 @@ from typing import Any, Literal
 from fusechat.core import ranks
 from fusechat.core.cache import fresh_digest, known_digest
 from fusechat.core.files import digest_json, read_json, remove_partial, write_json
+from fusechat.core.lock import in_turn, is_held
 from fusechat.core.progress import log
 from fusechat.core.usage import watch
 
-MANIFEST, STARTED = "manifest.json", "started.json"
+MANIFEST, STARTED, LOCK = "manifest.json", "started.json", ".lock"
 FREED = "freed"  # a manifest's key: the files that were cleared away since
 State = Literal["done", "freed", "partial", "stale", "damaged", "absent"]
 _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
@@ -123,7 +125,14 @@ class Step:
     def run(self, *, needed: bool = False) -> bool:
         """Does the work unless it is done; returns whether there was anything to do. `needed`: its files are, cleared away or
         not."""
-        if not ranks.from_first(lambda: self._begin(needed)):
+        if ranks.from_first(lambda: self._settled(needed)):
+            return False
+        with ExitStack() as held:
+            ranks.from_first(lambda: self._enter(held))
+            return self._run(needed)
+
+    def _run(self, needed: bool) -> bool:
+        if not ranks.from_first(lambda: self._begin(needed)):  # another process may have done it meanwhile
             return False
         for above in self.upstream.values() if self.reads_bulk else ():
             if ranks.from_first(partial(bool, above.freed)):
@@ -137,12 +146,31 @@ class Step:
         ranks.from_first(lambda: self._finish(counts, timings))
         return True
 
-    def _begin(self, needed: bool) -> bool:
-        """Whether there is work to do; if so, leaves in the directory what it can go on from."""
-        state, why = self.state()
+    def _settled(self, needed: bool) -> bool:
+        state = self.state()[0]
         if state == "done" or (state == "freed" and not needed):
             (self.directory / STARTED).unlink(missing_ok=True)
+            return True
+        return False
+
+    def _enter(self, held: ExitStack) -> None:
+        """One process at a time does a step; another one that comes to it waits."""
+        held.enter_context(in_turn(self._lock, self.label))
+
+    @property
+    def _lock(self) -> Path:
+        return self.directory.with_name(f".{self.directory.name}{LOCK}")
+
+    @property
+    def running(self) -> bool:
+        """Whether a process does it now."""
+        return is_held(self._lock)
+
+    def _begin(self, needed: bool) -> bool:
+        """Whether there is work to do; if so, leaves in the directory what it can go on from."""
+        if self._settled(needed):
             return False
+        state, why = self.state()
         if state in ("stale", "damaged", "freed"):
             log.info("%s is %s (%s): doing it again", self.label, state, why)
         if state == "damaged" and self.whole_files:
@@ -208,7 +236,7 @@ class Step:
         return [
             path
             for path in sorted(self.directory.iterdir())
-            if not any((path / n).exists() for n in (MANIFEST, STARTED))
+            if path.suffix != LOCK and not any((path / n).exists() for n in (MANIFEST, STARTED))
         ]
 
     def _clear(self) -> None:
