@@ -179,6 +179,8 @@ def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | Non
     if any(step.stage != "report" for step in waiting):
         sources = recipe.teachers()[only] if only else recipe.sources
         convert_together([recipe.chatter(name).reference for name in (PIVOT, *sources)])
+    if any(step.stage == "fuse" for step in waiting):
+        fuse.check_pivot(recipe)
 
 
 def check_workdir(recipe: Recipe, workdir: Path) -> None:
