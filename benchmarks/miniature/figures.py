@@ -10,8 +10,8 @@ from fusechat.report.figures import axis, layout
 from miniature.rows import PIVOT_ROW, Row, Table
 from miniature.scores import BITS, EXACT, Scores
 
-BLUE, ORANGE, VIOLET, GREY = "#3b82c4", "#d9822b", "#b45bcf", "#808890"
-COLOURS = (GREY, BLUE, VIOLET, ORANGE)
+BLUE, ORANGE, VIOLET, GREEN, GREY = "#3b82c4", "#d9822b", "#b45bcf", "#3f9b6c", "#808890"
+COLOURS = (GREY, BLUE, VIOLET, ORANGE, GREEN)
 TITLES = {EXACT: "exact match, %", BITS: "bits per byte"}
 
 
@@ -60,10 +60,13 @@ def _curves(table: Table, scores: Scores) -> dict[str, Any]:
     """A curve for each way to learn, over what the table varies."""
     places = list(dict.fromkeys(label.partition(": ")[0] for label in table.rows))
     ways = list(dict.fromkeys(label.partition(": ")[2] for label in table.rows))
-    data = []
+    data, shapes = [], []
     for number, metric in enumerate((EXACT, BITS), 1):
         scale = 100 if metric == EXACT else 1
-        for way, colour in zip(ways, COLOURS, strict=True):
+        pivot = scale * scores.mean(PIVOT_ROW, table.seeds, metric).mean
+        place = {"xref": f"x{number} domain", "yref": f"y{number}", "x0": 0, "x1": 1, "y0": pivot, "y1": pivot}
+        shapes.append({"type": "line", **place, "line": {"color": GREY, "dash": "dot", "width": 1.5}})
+        for way, colour in zip(ways, COLOURS, strict=False):
             found = [scores.mean(table.rows[f"{place}: {way}"], table.seeds, metric) for place in places]
             data.append(
                 {
@@ -88,7 +91,16 @@ def _curves(table: Table, scores: Scores) -> dict[str, Any]:
     legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.16}
     return {
         "data": data,
-        "layout": layout("", 320, width=760, showlegend=True, legend=legend, margin={"t": 40, "r": 10}, **axes),
+        "layout": layout(
+            "(dotted: pivot)",
+            320,
+            width=760,
+            shapes=shapes,
+            showlegend=True,
+            legend=legend,
+            margin={"t": 40, "r": 10},
+            **axes,
+        ),
     }
 
 

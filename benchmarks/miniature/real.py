@@ -2,8 +2,9 @@
 
     python -m miniature.real DATA [--workdir DIR] [--docs DIR]
 
-DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. About an
-hour on two cores; what is done is not done again.
+DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. All is
+done twice, as in the miniature: on the answers as they are, and with the last answer of every fifth conversation taken from another
+one. Within an hour on two cores; what is done is not done again.
 """
 
 import argparse
@@ -28,7 +29,7 @@ SETS = {
         "held-out": ("gsm8k_test", 0, 40),
     },
     "code": {"school": ("mbpp", 0, 120), "train": ("mbpp", 120, 180), "held-out": ("mbpp", 220, 260)},
-    "dialogue": {"train": ("oasst_threads", 0, 40), "held-out": ("oasst_threads", 100, 130)},
+    "dialogue": {"train": ("oasst_threads", 0, 30), "held-out": ("oasst_threads", 100, 120)},
 }
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
 TRAINING: dict[str, Any] = {
@@ -41,6 +42,7 @@ TRAINING: dict[str, Any] = {
     "save_total_limit": 1,
 }
 FUSION = {"sft_weight": 0.3, "training": {**TRAINING, "num_train_epochs": 2}}
+TOPKS = (1.0, 0.5, 0.1)  # of SCE
 COMMON: dict[str, Any] = {"data": {"max_length": 512}, "evaluate": {"answers": 0, "batch_tokens": 1024}}
 
 
@@ -57,10 +59,14 @@ def main() -> None:
     for name, files in sets.items():
         teacher = school(name, gemma, files["school"], work) if "school" in files else gemma
         sources[name] = {**teacher, "data": {"train": files["train"], "validation": files["held-out"]}}
-    recipe = {"name": "real", "pivot": pivot, "sources": sources, "targets": {"many-to-one": list(sets), "sft": []}}
-    recipe |= {**COMMON, "fuse": FUSION, "merge": {"method": "sce", "select_topk": 1.0}}
-    follow(recipe, work / "fusion")
-    text = table(work / "fusion", list(sets))
+    recipe = {"name": "right", "pivot": pivot, "sources": sources, "targets": {"many-to-one": list(sets), "sft": []}}
+    recipe |= {**COMMON, "fuse": FUSION}
+    fuse(recipe, work / "right")
+    for one in sources.values():
+        one["data"]["train"] = spoil(Path(one["data"]["train"]))
+    fuse({**recipe, "name": "wrong"}, work / "wrong")
+    tables = [table(work / name, list(sets)) for name in ("right", "wrong")]
+    text = f"Answers as they are:\n\n{tables[0]}\nEvery fifth answer wrong:\n\n{tables[1]}"
     print(text)
     if given.docs:
         (given.docs / "results").mkdir(parents=True, exist_ok=True)
@@ -87,6 +93,18 @@ def write_sets(data: Path, out: Path) -> dict[str, dict[str, str]]:
     return found
 
 
+def spoil(conversations: Path) -> str:
+    """A copy of the file in which every fifth conversation ends with the last answer of the next such one."""
+    whole = [json.loads(line) for line in conversations.read_text(encoding="utf-8").splitlines()]
+    chosen = whole[::5]
+    answers = [one["messages"][-1]["content"] for one in chosen]
+    for one, answer in zip(chosen, [*answers[1:], answers[0]], strict=True):
+        one["messages"][-1]["content"] = answer
+    path = conversations.with_name(f"{conversations.stem}.spoilt.jsonl")
+    path.write_text("".join(json.dumps(one) + "\n" for one in whole), encoding="utf-8")
+    return str(path)
+
+
 def school(name: str, model: dict[str, Any], conversations: str, work: Path) -> dict[str, Any]:
     """The model, fine-tuned on its speciality: plain fine-tuning of a pivot."""
     recipe = {"name": f"school-{name}", "pivot": model, "sources": {"none": model}, "targets": {"sft": []}, **COMMON}
@@ -100,6 +118,15 @@ def school(name: str, model: dict[str, Any], conversations: str, work: Path) -> 
     return {"model": str(taught)}
 
 
+def fuse(recipe: dict[str, Any], workdir: Path) -> None:
+    """The whole recipe; then its targets merged once more for each other τ, of which only the scores are kept."""
+    for topk in TOPKS:
+        scores = workdir.with_name(f"{workdir.name}-{topk:g}.json")
+        if not scores.is_file():
+            follow({**recipe, "merge": {"method": "sce", "select_topk": topk}}, workdir)
+            shutil.copyfile(workdir / "evaluate" / "fused" / "scores.json", scores)
+
+
 def follow(recipe: dict[str, Any], workdir: Path, **options: Any) -> None:
     path = workdir.with_name(f"{workdir.name}.yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -111,8 +138,10 @@ def table(workdir: Path, sets: list[str]) -> str:
     scores = {
         path.parent.name: json.loads(path.read_text()) for path in sorted((workdir / "evaluate").glob("*/scores.json"))
     }
+    fused = {f"fused, τ {topk:g}": workdir.with_name(f"{workdir.name}-{topk:g}.json") for topk in TOPKS}
+    scores |= {name: json.loads(path.read_text()) for name, path in fused.items()}
     sources, targets = ([f"{role}-{name}" for name in sets] for role in ("source", "target"))
-    order = ["pivot", *sources, "target-sft", "target-many-to-one", *targets, "fused"]
+    order = ["pivot", *sources, "target-sft", "target-many-to-one", *targets, *fused]
     heads = [f"{name} | - pivot | - SFT" for name in sets]
     lines = [f"| model | {' | '.join(heads)} |", f"| --- |{' ---: |' * (3 * len(sets))}"]
     by_set = {name: compare({model: found[f"{name}-held-out"] for model, found in scores.items()}) for name in sets}

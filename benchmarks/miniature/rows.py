@@ -64,10 +64,12 @@ class Table:
 METHODS: dict[str, list[dict[str, Any]]] = {
     "SCE": [{"method": "sce", "select_topk": topk} for topk in (1.0, 0.5, 0.1)],
     "linear": [{"method": "linear"}],
-    "task arithmetic": [{"method": "task_arithmetic", "weight": weight} for weight in (0.2, 0.3, 0.4)],
-    "TIES": [{"method": "ties", "weight": 1.0, "density": density} for density in (1.0, 0.5, 0.2)],
-    "DARE": [{"method": "dare_linear", "weight": weight, "density": 0.5} for weight in (0.2, 0.3, 0.4)],
-    "DARE, TIES": [{"method": "dare_ties", "weight": weight, "density": 0.5} for weight in (0.2, 0.4)],
+    "task arithmetic": [{"method": "task_arithmetic", "weight": weight} for weight in (0.05, 0.1, 0.2, 0.3, 0.4)],
+    "TIES": [
+        {"method": "ties", "weight": weight, "density": density} for weight in (0.5, 1.0) for density in (1.0, 0.5, 0.2)
+    ],
+    "DARE": [{"method": "dare_linear", "weight": weight, "density": 0.5} for weight in (0.1, 0.2, 0.3, 0.4)],
+    "DARE, TIES": [{"method": "dare_ties", "weight": weight, "density": 0.5} for weight in (0.1, 0.2, 0.4)],
     "VaRM": [{"method": "varm"}],
 }
 
@@ -78,13 +80,17 @@ def label(config: Mapping[str, Any]) -> str:
     return ", ".join(f"{word} {config[key]:g}" for key, word in words.items() if key in config)
 
 
+def merged_rows(changes: Changes) -> dict[str, Row]:
+    return {
+        f"fused, {method}; {label(one)}": fused(changes, one) for method, several in METHODS.items() for one in several
+    }
+
+
 def main_rows() -> dict[str, Row]:
     rows = {f"source {name}": schooled(name) for name in SOURCES}
     rows |= {"pivot": schooled(PIVOT), "SFT": tuned(SFT), "many-to-one": tuned(ALL)}
     rows |= {f"target {name}": tuned(name) for name in SOURCES}
-    rows |= {
-        f"fused, {method}; {label(one)}": fused(config=one) for method, several in METHODS.items() for one in several
-    }
+    rows |= merged_rows({})
     rows |= {f"SFT five times, {method}": soup(config=one) for method, one in SOUPS.items()}
     rows["fused, the paper's settings"] = fused(PAPER, PAPER_SCE)
     return rows
@@ -94,7 +100,7 @@ def clean_rows() -> dict[str, Row]:
     """The same where all training answers are right."""
     rows = {"pivot": schooled(PIVOT), "SFT": tuned(SFT, CLEAN), "many-to-one": tuned(ALL, CLEAN)}
     rows |= {f"target {name}": tuned(name, CLEAN) for name in SOURCES}
-    rows |= {f"fused, {method}": fused(CLEAN, one) for method, one in SOUPS.items()}
+    rows |= merged_rows(CLEAN)
     rows |= {f"SFT five times, {method}": soup(CLEAN, one) for method, one in SOUPS.items()}
     rows["fused, the paper's settings"] = fused({**PAPER, **CLEAN}, PAPER_SCE)
     return rows
@@ -183,7 +189,26 @@ def tables() -> list[Table]:
             },
         ),
         *maps(),
+        choices(),
     ]
+
+
+def choices() -> Table:
+    """The settings that the tables before speak for, together, where answers are right and where they are wrong."""
+    rows: dict[str, Row] = {}
+    for place, changes in {"all answers right": CLEAN, "one in five wrong": {}}.items():
+        rows[f"{place}: {SFT_LABEL}"] = tuned(SFT, changes)
+        rows[f"{place}: the paper's"] = fused({**PAPER, **changes}, PAPER_SCE)
+        for way, fuse in CHOICES.items():
+            rows[f"{place}: {way}"] = fused({**with_fuse(**fuse), **changes}, {"method": "sce", "select_topk": 0.5})
+    return Table("choices", "Settings together", rows, MAIN_SEEDS, x="Training answers")
+
+
+CHOICES: dict[str, Changes] = {
+    "ours, λ 0.9": {"sft_weight": 0.9},
+    "ours, λ 0.3": {},
+    "ours, λ 0.3, reverse KL": {"loss": "reverse_kl"},
+}
 
 
 def quick_tables() -> list[Table]:
@@ -213,7 +238,11 @@ def maps() -> list[Table]:
     """Where fusion pays: many-to-one beside SFT on the same conversations, one thing at a time."""
     found = []
     for name, title, values in (
-        ("conversations", "Training conversations of each skill", [{"a_skill": count} for count in (50, 200, 400, 1600)]),
+        (
+            "conversations",
+            "Training conversations of each skill",
+            [{"a_skill": count} for count in (50, 200, 400, 1600)],
+        ),
         ("wrong", "Share of wrong answers", [{"wrong": share} for share in (0.0, 0.2, 0.4)]),
         (
             "rare",
@@ -223,7 +252,12 @@ def maps() -> list[Table]:
     ):
         found.append(_map(name, title, {f"{next(iter(one.values())):g}": {"conversations": one} for one in values}))
     epochs = {f"{count}": {"fuse": {"training": {"num_train_epochs": count}}} for count in (1, 3, 10)}
-    return [*found, _map("epochs", "Epochs", epochs)]
+    sources: dict[str, Changes] = {
+        "the weakest": {"sources": ["internlm"]},
+        "all five": {},
+        "the best": {"sources": ["starling"]},
+    }
+    return [*found, _map("epochs", "Epochs", epochs), _map("capable", "Sources", sources)]
 
 
 LEVELS = {"λ 0": {"sft_weight": 0.0}, "λ 0.3": {"sft_weight": 0.3}, "λ 0.9": {"sft_weight": 0.9}}
