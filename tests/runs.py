@@ -82,7 +82,7 @@ def digests(workdir: Path) -> dict[str, str]:
     """SHA-256 of every artifact, without the timings that manifests record and that the page's table of costs shows."""
     found = {}
     for file in sorted(workdir.rglob("*")):
-        if file.is_file() and file.name != ".lock":
+        if file.is_file() and not file.name.endswith(".lock"):
             data = file.read_bytes()
             if file.name == "manifest.json":
                 manifest = json.loads(data)

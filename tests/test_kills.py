@@ -30,21 +30,6 @@ def test_a_killed_run_ends_with_the_same_bytes(models: dict[str, Path], tmp_path
     assert report["random times"]["differing"] == []
 
 
-def test_two_runs_at_once_do_not_meet(models: dict[str, Path], tmp_path: Path) -> None:
-    """Of two started together one does the work; the other is refused, or finds it done."""
-    recipe = runs.write_recipe(tmp_path, models)
-    command = [sys.executable, "-m", "fusechat", "run", str(recipe), "--workdir", str(tmp_path / "work")]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
-    results = [(process.communicate(timeout=600)[1], process.returncode) for process in both]
-    assert 0 in [status for _, status in results]
-    for stderr, status in results:
-        if status:
-            assert status == 2
-            assert stderr.splitlines()[-1].startswith("fusechat: error: ")
-            assert "is using it" in stderr
-    assert (tmp_path / "work" / "merge" / "manifest.json").is_file()
-
-
 def test_status_tells_running_from_begun(models: dict[str, Path], tmp_path: Path) -> None:
     recipe, work = runs.write_recipe(tmp_path, models), tmp_path / "work"
     assert runs.fusechat("run", recipe, "--workdir", work, "--until", "prepare").returncode == 0
@@ -58,6 +43,6 @@ def test_status_tells_running_from_begun(models: dict[str, Path], tmp_path: Path
         return next(entry["state"] for entry in states if entry["step"] == "prepare pivot/data")
 
     assert state() == "partial"
-    with (work / ".lock").open("a") as held:
+    with (begun.parent.parent / ".data.lock").open("a") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert state() == "running"

@@ -68,7 +68,7 @@ def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *,
         steps[data.name] = [prepare.step(recipe, workdir, chatter, data) for chatter in (pivot, teacher)]
     captured = capture.step(recipe, workdir, teacher, steps[held_out.name][1], at_least=k)
     for step in [step for pair in steps.values() for step in pair] + [captured]:
-        step.run()
+        step.run(needed=True)
     training, measured = ([step.directory for step in steps[name]] for name in steps)
     return (*training, None), (*measured, captured.directory)
 

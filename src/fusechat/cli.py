@@ -51,16 +51,15 @@ def run(
 def status(workdir: WorkDirectory, as_json: AsJson = False) -> None:
     """Show what is done, running, stale or damaged, and why."""
     from fusechat.errors import WorkdirError
-    from fusechat.pipeline import RECIPE, build_steps, in_use
+    from fusechat.pipeline import RECIPE, build_steps
     from fusechat.recipe_file import load_recipe
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    running = in_use(workdir)
     states: list[tuple[str, str, str]] = []
     for step in build_steps(load_recipe(workdir / RECIPE), workdir):
         state, why = step.state()
-        states.append((step.label, "running", "") if state == "partial" and running else (step.label, state, why))
+        states.append((step.label, "running", "") if step.running else (step.label, state, why))
     if as_json:
         print(json.dumps([{"step": label, "state": state, "why": why} for label, state, why in states], indent=1))
         return
@@ -74,6 +73,24 @@ def status(workdir: WorkDirectory, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def clean(
+    workdir: WorkDirectory,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Free what a finished run no longer needs: distributions and checkpoints. Says how much first, and asks."""
+    from fusechat.clean import free, parts, summary
+
+    found = parts(workdir)
+    print("\n".join(summary(found)))
+    if not found:
+        return
+    if not yes and not (sys.stdin.isatty() and typer.confirm("Remove them?")):
+        print("nothing was removed" + ("" if sys.stdin.isatty() else "; --yes removes without asking"))
+        return
+    free(workdir)
+
+
+@app.command()
 def report(workdir: WorkDirectory) -> None:
     """Write the report of a finished run again, and print its table."""
     from fusechat.errors import WorkdirError
@@ -84,7 +101,7 @@ def report(workdir: WorkDirectory) -> None:
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
     recipe = load_recipe(workdir / RECIPE)
     *before, page = build_steps(recipe, workdir)
-    unfinished = [f"{step.label} is {step.state()[0]}" for step in before if step.state()[0] != "done"]
+    unfinished = [f"{step.label} is {step.state()[0]}" for step in before if not step.finished]
     if unfinished:
         raise WorkdirError(f"{workdir}: not finished: {unfinished[0]}; run the recipe first")
     page.redo()

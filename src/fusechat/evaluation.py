@@ -206,7 +206,7 @@ def _write_again(recipe: Recipe, workdir: Path) -> None:
     """results.json and the report of a run, where all that goes into them is there."""
     *before, page = build_steps(recipe, workdir)
     results = next(step for step in before if step.name == "results")
-    waiting = next((step for step in before if step is not results and step.state()[0] != "done"), None)
+    waiting = next((step for step in before if step is not results and not step.finished), None)
     if waiting is not None:
         log.info("%s is not done: the run's results.json and report will have this when it is", waiting.label)
         return

@@ -5,7 +5,6 @@
 A step knows its upstream steps, so that its fingerprint changes when anything that it rests on does; see `core/steps.py`.
 """
 
-import fcntl
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.core.gguf import convert_together
-from fusechat.core.lock import only_one
+from fusechat.core.lock import in_turn, only_one, together
 from fusechat.core.progress import log
 from fusechat.core.references import Reference
 from fusechat.core.steps import Step, with_upstream
@@ -28,10 +27,10 @@ from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
 from fusechat.prepare import stage as prepare
-from fusechat.recipe_file import recipe_identity, save_recipe
+from fusechat.recipe_file import is_saved, recipe_identity, save_recipe
 from fusechat.report import stage as report
 
-RECIPE, LOCK = "recipe.yaml", ".lock"
+RECIPE, LOCK, STARTING = "recipe.yaml", ".lock", ".starting.lock"
 
 
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
@@ -158,29 +157,30 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
 
 
 def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
-    """Runs what is not done yet; returns how many steps there were to do. Raises a FuseChatError for what a user can mend.
+    """Runs what is not done yet, and of stage `until` what was cleared away; returns how many steps there were to do.
 
-    Under `torchrun` every process calls it; see `core/ranks.py`.
+    Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `core/ranks.py`.
     """
-    with lock(recipe, workdir):
+    with beside_others(recipe, workdir, until=until, only=only):
         ranks.from_first(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
-        done_now = sum(step.run() for step in steps)
+        done_now = sum(step.run(needed=step.stage == until) for step in steps)
         log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
     ranks.leave()
     return done_now
 
 
 def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | None) -> None:
-    """Writes the recipe down; where there is work to do, checks what can be checked before it, and converts models."""
+    """Where there is work to do, checks what can be checked before it, and converts models."""
     steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
-    save_recipe(recipe, workdir / RECIPE)
-    waiting = [step for step in steps if step.state()[0] != "done"]
+    waiting = [step for step in steps if not step.finished]
     if any(step.stage == "fuse" for step in waiting):
         fuse.check(recipe)
     if any(step.stage != "report" for step in waiting):
         sources = recipe.teachers()[only] if only else recipe.sources
         convert_together([recipe.chatter(name).reference for name in (PIVOT, *sources)])
+    if any(step.stage == "fuse" for step in waiting):
+        fuse.check_pivot(recipe)
 
 
 def check_workdir(recipe: Recipe, workdir: Path) -> None:
@@ -202,25 +202,35 @@ def check_workdir(recipe: Recipe, workdir: Path) -> None:
             )
 
 
-def in_use(workdir: Path) -> bool:
-    """Whether a run is going on in the work directory."""
-    try:
-        with (workdir / LOCK).open("r") as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
 @contextmanager
 def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
-    """One run at a time in a work directory that is this recipe's; the system frees the lock however the holder ends."""
+    """A work directory that is this recipe's, for this process alone; the system frees the lock however the holder ends."""
 
     def take() -> None:
         check_workdir(recipe, workdir)
         held.enter_context(only_one(workdir / LOCK, workdir))
+
+    with ExitStack() as held:
+        ranks.from_first(take)
+        yield
+
+
+@contextmanager
+def beside_others(recipe: Recipe, workdir: Path, *, until: str | None, only: str | None) -> Iterator[None]:
+    """A work directory that is this recipe's, together with other runs of the very same recipe. Writes the recipe down."""
+
+    def take() -> None:
+        check_workdir(recipe, workdir)
+        with in_turn(workdir / STARTING, f"beginning in {workdir}"):
+            first = held.enter_context(together(workdir / LOCK, workdir))
+            check_workdir(recipe, workdir)  # another one may have begun meanwhile
+            select_steps(build_steps(recipe, workdir), until=until, only=only)
+            if first:
+                save_recipe(recipe, workdir / RECIPE)
+            elif not is_saved(recipe, workdir / RECIPE):
+                raise WorkdirError(
+                    f"{workdir}: another recipe is being run in it; wait for that, or choose another --workdir"
+                )
 
     with ExitStack() as held:
         ranks.from_first(take)

@@ -29,12 +29,17 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """The recipe as resolved, defaults filled in; `load_recipe` reads it back the same."""
-    write_text(
-        path,
-        yaml.safe_dump(
-            recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=120
-        ),
-    )
+    write_text(path, _text(recipe))
+
+
+def is_saved(recipe: Recipe, path: Path) -> bool:
+    """Whether this very recipe was saved there."""
+    return path.is_file() and path.read_text(encoding="utf-8") == _text(recipe)
+
+
+def _text(recipe: Recipe) -> str:
+    content = recipe.model_dump(exclude_none=True, by_alias=True)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
 
 
 def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:

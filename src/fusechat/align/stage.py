@@ -33,7 +33,7 @@ def step(
     def work(directory: Path) -> dict[str, Any]:
         return _align(directory, upstream, recipe, source)
 
-    return Step("align", source, workdir / "align" / source, settings, work, upstream, FORMAT)
+    return Step("align", source, workdir / "align" / source, settings, work, upstream, FORMAT, bulk="aligned.arrow")
 
 
 def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:

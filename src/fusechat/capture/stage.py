@@ -45,6 +45,7 @@ def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_
         format=FORMAT,
         whole_files=True,
         join=join,
+        bulk="shard-*.arrow",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fusechat.core import ranks
+from fusechat.core.files import read_json
 from fusechat.core.forward import keeps_logits
 from fusechat.core.progress import log
 from fusechat.errors import ModelError, first_line
@@ -52,14 +53,26 @@ def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
         raise _model_error(directory, "its configuration", error) from error
 
 
+def quantised(directory: Path) -> str | None:
+    """How the weights of a model directory are quantised, by its configuration: bitsandbytes, gptq, awq, …; None for full ones."""
+    try:
+        found = read_json(directory / "config.json").get("quantization_config")
+    except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
+        return None
+    return str(found.get("quant_method", "in some way")) if isinstance(found, dict) else None
+
+
 def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode, weights in `dtype` on `device`."""
+    """A causal language model in evaluation mode, weights in `dtype` on `device`; quantised ones as they are stored, which must
+    not be moved after."""
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
+    as_stored: dict[str, Any] = {"device_map": {"": device}} if quantised(directory) else {}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
+            **as_stored,
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -73,7 +86,7 @@ def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remot
         log.warning(
             "%s computes logits at every position: it cannot be told at which ones, and takes more memory", directory
         )
-    return model.to(device).eval()
+    return (model if as_stored else model.to(device)).eval()
 
 
 def refuse_missing(report: dict[str, Any], name: str) -> None:

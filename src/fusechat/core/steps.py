@@ -5,11 +5,13 @@ pipeline are known before anything runs. `manifest.json` is the last file writte
 which a run with the same fingerprint may go on where a killed one stopped.
 """
 
+import fnmatch
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +19,13 @@ from typing import Any, Literal
 from fusechat.core import ranks
 from fusechat.core.cache import fresh_digest, known_digest
 from fusechat.core.files import digest_json, read_json, remove_partial, write_json
+from fusechat.core.lock import in_turn, is_held
 from fusechat.core.progress import log
 from fusechat.core.usage import watch
 
-MANIFEST, STARTED = "manifest.json", "started.json"
-State = Literal["done", "partial", "stale", "damaged", "absent"]
+MANIFEST, STARTED, LOCK = "manifest.json", "started.json", ".lock"
+FREED = "freed"  # a manifest's key: the files that were cleared away since
+State = Literal["done", "freed", "partial", "stale", "damaged", "absent"]
 _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
 
 
@@ -32,6 +36,8 @@ class Step:
     `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale. With
     `whole_files` every file stands for itself: of a damaged step the sound ones are kept, and `work` makes the others again.
     A step with `join` is shared by all processes: each calls `work`, and `join` makes one of the counts that they return.
+    `bulk`: the pattern of files that a finished run can do without; `reads_bulk`: whether `work` reads those of its upstream
+    steps, which are then made again before.
     """
 
     stage: str
@@ -43,6 +49,8 @@ class Step:
     format: int = 1
     whole_files: bool = False
     join: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+    bulk: str = ""
+    reads_bulk: bool = True
 
     @property
     def label(self) -> str:
@@ -84,13 +92,22 @@ class Step:
         for key, contents in self._upstream_contents().items():
             if contents is not None and contents != built_from.get(key):
                 return "stale", f"{self.upstream[key].label} was made again and came out different"
+        if manifest.get(FREED):
+            return "freed", "done, its files cleared away; they are made again if a step needs them"
         return "done", ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing to do: its files are there, or were and nothing needs them."""
+        return self.state()[0] in ("done", "freed")
 
     def _damaged(self, manifest: dict[str, Any]) -> dict[str, str]:
         """What is wrong with files that were written. Contents are read again only where a file's size or times changed."""
         found = {}
         for name, written in manifest.get("outputs", {}).items():
             file = self.directory / name
+            if name in manifest.get(FREED, ()):
+                continue
             if not file.is_file():
                 found[name] = "is missing"
             elif file.stat().st_size != written["bytes"]:
@@ -105,10 +122,21 @@ class Step:
         manifests = {key: step.manifest() for key, step in self.upstream.items()}
         return {key: digest_json(found.get("outputs")) if found else None for key, found in manifests.items()}
 
-    def run(self) -> bool:
-        """Does the work unless it is done; returns whether there was anything to do."""
-        if not ranks.from_first(self._begin):
+    def run(self, *, needed: bool = False) -> bool:
+        """Does the work unless it is done; returns whether there was anything to do. `needed`: its files are, cleared away or
+        not."""
+        if ranks.from_first(lambda: self._settled(needed)):
             return False
+        with ExitStack() as held:
+            ranks.from_first(lambda: self._enter(held))
+            return self._run(needed)
+
+    def _run(self, needed: bool) -> bool:
+        if not ranks.from_first(lambda: self._begin(needed)):  # another process may have done it meanwhile
+            return False
+        for above in self.upstream.values() if self.reads_bulk else ():
+            if ranks.from_first(partial(bool, above.freed)):
+                above.run(needed=True)
         began, peaks = time.monotonic(), watch()
         if self.join is not None:
             counts = self.join(ranks.gather(self.work(self.directory)))
@@ -118,13 +146,32 @@ class Step:
         ranks.from_first(lambda: self._finish(counts, timings))
         return True
 
-    def _begin(self) -> bool:
-        """Whether there is work to do; if so, leaves in the directory what it can go on from."""
-        state, why = self.state()
-        if state == "done":
+    def _settled(self, needed: bool) -> bool:
+        state = self.state()[0]
+        if state == "done" or (state == "freed" and not needed):
             (self.directory / STARTED).unlink(missing_ok=True)
+            return True
+        return False
+
+    def _enter(self, held: ExitStack) -> None:
+        """One process at a time does a step; another one that comes to it waits."""
+        held.enter_context(in_turn(self._lock, self.label))
+
+    @property
+    def _lock(self) -> Path:
+        return self.directory.with_name(f".{self.directory.name}{LOCK}")
+
+    @property
+    def running(self) -> bool:
+        """Whether a process does it now."""
+        return is_held(self._lock)
+
+    def _begin(self, needed: bool) -> bool:
+        """Whether there is work to do; if so, leaves in the directory what it can go on from."""
+        if self._settled(needed):
             return False
-        if state in ("stale", "damaged"):
+        state, why = self.state()
+        if state in ("stale", "damaged", "freed"):
             log.info("%s is %s (%s): doing it again", self.label, state, why)
         if state == "damaged" and self.whole_files:
             for name in self._damaged(self.manifest() or {}):
@@ -136,6 +183,23 @@ class Step:
         write_json(self.directory / STARTED, {"fingerprint": self.fingerprint})
         (self.directory / MANIFEST).unlink(missing_ok=True)
         return True
+
+    @property
+    def freed(self) -> list[str]:
+        """Names of files that were cleared away."""
+        return list((self.manifest() or {}).get(FREED, ()))
+
+    def bulk_files(self) -> dict[str, int]:
+        """Names and sizes of the files that can go and are there."""
+        names = fnmatch.filter((self.manifest() or {}).get("outputs", ()), self.bulk)
+        return {name: file.stat().st_size for name in names if (file := self.directory / name).is_file()}
+
+    def free(self) -> None:
+        """Removes these of a finished step. Its manifest says so before a file goes."""
+        names, manifest = self.bulk_files(), self.manifest() or {}
+        write_json(self.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
+        for name in names:
+            (self.directory / name).unlink(missing_ok=True)
 
     def redo(self) -> None:
         """Does the work again, done or not."""
@@ -172,7 +236,7 @@ class Step:
         return [
             path
             for path in sorted(self.directory.iterdir())
-            if not any((path / n).exists() for n in (MANIFEST, STARTED))
+            if path.suffix != LOCK and not any((path / n).exists() for n in (MANIFEST, STARTED))
         ]
 
     def _clear(self) -> None:

@@ -13,7 +13,7 @@ from fusechat.core.distributions import open_distributions
 from fusechat.core.files import atomic_directory, write_text
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
-from fusechat.errors import RecipeError
+from fusechat.errors import ModelError, RecipeError
 
 MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
 
@@ -105,6 +105,19 @@ def check(recipe: Recipe) -> None:
             raise RecipeError(
                 f"fuse.training.eval_strategy: target {target} has no held-out conversations: set data.validation"
             )
+
+
+def check_pivot(recipe: Recipe) -> None:
+    """Raises ModelError for a pivot that can only be run."""
+    from fusechat.core.models import quantised
+
+    pivot = recipe.chatter(PIVOT)
+    kind = quantised(pivot.directory)
+    if kind:
+        raise ModelError(
+            f"pivot ({pivot.reference}): its weights are quantised ({kind}), which can be neither fine-tuned nor merged; "
+            "take the model that they were made from"
+        )
 
 
 def _fuse(

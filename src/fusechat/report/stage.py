@@ -24,7 +24,8 @@ def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
     def work(directory: Path) -> dict[str, Any]:
         return _write(directory, recipe, upstream)
 
-    return Step("report", "", workdir / "report", {"recipe": recipe.model_dump()}, work, upstream, format=FORMAT)
+    settings = {"recipe": recipe.model_dump()}
+    return Step("report", "", workdir / "report", settings, work, upstream, format=FORMAT, reads_bulk=False)
 
 
 def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[str, Any]:
@@ -137,12 +138,16 @@ def _data(recipe: Recipe, steps: list[Step]) -> list[Any]:
 
 
 def _samples(recipe: Recipe, aligned: dict[str, Step]) -> dict[str, Any]:
-    """Of every source whose tokenizer, and the pivot's, are on this machine."""
+    """Of every source whose tokenizer, and the pivot's, are on this machine, and whose distributions were not cleared away."""
     from fusechat.report.samples import samples
     from fusechat.show.conversation import Branch
 
     pivot = recipe.chatter(PIVOT)
-    here = {name: step for name, step in aligned.items() if at_hand(recipe.chatter(name).reference)}
+    here = {
+        name: step
+        for name, step in aligned.items()
+        if at_hand(recipe.chatter(name).reference) and not any(one.freed for one in (step, step.upstream["capture"]))
+    }
     if at_hand(pivot.reference) is None:
         return {}
     return samples(

@@ -88,6 +88,10 @@ def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
         raise RecipeError(f"{source}: the run has no such source; it has {', '.join(aligning)}")
     for step in with_upstream([aligning[source]]):
         state, _ = step.state()
+        if state == "freed":
+            raise WorkdirError(
+                f"{workdir}: {step.label} was cleared away; fusechat run RECIPE --until align makes it again"
+            )
         if state != "done":
             raise WorkdirError(f"{workdir}: not finished: {step.label} is {state}; run the recipe first")
     return aligning[source]
