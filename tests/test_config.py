@@ -36,9 +36,9 @@ def test_defaults_are_those_of_the_recipe_page(tmp_path: Path) -> None:
     assert found == {key: table.get(key, "not on the page") for key in found}
 
 
-def test_the_papers_settings_are_the_defaults(tmp_path: Path) -> None:
+def test_the_defaults_are_those_that_the_results_page_gives(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path))
-    assert (recipe.capture.top_k, recipe.fuse.sft_weight, recipe.merge.select_topk) == (10, 0.9, 0.1)
+    assert (recipe.capture.top_k, recipe.fuse.sft_weight, recipe.merge.select_topk) == (10, 0.9, 1.0)
     assert (recipe.fuse.function, recipe.fuse.loss, recipe.merge.method) == ("mince", "cross_entropy", "sce")
     assert (recipe.data.max_length, recipe.data.on_error, recipe.seed, recipe.device) == (2048, "stop", 0, None)
 

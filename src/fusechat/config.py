@@ -41,7 +41,7 @@ class Recipe(Section):
     capture: Capture = Capture()
     align: Align = Align()
     fuse: Fuse = Fuse()
-    merge: Merge = Merge(select_topk=0.1)
+    merge: Merge = Merge(select_topk=1.0)
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0)
     device: str | None = None

@@ -202,10 +202,10 @@ class Merge(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _as_in_the_paper(cls, raw: Any) -> Any:
-        """Without a word on it, SCE keeps the share that the paper's 7B models were merged with."""
+    def _all_kept(cls, raw: Any) -> Any:
+        """Without a word on it, SCE keeps every position: docs/results.md."""
         if isinstance(raw, dict) and raw.get("method", "sce") == "sce" and raw.get("select_topk") is None:
-            return {**raw, "select_topk": 0.1}
+            return {**raw, "select_topk": 1.0}
         return raw
 
     def parameters(self) -> dict[str, Any]:
