@@ -88,12 +88,12 @@ def _curves(table: Table, scores: Scores) -> dict[str, Any]:
         "yaxis": axis(TITLES[EXACT]),
         "yaxis2": axis(TITLES[BITS], anchor="x2"),
     }
-    legend = {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.16}
+    legend = {"orientation": "h", "x": 0.5, "xanchor": "center", "y": -0.3, "yanchor": "top"}
     return {
         "data": data,
         "layout": layout(
             "(dotted: pivot)",
-            320,
+            340,
             width=760,
             shapes=shapes,
             showlegend=True,
