@@ -87,12 +87,20 @@ def merged_rows(changes: Changes) -> dict[str, Row]:
     }
 
 
+def soup_rows(changes: Changes) -> dict[str, Row]:
+    return {
+        f"SFT five times, {method}; {label(one)}": soup(changes, one)
+        for method in ("SCE", "linear", "task arithmetic")
+        for one in METHODS[method]
+    }
+
+
 def main_rows() -> dict[str, Row]:
     rows = {f"source {name}": schooled(name) for name in SOURCES}
     rows |= {"pivot": schooled(PIVOT), "SFT": tuned(SFT), "many-to-one": tuned(ALL)}
     rows |= {f"target {name}": tuned(name) for name in SOURCES}
     rows |= merged_rows({})
-    rows |= {f"SFT five times, {method}": soup(config=one) for method, one in SOUPS.items()}
+    rows |= soup_rows({})
     rows["fused, the paper's settings"] = fused(PAPER, PAPER_SCE)
     return rows
 
@@ -102,13 +110,12 @@ def clean_rows() -> dict[str, Row]:
     rows = {"pivot": schooled(PIVOT), "SFT": tuned(SFT, CLEAN), "many-to-one": tuned(ALL, CLEAN)}
     rows |= {f"target {name}": tuned(name, CLEAN) for name in SOURCES}
     rows |= merged_rows(CLEAN)
-    rows |= {f"SFT five times, {method}": soup(CLEAN, one) for method, one in SOUPS.items()}
+    rows |= soup_rows(CLEAN)
     rows["fused, the paper's settings"] = fused({**PAPER, **CLEAN}, PAPER_SCE)
     return rows
 
 
 CLEAN: Changes = {"conversations": {"wrong": 0.0}}
-SOUPS: dict[str, dict[str, Any]] = {"SCE": SCE, "linear": {"method": "linear"}}
 ALIGNMENTS: dict[str, Changes] = {
     "exact": {"vocabulary": "exact", "unaligned": "label"},
     "edit distance": {"sequence": "dtw", "vocabulary": "edit", "unaligned": "label"},
