@@ -20,7 +20,7 @@ from miniature import figures, page, rows  # noqa: E402
 from miniature.jobs import Place  # noqa: E402
 from miniature.scores import Scores  # noqa: E402
 
-QUICK_STEPS, QUICK_QUESTIONS = 30, 5
+QUICK_STEPS, QUICK_QUESTIONS = 15, 3
 
 
 def main() -> None:

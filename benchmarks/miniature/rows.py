@@ -221,7 +221,7 @@ CHOICES: dict[str, Changes] = {
 
 def quick_tables() -> list[Table]:
     """Two small ones, of all kinds of rows."""
-    few: Changes = {"sources": ["solar", "mixtral"], "conversations": {"a_skill": 6}}
+    few: Changes = {"sources": ["solar", "mixtral"], "conversations": {"a_skill": 4}}
     main = {
         "source solar": schooled("solar"),
         "many-to-one": tuned(ALL, few),
