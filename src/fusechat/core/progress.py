@@ -44,7 +44,9 @@ def setup_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
     log.propagate = False
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # where it is installed PyTorch's libraries import it, and it talks
+    logging.getLogger("bitsandbytes").setLevel(
+        logging.ERROR
+    )  # where it is installed PyTorch's libraries import it, and it talks
 
 
 @contextmanager
