@@ -126,7 +126,8 @@ def test_the_quick_form_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     for row in ("source solar", "many-to-one", "target mixtral", "fused, SCE; τ", "SFT twice, linear", "0.5: λ 0.9"):
         assert f"| {row}" in page
     assert {path.name for path in (tmp_path / "docs" / "results").glob("*.svg")} == {"main.svg", "wrong.svg"}
-    assert "exact match" in (tmp_path / "docs" / "results" / "main.svg").read_text()
+    drawn = (tmp_path / "docs" / "results" / "main.svg").read_bytes()
+    assert b"exact match" in drawn
 
     made = sorted((tmp_path / "work" / "measures").iterdir())
     before = {path: path.stat().st_mtime_ns for path in made}
@@ -138,3 +139,4 @@ def test_the_quick_form_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     assert json.loads(again.read_text()) == figures
     assert {path for path in made if path.stat().st_mtime_ns != before[path]} == {again}
     assert second.stdout == first.stdout
+    assert (tmp_path / "docs" / "results" / "main.svg").read_bytes() == drawn

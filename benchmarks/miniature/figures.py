@@ -1,6 +1,7 @@
 """A figure for each table, in the report's style: exact match and bits per byte with their intervals, as SVG."""
 
 import asyncio
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,6 +105,12 @@ def _curves(table: Table, scores: Scores) -> dict[str, Any]:
     }
 
 
+def same_names(svg: str, name: str) -> str:
+    """A figure whose parts are named after it, where Plotly draws their names at random: one figure, one file."""
+    found = re.search(r'id="defs-([0-9a-f]{6})"', svg)
+    return re.sub(r"\btrace[0-9a-f]{6}\b", "trace", svg.replace(found[1], name) if found else svg)
+
+
 def write(figures: dict[str, dict[str, Any]], directory: Path) -> None:
     """NAME.svg each, drawn by Plotly in a headless browser that is on this machine."""
     import kaleido
@@ -114,7 +121,9 @@ def write(figures: dict[str, dict[str, Any]], directory: Path) -> None:
         page = kaleido.PageGenerator(mathjax=False)
         async with kaleido.Kaleido(n=1, path=browser, page_generator=page) as drawer:
             for name, one in figures.items():
-                await drawer.write_fig(one, str(directory / f"{name}.svg"))
+                path = directory / f"{name}.svg"
+                await drawer.write_fig(one, str(path))
+                path.write_text(same_names(path.read_text(encoding="utf-8"), name), encoding="utf-8")
 
     directory.mkdir(parents=True, exist_ok=True)
     asyncio.run(draw())
