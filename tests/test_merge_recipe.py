@@ -55,7 +55,7 @@ def values(recipe: Recipe, tensor: str = Q) -> dict[str, Any]:
 TASK = {"normalize": False, "lambda": 1}
 TIES = {"density": [1, 1], "normalize": True, "rescale": False, "lambda": 1}
 DARE = {"density": [1, 1], "normalize": False, "rescale": True, "lambda": 1, "seed": 0}
-SCE = {"select_topk": 0.1, "select_deltas": True, "normalize": True}
+SCE = {"select_topk": 1.0, "select_deltas": True, "normalize": True}
 
 
 @pytest.mark.parametrize(
