@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import runs
@@ -86,7 +85,6 @@ def test_a_kind_whose_package_is_missing_is_named(models: dict[str, Path], tmp_p
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (directory / "config.json").write_text(json.dumps(config))
     recipe = runs.write_recipe(tmp_path, models, sources={"mistral": str(directory)})
-    assert yaml.safe_load(recipe.read_text())["sources"] == {"mistral": str(directory)}
     done = runs.fusechat("run", recipe, "--workdir", tmp_path / "work")
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]

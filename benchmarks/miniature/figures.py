@@ -67,7 +67,7 @@ def _curves(table: Table, scores: Scores) -> dict[str, Any]:
         pivot = scale * scores.mean(PIVOT_ROW, table.seeds, metric).mean
         place = {"xref": f"x{number} domain", "yref": f"y{number}", "x0": 0, "x1": 1, "y0": pivot, "y1": pivot}
         shapes.append({"type": "line", **place, "line": {"color": GREY, "dash": "dot", "width": 1.5}})
-        for way, colour in zip(ways, COLOURS, strict=False):
+        for way, colour in zip(ways, COLOURS[: len(ways)], strict=True):
             found = [scores.mean(table.rows[f"{place}: {way}"], table.seeds, metric) for place in places]
             data.append(
                 {

@@ -44,9 +44,8 @@ def setup_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
     log.propagate = False
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # where it is installed PyTorch's libraries import it, and it talks
+    # Where bitsandbytes is installed, Transformers imports it for every training, and it warns of what nobody asked it for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @contextmanager
