@@ -196,7 +196,7 @@ def processes(tokenizers: list[Any], texts: list[str], positions: int = 4_000_00
         size = sum(len(prepared(pivot, text, "")) for text in several)
         times, digests = {}, set()
         for number in (1, 2):
-            data = Conversations(*places, names=("pivot", "source"), sizes=(1 << 30, 1 << 30))
+            data = Conversations(*([place] for place in places), names=("pivot", "source"), sizes=(1 << 30, 1 << 30))
             began = time.perf_counter()
             with Blocks(pair, data, processes=number) as blocks:
                 vocabulary_map, is_open = blocks.build_map(back_off, nothing)

@@ -75,18 +75,15 @@ def alignment_and_capture(recipe: Recipe, captures: list[Step]) -> None:
 
 
 def training_rows(recipe: Recipe, source: str) -> PreparedSet:
-    return PreparedSet(WORKDIR / "prepare" / PIVOT / recipe.training_set(source).name)
+    return PreparedSet(*(WORKDIR / "prepare" / PIVOT / data.name for data in recipe.sets_of(source)))
 
 
 def aligner_for(recipe: Recipe, source: str) -> Callable[[], None]:
     """All of the alignment but loading the tokenizers, which capture and prepare have loaded before."""
-    name = recipe.training_set(source).name
+    names = [data.name for data in recipe.sets_of(source)]
     pair, back_off, about = models(recipe, source)
-    places = (
-        WORKDIR / "prepare" / PIVOT / name,
-        WORKDIR / "prepare" / source / name,
-        WORKDIR / "capture" / source / name,
-    )
+    done = (("prepare", PIVOT), ("prepare", source), ("capture", source))
+    places = tuple([WORKDIR / stage / model / name for name in names] for stage, model in done)
 
     def work() -> None:
         with Blocks(pair, Conversations(*places, **about)) as blocks:

@@ -52,6 +52,12 @@ SMOLLM_3 = (
     "{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' + m.content.lstrip('\\n') + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n\\n</think>\\n' }}{% endif %}"
 )
+# Turns begin with plain text, which the tokenizer knows nothing of; a question ends as an answer does.
+DANUBE_3 = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{{ ('<|answer|>' if m.role == 'assistant' else '<|prompt|>') + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|answer|>' }}{% endif %}"
+)
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -118,6 +124,7 @@ FAMILIES = {
     "Qwen2": Family("Qwen2", "llama", tiny.CHATML, IM, {"tie_word_embeddings": True}),
     "Qwen2.5": Family("Qwen2", "llama", tiny.CHATML, IM, {}, llama_3_words),
     "Qwen3": Family("Qwen3", "llama", QWEN_3, IM, {"head_dim": 16}),
+    "H2O-Danube3": Family("Llama", "mistral", DANUBE_3, ("</s>",), {}, folds_system=True),
     "Yi": Family("Llama", "mistral", CHATML, IM, {}, no_dummy_prefix),
     "SmolLM2": Family("Llama", "llama", tiny.CHATML, IM, {"tie_word_embeddings": True}),
     "SmolLM3": Family(

@@ -77,6 +77,10 @@ def contents(text: str = "text", **changes: Any) -> Contents:
         ),
         "models": [model],
         "data": [DataFile(text, text, text, text, {"conversations": 1, "responses": 1, "response_tokens": 1})],
+        "overlap": [
+            {"evaluation": text, "training": text, "conversations": 3, "found": {text: 1, "same prompt": 1}},
+            {"evaluation": text, "training": "other", "conversations": 3, "found": {}},
+        ],
         "losses": {text: [{"step": 1, "sft_loss": 2.0, "fusion_loss": 3.0}, {"step": 2, "eval_loss": float("nan")}]},
         "alignment": {text: {"positions": 3, "coverage_of_positions": 0.5, "back_off_mass": text}},
         "samples": {},

@@ -22,6 +22,7 @@ from fusechat.core.conversations import Conversation, Message
 from fusechat.core.distributions import SparseDistribution, open_distributions, write_shard
 from fusechat.core.files import digest_json
 from fusechat.core.prepared import FILE, Prepared, PreparedSet, write_prepared
+from fusechat.core.seals import write_checked
 from fusechat.core.spans import encode_with_spans
 from fusechat.core.steps import MANIFEST
 from fusechat.core.templates import ChatTemplate
@@ -59,12 +60,12 @@ def vouch(step: Path) -> None:
         if file.name != MANIFEST:
             data = file.read_bytes()
             manifest["outputs"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (step / MANIFEST).write_text(json.dumps(manifest))
+    write_checked(step / MANIFEST, manifest)
     above = step.parents[2] / "capture" / step.parent.name / step.name / MANIFEST
     if step.parents[1].name == "prepare":
         captured = json.loads(above.read_text())
         captured["built_from"] = {"prepare": digest_json(manifest["outputs"])}
-        above.write_text(json.dumps(captured))
+        write_checked(above, captured)
 
 
 def tamper_prepared(work: Path, name: str, change: Callable[[Prepared], Prepared]) -> str:

@@ -1,5 +1,7 @@
 """Several runs in one work directory: a job for each source, two of the same, one that is killed while another waits."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -7,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +17,7 @@ import runs
 from fusechat.pipeline import build_steps, run
 from fusechat.recipe_file import load_recipe
 
-STEPS = 31
+STEPS = 32
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,19 @@ def test_a_run_goes_on_where_the_one_it_waits_for_was_killed(reference: Path, tm
     first.communicate()
     end(second)
     assert same_weights(work, reference)
+
+
+def test_a_file_system_without_locks_is_named(reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(handle: Any, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    done = runs.here("run", reference / "recipe.yaml", "--workdir", tmp_path / "work")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"fusechat: error: {tmp_path / 'work' / '.starting.lock'}: cannot be locked (No locks available): its file system has to "
+        "have locks; choose another --workdir"
+    )
 
 
 def test_another_recipe_waits_its_turn(reference: Path, tmp_path: Path) -> None:

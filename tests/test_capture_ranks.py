@@ -48,10 +48,14 @@ def test_captured_by_several_processes(place: Path, tmp_path: Path, number: int)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(place: Path, tmp_path: Path) -> None:
-    """What is left of a killed run is shared anew; one shard is missing, one cut short, one sound."""
+    """What is left of a killed run is shared anew; one shard is missing, one cut short, one sound. The killed one had a model
+    for all processes together, which one of them ran."""
     work = tmp_path / "work"
     arguments = ("run", place / "recipe.yaml", "--workdir", work, "--until", "capture", "--only", "mistral")
-    assert together(3, *arguments).returncode == 0
+    begun = together(3, *arguments, "--set", 'capture.device_map={"": disk}')
+    assert begun.returncode == 0, begun.stderr
+    assert begun.stderr.count("one process on each machine runs it") == 2, "told once of each model"
+    assert runs.digests(work / "capture") == runs.digests(place / "one" / "capture")
     directory = work / "capture/mistral/data"
     (directory / MANIFEST).rename(directory / "started.json")  # it has the fingerprint
     first, second, third = sorted(directory.glob("shard-*"))

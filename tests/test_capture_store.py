@@ -21,6 +21,7 @@ from fusechat.core.distributions import (
     write_store,
 )
 from fusechat.core.prepared import PreparedSet
+from fusechat.core.seals import write_checked
 from fusechat.core.steps import MANIFEST, STARTED, Step
 from fusechat.errors import WorkdirError
 from fusechat.pipeline import build_steps, run
@@ -257,7 +258,7 @@ def test_captures_of_the_first_format_are_made_again(captured: Path, work: Path)
     before = runs.digests(work)
     manifest = json.loads((work / CAPTURE / MANIFEST).read_text())
     manifest["inputs"]["format"] = 1
-    (work / CAPTURE / MANIFEST).write_text(json.dumps(manifest | {"fingerprint": "0" * 64}))
+    write_checked(work / CAPTURE / MANIFEST, manifest | {"fingerprint": "0" * 64})
     first = shards(work / CAPTURE)[0]
     first.rename(first.with_name("shard-00000.arrow"))
     assert again(captured, work) == 1

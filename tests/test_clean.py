@@ -8,7 +8,8 @@ import pytest
 
 import runs
 from fusechat.clean import free, parts
-from fusechat.core.files import read_json, write_json
+from fusechat.core.files import read_json
+from fusechat.core.seals import write_checked
 from fusechat.pipeline import build_steps, run
 from fusechat.recipe_file import load_recipe
 
@@ -99,7 +100,7 @@ def test_a_stage_that_is_named_is_made_again(place: Path) -> None:
 
 def test_what_was_killed_while_it_freed_is_freed_by_the_next(place: Path) -> None:
     manifest = place / "work" / "align" / "gemma" / "manifest.json"
-    write_json(manifest, {**read_json(manifest), "freed": ["aligned.arrow"]})
+    write_checked(manifest, {**read_json(manifest), "freed": ["aligned.arrow"]})
     assert states(place)["align gemma"] == "freed"
     assert any(part.label == "align gemma" and part.size for part in parts(place / "work"))
     free(place / "work")

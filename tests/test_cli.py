@@ -59,7 +59,7 @@ def test_run_prints_the_table_on_stdout_and_progress_on_stderr(recipe: Path) -> 
         assert f"{score['value']:.4f}" in printed
     again = runs.fusechat("run", recipe, "--workdir", recipe.parent / "work")
     assert again.returncode == 0
-    assert "0 steps done now, 31 were done before" in again.stderr
+    assert "0 steps done now, 32 were done before" in again.stderr
     assert again.stdout == printed
 
 
@@ -79,7 +79,7 @@ def test_the_page_says_the_same_numbers_as_the_terminal(recipe: Path) -> None:
 def test_status_says_what_is_done_and_what_is_stale(recipe: Path) -> None:
     work = recipe.parent / "work"
     states = json.loads(runs.fusechat("status", work, "--json").stdout)
-    assert len(states) == 31
+    assert len(states) == 32
     assert {state["state"] for state in states} == {"done"}
     manifest = work / "merge" / "manifest.json"
     kept = manifest.read_text()

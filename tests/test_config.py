@@ -253,12 +253,11 @@ def test_a_source_sets_for_itself_what_it_names_only(tmp_path: Path) -> None:
 
 def test_who_teaches_on_what_and_who_is_measured_on_what(tmp_path: Path) -> None:
     recipe = load_recipe(full(tmp_path))
-    assert {name: recipe.training_set(name).name for name in recipe.sources} == {"first": "data", "second": "second"}
-    assert Path(recipe.training_set("first").path).name == "train.jsonl"
-    assert Path(recipe.training_set("second").path).name == "own.jsonl"
+    sets = {source: [(one.name, Path(one.path).name) for one in recipe.sets_of(source)] for source in recipe.sources}
+    assert sets == {"first": [("data", "train.jsonl")], "second": [("second", "own.jsonl")]}
     held_out = {data.name: Path(data.path).name for data in recipe.validation_sets()}
     assert held_out == {"data-held-out": "held-out.jsonl", "second-held-out": "own-held-out.jsonl"}
-    assert {recipe.training_set(name).on_error for name in recipe.sources} == {"skip"}
+    assert {one.on_error for name in recipe.sources for one in recipe.sets_of(name)} == {"skip"}
 
 
 def test_every_source_has_a_target_of_its_name_before_those_of_the_recipe(tmp_path: Path) -> None:

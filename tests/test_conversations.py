@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 import runs
 from fusechat.core.conversations import Conversation, DataSet, Malformed, Message, read_conversations
+from fusechat.errors import DataError
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
 from test_bad_input import PREFIX, complaints, done
@@ -43,6 +44,27 @@ def write(path: Path, rows: list[dict[str, Any]], *, escape: bool = False) -> Pa
 
 def read(path: Path) -> list[Conversation | Malformed]:
     return list(read_conversations(DataSet("data", str(path))))
+
+
+def test_a_sample_is_the_same_in_any_order_and_within_a_larger_one(tmp_path: Path) -> None:
+    """By ids as `sha256sum` gives them, of which the least are taken."""
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": str(n)}]} for n in range(40)
+    ]
+    texts = [f'[["user", "Hi"], ["assistant", "{n}"]]' for n in range(40)]
+    ranked = sorted(range(40), key=lambda n: hashlib.sha256(texts[n].encode()).hexdigest()[:20])
+    file, reverse = write(tmp_path / "a.jsonl", rows), write(tmp_path / "b.jsonl", [*rows[::-1], rows[3], {"no": 1}])
+    for limit in (1, 7, 40, 1000):
+        chosen = sorted(ranked[:limit])
+        found = [int(one.responses[0]) for one in read_conversations(DataSet("data", str(file), limit=limit))]
+        assert found == chosen, "in the order of the file"
+        *again, malformed = read_conversations(DataSet("data", str(reverse), limit=limit))
+        assert isinstance(malformed, Malformed)
+        assert [int(one.responses[0]) for one in again] == [*chosen[::-1], *([3] if 3 in chosen else [])]
+    one, two = DataSet("data", str(file)), DataSet("data", str(file), limit=7)
+    assert two.identity() == f"{one.identity()} limit=7"
+    with pytest.raises(DataError, match="is a file, which has no split test"):
+        DataSet("data", str(file), split="test").local()
 
 
 @pytest.mark.parametrize(

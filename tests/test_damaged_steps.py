@@ -36,6 +36,10 @@ def counts(one: Step) -> Any:
     return (one.manifest() or {})["counts"]
 
 
+def outputs(one: Step) -> Any:
+    return (one.manifest() or {})["outputs"]
+
+
 def alter(file: Path) -> None:
     """Other bytes of the same number, and the time of change put back."""
     before = file.stat()
@@ -75,6 +79,18 @@ def test_what_is_remembered_is_not_trusted_where_it_is_damaged_or_gone(tmp_path:
     memo.write_text(text)
     assert one.state()[0] == "done"
     memo.unlink()
+    assert one.state()[0] == "done"
+
+
+@pytest.mark.parametrize("digit", range(0, 64, 21))
+def test_a_remembered_checksum_that_was_altered_itself_is_not_trusted(tmp_path: Path, digit: int) -> None:
+    one = step(tmp_path / "s")
+    one.run()
+    [memo] = (tmp_path / "cache" / "digests").glob("*.json")
+    sha = outputs(one)["out.txt"]["sha256"]
+    wrong = sha[:digit] + ("1" if sha[digit] == "0" else "0") + sha[digit + 1 :]
+    memo.write_text(memo.read_text().replace(sha, wrong))
+    assert wrong in memo.read_text()
     assert one.state()[0] == "done"
 
 

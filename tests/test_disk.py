@@ -30,12 +30,12 @@ from test_bad_input import PREFIX, complaints, done
 def test_a_work_directory_of_another_recipe(tmp_path: Path, models: dict[str, Path]) -> None:
     work = tmp_path / "work"
     recipe = runs.write_recipe(tmp_path, models)
-    assert run(load_recipe(recipe), work, until="prepare") == 10
+    assert run(load_recipe(recipe), work, until="prepare") == 11
     before = runs.digests(work)
     [line] = complaints("run", recipe, "--workdir", work, "--set", "name=other")
-    assert line == f"{work}: was made by a recipe with name tiny, not other; choose another --workdir"
+    assert line == f"{work / 'recipe.yaml'}: is of a recipe with name tiny, not other; choose another --workdir"
     [line] = complaints("run", recipe, "--workdir", work, "--set", f"pivot={models['gemma']}")
-    assert line.startswith(f"{work}: was made by a recipe with pivot ")
+    assert line.startswith(f"{work / 'recipe.yaml'}: is of a recipe with pivot ")
     assert str(models["llama"]) in line
     assert str(models["gemma"]) in line
     assert runs.digests(work) == before
@@ -113,11 +113,11 @@ def assert_whole(workdir: Path) -> None:
 def recipe(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The recipe of all tests on disks, beside `work`, what it gives on a disk with room."""
     path = runs.write_recipe(tmp_path_factory.mktemp("recipe"), models)
-    assert run(load_recipe(path), path.parent / "work") == 31
+    assert run(load_recipe(path), path.parent / "work") == 32
     return path
 
 
-@pytest.mark.parametrize(("size", "least", "most"), [("60k", 0, 9), ("500k", 10, 29), ("2m", 30, 30)])
+@pytest.mark.parametrize(("size", "least", "most"), [("60k", 0, 10), ("500k", 11, 30), ("2m", 31, 31)])
 def test_a_full_disk(recipe: Path, tmp_path: Path, size: str, least: int, most: int) -> None:
     """It is full while preparing, while training and while writing the report; with more room the same command ends."""
     with mounted(tmp_path / "disk", f"size={size}") as disk:
@@ -127,7 +127,7 @@ def test_a_full_disk(recipe: Path, tmp_path: Path, size: str, least: int, most: 
         assert least <= len(finished) <= most, finished
         assert_whole(disk / "work")
         subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        assert run(load_recipe(recipe), disk / "work") == 31 - len(finished)
+        assert run(load_recipe(recipe), disk / "work") == 32 - len(finished)
         assert runs.digests(disk / "work") == runs.digests(recipe.parent / "work")
 
 
@@ -164,7 +164,7 @@ def test_a_limit_on_the_size_of_files(recipe: Path, tmp_path: Path) -> None:
     assert "File too large" in errors[0]
     assert_whole(tmp_path / "work")
     finished = done(tmp_path / "work")
-    assert run(load_recipe(recipe), tmp_path / "work", until="prepare") == 10 - len(finished)
+    assert run(load_recipe(recipe), tmp_path / "work", until="prepare") == 11 - len(finished)
 
 
 def write_with_pyarrow(path: Path) -> None:
@@ -193,6 +193,9 @@ def test_every_librarys_way_to_say_that_a_file_cannot_be_written(tmp_path: Path,
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     line = storage_error(raised.value)
     assert line is not None, repr(raised.value)
+    assert str(tmp_path) in str(storage_error(raised.value, where=tmp_path)), (
+        "whether the library names its file or not"
+    )
     assert line.endswith("; free some room or choose another --workdir, then run again to resume")
 
 

@@ -282,7 +282,7 @@ def test_held_out_conversations_that_are_not_there(models: dict[str, Path], tmp_
 
 def test_another_recipes_work_directory(evaluated: Path) -> None:
     changed = ("--workdir", evaluated / "work", "--set", "name=other")
-    assert "was made by a recipe with name tiny" in error_of(evaluated / "recipe.yaml", *changed)
+    assert "is of a recipe with name tiny" in error_of(evaluated / "recipe.yaml", *changed)
 
 
 def test_distributions_of_another_text(models: dict[str, Path], tmp_path: Path) -> None:

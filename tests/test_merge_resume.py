@@ -152,6 +152,26 @@ def killed_half_way(config: Config, root: Path) -> None:
     assert not (root / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["*.safetensors", "*.report.json", "squares.json"])
+def test_what_was_altered_after_the_kill_is_made_again(config: Config, tmp_path: Path, name: str) -> None:
+    """One bit, with the time of change put back; what was not altered is kept."""
+    config["parameters"]["granularity"] = "model"
+    root = tmp_path / "work"
+    root.mkdir()
+    killed_half_way(config, root)
+    kept = finished_shards(root)
+    [altered] = [file for file in sorted((root / ".out.merging").glob(name)) if file in kept or "json" in name][:1]
+    before, data = altered.stat(), bytearray(altered.read_bytes())
+    data[len(data) * 3 // 4] ^= 1
+    altered.write_bytes(data)
+    os.utime(altered, ns=(before.st_atime_ns, before.st_mtime_ns))
+    build(config, root / "out")
+    build(config, tmp_path / "reference" / "out")
+    assert runs.digests(root / "out") == runs.digests(tmp_path / "reference" / "out")
+    again = [file for file, (_, inode) in kept.items() if (root / "out" / file.name).stat().st_ino != inode]
+    assert [file.name for file in again] == ([] if name == "squares.json" else [sorted(kept)[0].name])
+
+
 @pytest.mark.parametrize("change", [{"parameters": {"select_topk": 0.4}}, {"dtype": "bfloat16"}, {"name": "other"}])
 def test_another_configuration_begins_anew(config: Config, tmp_path: Path, change: Config) -> None:
     root = tmp_path / "work"

@@ -23,7 +23,7 @@ def finished(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """A directory with `recipe.yaml` and the work directory `work` that one run of it made."""
     directory = tmp_path_factory.mktemp("finished")
     runs.write_recipe(directory, models)
-    assert run(load_recipe(directory / "recipe.yaml"), directory / "work") == 31
+    assert run(load_recipe(directory / "recipe.yaml"), directory / "work") == 32
     return directory
 
 

@@ -3,39 +3,50 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 from fusechat.core.forward import Batch, response_logits
+from fusechat.core.seals import read_sealed
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import NOBODY, FusionData, collate_fusion
 from fusechat.fuse.sampler import FilledSampler
-from fusechat.fuse.trainer import COMPLETE
+from fusechat.fuse.trainer import COMPLETE, mark_complete
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
+from test_wheels import write_gguf
 from together import gradients
-from training import fine_tune, fusion_data, silent, trainer_of
+from training import fine_tune, fusion_data, silent, trainer_of, weighted
 
 TOGETHER = Path(__file__).with_name("together.py")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+LAUNCH = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 RECIPE = ("--set", "fuse.training.gradient_accumulation_steps=1")  # two processes make up for it
 
 
 @pytest.fixture(scope="module")
-def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a recipe and `one`, what a single process made of it."""
+def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with a recipe, whose pivot is a GGUF file, and `one`, what a single process made of it."""
     directory = tmp_path_factory.mktemp("processes")
-    run(load_recipe(runs.write_recipe(directory, models)), directory / "one")
-    return directory
+    model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+    pivot = write_gguf(directory / "llama.gguf", model, AutoTokenizer.from_pretrained(models["llama"]))
+    recipe = runs.write_recipe(directory, {**models, "llama": pivot})
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("FUSECHAT_CACHE", str(directory / "cache"))
+        run(load_recipe(recipe), directory / "one")
+        yield directory
 
 
 def launch(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -44,7 +55,7 @@ def launch(*arguments: str | Path, **options: Any) -> subprocess.CompletedProces
         capture_output=True,
         text=True,
         check=False,
-        env=ENVIRONMENT,
+        env=os.environ | ALONE,
         timeout=600,
         **options,
     )
@@ -65,12 +76,36 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], a
         torch.testing.assert_close(other[name], tensor, atol=atol, rtol=1e-4, msg=name)
 
 
+def machine(number: int, port: int, cache: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+    """The launcher as it is started on each of two machines."""
+    meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    return subprocess.Popen(
+        [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number), *meet, *map(str, arguments)],
+        env=os.environ | ALONE | {"FUSECHAT_CACHE": str(cache)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 @pytest.fixture(scope="module")
 def two(place: Path) -> Path:
-    """The whole recipe again, by two processes."""
-    done = launch("-m", "fusechat", "run", place / "recipe.yaml", "--workdir", place / "two", *RECIPE)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("fused model:") == 1, "the first process alone tells the result"
+    """The whole recipe again, by two processes, as on two machines that share nothing but the work directory and the models."""
+    port, command = free_port(), ("-m", "fusechat", "run", place / "recipe.yaml", "--workdir", place / "two", *RECIPE)
+    caches = [place / f"cache of machine {number}" for number in (0, 1)]
+    started = [machine(number, port, cache, *command) for number, cache in enumerate(caches)]
+    told = [process.communicate(timeout=600) for process in started]
+    assert [process.returncode for process in started] == [0, 0], told
+    assert sum(stdout.count("fused model:") for stdout, _ in told) == 1, "the first process alone tells the result"
+    for cache in caches:
+        (converted,) = (cache / "converted").glob("*-v1")
+        assert (converted / "model.safetensors").is_file()
     return place / "two"
 
 
@@ -113,8 +148,6 @@ def data(place: Path) -> FusionData:
 
 
 def fresh(models: dict[str, Path]) -> Any:
-    from transformers import AutoModelForCausalLM
-
     return AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
 
 
@@ -134,6 +167,15 @@ def test_one_of_eight_two_of_four_and_four_accumulated_of_two_have_the_same_grad
     for other_log in (parts_log, both_log):
         for left, right in zip(log, other_log, strict=True):
             assert without_epoch(right) == pytest.approx(without_epoch(left), rel=1e-5)
+
+
+def test_with_weights_too(models: dict[str, Path], data: FusionData, together: Path, tmp_path: Path) -> None:
+    """Five of ten conversations an epoch: the second step has one, the other process none."""
+    log, _ = gradients(fresh(models), weighted(data, 0.5), tmp_path, per_device_train_batch_size=4)
+    both = json.loads((together / "found.json").read_text())["weighted log"]
+    assert [entry["epoch"] for entry in both] == [0.5, 1.0]
+    for left, right in zip(log, both, strict=True):
+        assert right == pytest.approx(left, rel=1e-5)
 
 
 def test_fully_sharded_the_loss_and_the_gradients_are_the_same(
@@ -184,11 +226,12 @@ def test_fsdp_that_is_not_to_be_had_is_said(together: Path) -> None:
 
 
 def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) -> None:
-    """SIGKILL to all of them once a checkpoint is complete; then both again: the weights of two that were not killed."""
+    """SIGKILL to all of them once a checkpoint is complete; then both again, on one machine: the weights of two that were not
+    killed, on two."""
     work = place / "killed"
     command = [*LAUNCH, "-m", "fusechat", "run", str(place / "recipe.yaml"), "--workdir", str(work), *RECIPE]
     killed = subprocess.Popen(
-        command, env=ENVIRONMENT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, env=os.environ | ALONE, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     checkpoints = work / "fuse" / "mistral" / "checkpoints"
     deadline = time.monotonic() + 300
@@ -199,7 +242,7 @@ def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) ->
     killed.wait()
     assert list(checkpoints.glob(f"*/{COMPLETE}"))
     assert not (work / "fuse" / "mistral" / "manifest.json").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=ENVIRONMENT, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ALONE, timeout=600)
     assert done.returncode == 0, done.stderr
     for model in ("fuse/mistral", "fuse/gemma", "merge"):
         for name, tensor in weights(two, model).items():
@@ -225,12 +268,16 @@ def test_another_number_of_processes_does_not_go_on_where_the_steps_would_mean_s
 
     changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
     fine_tune(models["llama"], data, tmp_path, **changes)
-    complete = tmp_path / "checkpoint-2" / COMPLETE
-    assert json.loads(complete.read_text()) == {"processes": 1, "conversations_a_step": 2}
-    complete.write_text(json.dumps({"processes": 3, "conversations_a_step": 6}))
+    checkpoint = tmp_path / "checkpoint-2"
+    complete = read_sealed(checkpoint / COMPLETE)
+    assert {key: complete[key] for key in ("processes", "conversations_a_step")} == {
+        "processes": 1,
+        "conversations_a_step": 2,
+    }
+    mark_complete(checkpoint, {"processes": 3, "conversations_a_step": 6})
     with pytest.raises(TrainingError, match="was written by 3 processes, 6 conversations a step; 1 would make it 2"):
         train(trainer_of(fresh(models), data, tmp_path, **changes | {"max_steps": 4}), silent)
-    complete.write_text(json.dumps({"processes": 2, "conversations_a_step": 2}))
+    mark_complete(checkpoint, {"processes": 2, "conversations_a_step": 2})
     assert len(train(trainer_of(fresh(models), data, tmp_path, **changes | {"max_steps": 4}), silent)) == 4
 
 
@@ -238,11 +285,11 @@ def test_batches_are_filled_up_in_the_order_of_one_process(data: FusionData) -> 
     from accelerate.data_loader import SeedableRandomSampler
     from torch.utils.data import RandomSampler, SequentialSampler
 
-    filled = FilledSampler(RandomSampler(data), 4, seed=7)
+    epoch = 0
+    filled = FilledSampler(RandomSampler(data), 4, seed=7, epoch=lambda: epoch)
     alone = SeedableRandomSampler(data, data_seed=7)
     for epoch in (0, 3):
-        filled.set_epoch(epoch)
         alone.set_epoch(epoch)
         assert list(filled) == [*alone, NOBODY, NOBODY]
     assert len(filled) == 12
-    assert list(FilledSampler(SequentialSampler(data), 5, seed=None)) == list(range(10))
+    assert list(FilledSampler(SequentialSampler(data), 5, seed=None, epoch=lambda: epoch)) == list(range(10))

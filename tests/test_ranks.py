@@ -45,6 +45,17 @@ except FuseChatError as error:
     found["error"] = [type(error).__name__, list(error.messages), str(error), error.told]
 found["after"] = ranks.from_first(lambda: "goes on")
 
+os.environ["LOCAL_RANK"] = "01"[rank == 1]  # as if the last one were on a machine of its own
+found["prepared"] = []
+ranks.on_every_machine(lambda: found["prepared"].append(rank))
+def lacking():
+    if rank == 2:
+        refuse()
+try:
+    ranks.on_every_machine(lacking)
+except FuseChatError as error:
+    found["machine"] = [type(error).__name__, list(error.messages), error.told]
+
 def work(name):
     def do(directory):
         (directory / f"{name}-{rank}").write_text(f"by {rank}")
@@ -131,6 +142,11 @@ def test_an_error_reads_the_same_on_every_rank(found: list[dict[str, Any]]) -> N
     assert [one["error"][2] for one in found] == ["\n".join(ERROR)] * RANKS
 
 
+def test_the_first_of_each_machine_prepares_it_and_an_error_there_is_told_there(found: list[dict[str, Any]]) -> None:
+    assert [one["prepared"] for one in found] == [[0], [], [2]]
+    assert [one["machine"] for one in found] == [["DataError", list(ERROR), told] for told in (True, True, False)]
+
+
 def test_a_step_with_join_is_worked_on_by_all_and_another_by_the_first(here: Path, found: list[dict[str, Any]]) -> None:
     assert [one["ran"] for one in found] == [[True, True, False, False]] * RANKS
     shared, single = (read_json(here / name / MANIFEST) for name in ("shared", "single"))
@@ -196,3 +212,19 @@ print(json.dumps([done, "torch" in sys.modules]))
     )
     assert ended.returncode == 0, ended.stderr
     assert json.loads(ended.stdout) == [[True, 1, [2]], False]
+
+
+# -- a rank that is left alone ----------------------------------------------------------------------------------------------
+
+
+def test_an_error_that_only_says_that_another_rank_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:27552")
+    within = ValueError("a batch could not be made")
+    within.__cause__ = lost
+    for error in (lost, within):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert not ranks.left_alone(error), "there is no other"
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert ranks.left_alone(error)
+    assert not ranks.left_alone(RuntimeError("CUDA error"))
+    assert not ranks.left_alone(OSError(104, "Connection reset by peer"))

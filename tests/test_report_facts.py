@@ -131,7 +131,7 @@ def branches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     run(recipe, directory / "work", until="align")
     aligned = [step for step in build_steps(recipe, directory / "work") if step.stage == "align"]
     return {
-        step.name: (Branch(step, recipe.chatter(PIVOT), recipe.chatter(step.name)), recipe.training_set(step.name))
+        step.name: (Branch(step, recipe.chatter(PIVOT), recipe.chatter(step.name)), recipe.sets_of(step.name))
         for step in aligned
     }
 

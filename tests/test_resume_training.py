@@ -15,7 +15,7 @@ from fusechat.fuse.training import train
 from fusechat.fuse.validation import Validation
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
-from training import StopError, fusion_data, silent, stop_at, trainer_of
+from training import StopError, fusion_data, silent, stop_at, trainer_of, weighted
 
 STEPS = 7
 PLAIN = {"max_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 3}
@@ -52,6 +52,9 @@ def student(directory: Path, lora: dict[str, Any] | None) -> Any:
     return with_adapters(model, lora, seed=3) if lora else model
 
 
+WEIGHTED = SAVED | {
+    "weight": 1.5
+}  # fifteen conversations, four steps an epoch: the last checkpoint is in the middle of the second
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": "all-linear"}
 
 
@@ -60,11 +63,12 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": "all-lin
     [
         (SAVED, None, {}),
         (SAVED, None, {"against": "student", "level": "response"}),
+        (WEIGHTED, None, {}),
         (SAVED, LORA, {}),  # dropout: the state of chance is a part of a checkpoint
         (BEST, None, {}),
         (BEST, LORA, {}),
     ],
-    ids=["plain", "student", "lora", "best", "lora-best"],
+    ids=["plain", "student", "weighted", "lora", "best", "lora-best"],
 )
 def test_stopped_at_every_step(
     models: dict[str, Path],
@@ -74,7 +78,9 @@ def test_stopped_at_every_step(
     lora: dict[str, Any] | None,
     rule: dict[str, str],
 ) -> None:
-    data = fusion_data(work, "mistral", **rule)
+    stops = range(1, STEPS + 1) if settings is SAVED and not lora else (3, STEPS) if settings is WEIGHTED else (1, 3, 6)
+    settings = dict(settings)
+    data = weighted(fusion_data(work, "mistral", **rule), settings.pop("weight", 1.0))
     held_out = {"data": Validation(PreparedSet(work / "prepare" / "pivot" / "data-held-out"))}
     if "eval_strategy" not in settings:
         held_out = {}
@@ -87,7 +93,7 @@ def test_stopped_at_every_step(
     expected = whole.model.state_dict()
     if "eval_strategy" in settings:
         assert whole.state.best_global_step < 6, "the best is not the last"
-    for step in range(1, STEPS + 1) if settings is SAVED and not lora else (1, 3, 6):
+    for step in stops:
         stopped = begin(f"{step}")
         stop_at(stopped, step)
         with pytest.raises(StopError):
@@ -108,7 +114,7 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(
 
     data: FusionData = fusion_data(work, "mistral")
     settings = SAVED | {"save_total_limit": 1}
-    real = module.write_json
+    real = module.write_sealed
 
     def fail_at_four(path: Path, value: Any) -> None:
         if path.parent.name == "checkpoint-4":
@@ -116,7 +122,7 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(
         real(path, value)
 
     with monkeypatch.context() as patched:
-        patched.setattr(module, "write_json", fail_at_four)
+        patched.setattr(module, "write_sealed", fail_at_four)
         with pytest.raises(StopError):
             train(trainer_of(student(models["llama"], None), data, tmp_path, **settings), silent)
     assert (tmp_path / "checkpoint-2" / COMPLETE).is_file()

@@ -130,9 +130,9 @@ class Room:
         for name, rows in (("captured", self.captured), ("fill", self.fill)):
             write_distributions(directory / name / "all.arrow", list(rows.items())[::step])
             write_store(directory / name, k=CAPTURED, files="all.arrow")
-        places = (directory / name for name in ("pivot", "source", "captured"))
+        places = ([directory / name] for name in ("pivot", "source", "captured"))
         sizes = len(self.pivot.tokens) + PADDING, len(self.source.tokens) + PADDING
-        return Conversations(*places, names=names, sizes=sizes, fill=directory / "fill")
+        return Conversations(*places, names=names, sizes=sizes, fill=[directory / "fill"])
 
     def outcome(self, strategy: Strategy) -> "Outcome":
         self._outcomes[strategy] = self._outcomes.get(strategy) or self.align(strategy, 0)

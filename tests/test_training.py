@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import runs
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData, collate_fusion
-from fusechat.fuse.trainer import COMPLETE, last_checkpoint
+from fusechat.fuse.trainer import COMPLETE, last_checkpoint, mark_complete
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
 from training import fine_tune, fusion_data
@@ -98,10 +99,52 @@ def test_only_complete_checkpoints_are_resumed_from(tmp_path: Path) -> None:
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
         if complete:
-            (tmp_path / f"checkpoint-{step}" / COMPLETE).touch()
+            mark_complete(tmp_path / f"checkpoint-{step}", {})
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10", "by number, not by name"
     assert not (tmp_path / "checkpoint-12").exists()
     assert last_checkpoint(tmp_path / "none") is None
+
+
+def checkpoints(directory: Path, best: dict[int, int]) -> list[Path]:
+    """Complete ones by their steps, each with the step of the best so far."""
+    made = [directory / f"checkpoint-{step}" for step in best]
+    for path, at in zip(made, best.values(), strict=True):
+        (path / "shards").mkdir(parents=True)
+        (path / "shards" / "optimizer.bin").write_bytes(bytes(range(100)))
+        state = {"best_model_checkpoint": str(directory / f"checkpoint-{at}") if at else None}
+        (path / "trainer_state.json").write_text(json.dumps(state))
+        mark_complete(path, {"processes": 1})
+    return made
+
+
+@pytest.mark.parametrize("name", ["shards/optimizer.bin", "trainer_state.json", COMPLETE])
+@pytest.mark.parametrize("how", ["flipped", "cut", "zeros", "removed"])
+def test_training_does_not_go_on_from_a_checkpoint_that_was_altered(
+    tmp_path: Path, heard: list[str], name: str, how: str
+) -> None:
+    first, second = checkpoints(tmp_path, {2: 0, 4: 0})
+    data = (second / name).read_bytes()
+    if how == "removed":
+        (second / name).unlink()
+    else:
+        flipped = data[:9] + bytes([data[9] ^ 4]) + data[10:]
+        (second / name).write_bytes({"flipped": flipped, "cut": data[:-2], "zeros": bytes(len(data))}[how])
+    assert last_checkpoint(tmp_path) == first
+    assert not second.exists()
+    if (name, how) != (COMPLETE, "removed"):  # as if it had never been complete
+        [said] = heard
+        assert said.startswith(f"{second}: {name} is ")
+
+
+def test_training_does_not_go_on_from_a_checkpoint_whose_best_one_was_altered(tmp_path: Path) -> None:
+    """It could not end with the best weights."""
+    first, second, third, fourth = checkpoints(tmp_path, {2: 2, 4: 4, 6: 4, 10: 2})
+    assert last_checkpoint(tmp_path) == fourth
+    (second / "shards" / "optimizer.bin").write_bytes(bytes(100))
+    assert last_checkpoint(tmp_path) == fourth, "its best one is another"
+    assert [path.exists() for path in (first, second, third, fourth)] == [True, False, False, True]
+    shutil.rmtree(first)
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_a_batch_keeps_rows_and_targets_together(data: FusionData) -> None:

@@ -28,7 +28,7 @@ from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.loss import fusion_loss_parts
 from fusechat.fuse.training import train
 from fusechat.fuse.validation import Validation
-from training import SETTINGS, fusion_data, silent, trainer_of
+from training import SETTINGS, fusion_data, silent, trainer_of, weighted
 
 
 class Gradients(TrainerCallback):
@@ -90,6 +90,7 @@ def main() -> None:
         return "", False
 
     found["log"], by_step = gradients(fresh(), data, out / "ddp", per_device_train_batch_size=4)
+    found["weighted log"], _ = gradients(fresh(), weighted(data, 0.5), out / "weighted", per_device_train_batch_size=2)
     found["sharded loss"], sharded = sharded_gradients(fresh(), data)
     broken = fresh()
     if ranks.rank() == 1:  # the batches of one process only give a loss that is not finite

@@ -1,5 +1,6 @@
 """Fine-tuning of tiny models without the pipeline around it: what a test changes, it passes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,11 @@ def fusion_data(work: Path, *sources: str, **rule: str) -> FusionData:
     captured = open_distributions(work / "capture" / "pivot" / "data")
     own = captured if Rule(**rule).compares_with_pivot else None
     return FusionData([TeachingSet("data", pivot, own, {name: teacher(name) for name in sources})], Rule(**rule))
+
+
+def weighted(data: FusionData, weight: float) -> FusionData:
+    """The same conversations, seen another number of times in an epoch."""
+    return FusionData([replace(one, weight=weight) for one in data.sets], data.rule)
 
 
 def silent(amount: int = 1, note: str = "") -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from fusechat.core.files import write_json
 from fusechat.evaluate.bits_per_byte import compare
 from fusechat.evaluate.statistics import Estimate, paired_difference, ratio
 from fusechat.pipeline import run
@@ -124,7 +125,7 @@ def fuse(recipe: dict[str, Any], workdir: Path) -> None:
         scores = workdir.with_name(f"{workdir.name}-{topk:g}.json")
         if not scores.is_file():
             follow({**recipe, "merge": {"method": "sce", "select_topk": topk}}, workdir)
-            shutil.copyfile(workdir / "evaluate" / "fused" / "scores.json", scores)
+            write_json(scores, _scores(workdir / "evaluate" / "fused"))
 
 
 def follow(recipe: dict[str, Any], workdir: Path, **options: Any) -> None:
@@ -135,9 +136,8 @@ def follow(recipe: dict[str, Any], workdir: Path, **options: Any) -> None:
 
 def table(workdir: Path, sets: list[str]) -> str:
     """Bits per byte of held-out responses with 95% intervals, and paired differences to pivot and plain fine-tuning."""
-    scores = {
-        path.parent.name: json.loads(path.read_text()) for path in sorted((workdir / "evaluate").glob("*/scores.json"))
-    }
+    measured = sorted({path.parent for path in (workdir / "evaluate").glob("*/*-held-out.json")})
+    scores = {directory.name: _scores(directory) for directory in measured}
     fused = {f"fused, τ {topk:g}": workdir.with_name(f"{workdir.name}-{topk:g}.json") for topk in TOPKS}
     scores |= {name: json.loads(path.read_text()) for name, path in fused.items()}
     sources, targets = ([f"{role}-{name}" for name in sets] for role in ("source", "target"))
@@ -149,6 +149,11 @@ def table(workdir: Path, sets: list[str]) -> str:
         if model in scores:
             lines.append(f"| {model} | {' | '.join(_cells(model, by_set[name]) for name in sets)} |")
     return "\n".join(lines) + "\n"
+
+
+def _scores(directory: Path) -> dict[str, Any]:
+    """What a model scored, by data set."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*-held-out.json"))}
 
 
 def _cells(model: str, compared: Mapping[str, Any]) -> str:

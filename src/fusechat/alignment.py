@@ -14,6 +14,7 @@ from fusechat.capture import stage as capture
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.distributions import SparseDistribution
 from fusechat.core.progress import Advance, progress
+from fusechat.core.steps import Step
 from fusechat.pipeline import RECIPE, lock
 from fusechat.prepare import stage as prepare
 from fusechat.recipe_file import save_recipe
@@ -61,16 +62,22 @@ def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> l
 
 
 def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *, k: int) -> tuple[Any, Any]:
-    """Directories of the training set, prepared, and of the held-out set, prepared and captured; done where they are not."""
-    pivot, teacher = recipe.chatter(PIVOT), recipe.chatter(source)
-    steps = {}
-    for data in (recipe.training_set(source), held_out):
-        steps[data.name] = [prepare.step(recipe, workdir, chatter, data) for chatter in (pivot, teacher)]
-    captured = capture.step(recipe, workdir, teacher, steps[held_out.name][1], at_least=k)
-    for step in [step for pair in steps.values() for step in pair] + [captured]:
+    """Directories of the training sets, prepared, and of the held-out set, prepared and captured; done where they are not."""
+
+    def done(step: Step) -> list[Path]:
         step.run(needed=True)
-    training, measured = ([step.directory for step in steps[name]] for name in steps)
-    return (*training, None), (*measured, captured.directory)
+        return [step.directory]
+
+    chatters = recipe.chatter(PIVOT), recipe.chatter(source)
+    training, measured = (
+        [[prepare.step(recipe, workdir, chatter, data) for data in sets] for chatter in chatters]
+        for sets in (recipe.sets_of(source), [held_out])
+    )
+    captured = capture.step(recipe, workdir, chatters[1], measured[1][0], at_least=k)
+    counted, judged = (
+        [[path for step in side for path in done(step)] for side in part] for part in (training, measured)
+    )
+    return (*counted, []), (*judged, done(captured))
 
 
 def _compare(recipe: Recipe, source: str, training: Any, measured: Any, top_ks: list[int]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The recipe: what a user writes, checked as a whole before any work. Its sections are in `sections.py`, reading the file in
 `recipe_file.py`."""
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -16,6 +17,7 @@ from fusechat.sections import (
     Align,
     Capture,
     Data,
+    DataPath,
     Evaluate,
     Fuse,
     Merge,
@@ -24,6 +26,8 @@ from fusechat.sections import (
     Section,
     SourceName,
     SourceSpec,
+    TrainingSet,
+    TrainingSets,
     is_template_file,
 )
 
@@ -86,6 +90,27 @@ class Recipe(Section):
             )
         return data
 
+    @model_validator(mode="after")
+    def _named_apart(self) -> "Recipe":
+        """No two sets of conversations may have one name, which is that of their directories; a set has one weight."""
+        wrong: list[Any] = []
+        known: dict[str, tuple[Any, float]] = {data.name.lower(): (None, 1.0) for data in self.validation_sets()}
+        for place, own, train in self._training():
+            here: set[str] = set()
+            for at, name, one in _named(train, own):
+                what = one.path, one.split, one.limit
+                other, weight = known.setdefault(name.lower(), (what, one.weight))
+                if not name:
+                    wrong.append(((*place, *at), f"give it a name: {one.path} has none that a directory could have"))
+                elif other != what or name.lower() in here:
+                    wrong.append(((*place, *at), f"two sets of conversations are called {name}: give one another name"))
+                elif weight != one.weight:
+                    wrong.append(((*place, *at), f"{name} has weight {weight:g} elsewhere: a set has one weight"))
+                here.add(name.lower())
+        if wrong:
+            raise ValueError(*wrong)
+        return self
+
     @field_validator("merge")
     @classmethod
     def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
@@ -118,30 +143,48 @@ class Recipe(Section):
     def merged_targets(self) -> list[str]:
         return self.merge.targets or list(self.sources)
 
-    def training_set(self, source: str) -> DataSet:
+    def _data_set(self, name: str, where: DataPath) -> DataSet:
+        return DataSet(name, where.path, self.data.on_error, where.split, where.limit)
+
+    def _training(self) -> Iterator[tuple[tuple[str, ...], str, TrainingSets]]:
+        """What is trained on: its place in the recipe, what it is called if it is one set without a name, the sets."""
+        if self.data.train is not None:
+            yield ("data", "train"), COMMON, self.data.train
+        for name, source in self.sources.items():
+            if source.data is not None:
+                yield ("sources", name, "data", "train"), name, source.data.train
+
+    def sets_of(self, source: str) -> list[DataSet]:
         """The conversations on which `source` teaches: its own, else the recipe's."""
-        own = self.sources[source].data
-        if own is not None:
-            return DataSet(source, own.train.path, self.data.on_error)
-        assert self.data.train is not None  # by _for_every_source
-        return DataSet(COMMON, self.data.train.path, self.data.on_error)
+        by_owner = {own: train for _, own, train in self._training()}
+        own = source if self.sources[source].data is not None else COMMON
+        return [self._data_set(name, one) for _, name, one in _named(by_owner[own], own)]
+
+    def all_training_sets(self) -> list[DataSet]:
+        """Those of every source, each once."""
+        return list(dict.fromkeys(data for source in self.sources for data in self.sets_of(source)))
 
     def training_sets(self, target: str) -> dict[DataSet, list[str]]:
         """The conversations of a target, and which of its sources teach on them; for plain SFT those of all sources."""
         teachers = self.teachers()[target]
         sets: dict[DataSet, list[str]] = {}
         for source in teachers or self.sources:
-            sets.setdefault(self.training_set(source), []).extend([source] if teachers else [])
+            for data in self.sets_of(source):
+                sets.setdefault(data, []).extend([source] if teachers else [])
         return sets
+
+    def weights(self) -> dict[str, float]:
+        """How often each conversation of a training set is seen in an epoch, by the set's name."""
+        return {name: one.weight for _, own, train in self._training() for _, name, one in _named(train, own)}
 
     def validation_sets(self) -> list[DataSet]:
         """Held-out conversations, on which every model is measured: the recipe's, and each source's own."""
         sets = []
         if self.data.validation is not None:
-            sets.append(DataSet(f"{COMMON}-held-out", self.data.validation.path, self.data.on_error))
+            sets.append(self._data_set(f"{COMMON}-held-out", self.data.validation))
         for name, source in self.sources.items():
             if source.data is not None and source.data.validation is not None:
-                sets.append(DataSet(f"{name}-held-out", source.data.validation.path, self.data.on_error))
+                sets.append(self._data_set(f"{name}-held-out", source.data.validation))
         return sets
 
     def validation_sets_of(self, target: str) -> list[DataSet]:
@@ -168,3 +211,12 @@ class Recipe(Section):
             return self.capture
         own = self.sources[name].capture.model_dump(exclude_none=True)
         return self.capture.model_copy(update=own)
+
+
+def _named(train: TrainingSets, own: str) -> Iterator[tuple[tuple[str, ...], str, TrainingSet]]:
+    """Each set with its place among them and its name: that of its file in a list, else `own`."""
+    if isinstance(train, TrainingSet):
+        yield (), train.name or own, train
+        return
+    for index, one in enumerate(train):
+        yield (str(index),), one.name or one.stem, one

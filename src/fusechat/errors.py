@@ -12,6 +12,9 @@ Everything else that escapes is a defect of FuseChat, and ends it with status 1 
 """
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class FuseChatError(Exception):
@@ -51,6 +54,10 @@ class StorageError(FuseChatError):
     pass
 
 
+class PlanError(FuseChatError):
+    """What a plan found that would end the run."""
+
+
 _STORAGE_ERRNO = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.ENAMETOOLONG),
@@ -69,21 +76,36 @@ _ADVICE = "free some room or choose another {place}, then run again to resume"
 _OTHER_ADVICE = "make it writable or choose another {place}, then run again to resume"
 
 
-def storage_error(error: BaseException, place: str = "--workdir") -> str | None:
+def storage_error(error: BaseException, place: str = "--workdir", where: Path | None = None) -> str | None:
     """What to tell the user where `error` (or what caused it) says that the disk cannot be written; else None.
 
-    `place`: how the user says where to write."""
+    `place`: how the user says where to write. `where`: what was being written, for errors that do not name their file."""
     advice, other = _ADVICE.format(place=place), _OTHER_ADVICE.format(place=place)
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRNO:
-            where = f" ({seen.filename})" if seen.filename else ""
-            return f"{seen.strerror or seen}{where}; {advice if seen.errno in _NO_ROOM else other}"
+            said, named = str(seen.strerror or seen), seen.filename or where
+            at = f" ({named})" if named and str(named) not in said else ""
+            return f"{said}{at}; {advice if seen.errno in _NO_ROOM else other}"
         for text, words in _STORAGE_TEXT.items():
             if text in str(seen):
-                return f"{words or first_line(seen)}; {advice}"
+                said = words or first_line(seen)
+                at = f" ({where})" if where and str(where) not in said else ""
+                return f"{said}{at}; {advice}"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+@contextmanager
+def naming_storage(where: Path) -> Iterator[None]:
+    """Raises StorageError, naming a place, for whatever says that it cannot be written to."""
+    try:
+        yield
+    except Exception as error:
+        told = None if isinstance(error, FuseChatError) else storage_error(error, where=where)
+        if told is None:
+            raise
+        raise StorageError(told) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -19,9 +19,10 @@ from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import Conversation, DataSet, Malformed, read_conversations
 from fusechat.core.files import write_json
 from fusechat.core.lock import only_one
+from fusechat.core.manifests import versions
 from fusechat.core.prepared import Prepared
 from fusechat.core.progress import log
-from fusechat.core.steps import MANIFEST, STARTED, Step, versions
+from fusechat.core.steps import MANIFEST, STARTED, Step
 from fusechat.errors import DataError, FuseChatError, RecipeError, StorageError, WorkdirError, storage_error
 from fusechat.evaluate.answers import Answering
 from fusechat.evaluate.client import MODEL_KEY, check_url

@@ -16,13 +16,14 @@ from fusechat.capture import stage as capture
 from fusechat.config import FUSED, PIVOT, STAGES, Recipe
 from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import DataSet
+from fusechat.core.conversations import DataSet, Questions
 from fusechat.core.gguf import convert_together
 from fusechat.core.lock import in_turn, only_one, together
 from fusechat.core.progress import log
 from fusechat.core.references import Reference
 from fusechat.core.steps import Step, with_upstream
 from fusechat.errors import DataError, RecipeError, WorkdirError
+from fusechat.evaluate import questions
 from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
@@ -35,12 +36,12 @@ RECIPE, LOCK, STARTING = "recipe.yaml", ".lock", ".starting.lock"
 
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     """Every step of the recipe, upstream first. Raises DataError naming all data files that are not there."""
-    held_out = recipe.validation_sets() if recipe.evaluate.bits_per_byte or fuse.measures(recipe) else []
-    _check_files([*map(recipe.training_set, recipe.sources), *held_out])
+    _check_files([*recipe.all_training_sets(), *_held_out(recipe)])
     targets = {target: _target(recipe, workdir, target) for target in recipe.teachers()}
     merged = merge.step(recipe, workdir, {name: targets[name] for name in recipe.merged_targets()})
     aligned = {step.name: step for step in with_upstream(list(targets.values())) if step.stage == "align"}
-    upstream = {f"align/{name}": step for name, step in aligned.items()}
+    upstream = _overlap(recipe, workdir)
+    upstream |= {f"align/{name}": step for name, step in aligned.items()}
     upstream |= {f"fuse/{name}": step for name, step in targets.items()}
     upstream["merge"] = merged
     upstream |= _evaluation(recipe, workdir, targets, merged)
@@ -48,35 +49,49 @@ def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     return sorted(steps, key=lambda step: STAGES.index(step.stage))  # stable: upstream stays first
 
 
+def _held_out(recipe: Recipe) -> list[DataSet]:
+    """The held-out sets that the run measures on."""
+    return recipe.validation_sets() if recipe.evaluate.bits_per_byte or fuse.measures(recipe) else []
+
+
+def evaluation_texts(recipe: Recipe) -> list[DataSet | Questions]:
+    """What should not be in the training data: the held-out sets of a run, and where it has some, the questions of suites that are
+    at hand. A run that measures nothing has none, whatever this machine has."""
+    held_out = _held_out(recipe)
+    return [*held_out, *questions.at_hand()] if held_out else []
+
+
+def _overlap(recipe: Recipe, workdir: Path) -> dict[str, Step]:
+    """Evaluation texts in the training data: told before any training, which does not depend on it."""
+    texts = evaluation_texts(recipe)
+    return {prepare.OVERLAP: prepare.overlap_step(recipe, workdir, recipe.all_training_sets(), texts)} if texts else {}
+
+
 def _target(recipe: Recipe, workdir: Path, target: str) -> Step:
     """The fuse step of one target, and through it all that its branch needs: nothing but tokens for plain fine-tuning."""
-    pivot, sets = recipe.chatter(PIVOT), []
+    pivot, sets, weights = recipe.chatter(PIVOT), [], recipe.weights()
+    is_taught = fuse.is_taught(recipe, target)
+    branches = {name: _branch(recipe, workdir, name) for name in recipe.teachers()[target] if is_taught}
     for data, sources in recipe.training_sets(target).items():
         prepared = prepare.step(recipe, workdir, pivot, data)
-        teachers = sources if fuse.is_taught(recipe, target) else []
         captured = capture.step(recipe, workdir, pivot, prepared) if fuse.needs_pivot(recipe, target) else None
-        branches = {name: _branch(recipe, workdir, name, data, prepared) for name in teachers}
-        sets.append(fuse.SetSteps(data.name, prepared, captured, branches))
+        taught = {name: branches[name][data.name] for name in sources if is_taught}
+        sets.append(fuse.SetSteps(data.name, prepared, captured, taught, weight=weights[data.name]))
     held_out = recipe.validation_sets_of(target) if fuse.measures(recipe) else []
     measured = {data.name: prepare.step(recipe, workdir, pivot, data) for data in held_out}
     return fuse.step(recipe, workdir, target, sets, measured)
 
 
-def _branch(recipe: Recipe, workdir: Path, source: str, data: DataSet, pivot_prepared: Step) -> fuse.SourceSteps:
-    """One source on its conversations, up to its distributions in the pivot's tokens."""
-    teacher = recipe.chatter(source)
-    prepared = prepare.step(recipe, workdir, teacher, data)
-    captured = capture.step(recipe, workdir, teacher, prepared)
-    aligned = align.step(
-        recipe,
-        workdir,
-        source,
-        pivot_prepared=pivot_prepared,
-        pivot_captured=capture.step(recipe, workdir, recipe.chatter(PIVOT), pivot_prepared),
-        source_prepared=prepared,
-        source_captured=captured,
-    )
-    return fuse.SourceSteps(prepared, captured, aligned)
+def _branch(recipe: Recipe, workdir: Path, source: str) -> dict[str, fuse.SourceSteps]:
+    """One source on each set of its conversations, by the set's name, up to its distributions in the pivot's tokens."""
+    pivot, teacher = recipe.chatter(PIVOT), recipe.chatter(source)
+    sets: dict[str, dict[str, Step]] = {}
+    for data in recipe.sets_of(source):
+        ours, theirs = (prepare.step(recipe, workdir, each, data) for each in (pivot, teacher))
+        captured = [capture.step(recipe, workdir, *pair) for pair in ((pivot, ours), (teacher, theirs))]
+        sets[data.name] = {"pivot": ours, "source": theirs, "pivot_capture": captured[0], "capture": captured[1]}
+    aligned = align.step(recipe, workdir, source, sets)
+    return {name: fuse.SourceSteps(steps["source"], steps["capture"], aligned) for name, steps in sets.items()}
 
 
 def _evaluation(recipe: Recipe, workdir: Path, targets: dict[str, Step], merged: Step) -> dict[str, Step]:
@@ -148,7 +163,8 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
         if not branch:
             targets = ", ".join(step.name for step in steps if step.stage == "fuse")
             raise RecipeError(f"--only {only}: the recipe has no such source or target; it has {targets}")
-        steps = list(with_upstream(branch))
+        overlap = [step for step in steps if step.name == prepare.OVERLAP]
+        steps = list(with_upstream([*overlap, *branch]))
     if until is None:
         return steps
     if until not in STAGES:
@@ -162,7 +178,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
     Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `core/ranks.py`.
     """
     with beside_others(recipe, workdir, until=until, only=only):
-        ranks.from_first(lambda: _get_ready(recipe, workdir, until, only))
+        ranks.on_every_machine(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
         done_now = sum(step.run(needed=step.stage == until) for step in steps)
         log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
@@ -171,7 +187,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
 
 
 def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | None) -> None:
-    """Where there is work to do, checks what can be checked before it, and converts models."""
+    """Where there is work to do, checks what can be checked before it, and converts models into this machine's cache."""
     steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
     waiting = [step for step in steps if not step.finished]
     if any(step.stage == "fuse" for step in waiting):
@@ -198,7 +214,7 @@ def check_workdir(recipe: Recipe, workdir: Path) -> None:
     ):
         if theirs != ours:
             raise WorkdirError(
-                f"{workdir}: was made by a recipe with {key} {theirs}, not {ours}; choose another --workdir"
+                f"{workdir / RECIPE}: is of a recipe with {key} {theirs}, not {ours}; choose another --workdir"
             )
 
 

@@ -1,6 +1,7 @@
 """Reading a recipe: YAML with line numbers, every mistake found and reported together, each with its place and, for a
 misspelt key, the right one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -60,22 +61,32 @@ def _set(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(key.split(".")):
         raise RecipeError(f"--set {override}: not of the form KEY=VALUE, such as fuse.sft_weight=0.5")
     *above, last = key.split(".")
-    section = raw
+    section: Any = raw
     for name in above:
-        inner = section.get(name)
+        at = _entry(section, name, override)
+        inner = section[at] if isinstance(section, list) else section.get(at)
         if isinstance(inner, str):  # a bare model reference stands for {model: reference}, a bare path for {path: …}
-            inner = {"path" if name in ("train", "validation") else "model": inner}
-        section[name] = dict(inner) if isinstance(inner, dict) else {}
-        section = section[name]
+            inner = {"path" if name in ("train", "validation") or isinstance(section, list) else "model": inner}
+        section[at] = list(inner) if isinstance(inner, list) else dict(inner) if isinstance(inner, dict) else {}
+        section = section[at]
     try:
-        section[last] = yaml.load(value, Loader=Loader)
+        section[_entry(section, last, override)] = yaml.load(value, Loader=Loader)
     except yaml.YAMLError:
         raise RecipeError(f"--set {override}: the value is not YAML") from None
 
 
+def _entry(section: Any, name: str, override: str) -> Any:
+    """The key of a mapping, the index of a list, from 0 on."""
+    if not isinstance(section, list):
+        return name
+    if not name.isdecimal() or int(name) >= len(section):
+        raise RecipeError(f"--set {override}: {name} is no index of a list of {len(section)}")
+    return int(name)
+
+
 def _explain(error: ValidationError, document: Document) -> None:
     for item in error.errors():
-        place = tuple(str(part) for part in item["loc"] if part != "[key]")
+        place = tuple(str(part) for part in item["loc"] if not str(part).startswith("["))  # "[key]", "[several]"
         what = item["msg"]
         if item["type"] == "value_error":  # one of our own checks: several things, some with their place in the section
             for found in item["ctx"]["error"].args:
@@ -98,20 +109,24 @@ def _explain(error: ValidationError, document: Document) -> None:
 def _suggestion(place: tuple[str, ...]) -> str:
     """The key that was meant, among those of the section that `place` is in."""
     section: type[BaseModel] | None = Recipe
-    above = list(place[:-1])
+    above = [key for key in place[:-1] if not key.isdecimal()]  # without indices of lists
     while above and section is not None:
         field = section.model_fields.get(above.pop(0))
         annotation = field.annotation if field is not None else None
         if get_origin(annotation) is dict and above:
             above.pop(0)  # the name of a source
-        section = next((part for part in (annotation, *get_args(annotation)) if _is_section(part)), None)
+        section = next(_sections(annotation), None)
     if section is None:
         return ""
     return suggestion(place[-1], [field.alias or name for name, field in section.model_fields.items()])
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Those that a value of this annotation may be, or hold."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections(part)
 
 
 def _absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -138,12 +153,17 @@ def _absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
             return section
         section = dict(section)
         for key in ("train", "validation"):
-            entry = section.get(key)
-            if isinstance(entry, str):
-                section[key] = _absolute(entry, base)
-            elif isinstance(entry, dict) and isinstance(entry.get("path"), str):
-                section[key] = {**entry, "path": _absolute(entry["path"], base)}
+            if key in section:
+                entry = section[key]
+                section[key] = [path(one) for one in entry] if isinstance(entry, list) else path(entry)
         return section
+
+    def path(entry: Any) -> Any:
+        if isinstance(entry, str):
+            return _absolute(entry, base)
+        if isinstance(entry, dict) and isinstance(entry.get("path"), str):
+            return {**entry, "path": _absolute(entry["path"], base)}
+        return entry
 
     recipe = dict(recipe)
     if "pivot" in recipe:

@@ -1,8 +1,22 @@
 """The sections of a recipe, each checked by itself. The whole is in `config.py`."""
 
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from fusechat.core.references import Reference
 
@@ -20,6 +34,20 @@ def _not_taken(name: str) -> str:
 
 
 SourceName = Annotated[Name, AfterValidator(_not_taken)]  # of a target too
+
+
+def _device_map(value: Any) -> Any:
+    """As Accelerate has it."""
+    ways = ("auto", "balanced", "balanced_low_0", "sequential")
+    if isinstance(value, dict) and value:
+        if all(isinstance(part, str) and isinstance(where, int | str) for part, where in value.items()):
+            return value
+    elif isinstance(value, str) and value in ways:
+        return value
+    raise ValueError(f"should be {', '.join(ways)}, or a device (or disk) for each part of the model, not {value!r}")
+
+
+DeviceMap = Annotated[Any, AfterValidator(_device_map)]
 
 
 class Section(BaseModel):
@@ -73,23 +101,56 @@ class ModelSpec(Section):
 
 class DataPath(Section):
     path: str
+    split: Annotated[str, StringConstraints(pattern=r"^\w[\w.]*$")] | None = None
+    limit: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
     def _full_form(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    @model_serializer(mode="wrap")
+    def _as_written(self, whole: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without what it does not say."""
+        return {key: value for key, value in whole(self).items() if value is not None}
+
+
+class TrainingSet(DataPath):
+    """A set of conversations to train on; `weight`: how often each of them is seen in an epoch."""
+
+    name: Name | None = None
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, whole: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Without what it does not say."""
+        said = super()._as_written(whole)
+        return {key: value for key, value in said.items() if (key, value) != ("weight", 1.0)}
+
+    @property
+    def stem(self) -> str:
+        """What it is called without a name of its own: its file's name without suffix, a hub data set's without its owner."""
+        name = Path(self.path).stem if Path(self.path).is_absolute() else self.path.partition("@")[0].rpartition("/")[2]
+        return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
+
+
+TrainingSets = Annotated[
+    Annotated[TrainingSet, Tag("[one]")] | Annotated[list[TrainingSet], Tag("[several]"), Field(min_length=1)],
+    Discriminator(lambda value: "[several]" if isinstance(value, list) else "[one]"),
+]
+
 
 class SourceData(Section):
-    train: DataPath
+    train: TrainingSets
     validation: DataPath | None = None
 
 
 class Data(Section):
-    train: DataPath | None = None
+    train: TrainingSets | None = None
     validation: DataPath | None = None
     max_length: int = Field(default=2048, ge=8)
     on_error: Literal["stop", "skip"] = "stop"
+    on_overlap: Literal["warn", "stop"] = "warn"
 
 
 class SourceCapture(Section):
@@ -98,6 +159,7 @@ class SourceCapture(Section):
     top_k: int | None = Field(default=None, ge=1)
     dtype: Dtype | None = None
     batch_tokens: int | None = Field(default=None, ge=1)
+    device_map: DeviceMap | None = None
     backend: Backend | None = None
     tensor_parallel: int | None = Field(default=None, ge=1)
     url: Url | None = None
@@ -113,6 +175,7 @@ class Capture(Section):
     dtype: Dtype = "bfloat16"
     batch_tokens: int = Field(default=2048, ge=1)
     shard_conversations: int = Field(default=256, ge=1)
+    device_map: DeviceMap | None = None
     backend: Backend = "transformers"
     tensor_parallel: int = Field(default=1, ge=1)
     url: Url | None = None

@@ -30,7 +30,7 @@ Rows = list[tuple[str, SparseDistribution]]
 
 
 class Conversations:
-    """What two models have of the same conversations: directories, opened by each process for itself.
+    """What two models have of the same conversations: directories, one for each set of them, opened by each process for itself.
 
     `pivot`, `source`: prepared; `captured`: the source's distributions; `fill`: the pivot's own, where they are asked for. `names`:
     how errors call the two models. `sizes`: how many tokens each model knows, its padding counted. `without`: ids to leave out.
@@ -38,13 +38,13 @@ class Conversations:
 
     def __init__(
         self,
-        pivot: Path,
-        source: Path,
-        captured: Path | None,
+        pivot: Sequence[Path],
+        source: Sequence[Path],
+        captured: Sequence[Path],
         *,
         names: tuple[str, str],
         sizes: tuple[int, int],
-        fill: Path | None = None,
+        fill: Sequence[Path] = (),
         without: Iterable[str] = (),
     ) -> None:
         self._places = pivot, source, captured, fill
@@ -55,11 +55,11 @@ class Conversations:
 
     @cached_property
     def pivot(self) -> PreparedSet:
-        return PreparedSet(self._places[0])
+        return PreparedSet(*self._places[0])
 
     @cached_property
     def source(self) -> PreparedSet:
-        return PreparedSet(self._places[1])
+        return PreparedSet(*self._places[1])
 
     @cached_property
     def captured(self) -> DistributionSet | None:
@@ -71,8 +71,8 @@ class Conversations:
 
     def _open(self, place: int) -> DistributionSet | None:
         """A store, its checksums verified once: not again in every process that aligns."""
-        directory = self._places[place]
-        return open_distributions(directory, verify=parent_process() is None) if directory else None
+        directories = self._places[place]
+        return open_distributions(*directories, verify=parent_process() is None) if directories else None
 
     def has(self, identity: str) -> bool:
         """Whether both models have the conversation, and the source its distributions if there are any."""
@@ -96,9 +96,14 @@ class Conversations:
         """Response rows of the pivot, in all conversations."""
         return int(self.pivot.table.list_lengths("position").sum())
 
+    @property
+    def ids(self) -> list[str]:
+        """The pivot's conversations in their order, each once."""
+        return list(self.pivot.row_of)
+
     def common(self) -> list[str]:
         """The conversations that both models have, in the pivot's order."""
-        return [identity for identity in self.pivot.ids if self.has(identity)]
+        return [identity for identity in self.ids if self.has(identity)]
 
     def pair(self, identity: str) -> tuple[Prepared, Prepared]:
         return self.pivot[self.pivot.row_of[identity]], self.source[self.source.row_of[identity]]
@@ -149,7 +154,7 @@ class Blocks:
     ) -> Iterator[tuple[str, SparseDistribution]]:
         """Pass three: targets for all conversations of the pivot, in order; adds to `figures`."""
         state = (self.pair, self.data, vocabulary_map, is_open, k)
-        for rows, part in self._over(_align, state, self.data.pivot.ids, advance):
+        for rows, part in self._over(_align, state, self.data.ids, advance):
             yield from rows
             add_figures(figures, part)
 

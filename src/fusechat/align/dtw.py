@@ -8,10 +8,10 @@ a kept pair ends together, and what follows both is the same text: the rows afte
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 
 from fusechat.align.sequence import align_starts, number_line
+from fusechat.core.compiled import compiled
 from fusechat.core.prepared import Prepared
 from fusechat.core.token_bytes import TokenBytes
 
@@ -85,7 +85,7 @@ def _surfaces(rows: Prepared, which: np.ndarray, table: TokenBytes) -> list[str]
     return [surface(table[token][taken:]) for token, taken in zip(tokens, clip, strict=True)]
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _steps(distances: np.ndarray, pivot: np.ndarray, source: np.ndarray) -> np.ndarray:
     """The kind of step uint8 [n, m] that leads to every cell on the cheapest way to it."""
     n, m = len(pivot), len(source)
@@ -114,7 +114,7 @@ def _steps(distances: np.ndarray, pivot: np.ndarray, source: np.ndarray) -> np.n
     return steps
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _backtrack(steps: np.ndarray) -> np.ndarray:
     i, j = steps.shape[0] - 1, steps.shape[1] - 1
     path = np.empty((i + j + 1, 2), dtype=np.int64)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import cached_property
 
-import numba
 import numpy as np
 
+from fusechat.core.compiled import compiled
 from fusechat.core.token_bytes import TokenBytes
 
 
@@ -38,7 +38,7 @@ class Spelling:
         return _left_over(self.data, self.offset, candidates, tokens, given)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _left_over(
     data: np.ndarray, offset: np.ndarray, candidates: np.ndarray, tokens: np.ndarray, given: np.ndarray
 ) -> np.ndarray:

@@ -1,6 +1,7 @@
 """align/<source>/: `vocabulary_map.arrow` (W, see `VocabularyMap.save`), `aligned.arrow` (distributions in the pivot's vocabulary,
-a row for every response token of the pivot), `figures.json` (coverage)."""
+a row for every response token of the pivot), `figures.json` (coverage); all sets of conversations of the source together."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,36 @@ from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
 
 TARGETS, FIGURES, FORMAT = "aligned.arrow", "figures.json", 2
+PARTS, FILL = ("pivot", "source", "capture"), "pivot_capture"
 
 
 def step(
     recipe: Recipe,
     workdir: Path,
     source: str,
-    *,
-    pivot_prepared: Step,
-    pivot_captured: Step,
-    source_prepared: Step,
-    source_captured: Step,
+    sets: Mapping[str, Mapping[str, Step]],
 ) -> Step:
-    """Aligns one source's captured distributions to the pivot's tokens."""
+    """Aligns one source's captured distributions to the pivot's tokens. `sets`, by name: of each set of conversations the steps
+    `pivot`, `source`, `capture` and `pivot_capture`."""
     settings = recipe.align.model_dump(exclude={"processes"})  # results do not depend on how many there are
-    upstream = {"pivot": pivot_prepared, "source": source_prepared, "capture": source_captured}
-    if recipe.align.unaligned == "pivot":
-        upstream["pivot_capture"] = pivot_captured
+    read = [*PARTS, *([FILL] if recipe.align.unaligned == "pivot" else [])]
+    upstream = {
+        part if len(sets) == 1 else f"{name}/{part}": steps[part] for name, steps in sets.items() for part in read
+    }
 
     def work(directory: Path) -> dict[str, Any]:
-        return _align(directory, upstream, recipe, source)
+        return _align(directory, {part: _directories(upstream, part) for part in read}, recipe, source)
 
     return Step("align", source, workdir / "align" / source, settings, work, upstream, FORMAT, bulk="aligned.arrow")
+
+
+def directories(step: Step, part: str) -> list[Path]:
+    """Where what an align step reads as `part` lies: a directory for each set of conversations."""
+    return _directories(step.upstream, part)
+
+
+def _directories(upstream: Mapping[str, Step], part: str) -> list[Path]:
+    return [step.directory for key, step in upstream.items() if key.rpartition("/")[2] == part]
 
 
 def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
@@ -51,22 +60,20 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     return Pair(pivot, teacher, recipe.align.strategy()), BackOff(pivot.tokens), about
 
 
-def _align(directory: Path, upstream: dict[str, Step], recipe: Recipe, source: str) -> dict[str, Any]:
+def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source: str) -> dict[str, Any]:
     from fusechat.align.blocks import Blocks, Conversations
     from fusechat.align.figures import Figures
 
     pair, back_off, about = models(recipe, source)
-    captured = upstream["capture"].directory
-    fill = upstream["pivot_capture"].directory if "pivot_capture" in upstream else None
-    data = Conversations(upstream["pivot"].directory, upstream["source"].directory, captured, fill=fill, **about)
-    common = len(data.common())
-    k = recipe.align.top_k or open_distributions(captured, verify=False).k
+    data = Conversations(*(parts[part] for part in PARTS), fill=parts.get(FILL, []), **about)
+    common, total = len(data.common()), len(data.ids)
+    k = recipe.align.top_k or open_distributions(*parts["capture"], verify=False).k
     sums = Figures()
     with Blocks(pair, data, processes=recipe.align.processes, directory=directory) as blocks:
         with progress(f"count {source}", 2 * common, "conversations") as advance:
             vocabulary_map, is_open = blocks.build_map(back_off, advance)
         vocabulary_map.save(directory / "vocabulary_map.arrow")
-        with progress(f"transfer {source}", len(data.pivot), "conversations") as advance:
+        with progress(f"transfer {source}", total, "conversations") as advance:
             targets = blocks.align(vocabulary_map, is_open, k=k, advance=advance, figures=sums)
             write_distributions(directory / TARGETS, targets)
     write_store(directory, k=k, files=TARGETS)

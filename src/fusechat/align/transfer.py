@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 
 from fusechat.align.candidates import Candidates
 from fusechat.align.vocabulary import VocabularyMap
+from fusechat.core.compiled import compiled
 from fusechat.core.distributions import SparseDistribution
 
 
@@ -52,7 +52,7 @@ class Transfer:
         )
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _transfer(
     row: np.ndarray,
     mass: np.ndarray,
@@ -78,7 +78,7 @@ def _transfer(
     return ids, kept, mapped
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _spread(
     row: np.ndarray,
     mass: np.ndarray,
@@ -118,7 +118,7 @@ def _spread(
     return count
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _largest(dense: np.ndarray, tokens: np.ndarray, ids: np.ndarray, kept: np.ndarray) -> float:
     """Sorts the largest into `ids` and `kept` [k], of equals the lower id first, and clears `dense`; returns the sum of all."""
     k, filled, total = len(ids), 0, 0.0

@@ -5,13 +5,16 @@ A shard is written whole or not at all, and depends on its own conversations onl
 shards that are missing and gets the same bytes, and so do several processes that share the shards among them.
 """
 
+from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fusechat.config import Recipe
 from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
 from fusechat.core.distributions import SHARDS, is_sound, shards_of, write_shard, write_store
+from fusechat.core.files import PARTIAL
 from fusechat.core.prepared import PreparedSet
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
@@ -25,7 +28,7 @@ def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_
     """Runs one model over one prepared data set. Keeps `at_least` so many tokens, whatever the recipe says."""
     capture = recipe.capture_for(chatter.name)
     capture = capture.model_copy(update={"top_k": max(capture.top_k, at_least)})
-    where = {"url": capture.url, "tensor_parallel": capture.tensor_parallel}  # which results do not depend on
+    where = capture.model_dump(include={"device_map", "url", "tensor_parallel"})  # which results do not depend on
     settings = {"model": chatter.identity, "device": recipe.device, **capture.model_dump(exclude=set(where))}
     name = prepared.name
 
@@ -53,7 +56,9 @@ def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dic
     """Makes this process's shards, every so many-th, where they are missing or damaged; returns what is in all of them."""
     size = settings["shard_conversations"]
     every = [range(begin, min(begin + size, len(data))) for begin in range(0, len(data), size)]
-    shards = {number: rows for number, rows in enumerate(every) if number % ranks.world() == ranks.rank()}
+    workers = _workers(chatter, settings)
+    mine = [number for number in range(len(every)) if workers[number % len(workers)] == ranks.rank()]
+    shards = {number: every[number] for number in mine}
     vocabulary = chatter.vocabulary_size()
     k = min(settings["top_k"], vocabulary)
     if ranks.is_first():
@@ -61,17 +66,28 @@ def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dic
     paths = {number: path for number in shards if (path := _sound_shard(directory, number)) is not None}
     missing = {number: rows for number, rows in shards.items() if number not in paths}
     if missing:
-        backend = _open(chatter, settings, k, data)
-        try:
-            with progress(f"capture {chatter.name}", sum(map(len, shards.values())), "conversations") as advance:
-                advance(sum(len(shards[number]) for number in paths))
-                for number, rows in missing.items():
-                    found = backend.capture([data[row] for row in rows], advance)
-                    records = [(data.ids[row], each) for row, each in zip(rows, found, strict=True) if each is not None]
-                    paths[number] = write_shard(directory, number, records, vocabulary=vocabulary)
-        finally:
-            backend.close()
+        with (
+            TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room,
+            closing(_open(chatter, settings, k, data, Path(room))) as backend,
+            progress(f"capture {chatter.name}", sum(map(len, shards.values())), "conversations") as advance,
+        ):
+            advance(sum(len(shards[number]) for number in paths))
+            for number, rows in missing.items():
+                found = backend.capture([data[row] for row in rows], advance)
+                records = [(data.ids[row], each) for row, each in zip(rows, found, strict=True) if each is not None]
+                paths[number] = write_shard(directory, number, records, vocabulary=vocabulary)
     return _counts([Table([path]) for path in paths.values()], data, [row for rows in shards.values() for row in rows])
+
+
+def _workers(chatter: Chatter, settings: dict[str, Any]) -> list[int]:
+    """The processes that share the shards: all, or one on each machine where the model is spread over the machine's devices."""
+    local = ranks.gather(ranks.local_rank())
+    if settings["backend"] == "vllm" or settings["device_map"] is None:
+        return list(range(len(local)))
+    first = [rank for rank, number in enumerate(local) if number == 0]
+    if len(first) < len(local) and ranks.is_first():
+        log.info("capture %s: capture.device_map spreads it: one process on each machine runs it", chatter.name)
+    return first
 
 
 def _sound_shard(directory: Path, number: int) -> Path | None:
@@ -86,8 +102,8 @@ def _sound_shard(directory: Path, number: int) -> Path | None:
     return sound
 
 
-def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet) -> Any:
-    """What runs the model: see `Local`. vLLM is imported where it is asked for."""
+def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet, room: Path) -> Any:
+    """What runs the model: see `Local`; it may write to `room`. vLLM is imported where it is asked for."""
     if settings["backend"] == "vllm":
         from fusechat.capture.vllm import open_vllm
 
@@ -102,7 +118,12 @@ def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet)
     from fusechat.capture.local import Local
     from fusechat.core.models import choose_device
 
-    model = chatter.model(dtype=settings["dtype"], device=choose_device(settings["device"]))
+    model = chatter.model(
+        dtype=settings["dtype"],
+        device=choose_device(settings["device"]),
+        device_map=settings["device_map"],
+        offload=room,
+    )
     return Local(model, k=k, batch_tokens=settings["batch_tokens"], name=f"{chatter.name} ({chatter.reference})")
 
 

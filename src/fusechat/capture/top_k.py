@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
+from fusechat.core.compiled import compiled
 from fusechat.core.distributions import SparseDistribution
 from fusechat.core.forward import collate, float_rows, gold_nll, response_logits
 from fusechat.core.prepared import Prepared
@@ -95,7 +95,7 @@ def _by_kernel(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.
     return torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(nll)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _select(bits, gold, ids, logprobs, nll):  # type: ignore[no-untyped-def]
     """`sparse_rows` of logits [n, V], given as the bits of bfloat16 (int16) or of float32 (int32)."""
     n, size = bits.shape
@@ -118,7 +118,7 @@ def _select(bits, gold, ids, logprobs, nll):  # type: ignore[no-untyped-def]
         nll[row] = total - (values[gold[row]] - top)
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _widen(bits, full):  # type: ignore[no-untyped-def]
     """bfloat16 is the upper half of a float32."""
     shift = 32 - 8 * bits.itemsize
@@ -126,13 +126,13 @@ def _widen(bits, full):  # type: ignore[no-untyped-def]
         full[i] = np.int32(np.int32(bits[i]) << shift)
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _key(bits):  # type: ignore[no-untyped-def]
     """Integers in the order of the floats that have these bits."""
     return np.int32(bits ^ ((bits >> 31) & _NOT_ZERO))
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _greatest(full, greatest):  # type: ignore[no-untyped-def]
     """Fills in the greatest key of each block; returns the largest magnitude's bits: a NaN's are above infinity's."""
     largest = np.int32(0)
@@ -146,7 +146,7 @@ def _greatest(full, greatest):  # type: ignore[no-untyped-def]
     return largest
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _bound(greatest, k):  # type: ignore[no-untyped-def]
     """A key that at least k values reach, and no block without one of the k greatest: the k-th greatest of the blocks'."""
     if greatest.size <= k:
@@ -155,7 +155,7 @@ def _bound(greatest, k):  # type: ignore[no-untyped-def]
     return np.int32(-1) if bound == 0 else bound  # -0 is as great as 0
 
 
-@numba.njit(cache=True, nogil=True)
+@compiled()
 def _at_least(full, greatest, bound, found):  # type: ignore[no-untyped-def]
     """Keys from `bound` on, each with its id, as integers that sort by key; of equal keys the lower id is the greater."""
     count = 0
@@ -169,12 +169,12 @@ def _at_least(full, greatest, bound, found):  # type: ignore[no-untyped-def]
     return found[:count]
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@compiled(inline="always")
 def _id(entry):  # type: ignore[no-untyped-def]
     return _NOT_ZERO - (entry & _NOT_ZERO)
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+@compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sum_of_exponentials(values, top):  # type: ignore[no-untyped-def]
     """Σ exp(value - top), all of them finite or -inf and none above `top`; written so that it is done in vectors."""
     total = 0.0

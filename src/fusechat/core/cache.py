@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fusechat.core.files import digest, digest_json, read_json, write_json
+from fusechat.core.files import digest, digest_json, seen
+from fusechat.core.seals import read_sealed, write_sealed
 
 
 def cache_directory() -> Path:
@@ -26,15 +27,8 @@ def locked(path: Path) -> Iterator[None]:
 def known_digest(file: Path) -> str:
     """SHA-256 of a file, remembered in the cache for as long as its size and times of change stay the same."""
     file = file.resolve()
-    try:
-        known = read_json(_memo(file))
-    except (OSError, ValueError):  # not seen before, or damaged
-        known = {}
-    if (
-        isinstance(known, dict)
-        and "sha256" in known
-        and all(known.get(key) == value for key, value in _seen(file).items())
-    ):
+    known = read_sealed(_memo(file))
+    if known is not None and known == {"path": str(file), **seen(file), "sha256": known.get("sha256")}:
         return str(known["sha256"])
     return fresh_digest(file)
 
@@ -42,15 +36,10 @@ def known_digest(file: Path) -> str:
 def fresh_digest(file: Path) -> str:
     """SHA-256 of a file, read now, and remembered for `known_digest`."""
     file = file.resolve()
-    seen = _seen(file)
+    before = seen(file)
     found = digest(file)
-    write_json(_memo(file), {**seen, "sha256": found})
+    write_sealed(_memo(file), {"path": str(file), **before, "sha256": found})
     return found
-
-
-def _seen(file: Path) -> dict[str, str | int]:
-    stat = file.stat()
-    return {"path": str(file), "bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
 
 
 def _memo(file: Path) -> Path:

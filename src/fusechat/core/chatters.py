@@ -48,12 +48,12 @@ class Chatter:
 
         return vocabulary_size(self.directory, trust_remote_code=self.reference.trust_remote_code)
 
-    def model(self, *, dtype: str, device: Any) -> Any:
+    def model(self, *, dtype: str, device: Any, **spread: Any) -> Any:
+        """`spread`: `device_map` and `offload` of `load_model`."""
         from fusechat.core.models import load_model
 
-        return load_model(
-            self.directory, dtype=dtype, device=device, trust_remote_code=self.reference.trust_remote_code
-        )
+        trust = self.reference.trust_remote_code
+        return load_model(self.directory, dtype=dtype, device=device, trust_remote_code=trust, **spread)
 
     def save_tokenizer(self, target: Path) -> None:
         """Writes the tokenizer with the chat template that the recipe gives, else its own."""

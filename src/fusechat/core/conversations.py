@@ -3,8 +3,9 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from heapq import nsmallest
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +51,22 @@ class Malformed:
 
 @dataclass(frozen=True)
 class DataSet:
-    """A file of conversations. `name` is unique in a recipe; `on_error` is `stop` or `skip`."""
+    """A file of conversations, or a data set of the hub. `name` is unique in a recipe; `on_error` is `stop` or `skip`. `split`: of
+    a hub data set, None for `train`. `limit`: so many of the conversations at most, a sample: those whose ids come first. It is the
+    same in any order of the records, and a larger one contains it."""
 
     name: str
     path: str
     on_error: str = "stop"
+    split: str | None = None
+    limit: int | None = None
 
     def identity(self) -> str:
-        """What changes when the content does: the SHA-256 of a file, the commit of a hub data set."""
+        """What changes when the content does: the SHA-256 of a file, the commit of a hub data set; and what is taken of it."""
         path = self.local()
-        if path.is_dir():
-            return f"hub:{self.path}@{path.name}"
-        return f"sha256:{known_digest(path)}"
+        whole = f"hub:{self.path}@{path.name}" if path.is_dir() else f"sha256:{known_digest(path)}"
+        taken = (("split", self.split), ("limit", self.limit))
+        return " ".join([whole, *(f"{key}={value}" for key, value in taken if value is not None)])
 
     def local(self) -> Path:
         """The file, or the directory to which a hub data set was fetched."""
@@ -69,6 +74,8 @@ class DataSet:
         if path.is_file():
             if path.suffix not in _SUFFIXES:
                 raise DataError(f"{self.path}: unknown kind of data file; use {', '.join(_SUFFIXES)}")
+            if self.split is not None:
+                raise DataError(f"{self.path}: is a file, which has no split {self.split}")
             return path
         if path.is_dir():
             raise DataError(f"{self.path}: is a directory; name the file of conversations in it")
@@ -77,8 +84,33 @@ class DataSet:
         return _fetch_hub_data(self.path)
 
 
+@dataclass(frozen=True)
+class Questions:
+    """A file of an evaluation's questions, which `reader` makes conversations of; they have no answers."""
+
+    name: str
+    path: str
+    reader: Callable[[Path], Iterable[Conversation]]
+
+    def identity(self) -> str:
+        return f"sha256:{known_digest(Path(self.path))}"
+
+    def read(self) -> Iterable[Conversation]:
+        return self.reader(Path(self.path))
+
+
 def read_conversations(data: DataSet) -> Iterator[Conversation | Malformed]:
-    """Every record of a data set in its order. Malformed ones are yielded; the caller decides what they mean."""
+    """Every record of a data set in its order, or every one of the sample. Malformed ones are yielded all; the caller decides what
+    they mean."""
+    if data.limit is None:
+        yield from _conversations(data)
+        return
+    ids = {one.id for one in _conversations(data) if isinstance(one, Conversation)}
+    sample = set(nsmallest(data.limit, ids))
+    yield from (one for one in _conversations(data) if isinstance(one, Malformed) or one.id in sample)
+
+
+def _conversations(data: DataSet) -> Iterator[Conversation | Malformed]:
     for where, record in _records(data):
         if isinstance(record, Malformed):
             yield record
@@ -92,7 +124,7 @@ def read_conversations(data: DataSet) -> Iterator[Conversation | Malformed]:
 def _records(data: DataSet) -> Iterator[tuple[str, Any]]:
     path = data.local()
     if path.is_dir():
-        yield from _hub(data.path, path)
+        yield from _hub(data.path, path, data.split or "train")
     elif path.suffix == ".jsonl":
         yield from _jsonl(path)
     elif path.suffix == ".json":
@@ -141,13 +173,13 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path}: not Parquet past record {number} ({error})") from error
 
 
-def _hub(name: str, directory: Path) -> Iterator[tuple[str, Any]]:
+def _hub(name: str, directory: Path, split: str) -> Iterator[tuple[str, Any]]:
     import datasets  # slow to import, and few need it
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of an error is said below
     number = 0
     try:
-        for row in datasets.load_dataset(str(directory), split="train", streaming=True):
+        for row in datasets.load_dataset(str(directory), split=split, streaming=True):
             number += 1
             yield f"{name}, record {number}", row
     except Exception as error:  # of many kinds; all mean that the data cannot be read

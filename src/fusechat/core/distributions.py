@@ -115,27 +115,29 @@ def write_store(directory: Path, *, k: int, files: str) -> None:
     write_json(directory / STORE, {"format": FORMAT, "k": k, "files": files})
 
 
-def open_distributions(directory: Path, *, verify: bool = True) -> "DistributionSet":
-    """The distributions that a finished step wrote to its directory. Raises WorkdirError for captures that were altered, unless
-    somebody else is to `verify` their checksums."""
-    store = read_json(directory / STORE)
-    paths = list(directory.glob(store["files"]))
-    if verify and store["files"] == SHARDS:
+def open_distributions(*directories: Path, verify: bool = True) -> "DistributionSet":
+    """The distributions that finished steps wrote to their directories, of one model and one k. Raises WorkdirError for captures
+    that were altered, unless somebody else is to `verify` their checksums."""
+    stores = {directory: read_json(directory / STORE) for directory in directories}
+    paths = [path for directory, store in stores.items() for path in sorted(directory.glob(store["files"]))]
+    if verify and any(store["files"] == SHARDS for store in stores.values()):
         damaged = [path for path in paths if not is_sound(path)]
         if damaged:
             raise WorkdirError(
                 *(f"{path}: is damaged (its checksum differs); run again, and it is captured again" for path in damaged)
             )
-    return DistributionSet(paths, k=store["k"])
+    return DistributionSet(paths, k=stores[directories[0]]["k"])
 
 
 class DistributionSet:
-    """A memory-mapped store of distributions, by conversation id."""
+    """Memory-mapped stores of distributions, by conversation id; of several that have a conversation, the first counts."""
 
     def __init__(self, paths: list[Path], k: int) -> None:
-        self.table = Table(sorted(paths))
+        self.table = Table(paths)
         self.k = k
-        self.index = {identity: row for row, identity in enumerate(self.table.column("id"))}
+        self.index: dict[str, int] = {}
+        for row, identity in enumerate(self.table.column("id")):
+            self.index.setdefault(identity, row)
 
     def __contains__(self, identity: str) -> bool:
         return identity in self.index

@@ -45,17 +45,17 @@ def collate(conversations: Sequence[Prepared], pad: int = 0) -> Batch:
 
 
 def response_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits [n, V] of the distributions that predict the response tokens `batch.rows`, in their order, on the model's device.
+    """Logits [n, V] of the distributions that predict the response tokens `batch.rows`, in their order, on `device_of(model)`.
 
     The language-model head runs for these rows alone, not for each conversation wherever one of them needs it: they are picked
     from what goes into the head.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens = batch.to(device)
     column = batch.rows[:, 1] - 1  # of a batch on the CPU found there, so that nothing waits for a GPU
     inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "use_cache": False}
     shape = tuple(batch.input_ids.shape)
-    if keeps_logits(model):
+    if keeps_logits(model) and not _is_spread(model):  # else `kept` might not be where the hidden states are
         kept, column = torch.unique(column, return_inverse=True)
         inputs["logits_to_keep"] = kept.to(device)
         shape = len(batch.input_ids), len(kept)
@@ -76,11 +76,11 @@ def _picking(model: Any, at: tuple[torch.Tensor, torch.Tensor], shape: tuple[int
         if tuple(hidden.shape[:2]) != shape:
             return None
         picked.append(True)
-        return (hidden[at].unsqueeze(0), *rest)
+        there = tuple(index.to(hidden.device) for index in at)  # of a model that is spread, where its last layer is
+        return (hidden[there].unsqueeze(0), *rest)
 
-    inner = unwrapped(model)
-    head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
-    if head is None or hasattr(inner, "_orig_mod"):  # compiled code would be compiled again for a hook
+    head = _head(model)
+    if head is None or hasattr(unwrapped(model), "_orig_mod"):  # compiled code would be compiled again for a hook
         yield picked
         return
     hook = head.register_forward_pre_hook(pick)
@@ -88,6 +88,24 @@ def _picking(model: Any, at: tuple[torch.Tensor, torch.Tensor], shape: tuple[int
         yield picked
     finally:
         hook.remove()
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model takes tokens and gives logits: where its head is run, if Accelerate has spread it over several devices."""
+    if not _is_spread(model):
+        return next(model.parameters()).device
+    hook = getattr(_head(model), "_hf_hook", unwrapped(model)._hf_hook)
+    return torch.device(hook.execution_device)
+
+
+def _is_spread(model: Any) -> bool:
+    """Whether Accelerate moves what goes into the parts of the model, or their weights, to where they are run."""
+    return hasattr(unwrapped(model), "_hf_hook")
+
+
+def _head(model: Any) -> Any:
+    inner = unwrapped(model)
+    return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
 
 
 def unwrapped(model: Any) -> Any:

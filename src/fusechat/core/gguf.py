@@ -106,6 +106,8 @@ def convert(file: Path, directory: Path, *, name: str) -> None:
             raise
         raise ModelError(f"{name}: Transformers cannot read this GGUF file: {first_line(error)}") from error
     refuse_missing(report, name)
+    # Of several processes Transformers lets the first one write, which may be on another machine, with a cache of its own.
+    model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 

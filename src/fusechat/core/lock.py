@@ -51,7 +51,7 @@ def together(file: Path, what: Path) -> Iterator[bool]:
 def is_held(file: Path) -> bool:
     """Whether a process holds the lock, in whichever way."""
     try:
-        with file.open("r") as handle:
+        with file.open("r+") as handle:  # over NFS only who may write may lock
             return not _lock(handle, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -90,6 +90,10 @@ def _lock(handle: TextIO, kind: int) -> bool:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        raise WorkdirError(
+            f"{handle.name}: cannot be locked ({error.strerror}): its file system has to have locks; choose another --workdir"
+        ) from error
     return True
 
 

@@ -2,6 +2,7 @@
 
 import os
 from functools import lru_cache
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fusechat.core.forward import keeps_logits
 from fusechat.core.progress import log
 from fusechat.errors import ModelError, first_line
 
+DeviceMap = str | dict[str, int | str]  # `auto` and the like, or a device (`disk` too) for every part of the model
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,6 +26,7 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("accelerate.big_modeling").setLevel(ERROR)  # where weights are is what the user asked for
 
 
 @lru_cache(maxsize=8)
@@ -62,17 +65,27 @@ def quantised(directory: Path) -> str | None:
     return str(found.get("quant_method", "in some way")) if isinstance(found, dict) else None
 
 
-def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remote_code: bool = False) -> Any:
-    """A causal language model in evaluation mode, weights in `dtype` on `device`; quantised ones as they are stored, which must
-    not be moved after."""
+def load_model(
+    directory: Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    device_map: DeviceMap | None = None,
+    offload: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal language model in evaluation mode, weights in `dtype` on `device`, or spread by Accelerate as `device_map` says,
+    which may leave some in memory or on disk until they are needed; `offload`: a directory for those that must be written anew
+    for that. Quantised ones are as they are stored. Neither these nor a model that is spread may be moved after."""
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
-    as_stored: dict[str, Any] = {"device_map": {"": device}} if quantised(directory) else {}
+    where: Any = device_map or ({"": device} if quantised(directory) else None)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             directory,
-            **as_stored,
+            device_map=where,
+            offload_folder=offload,
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
@@ -86,7 +99,7 @@ def load_model(directory: Path, *, dtype: str, device: torch.device, trust_remot
         log.warning(
             "%s computes logits at every position: it cannot be told at which ones, and takes more memory", directory
         )
-    return (model if as_stored else model.to(device)).eval()
+    return (model if where else model.to(device)).eval()
 
 
 def refuse_missing(report: dict[str, Any], name: str) -> None:

@@ -64,12 +64,15 @@ def write_prepared(path: Path, conversations: Iterable[Prepared]) -> int:
 
 
 class PreparedSet:
-    """A memory-mapped set of prepared conversations."""
+    """A memory-mapped set of prepared conversations, or several sets one after the other: of a conversation that is in more than
+    one, `row_of` knows the first place."""
 
-    def __init__(self, directory: Path) -> None:
-        self.table = Table([directory / FILE])
+    def __init__(self, *directories: Path) -> None:
+        self.table = Table([directory / FILE for directory in directories])
         self.ids: list[str] = self.table.column("id")
-        self.row_of = {identity: row for row, identity in enumerate(self.ids)}
+        self.row_of: dict[str, int] = {}
+        for row, identity in enumerate(self.ids):
+            self.row_of.setdefault(identity, row)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -11,9 +11,10 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import Any, TypeVar
 
-from fusechat.errors import FuseChatError
+from fusechat.errors import FuseChatError, StorageError, storage_error
 
 T = TypeVar("T")
+_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo's words, and NCCL's
 _PATIENCE = timedelta(days=14)  # how long one rank may work while the others wait; the launcher ends them sooner
 
 
@@ -37,21 +38,41 @@ def is_first() -> bool:
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """What `compute` gives on the first rank, on every rank (it is pickled). A FuseChatError is raised on every rank."""
+    """What `compute` gives on the first rank, on every rank (it is pickled). A FuseChatError is raised on every rank, and so is
+    what says that the disk cannot be written to."""
     if world() == 1:
         return compute()
     outcome: tuple[bool, Any] | None = None
     if is_first():
         try:
             outcome = True, compute()
-        except FuseChatError as error:
-            outcome = False, error
+        except Exception as error:
+            told = None if isinstance(error, FuseChatError) else storage_error(error)
+            if told is None and not isinstance(error, FuseChatError):
+                raise
+            outcome = False, error if told is None else StorageError(told)
     done, value = _broadcast(outcome)
     if done:
         return value
     if isinstance(value, FuseChatError):
         value.told = not is_first()
     raise value
+
+
+def on_every_machine(do: Callable[[], object]) -> None:
+    """The first rank of each machine does what its processes share and other machines do not see, such as filling the cache;
+    the others wait. A FuseChatError is raised on every rank, and told by the first that had one."""
+    error: FuseChatError | None = None
+    if local_rank() == 0:
+        try:
+            do()
+        except FuseChatError as found:
+            error = found
+    failed = [(number, found) for number, found in enumerate(gather(error)) if found is not None]
+    if failed:
+        number, raised = failed[0]
+        raised.told = number != rank()
+        raise raised
 
 
 def gather(value: T) -> list[T]:
@@ -85,6 +106,16 @@ def _group() -> Any:
             torch.cuda.set_device(local_rank())
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
+def left_alone(error: BaseException) -> bool:
+    """Whether an error says no more than that another rank has ended, which tells why itself, or was killed."""
+    seen: BaseException | None = error
+    while seen is not None and world() > 1:
+        if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _GONE):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def leave() -> None:

@@ -82,6 +82,14 @@ def local_directory(reference: Reference) -> Path:
     return directory
 
 
+def configuration(reference: Reference) -> Path:
+    """A directory with configuration and tokenizer; of a hub model no weights are fetched. A GGUF file is converted."""
+    if reference.is_file:
+        return local_directory(reference)
+    path = _existing(reference)
+    return path if path.is_dir() else _hub_snapshot(reference, weights=False)
+
+
 def at_hand(reference: Reference) -> Path | None:
     """The same directory where it is on this machine already; fetches and converts nothing, and asks no network."""
     if reference.is_file:

@@ -8,11 +8,10 @@ which a run with the same fingerprint may go on where a killed one stopped.
 import fnmatch
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +19,16 @@ from fusechat.core import ranks
 from fusechat.core.cache import fresh_digest, known_digest
 from fusechat.core.files import digest_json, read_json, remove_partial, write_json
 from fusechat.core.lock import in_turn, is_held
+from fusechat.core.manifests import difference, versions
 from fusechat.core.progress import log
+from fusechat.core.seals import read_checked, write_checked
 from fusechat.core.usage import watch
+from fusechat.errors import naming_storage
 
 MANIFEST, STARTED, LOCK = "manifest.json", "started.json", ".lock"
+SEALED = "sealed.json"  # what `work` wrote and a killed run may go on from: see `seals.py`
 FREED = "freed"  # a manifest's key: the files that were cleared away since
 State = Literal["done", "freed", "partial", "stale", "damaged", "absent"]
-_VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class Step:
 
     `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale. With
     `whole_files` every file stands for itself: of a damaged step the sound ones are kept, and `work` makes the others again.
+    `parts`: files that rest on the settings and on some of the upstream steps only, which are named; of a stale step those are
+    kept for which that is as it was, and `work` makes the others.
     A step with `join` is shared by all processes: each calls `work`, and `join` makes one of the counts that they return.
     `bulk`: the pattern of files that a finished run can do without; `reads_bulk`: whether `work` reads those of its upstream
     steps, which are then made again before.
@@ -48,6 +52,7 @@ class Step:
     upstream: Mapping[str, "Step"] = field(default_factory=dict)
     format: int = 1
     whole_files: bool = False
+    parts: Mapping[str, Collection[str]] = field(default_factory=dict)
     join: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
     bulk: str = ""
     reads_bulk: bool = True
@@ -69,11 +74,7 @@ class Step:
         return digest_json({"stage": self.stage, **self.inputs})
 
     def manifest(self) -> dict[str, Any] | None:
-        try:
-            found = read_json(self.directory / MANIFEST)
-        except (OSError, ValueError):
-            return None
-        return found if isinstance(found, dict) else None
+        return read_checked(self.directory / MANIFEST)
 
     def state(self) -> tuple[State, str]:
         """Where the step stands, and why."""
@@ -83,7 +84,7 @@ class Step:
                 return "partial", "begun, not finished"
             return "absent", "not begun"
         if manifest.get("fingerprint") != self.fingerprint:
-            return "stale", _difference(manifest.get("inputs", {}), self.inputs)
+            return "stale", difference(manifest.get("inputs", {}), self.inputs)
         damaged = self._damaged(manifest)
         if damaged:
             name, what = next(iter(damaged.items()))
@@ -138,18 +139,19 @@ class Step:
             if ranks.from_first(partial(bool, above.freed)):
                 above.run(needed=True)
         began, peaks = time.monotonic(), watch()
-        if self.join is not None:
-            counts = self.join(ranks.gather(self.work(self.directory)))
-        else:
-            counts = ranks.from_first(lambda: self.work(self.directory))
+        counts = self.join(ranks.gather(self._work())) if self.join is not None else ranks.from_first(self._work)
         timings = {"seconds": round(time.monotonic() - began, 3), **peaks()}  # of the last, completing run
         ranks.from_first(lambda: self._finish(counts, timings))
         return True
 
+    def _work(self) -> dict[str, Any]:
+        with naming_storage(self.directory):
+            return self.work(self.directory)
+
     def _settled(self, needed: bool) -> bool:
         state = self.state()[0]
         if state == "done" or (state == "freed" and not needed):
-            (self.directory / STARTED).unlink(missing_ok=True)
+            self._forget_start()
             return True
         return False
 
@@ -177,7 +179,7 @@ class Step:
             for name in self._damaged(self.manifest() or {}):
                 (self.directory / name).unlink(missing_ok=True)
         elif state != "partial":
-            self._clear()
+            self._clear(spare=self._unchanged() if state == "stale" else ())
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_partial(self.directory)
         write_json(self.directory / STARTED, {"fingerprint": self.fingerprint})
@@ -197,7 +199,7 @@ class Step:
     def free(self) -> None:
         """Removes these of a finished step. Its manifest says so before a file goes."""
         names, manifest = self.bulk_files(), self.manifest() or {}
-        write_json(self.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
+        write_checked(self.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
         for name in names:
             (self.directory / name).unlink(missing_ok=True)
 
@@ -211,9 +213,9 @@ class Step:
             str(file.relative_to(self.directory)): {"bytes": file.stat().st_size, "sha256": fresh_digest(file)}
             for own in self._own()
             for file in sorted(own.rglob("*") if own.is_dir() else [own])
-            if file.is_file() and file.name not in (MANIFEST, STARTED)
+            if file.is_file() and file.name not in (MANIFEST, STARTED, SEALED)
         }
-        write_json(
+        write_checked(
             self.directory / MANIFEST,
             {
                 "stage": self.stage,
@@ -227,7 +229,11 @@ class Step:
                 "timings": timings,
             },
         )
-        (self.directory / STARTED).unlink(missing_ok=True)
+        self._forget_start()
+
+    def _forget_start(self) -> None:
+        for name in (STARTED, SEALED):
+            (self.directory / name).unlink(missing_ok=True)
 
     def _own(self) -> list[Path]:
         """What lies in the directory, without subdirectories that are steps of their own."""
@@ -239,8 +245,25 @@ class Step:
             if path.suffix != LOCK and not any((path / n).exists() for n in (MANIFEST, STARTED))
         ]
 
-    def _clear(self) -> None:
+    def _unchanged(self) -> list[str]:
+        """Which `parts` of an earlier run are what they would become again."""
+        earlier = self.manifest() or {}
+        before, now = earlier.get("inputs", {}), self.inputs
+        if any(before.get(key) != now[key] for key in ("format", "settings")):
+            return []
+        built, contents = earlier.get("built_from", {}), self._upstream_contents()
+        same = {
+            key
+            for key, found in now["upstream"].items()
+            if before["upstream"].get(key) == found and built.get(key) == contents[key]
+        }
+        sound = earlier.get("outputs", {}).keys() - self._damaged(earlier).keys()
+        return [name for name, rests_on in self.parts.items() if name in sound and same.issuperset(rests_on)]
+
+    def _clear(self, spare: Collection[str] = ()) -> None:
         for path in self._own():
+            if path.name in spare:
+                continue
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -267,21 +290,3 @@ def with_upstream(steps: list[Step]) -> Iterator[Step]:
 
     for step in steps:
         yield from visit(step)
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in _VERSIONS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def _difference(old: Any, new: Any, path: str = "") -> str:
-    """The first few keys in which two manifests' inputs differ, for a person to read."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return f"{path} changed"
-    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
-    return "; ".join(_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in keys[:4])

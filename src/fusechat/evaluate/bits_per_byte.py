@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.core.forward import collate, float_rows, gold_nll, length_batches, response_logits
+from fusechat.core.forward import collate, device_of, float_rows, gold_nll, length_batches, response_logits
 from fusechat.core.prepared import Prepared, PreparedSet
 from fusechat.evaluate.records import Measurement
 
@@ -24,7 +24,7 @@ def score_responses(
     model: Any, conversations: PreparedSet | Sequence[Prepared], *, batch_tokens: int, advance: Callable[[int], None]
 ) -> Responses:
     """The nll (nats, float64 sums of float32 terms) and bytes of every response."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     found: Responses = {}
     lengths = np.array([len(conversation.input_ids) for conversation in conversations], dtype=np.int64)
     for indices in length_batches(lengths, batch_tokens):

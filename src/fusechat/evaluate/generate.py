@@ -9,7 +9,7 @@ import torch
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import Message
 from fusechat.core.files import digest_json
-from fusechat.core.forward import length_batches
+from fusechat.core.forward import device_of, length_batches
 from fusechat.core.memory import free_memory, out_of_memory
 from fusechat.core.models import choose_device, default_dtype, stop_tokens
 from fusechat.core.progress import log
@@ -19,16 +19,16 @@ from fusechat.evaluate.answers import Answer, Missing, Prompt
 
 
 class Generator:
-    """A loaded model. `batch_tokens`: tokens of a batch at most, with the room for answers."""
+    """A loaded model. `batch_tokens`: tokens of a batch at most, with the room for answers. `spread`: as `Chatter.model` has it."""
 
     def __init__(
-        self, chatter: Chatter, *, dtype: str | None, device: str | None, batch_tokens: int, seed: int
+        self, chatter: Chatter, *, dtype: str | None, device: str | None, batch_tokens: int, seed: int, **spread: Any
     ) -> None:
         place = choose_device(device)
         self._name = chatter.name
         self._template = chatter.template()
         self._tokenizer = self._template.tokenizer
-        self._model = chatter.model(dtype=dtype or default_dtype(place), device=place)
+        self._model = chatter.model(dtype=dtype or default_dtype(place), device=place, **spread)
         self._batch_tokens, self._seed = batch_tokens, seed
         self._most = 1 << 30  # answers at once; less where memory did not suffice
         config = self._model.config.get_text_config()
@@ -121,7 +121,7 @@ class Generator:
             eos_token_id=sorted(self._stops) or None,
             pad_token_id=pad,
         )
-        device = self._model.device
+        device = device_of(self._model)
         torch.manual_seed(seed)
         output = self._model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
         return [self._answer(row[width:]) for row in output.tolist()]

@@ -1,22 +1,26 @@
-"""evaluate/<model>/scores.json: nll and bytes of every held-out response, per data set.
+"""evaluate/<model>/<data set>.json: nll and bytes of every held-out response.
 evaluate/answers-<model>/answers.json: what it answers to some of the held-out questions, for the report.
 evaluate/results.json: the scores of all models, and what suites found that were run by themselves; see `records.py`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.cache import known_digest
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
-from fusechat.core.files import read_json, write_json
+from fusechat.core.files import PARTIAL, read_json, write_json
+from fusechat.core.manifests import versions
 from fusechat.core.progress import log, progress
-from fusechat.core.steps import Step, versions
+from fusechat.core.steps import Step
 from fusechat.evaluate.records import RECORDS, RESULTS
 
-SCORES, ANSWERS = "scores.json", "answers.json"
+ANSWERS = "answers.json"
 ANSWER_BATCH = 4096  # tokens of a batch at most, with the room for answers
 
 
@@ -36,15 +40,26 @@ def model_step(
     recipe: Recipe, workdir: Path, name: str, chatter: Chatter, prepared: dict[str, Step], made_by: Step | None
 ) -> Step:
     """Measures a model: one that the recipe names, or the target or fused model that step `made_by` wrote. `prepared`: held-out
-    data set → its prepare step for the tokens of this model."""
+    data set → its prepare step for the tokens of this model. A further set leaves what was measured on the others."""
     settings = _settings(recipe)
     named = {} if made_by else {"model": chatter.identity}
+    device_map = _device_map(recipe, chatter, made_by)
 
     def work(directory: Path) -> dict[str, Any]:
-        return _score(directory, chatter, prepared, settings, label=name)
+        return _score(directory, chatter, prepared, settings, device_map, label=name)
 
-    upstream = {"model": made_by, **prepared} if made_by else prepared
-    return Step("evaluate", name, workdir / "evaluate" / name, {**settings, **named}, work, upstream)
+    made = {"model": made_by} if made_by else {}
+    parts = {_scores(data): [*made, data] for data in prepared}
+    directory = workdir / "evaluate" / name
+    upstream = {**made, **prepared}
+    return Step(
+        "evaluate", name, directory, {**settings, **named}, work, upstream, format=2, whole_files=True, parts=parts
+    )
+
+
+def _scores(data: str) -> str:
+    """The file of what a model scored on a data set."""
+    return f"{data}.json"
 
 
 def has_suites(workdir: Path) -> bool:
@@ -57,7 +72,7 @@ def results_step(workdir: Path, subjects: list[Measured], sets: list[str]) -> St
     suites = {file.parent.name: known_digest(file) for file in sorted((workdir / "evaluate").glob(f"*/{RECORDS}"))}
     named = [[subject.role, subject.label] for subject in subjects] if sets else []
     settings: dict[str, Any] = {"subjects": named, "sets": sets, **({"suites": suites} if suites else {})}
-    upstream = {f"{index:03d}": subject.step for index, subject in enumerate(subjects) if sets}
+    upstream = {subject.step.name: subject.step for subject in subjects if sets}
     if suites:
         upstream |= {f"model {one.step.name}": one.made_by for one in subjects if one.made_by is not None}
 
@@ -80,7 +95,8 @@ def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: lis
     }
 
     def work(directory: Path) -> dict[str, Any]:
-        return _answer(directory, recipe, chatter, held_out, label=subject.label)
+        device_map = _device_map(recipe, chatter, made_by)
+        return _answer(directory, recipe, chatter, held_out, device_map, label=subject.label)
 
     name = subject.step.name
     upstream = {"model": made_by} if made_by else {}
@@ -91,25 +107,48 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {"dtype": recipe.evaluate.dtype, "batch_tokens": recipe.evaluate.batch_tokens, "device": recipe.device}
 
 
+def _device_map(recipe: Recipe, chatter: Chatter, made_by: Step | None) -> Any:
+    """How a model that the recipe names is spread, as in its capture. Results do not depend on it."""
+    return None if made_by else recipe.capture_for(chatter.name).device_map
+
+
+@contextmanager
+def _room(directory: Path) -> Iterator[Path]:
+    """Where a model that is spread may leave weights."""
+    with TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room:
+        yield Path(room)
+
+
 def _score(
-    directory: Path, chatter: Chatter, prepared: dict[str, Step], settings: dict[str, Any], *, label: str
+    directory: Path,
+    chatter: Chatter,
+    prepared: dict[str, Step],
+    settings: dict[str, Any],
+    device_map: Any,
+    *,
+    label: str,
 ) -> dict[str, Any]:
     from fusechat.core.models import choose_device
     from fusechat.core.prepared import PreparedSet
     from fusechat.evaluate.bits_per_byte import score_responses
 
-    model = chatter.model(dtype=settings["dtype"], device=choose_device(settings["device"]))
-    sets = {name: PreparedSet(step.directory) for name, step in prepared.items()}
-    scores = {}
-    with progress(f"evaluate {label}", sum(map(len, sets.values())), "conversations") as advance:
-        for name, data in sets.items():
-            scores[name] = score_responses(model, data, batch_tokens=settings["batch_tokens"], advance=advance)
-    write_json(directory / SCORES, scores)
-    return {name: len(found) for name, found in scores.items()}
+    files = {name: directory / _scores(name) for name in prepared}
+    waiting = {name: PreparedSet(prepared[name].directory) for name, file in files.items() if not file.is_file()}
+    if waiting:
+        with (
+            _room(directory) as room,
+            progress(f"evaluate {label}", sum(map(len, waiting.values())), "conversations") as advance,
+        ):
+            device = choose_device(settings["device"])
+            model = chatter.model(dtype=settings["dtype"], device=device, device_map=device_map, offload=room)
+            for name, data in waiting.items():
+                scores = score_responses(model, data, batch_tokens=settings["batch_tokens"], advance=advance)
+                write_json(files[name], scores)
+    return {name: len(read_json(file)) for name, file in files.items()}
 
 
 def _answer(
-    directory: Path, recipe: Recipe, chatter: Chatter, held_out: list[DataSet], *, label: str
+    directory: Path, recipe: Recipe, chatter: Chatter, held_out: list[DataSet], device_map: Any, *, label: str
 ) -> dict[str, Any]:
     from fusechat.evaluate.answers import Answer, Prompt
     from fusechat.evaluate.client import Missing
@@ -117,15 +156,14 @@ def _answer(
 
     shown = questions(held_out, recipe.evaluate.answers)
     evaluate = recipe.evaluate
-    generator = Generator(
-        chatter, dtype=evaluate.dtype, device=recipe.device, batch_tokens=ANSWER_BATCH, seed=recipe.seed
-    )
     prompts = [
         Prompt(one["id"], tuple((turn["role"], turn["content"]) for turn in one["prompt"]), 0.0, evaluate.answer_tokens)
         for one in shown
     ]
     found: dict[int, Answer | Missing] = {}
-    with progress(f"answers of {label}", len(prompts), "questions") as advance:
+    with _room(directory) as room, progress(f"answers of {label}", len(prompts), "questions") as advance:
+        options: dict[str, Any] = {"dtype": evaluate.dtype, "device": recipe.device, "seed": recipe.seed}
+        generator = Generator(chatter, batch_tokens=ANSWER_BATCH, device_map=device_map, offload=room, **options)
 
         def done(index: int, answer: Answer | Missing) -> None:
             found[index] = answer
@@ -162,10 +200,10 @@ def _results(directory: Path, subjects: list[Measured], sets: list[str]) -> dict
     from fusechat.evaluate.bits_per_byte import compare
     from fusechat.evaluate.records import records, write_results
 
-    scores = {subject.step.name: read_json(subject.step.directory / SCORES) for subject in subjects if sets}
     found = []
     for name in sets:
-        compared = compare({model: by_set[name] for model, by_set in scores.items()})
+        scores = {subject.step.name: read_json(subject.step.directory / _scores(name)) for subject in subjects}
+        compared = compare(scores)
         settings = {key: subjects[0].step.settings[key] for key in ("dtype", "batch_tokens", "device")}
         measured = {step: [score.measurement(name)] for step, score in compared.items()}
         roles = {subject.step.name: subject.role for subject in subjects}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from fusechat.core.forward import collate
 from fusechat.core.prepared import Prepared, PreparedSet
 from fusechat.fuse import choice
 from fusechat.fuse.choice import Candidate, Rule
+from fusechat.fuse.epochs import epoch_members, epoch_size
 from fusechat.fuse.mixture import mix, nothing
 from fusechat.fuse.student import Comparison, join_comparisons
 
@@ -32,16 +34,19 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeachingSet:
-    """A set of conversations and who may teach on it; `captured` are the pivot's own distributions, where they are asked for."""
+    """A set of conversations and who may teach on it; `captured` are the pivot's own distributions, where they are asked for.
+    `weight`: how often each conversation is seen in an epoch."""
 
     name: str
     pivot: PreparedSet
     captured: DistributionSet | None = None
     teachers: Mapping[str, Teacher] | None = None
+    weight: float = 1.0
 
 
 class FusionData(Dataset[dict[str, Any]]):
-    """The conversations of one target: those of its sets, one set after the other, each conversation once."""
+    """The conversations of one target: those of its sets, one set after the other, each conversation once, in the first of its
+    sets."""
 
     def __init__(self, sets: Sequence[TeachingSet], rule: Rule) -> None:
         self.sets, self.rule = list(sets), rule
@@ -55,6 +60,29 @@ class FusionData(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.places)
+
+    @property
+    def is_weighted(self) -> bool:
+        return any(one.weight != 1 for one in self.sets)
+
+    @property
+    def an_epoch(self) -> int:
+        """How many conversations an epoch has, those that come twice counted twice."""
+        return sum(epoch_size(len(part), one.weight) for part, one in zip(self._parts, self.sets, strict=True))
+
+    def epoch(self, number: int, *, seed: int) -> list[int]:
+        """The indices of the conversations of an epoch, set by set."""
+        found = []
+        for part, one in zip(self._parts, self.sets, strict=True):
+            ids = [one.pivot.ids[self.places[index][1]] for index in part]
+            found += [part[index] for index in epoch_members(ids, one.weight, epoch=number, seed=seed)]
+        return found
+
+    @cached_property
+    def _parts(self) -> list[range]:
+        """The indices of each set's conversations."""
+        ends = np.searchsorted([place for place, _ in self.places], range(len(self.sets) + 1)).tolist()
+        return [range(begin, end) for begin, end in pairwise(ends)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == NOBODY:

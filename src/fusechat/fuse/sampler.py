@@ -1,33 +1,60 @@
-"""The order of conversations when several processes train together: that of one process, filled up to whole batches."""
+"""The order of conversations: of sets with weights, epoch by epoch; and when several processes train together, that of one process,
+filled up to whole batches."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import RandomSampler, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler, Subset
 
-from fusechat.fuse.dataset import NOBODY
+from fusechat.fuse.dataset import NOBODY, FusionData
+
+Epoch = Callable[[], int]  # which epoch begins, from 0 on
+
+
+def _seeded(sampler: Any, seed: int | None) -> Any:
+    """A random order as the one that Accelerate makes of it for one process; any other as it is."""
+    if not isinstance(sampler, RandomSampler):
+        return sampler
+    from accelerate.data_loader import SeedableRandomSampler
+
+    return SeedableRandomSampler(sampler.data_source, data_seed=seed)
+
+
+def _at(sampler: Any, epoch: int) -> Any:
+    if hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(epoch)
+    return sampler
+
+
+class WeightedSampler(Sampler[int]):
+    """Indices of the conversations that each epoch holds, in the order that the sampler which `order` makes gives them."""
+
+    def __init__(self, data: FusionData, order: Callable[[Dataset[Any]], Any], *, seed: int, epoch: Epoch) -> None:
+        self.data, self.order, self.seed, self.epoch = data, order, seed, epoch
+
+    def __len__(self) -> int:
+        return self.data.an_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.epoch()
+        members = self.data.epoch(epoch, seed=self.seed)
+        sampler = _seeded(self.order(Subset(self.data, members)), self.seed)
+        return (members[index] for index in _at(sampler, epoch))
 
 
 class FilledSampler(Sampler[int]):
     """`sampler`'s indices, then as many of `NOBODY` as make their number a multiple of `multiple`.
 
-    Accelerate would fill up with conversations from the beginning of the epoch, which then counted twice.
+    Accelerate would fill up with conversations from the beginning of the epoch, which then counted twice; nor does it tell the
+    epoch to samplers of several processes that go on in the middle of one.
     """
 
-    def __init__(self, sampler: Any, multiple: int, *, seed: int | None) -> None:
-        if isinstance(sampler, RandomSampler):  # the order that Accelerate makes of it for one process
-            from accelerate.data_loader import SeedableRandomSampler
-
-            sampler = SeedableRandomSampler(sampler.data_source, data_seed=seed)
-        self.sampler, self.multiple = sampler, multiple
+    def __init__(self, sampler: Any, multiple: int, *, seed: int | None, epoch: Epoch) -> None:
+        self.sampler, self.multiple, self.epoch = _seeded(sampler, seed), multiple, epoch
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[int]:
-        yield from self.sampler
+        yield from _at(self.sampler, self.epoch())
         yield from [NOBODY] * (len(self) - len(self.sampler))
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)

@@ -12,7 +12,8 @@ from fusechat.core import ranks
 from fusechat.core.distributions import open_distributions
 from fusechat.core.files import atomic_directory, write_text
 from fusechat.core.progress import log, progress
-from fusechat.core.steps import Step
+from fusechat.core.seals import is_sealed, seal
+from fusechat.core.steps import SEALED, Step
 from fusechat.errors import ModelError, RecipeError
 
 MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
@@ -29,12 +30,14 @@ class SourceSteps:
 
 @dataclass(frozen=True)
 class SetSteps:
-    """What was done on a set of conversations for one target: by the pivot (captured only if that is asked for), by each source."""
+    """What was done on a set of conversations for one target: by the pivot (captured only if that is asked for), by each source.
+    `weight`: how often each conversation is seen in an epoch."""
 
     name: str
     pivot: Step
     captured: Step | None = None
     sources: Mapping[str, SourceSteps] = field(default_factory=dict)
+    weight: float = 1.0
 
     def upstream(self) -> dict[str, Step]:
         found = {f"{self.name}/pivot": self.pivot}
@@ -79,6 +82,9 @@ def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], h
         "device": recipe.device,
         "teachers": recipe.teachers()[target] if is_taught(recipe, target) else [],
     }
+    several = any(len(recipe.sets_of(name)) > 1 for name in recipe.teachers()[target] or recipe.sources)
+    if several or any(one.weight != 1 for one in sets):
+        settings["sets"] = [[one.name, one.weight] for one in sets]
     upstream = {key: one for part in sets for key, one in part.upstream().items()}
     upstream |= {f"{name}/held_out": one for name, one in held_out.items()}
 
@@ -98,6 +104,8 @@ def check(recipe: Recipe) -> None:
     device = str(choose_device(recipe.device))
     arguments = training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
     check_reporting(arguments)
+    if arguments.train_sampling_strategy == "batch_rebalance" and any(one != 1 for one in recipe.weights().values()):
+        raise RecipeError("fuse.training.train_sampling_strategy: batch_rebalance knows no weights of training sets")
     if recipe.fuse.lora is not None:
         lora_config(recipe.fuse.lora)
     for target in recipe.teachers() if measures(recipe) else ():
@@ -127,7 +135,9 @@ def _fuse(
     chosen = ranks.from_first(lambda: data.chosen)
     for name, counts in chosen.items():
         log.info("fuse %s: on %s %s", target, name, ", ".join(f"{who} {count:g}" for who, count in counts.items()))
-    if not ranks.from_first(lambda: (directory / MODEL).is_dir()):
+    if data.is_weighted:
+        log.info("fuse %s: %d conversations an epoch, of %d", target, data.an_epoch, len(data))
+    if not ranks.from_first(lambda: is_sealed(directory / SEALED, directory / MODEL, directory / LOSSES)):
         _train(directory, logs, target, data, held_out, recipe)
     if not ranks.is_first():  # what was written and counted, the first one tells
         return {}
@@ -136,6 +146,7 @@ def _fuse(
     steps = max((entry["step"] for entry in entries), default=0)
     return {
         "conversations": len(data),
+        "an_epoch": data.an_epoch,
         "steps": steps,
         "level": data.rule.level,
         "chosen": _against_student(chosen, entries),
@@ -159,6 +170,7 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
                 PreparedSet(one.pivot.directory),
                 open_distributions(one.captured.directory, verify=ranks.is_first()) if one.captured else None,
                 {name: teacher(steps) for name, steps in one.sources.items()},
+                one.weight,
             )
             for one in sets
         ],
@@ -190,7 +202,7 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
         model = pivot.model(dtype="float32", device=where)  # master weights; see METHOD, "Precision"
         return with_adapters(model, fuse.lora, seed=recipe.seed) if fuse.lora is not None else model
 
-    with progress(f"fuse {target}", total_steps(arguments, len(data)), "steps") as advance:
+    with progress(f"fuse {target}", total_steps(arguments, data.an_epoch), "steps") as advance:
         trainer = make_trainer(
             student(torch.device("cpu") if arguments.fsdp else device),  # FSDP takes each process's share of it
             data,
@@ -220,6 +232,7 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
     with atomic_directory(directory / MODEL) as saved:
         model.save_pretrained(saved)
         pivot.save_tokenizer(saved)
+        seal(directory / SEALED, saved, directory / LOSSES)
 
 
 def _against_student(

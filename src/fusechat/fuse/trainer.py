@@ -9,21 +9,31 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from fusechat.core import ranks
-from fusechat.core.files import write_json
+from fusechat.core.files import digest, flush
 from fusechat.core.forward import Batch, response_logits
+from fusechat.core.progress import log
+from fusechat.core.seals import read_sealed, write_sealed
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData
 from fusechat.fuse.loss import fusion_loss_parts
-from fusechat.fuse.sampler import FilledSampler
+from fusechat.fuse.sampler import FilledSampler, WeightedSampler
 from fusechat.fuse.student import source_is_better
 from fusechat.fuse.validation import Validation, bits_per_byte
 
-COMPLETE = "COMPLETE"  # in a checkpoint directory: everything is written; how many processes wrote it
+# In a checkpoint directory: everything is written. How many processes wrote it, checksums of all files.
+COMPLETE = "COMPLETE"
 STUDENT = "student"
+
+
+def steps_an_epoch(arguments: TrainingArguments, conversations: int) -> int:
+    """Optimiser steps of an epoch of so many conversations."""
+    size = arguments.train_batch_size * max(1, arguments.world_size)
+    batches = conversations // size if arguments.dataloader_drop_last else math.ceil(conversations / size)
+    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
 
 
 class FusionTrainer(Trainer):
@@ -141,11 +151,22 @@ class FusionTrainer(Trainer):
         return metrics
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Of several processes, each gets as many batches of the same size, the last ones filled up with nothing."""
-        sampler = super()._get_train_sampler(train_dataset)
+        """Of sets with weights, each epoch has its own conversations. Of several processes, each gets as many batches of the same
+        size, the last ones filled up with nothing."""
+        seed = self.args.data_seed or 0
+        sampler: Any
+        if self.train_dataset.is_weighted:
+            sampler = WeightedSampler(self.train_dataset, super()._get_train_sampler, seed=seed, epoch=self._epoch)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
         if self.args.world_size == 1 or self.args.train_sampling_strategy == "batch_rebalance":
             return sampler
-        return FilledSampler(sampler, self.args.train_batch_size * self.args.world_size, seed=self.args.data_seed)
+        multiple = self.args.train_batch_size * self.args.world_size
+        return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=self._epoch)
+
+    def _epoch(self) -> int:
+        """Which epoch the next step is of, from 0 on."""
+        return self.state.global_step // steps_an_epoch(self.args, self.train_dataset.an_epoch)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Marks a checkpoint complete once all processes have written their part, and only then clears older ones away."""
@@ -157,7 +178,7 @@ class FusionTrainer(Trainer):
         ranks.gather(None)
         if self.args.should_save:
             directory = Path(self.args.output_dir)
-            write_json(directory / f"checkpoint-{self.state.global_step}" / COMPLETE, self._shape())
+            mark_complete(directory / f"checkpoint-{self.state.global_step}", self._shape())
             rotate_checkpoints(
                 output_dir=str(directory),
                 save_total_limit=limit,
@@ -172,7 +193,7 @@ class FusionTrainer(Trainer):
 
     def check_resume(self, checkpoint: Path) -> None:
         """Raises TrainingError where the steps of a checkpoint were of another number of conversations."""
-        written, now = json.loads((checkpoint / COMPLETE).read_text()), self._shape()
+        written, now = read_sealed(checkpoint / COMPLETE) or {}, self._shape()
         if written["conversations_a_step"] != now["conversations_a_step"]:
             raise TrainingError(
                 f"{checkpoint}: was written by {written['processes']} processes, {written['conversations_a_step']} "
@@ -181,12 +202,52 @@ class FusionTrainer(Trainer):
             )
 
 
+def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:
+    """The last thing that is written of a checkpoint, once all else is on the disk."""
+    files = _files(checkpoint)
+    for file in files.values():
+        flush(file)
+    write_sealed(checkpoint / COMPLETE, {**shape, "files": {name: digest(file) for name, file in files.items()}})
+
+
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint; clears away those that a killed run left incomplete."""
-    complete = {}
-    for checkpoint in directory.glob("checkpoint-*"):
-        if (checkpoint / COMPLETE).is_file():
-            complete[int(checkpoint.name.rpartition("-")[2])] = checkpoint
-        else:
-            shutil.rmtree(checkpoint)
-    return complete[max(complete)] if complete else None
+    """The newest complete checkpoint; clears away those that a killed run left incomplete, and those that were altered since, or
+    whose best one, with which training may end, is not there any more. They are read for it."""
+    sound: dict[int, Path] = {}
+    for checkpoint in sorted(directory.glob("checkpoint-*"), key=_step):
+        wrong = _wrong(checkpoint, list(sound.values()))
+        if wrong is None:
+            sound[_step(checkpoint)] = checkpoint
+            continue
+        if wrong:
+            log.warning("%s: %s: training goes on from before it", checkpoint, wrong)
+        shutil.rmtree(checkpoint)
+    return sound[max(sound)] if sound else None
+
+
+def _wrong(checkpoint: Path, before: list[Path]) -> str | None:
+    """What is wrong with a checkpoint, nothing to be said of one that was never complete; None where it can be gone on from."""
+    if not (checkpoint / COMPLETE).is_file():
+        return ""
+    complete = read_sealed(checkpoint / COMPLETE)
+    if complete is None:
+        return f"{COMPLETE} is damaged"
+    files, written = _files(checkpoint), complete["files"]
+    for name in sorted(written.keys() | files.keys()):
+        if name not in files:
+            return f"{name} is missing"
+        if written.get(name) != digest(files[name]):
+            return f"{name} is not what was written (its checksum differs)"
+    best = json.loads(files["trainer_state.json"].read_text(encoding="utf-8")).get("best_model_checkpoint")
+    if best is not None and Path(best).resolve() not in [one.resolve() for one in (*before, checkpoint)]:
+        return f"{best}, the best so far, is not there"
+    return None
+
+
+def _files(checkpoint: Path) -> dict[str, Path]:
+    found = {str(file.relative_to(checkpoint)): file for file in sorted(checkpoint.rglob("*")) if file.is_file()}
+    return {name: file for name, file in found.items() if name != COMPLETE}
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])

@@ -15,7 +15,7 @@ from fusechat.core import ranks
 from fusechat.core.progress import Advance, log
 from fusechat.errors import RecipeError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
-from fusechat.fuse.trainer import FusionTrainer, last_checkpoint
+from fusechat.fuse.trainer import FusionTrainer, last_checkpoint, steps_an_epoch
 from fusechat.fuse.validation import Validation
 
 _PROJECT = "fusechat"  # of Weights & Biases, where the user names none
@@ -139,12 +139,10 @@ def trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:
 
 
 def total_steps(arguments: TrainingArguments, conversations: int) -> int:
-    """Optimiser steps of the whole training, for the progress bar."""
+    """Optimiser steps of the whole training, with so many conversations an epoch, for the progress bar."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    size = arguments.train_batch_size * max(1, arguments.world_size)
-    batches = conversations // size if arguments.dataloader_drop_last else math.ceil(conversations / size)
-    return math.ceil(math.ceil(batches / arguments.gradient_accumulation_steps) * arguments.num_train_epochs)
+    return math.ceil(steps_an_epoch(arguments, conversations) * arguments.num_train_epochs)
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.core.files import read_json, remove_partial, write_json
+from fusechat.core.files import remove_partial, seen, write_json
 from fusechat.core.progress import log
+from fusechat.core.seals import read_sealed, write_sealed
 from fusechat.errors import ModelError, StorageError
 from fusechat.merge.checkpoint import FLOATS, INDEX, Checkpoint
 from fusechat.merge.kernels import CHUNK, count_not_finite, encode_bfloat16, encode_float16, update_squares
@@ -55,16 +56,19 @@ def merge_tensors(job: Job, output: Path, workers: Workers, advance: Callable[[i
     """
     remove_partial(output)
     shards = job.plan.shards(job.shard_bytes)
-    missing = [(file, pieces) for file, pieces in shards if not _part(output, file).is_file()]
+    parts = {file: part for file, _ in shards if (part := _sound_part(output, file)) is not None}
+    missing = [(file, pieces) for file, pieces in shards if file not in parts]
     _check_room(output, sum(piece.bytes for _, pieces in missing for piece in pieces))
     pooled = _pooled(job, output, workers) if job.granularity != "tensor" and missing else {}
     report: dict[str, Any] = {}
     for file, pieces in shards:
-        if (file, pieces) in missing:
-            write_json(_part(output, file), _write_shard(job, output / file, pieces, workers, pooled, advance))
-        else:
+        if file in parts:
             advance(sum(piece.bytes for piece in pieces))
-        report |= read_json(_part(output, file))
+            report |= parts[file]
+            continue
+        part = _write_shard(job, output / file, pieces, workers, pooled, advance)
+        write_sealed(_part(output, file), {"shard": seen(output / file), "tensors": part})
+        report |= part
     if len(shards) > 1:
         size = sum(piece.bytes for piece in job.plan.pieces)
         names = {piece.name: file for file, pieces in shards for piece in pieces}
@@ -81,6 +85,14 @@ def forget_parts(job: Job, output: Path) -> None:
 
 def _part(output: Path, file: str) -> Path:
     return output / f"{file}.report.json"
+
+
+def _sound_part(output: Path, file: str) -> dict[str, Any] | None:
+    """The report's part of a shard that is whole and as it was written; nothing is read to see that."""
+    part = read_sealed(_part(output, file))
+    if part is None or not (output / file).is_file() or part["shard"] != seen(output / file):
+        return None
+    return dict(part["tensors"])
 
 
 def _write_shard(
@@ -246,15 +258,16 @@ def _pooled(job: Job, output: Path, workers: Workers) -> dict[str, list[float]]:
     """The coefficients of every tensor, from updates added up over its layer or the whole model. Kept for a merge that goes on."""
     method = load_method(job.method)
     file = output / SQUARES
-    if not file.is_file():
+    found = read_sealed(file)
+    if found is None:
         found = {}
         for piece in job.plan.pieces:
             if piece.merged:
                 squares = method.measure(_tensor(job, piece, workers), job.values(piece.name)).squares
                 assert squares is not None, f"{job.method} has no coefficients to be pooled"
                 found[piece.name] = squares.tolist()
-        write_json(file, found)
-    by_tensor = {name: np.array(squares) for name, squares in read_json(file).items()}
+        write_sealed(file, found)
+    by_tensor = {name: np.array(squares) for name, squares in found.items()}
 
     def group(name: str) -> str:
         layer = layer_of(name)

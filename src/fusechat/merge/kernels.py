@@ -11,6 +11,8 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from fusechat.core.compiled import compiled
+
 CHUNK = 4096  # elements whose sum is taken by itself; chunks are added up in their order, whoever worked on them
 LANES = 512
 INFINITE = np.uint32(0x7F800000)
@@ -19,8 +21,8 @@ FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how the elements of a tensor are stored
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at the first call, and kept for later programs."""
-    compiled: Callable[..., Any] = numba.njit(function, nogil=True, cache=True, error_model="numpy")
-    return compiled
+    made: Callable[..., Any] = compiled(error_model="numpy")(function)
+    return made
 
 
 def _pointer_to(element: types.Type) -> Any:

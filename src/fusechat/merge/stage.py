@@ -1,5 +1,6 @@
 """merge/: `model/` (the fused LLM, a plain Hugging Face directory with a model card), `merge_report.json`."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,8 @@ from fusechat.config import PIVOT, Recipe
 from fusechat.core.chatters import Chatter
 from fusechat.core.files import write_json
 from fusechat.core.progress import BYTES, progress
-from fusechat.core.steps import Step
+from fusechat.core.seals import is_sealed, seal
+from fusechat.core.steps import SEALED, Step
 
 MODEL, REPORT = "model", "merge_report.json"
 FORMAT = 2
@@ -47,7 +49,8 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
     )
     job = open_job(read_merge_file(settings), pivot.directory, dtype=recipe.merge.dtype or BASE, names=list(targets))
     model, building = directory / MODEL, directory / "model.building"  # kept by a killed run: finished shards count
-    if not model.is_dir():
+    if not is_sealed(directory / SEALED, model, directory / REPORT):
+        shutil.rmtree(model, ignore_errors=True)
         building.mkdir(exist_ok=True)
         workers = Workers()
         try:
@@ -61,6 +64,7 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
         pivot.save_tokenizer(building)
         (building / "README.md").write_text(_card(recipe, pivot, report), encoding="utf-8")
         forget_parts(job, building)
+        seal(directory / SEALED, building, directory / REPORT)
         building.rename(model)
     return {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
 
@@ -79,7 +83,7 @@ def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
         method=recipe.merge.method,
         pivot=str(pivot.reference),
         sources={name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
-        data={name: Path(recipe.training_set(name).path).name for name in _sources(recipe)},
+        data={name: ", ".join(Path(data.path).name for data in recipe.sets_of(name)) for name in _sources(recipe)},
         coefficients=report["mean_coefficients"],
         recipe=recipe.model_dump(exclude_none=True, by_alias=True),
     )

@@ -1,21 +1,24 @@
-"""prepare/<model>/<data set>/: `conversations.arrow`, `rejected.jsonl`."""
+"""prepare/<model>/<data set>/: `conversations.arrow`, `rejected.jsonl`. prepare/overlap/: `overlap.jsonl`, evaluation conversations
+that are in the training data, a line for each, each training set and each way of being in it: a `Hit`."""
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fusechat.config import Recipe
 from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Conversation, DataSet, Malformed, read_conversations
+from fusechat.core.conversations import Conversation, DataSet, Malformed, Questions, read_conversations
 from fusechat.core.files import write_text
 from fusechat.core.prepared import FILE, Prepared, write_prepared
-from fusechat.core.progress import progress
+from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
 from fusechat.errors import DataError
 
 FORMAT = 2  # 2: spans are exact in more tokenizers
+OVERLAP, HITS = "overlap", "overlap.jsonl"
 
 
 def step(recipe: Recipe, workdir: Path, chatter: Chatter, data: DataSet) -> Step:
@@ -83,3 +86,39 @@ def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) 
         raise DataError(f"{data.path}: no usable conversation for {chatter.name}: {why}")
     write_text(directory / "rejected.jsonl", "".join(line + "\n" for line in rejected))
     return {"conversations": kept, "rejected": dict(sorted(reasons.items())), **dict(sorted(counts.items()))}
+
+
+def overlap_step(
+    recipe: Recipe, workdir: Path, training: Sequence[DataSet], evaluation: Sequence[DataSet | Questions]
+) -> Step:
+    """Looks for evaluation texts in the training data, and tells what it finds."""
+    on_overlap = recipe.data.on_overlap
+    settings = {
+        "training": [[data.name, data.identity()] for data in training],
+        "evaluation": [[data.name, data.identity()] for data in evaluation],
+        "on_overlap": on_overlap,
+    }
+
+    def work(directory: Path) -> dict[str, Any]:
+        return _overlap(directory, training, evaluation, stop=on_overlap == "stop")
+
+    return Step("prepare", OVERLAP, workdir / "prepare" / OVERLAP, settings, work)
+
+
+def _overlap(
+    directory: Path, training: Sequence[DataSet], evaluation: Sequence[DataSet | Questions], *, stop: bool
+) -> dict[str, Any]:
+    from fusechat.prepare.overlap import find_overlap
+
+    with progress(f"prepare {OVERLAP}", None, "conversations") as advance:
+        found = find_overlap(training, evaluation, advance)
+    lines = (json.dumps(asdict(hit), ensure_ascii=False) + "\n" for hit in found.hits)
+    write_text(directory / HITS, "".join(lines))
+    said = found.sentences()
+    if said and stop:
+        raise DataError(*(f"{line}: see {directory / HITS}; data.on_overlap: warn goes on" for line in said))
+    for line in said:
+        log.warning("prepare %s: %s: see %s", OVERLAP, line, directory / HITS)
+    if not said:
+        log.info("prepare %s: no conversation of %s is in the training data", OVERLAP, ", ".join(found.sizes))
+    return {"pairs": found.pairs()}

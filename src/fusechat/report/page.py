@@ -37,13 +37,15 @@ _ALIGNMENT = {
 
 @dataclass(frozen=True)
 class Contents:
-    """All that the page tells. `losses`, `alignment` and `samples` by target or source; `merged`: merge_report.json; `answers` is
-    empty where nobody was asked, `tables` where nothing was measured."""
+    """All that the page tells. `overlap`: what of each evaluation set is in each training set; `losses`, `alignment` and `samples`
+    by target or source; `merged`: merge_report.json; `answers` is empty where nobody was asked, `tables` where nothing was
+    measured."""
 
     name: str
     tables: Sequence[ResultTable]
     models: Sequence[Model]
     data: Sequence[DataFile]
+    overlap: Sequence[dict[str, Any]]
     losses: dict[str, list[dict[str, float]]]
     alignment: dict[str, dict[str, Any]]
     samples: dict[str, list[Sample]]

@@ -1,6 +1,6 @@
 """A few conversations of each source as the alignment saw them, small enough for the page."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fusechat.core.conversations import DataSet
@@ -28,16 +28,16 @@ class Sample:
     notes: tuple[str, ...]
 
 
-def samples(branches: Mapping[str, tuple[Branch, DataSet]]) -> dict[str, list[Sample]]:
+def samples(branches: Mapping[str, tuple[Branch, Sequence[DataSet]]]) -> dict[str, list[Sample]]:
     """By source. With many sources each has fewer conversations, and shorter ones."""
     each = max(1, min(EACH, _ALL // TOKENS // max(1, len(branches))))
     room = max(_FEWEST, min(TOKENS, _ALL // max(1, each * len(branches))))
-    return {name: _of(branch, data, each=each, room=room) for name, (branch, data) in branches.items()}
+    return {name: _of(branch, sets, each=each, room=room) for name, (branch, sets) in branches.items()}
 
 
-def _of(branch: Branch, data: DataSet, *, each: int, room: int) -> list[Sample]:
+def _of(branch: Branch, sets: Sequence[DataSet], *, each: int, room: int) -> list[Sample]:
     chosen = dict(list(choose(branch).items())[:each])
-    found = branch.shown(data, list(chosen))
+    found = branch.shown(sets, list(chosen))
     result = []
     for shown, (identity, why) in zip(found, chosen.items(), strict=True):
         passages: list[Passage] = []

@@ -2,12 +2,14 @@
 
 import json
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fusechat.config import PIVOT, Recipe
+from fusechat.core.conversations import DataSet
 from fusechat.core.files import digest_json, read_json, write_text
 from fusechat.core.progress import in_bytes, log
 from fusechat.core.references import Reference, at_hand
@@ -18,8 +20,8 @@ FORMAT = 2  # 2: more sections, Plotly packed
 
 
 def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
-    """Writes the page. `upstream`: `align/<source>`, `fuse/<target>`, `merge`; `evaluate` where something was measured, and
-    `answers/<model>` where models answered."""
+    """Writes the page. `upstream`: `align/<source>`, `fuse/<target>`, `merge`; `evaluate` where something was measured,
+    `answers/<model>` where models answered, `overlap` where there are evaluation texts."""
 
     def work(directory: Path) -> dict[str, Any]:
         return _write(directory, recipe, upstream)
@@ -45,6 +47,7 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
             tables=result_tables(read_json(evaluated.directory / "results.json")) if evaluated else [],
             models=_models(recipe, fused, upstream["merge"]),
             data=_data(recipe, every),
+            overlap=(upstream["overlap"].manifest() or {})["counts"]["pairs"] if "overlap" in upstream else [],
             losses={name: _losses(step) for name, step in fused.items()},
             alignment={name: _alignment(step) for name, step in aligned.items()},
             samples=_samples(recipe, aligned),
@@ -81,7 +84,7 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
     for name in (PIVOT, *recipe.sources):
         reference = recipe.chatter(name).reference
         role = PIVOT if name == PIVOT else "source"
-        data = "" if name == PIVOT else Path(recipe.training_set(name).path).name
+        data = "" if name == PIVOT else _files(recipe.sets_of(name))
         directory = at_hand(reference)
         found = facts(directory)
         identity = _identity(reference, directory)
@@ -89,11 +92,15 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
             Model(role, "" if name == PIVOT else name, reference.label, reference.parts, identity, data, found)
         )
     for name, step in fused.items():
-        data = ", ".join(Path(data.path).name for data in recipe.training_sets(name))
+        data = _files(recipe.training_sets(name))
         taught = " + ".join(recipe.teachers()[name]) or "nobody: plain fine-tuning"
         models.append(_made("target", name, step, f"the pivot, taught by {taught}", data))
     made_of = " + ".join(recipe.merged_targets())
     return [*models, _made("fused", recipe.name, merge, f"{recipe.merge.method} of {made_of}", "")]
+
+
+def _files(sets: Iterable[DataSet]) -> str:
+    return ", ".join(Path(data.path).name for data in sets)
 
 
 def _made(role: str, name: str, step: Step, label: str, data: str) -> Any:
@@ -122,10 +129,12 @@ def _data(recipe: Recipe, steps: list[Step]) -> list[Any]:
     from fusechat.report.models import DataFile
 
     used = {step.name: step for step in steps if step.stage == "prepare"}
-    taught: dict[Any, list[str]] = {}
+    taught: dict[DataSet, list[str]] = {}
     for name in recipe.sources:
-        taught.setdefault(recipe.training_set(name), []).append(name)
-    uses = {data: f"teaches {', '.join(names)}" for data, names in taught.items()}
+        for data in recipe.sets_of(name):
+            taught.setdefault(data, []).append(name)
+    weights = {name: f", weight {weight:g}" for name, weight in recipe.weights().items() if weight != 1}
+    uses = {data: f"teaches {', '.join(names)}{weights.get(data.name, '')}" for data, names in taught.items()}
     uses |= dict.fromkeys(recipe.validation_sets(), "held out")
     files = []
     for data, use in uses.items():
@@ -146,13 +155,13 @@ def _samples(recipe: Recipe, aligned: dict[str, Step]) -> dict[str, Any]:
     here = {
         name: step
         for name, step in aligned.items()
-        if at_hand(recipe.chatter(name).reference) and not any(one.freed for one in (step, step.upstream["capture"]))
+        if at_hand(recipe.chatter(name).reference) and not any(one.freed for one in (step, *step.upstream.values()))
     }
     if at_hand(pivot.reference) is None:
         return {}
     return samples(
         {
-            name: (Branch(step, pivot, recipe.chatter(name), verify=False), recipe.training_set(name))
+            name: (Branch(step, pivot, recipe.chatter(name), verify=False), recipe.sets_of(name))
             for name, step in here.items()
         }
     )

