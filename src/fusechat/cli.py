@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fusechat.cli_eval import measure
+from fusechat.core import ranks
 from fusechat.errors import FuseChatError, storage_error
 
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -20,6 +21,7 @@ app = typer.Typer(
 app.add_typer(measure, name="eval")
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 WorkDirectory = Annotated[Path, typer.Argument(metavar="WORKDIR", help="The directory of a run.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
 
 
@@ -31,12 +33,9 @@ def run(
     only: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Only this source's branch, without the merge.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
-    ] = None,
+    set_: Changes = None,
 ) -> None:
     """Run the whole pipeline, resuming where an earlier run stopped."""
-    from fusechat.core import ranks
     from fusechat.pipeline import run as run_pipeline
     from fusechat.recipe_file import load_recipe
 
@@ -48,16 +47,60 @@ def run(
 
 
 @app.command()
-def status(workdir: WorkDirectory, as_json: AsJson = False) -> None:
+def plan(
+    recipe: RecipeFile,
+    device: Annotated[
+        str | None,
+        typer.Option(help="h100, 8xh100, rtx4090, …, or cpu, cuda, mps of this machine. [default: the recipe's]"),
+    ] = None,
+    conversations: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Plan for N training conversations like those that are there."),
+    ] = None,
+    by_stage: Annotated[bool, typer.Option("--by-stage", help="One line for each stage.")] = False,
+    workdir: Annotated[
+        Path | None, typer.Option(help="Where the run will keep its files. [default: runs/NAME]")
+    ] = None,
+    set_: Changes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run will take (disk, memory, time), and what would fail in it, before it begins. Reads no weights."""
+    from fusechat.errors import PlanError
+    from fusechat.plan.calibration import choose
+    from fusechat.plan.command import make_plan
+    from fusechat.plan.table import as_json as in_json
+    from fusechat.plan.table import show
+    from fusechat.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    workdir = workdir or Path("runs") / loaded.name
+    made = make_plan(loaded, workdir, choose(device, loaded.device, workdir), conversations=conversations)
+    if as_json:
+        print(json.dumps(in_json(made), indent=1))
+    else:
+        show(made, by_stage=by_stage)
+    if made.problems:
+        raise PlanError(*made.problems)
+
+
+@app.command()
+def status(
+    workdir: WorkDirectory,
+    recipe: Annotated[Path | None, typer.Option(help="A changed recipe, before it is run. [default: as run]")] = None,
+    set_: Changes = None,
+    as_json: AsJson = False,
+) -> None:
     """Show what is done, running, stale or damaged, and why."""
     from fusechat.errors import WorkdirError
-    from fusechat.pipeline import RECIPE, build_steps
+    from fusechat.pipeline import RECIPE, build_steps, check_workdir
     from fusechat.recipe_file import load_recipe
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    loaded = load_recipe(recipe or workdir / RECIPE, set_)
+    check_workdir(loaded, workdir)
     states: list[tuple[str, str, str]] = []
-    for step in build_steps(load_recipe(workdir / RECIPE), workdir):
+    for step in build_steps(loaded, workdir):
         state, why = step.state()
         states.append((step.label, "running", "") if step.running else (step.label, state, why))
     if as_json:
@@ -178,40 +221,6 @@ def merge(
     print_summary(summary, out, as_json=as_json)
 
 
-@measure.command("alignment")
-def eval_alignment(
-    recipe: RecipeFile,
-    workdir: Annotated[Path | None, typer.Option(help="Where the run keeps its files. [default: runs/NAME]")] = None,
-    top_k: Annotated[
-        list[int] | None, typer.Option(min=1, help="Tokens kept of each distribution; may be given more than once.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Compare the ways to align each source's distributions, on held-out conversations: coverage, transferred nll."""
-    from fusechat.alignment import evaluate_alignment, terminal_tables
-    from fusechat.core.files import write_text
-    from fusechat.recipe_file import load_recipe
-
-    loaded = load_recipe(recipe, set_)
-    top_ks = sorted(set(top_k or [loaded.capture.top_k]))
-    records = evaluate_alignment(loaded, workdir or Path("runs") / loaded.name, top_ks=top_ks)
-    text = json.dumps(records, indent=1)
-    if out is not None:
-        write_text(out, text + "\n")
-    if as_json:
-        print(text)
-        return
-    from rich.console import Console
-
-    console = Console()
-    for table in terminal_tables(records):
-        console.print(table)
-
-
 @app.callback(invoke_without_command=True)
 def _common(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
@@ -260,6 +269,8 @@ def main() -> Any:
         if hasattr(error, "format_message"):  # a mistake in the command itself, as Typer reports it
             _usage(error)
         storage = storage_error(error)
+        if storage is None and ranks.left_alone(error):
+            _fail(f"process {ranks.rank()}: another process of this run has ended; run again to go on where it was")
         if storage is None:
             raise
         _fail(storage)

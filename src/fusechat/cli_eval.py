@@ -37,6 +37,7 @@ EstimateOnly = Annotated[
     bool, typer.Option("--estimate", help="Stop before the judge is asked; print what it would cost.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the records as JSON, for a script to read.")]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 
 
 @measure.command("mt-bench")
@@ -255,3 +256,37 @@ def _show(records: list[dict[str, Any]], found: Any, as_json: bool) -> None:
     for table in terminal_tables(result_tables({"schema": SCHEMA, "scores": records}), found.title):
         console.print(table)
     console.print(f"results: {found.out}", soft_wrap=True)
+
+
+@measure.command("alignment")
+def eval_alignment(
+    recipe: RecipeFile,
+    workdir: Annotated[Path | None, typer.Option(help="Where the run keeps its files. [default: runs/NAME]")] = None,
+    top_k: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens kept of each distribution; may be given more than once.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the ways to align each source's distributions, on held-out conversations: coverage, transferred nll."""
+    from fusechat.alignment import evaluate_alignment, terminal_tables
+    from fusechat.core.files import write_text
+    from fusechat.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, set_)
+    top_ks = sorted(set(top_k or [loaded.capture.top_k]))
+    records = evaluate_alignment(loaded, workdir or Path("runs") / loaded.name, top_ks=top_ks)
+    text = json.dumps(records, indent=1)
+    if out is not None:
+        write_text(out, text + "\n")
+    if as_json:
+        print(text)
+        return
+    from rich.console import Console
+
+    console = Console()
+    for table in terminal_tables(records):
+        console.print(table)

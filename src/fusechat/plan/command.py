@@ -1,0 +1,251 @@
+"""A plan: the very steps that a run would do, each with what it takes. For it models' configurations, tokenizers and a sample of
+the data are read, and no weights."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+from fusechat.config import PIVOT, Recipe
+from fusechat.core.chatters import Chatter
+from fusechat.core.files import digest_json
+from fusechat.core.gguf import convert_together
+from fusechat.core.references import configuration
+from fusechat.core.steps import Step
+from fusechat.errors import FuseChatError
+from fusechat.fuse import stage as fuse
+from fusechat.pipeline import build_steps, evaluation_texts
+from fusechat.plan import checks, estimate
+from fusechat.plan.arguments import training_of
+from fusechat.plan.devices import Device
+from fusechat.plan.estimate import Estimate, Model
+from fusechat.plan.sampling import Counted, Texts, count, read_texts
+from fusechat.plan.shapes import shape_of
+from fusechat.plan.table import totals
+from fusechat.prepare.overlap import Overlap, find_overlap
+from fusechat.prepare.stage import OVERLAP
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`steps` in the order of a run; `problems`: what would end it; `notes`: what its user should know."""
+
+    name: str
+    device: Device
+    steps: list[Estimate]
+    problems: list[str]
+    notes: list[str]
+
+
+class _Unread(Chatter):
+    """A model of which neither weights nor their checksums are read."""
+
+    @cached_property
+    def identity(self) -> str:
+        return digest_json([self.reference.parts, self.reference.sha256])
+
+    @cached_property
+    def directory(self) -> Path:
+        return configuration(self.reference)
+
+
+class _Planned(Recipe):
+    def chatter(self, name: str) -> Chatter:
+        known = super().chatter(name)
+        return _unread(known.name, known.reference, known.chat_template)
+
+
+_unread = lru_cache(maxsize=None)(_Unread)
+
+
+def make_plan(recipe: Recipe, workdir: Path, device: Device, *, conversations: int | None = None) -> Plan:
+    """What `recipe` takes on `device`. `conversations`: as if the training sets had so many together, of the same kind. Raises
+    FuseChatError with all models and data sets of which nothing can be known."""
+    planned = _Planned.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
+    return _Planner(planned, workdir, device, conversations).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, workdir: Path, device: Device, conversations: int | None) -> None:
+        self.recipe, self.workdir, self.device = recipe, workdir, device
+        self.steps = build_steps(recipe, workdir)
+        names = (PIVOT, *recipe.sources)
+        training = recipe.all_training_sets()
+        wanted = {step.name.partition("/")[2] for step in self.steps if step.stage == "prepare"}
+        held_out = [data for data in recipe.validation_sets() if data.name in wanted]
+        self.compared = training, evaluation_texts(recipe)
+        convert_together([recipe.chatter(name).reference for name in names])
+        failed: list[str] = []
+        self.models = _each(names, self._model, failed)
+        self.templates = _each(names, lambda name: recipe.chatter(name).template(), failed)
+        found = _each((*training, *held_out), read_texts, failed)
+        self.texts: dict[str, Texts] = {data.name: texts for data, texts in found.items()}
+        anywhere = recipe.model_copy(update={"device": "cpu"})
+        _each((fuse.check, fuse.check_pivot), lambda check: check(anywhere), failed)
+        if failed:
+            raise FuseChatError(*dict.fromkeys(failed))
+        have = sum(self.texts[data.name].conversations for data in training)
+        self.times = {data.name: conversations / max(1, have) for data in training} if conversations else {}
+        self.counted: dict[str, Counted] = {}
+        self.overlap: Overlap | None = None
+        self.begun: set[tuple[str, ...]] = set()
+        self.training = training_of(dict(recipe.fuse.training), seed=recipe.seed, processes=device.count)
+
+    def plan(self) -> Plan:
+        steps = [self._estimate(step) for step in self.steps]
+        return Plan(self.recipe.name, self.device, steps, *self._found(steps))
+
+    def _model(self, name: str) -> Model:
+        chatter = self.recipe.chatter(name)
+        trust, lora = chatter.reference.trust_remote_code, self.recipe.fuse.lora if name == PIVOT else None
+        shape = shape_of(chatter.directory, trust_remote_code=trust, lora=lora)
+        began = time.perf_counter()
+        chatter.tokenizer()
+        opening = time.perf_counter() - began
+        weights = sum(file.stat().st_size for file in chatter.directory.glob("*.safetensors"))
+        tokenizer = sum(file.stat().st_size for file in chatter.directory.glob("*token*") if file.is_file())
+        return Model(shape, weights or shape.stored, tokenizer, opening)
+
+    def _estimate(self, step: Step) -> Estimate:
+        return {
+            "prepare": self._prepare,
+            "capture": self._capture,
+            "align": self._align,
+            "fuse": self._fuse,
+            "merge": self._merge,
+            "evaluate": self._evaluate,
+            "report": lambda _: estimate.report(self.models.values()),
+        }[step.stage](step)
+
+    def _prepare(self, step: Step) -> Estimate:
+        if step.name == OVERLAP:
+            return self._overlap()
+        who, _, data = step.name.partition("/")
+        limit = self.recipe.data.max_length
+        texts = self.texts[data]
+        found = count(texts, self.templates[who], max_length=limit, times=self.times.get(data, 1.0))
+        self.counted[step.name] = found
+        return estimate.prepare(step.name, self.models[who], found, first=self._first("prepare", who))
+
+    def _overlap(self) -> Estimate:
+        """Looked for here and now: it is soon done, and tells what should be known before."""
+        began = time.perf_counter()
+        self.overlap = find_overlap(*self.compared)
+        times = max(self.times.values(), default=1.0)
+        return estimate.overlap(len(self.overlap.hits), (time.perf_counter() - began) * times)
+
+    def _first(self, *what: str) -> bool:
+        """Whether this is the first step of its kind, which starts something up."""
+        new = what not in self.begun
+        self.begun.add(what)
+        return new
+
+    def _capture(self, step: Step) -> Estimate:
+        who = step.name.partition("/")[0]
+        return estimate.capture(
+            step.name,
+            self.models[who],
+            self.counted[step.name],
+            self.recipe.capture_for(who),
+            self.device,
+            first=self._first("capture"),
+        )
+
+    def _align(self, step: Step) -> Estimate:
+        source = self.recipe.capture_for(step.name)
+        own = [above.name for above in step.upstream.values() if above.stage == "prepare"]
+        rows, taught = (
+            [self.counted[name] for name in own if name.startswith(f"{PIVOT}/") is mine] for mine in (True, False)
+        )
+        k = self.recipe.align.top_k or min(source.top_k, self.models[step.name].shape.vocabulary)
+        return estimate.align(
+            step.name,
+            (self.models[PIVOT], self.models[step.name]),
+            rows,
+            k,
+            sum(one.kinds for one in taught),
+            first=self._first("align"),
+        )
+
+    def _fuse(self, step: Step) -> Estimate:
+        own = {key: above.name for key, above in step.upstream.items() if above.stage == "prepare"}
+        pivot = {key: name for key, name in own.items() if name.startswith(f"{PIVOT}/")}
+        sets, held_out = (
+            {
+                key.rpartition("/")[0]: self.counted[name]
+                for key, name in pivot.items()
+                if key.endswith("/held_out") is measured
+            }
+            for measured in (False, True)
+        )
+        weighted = [one.times(self.recipe.weights()[name]) for name, one in sets.items()]
+        teachers = self.recipe.teachers()[step.name]
+        k = max((self.recipe.capture_for(name).top_k for name in teachers), default=0)
+        return estimate.fuse(
+            *(step.name, self.models[PIVOT], weighted, list(held_out.values()), self.training, k, self.device),
+            first=self._first("fuse"),
+        )
+
+    def _merge(self, step: Step) -> Estimate:
+        return estimate.merge(self.models[PIVOT], len(step.upstream), self.recipe.merge.dtype, self.device)
+
+    def _evaluate(self, step: Step) -> Estimate:
+        answers = step.name.startswith("answers ")
+        who = step.name.removeprefix("answers ")
+        if who == "results":
+            return estimate.results(len(step.upstream), len(self.recipe.validation_sets()))
+        source = who.removeprefix("source-") if who.startswith("source-") else PIVOT
+        model = self.models[source] if who == PIVOT or source != PIVOT else self.models[PIVOT].as_target()
+        spread = 1 if self.recipe.capture_for(source).device_map is None else self.device.count
+        if answers:
+            return estimate.answer(step.name, model, self.recipe.evaluate, self.device, spread=spread)
+        sets = [self.counted[above.name] for above in step.upstream.values() if above.stage == "prepare"]
+        return estimate.score(step.name, model, sets, self.recipe.evaluate, self.device, spread=spread)
+
+    def _found(self, steps: list[Estimate]) -> tuple[list[str], list[str]]:
+        """Problems and notes."""
+        recipe, pairs = self.recipe, [checks.of_records(texts) for texts in self.texts.values()]
+        limit = recipe.data.max_length
+        pairs += [
+            checks.of_conversations(name.partition("/")[0], name.partition("/")[2], counted, self._of(name), limit)
+            for name, counted in self.counted.items()
+        ]
+        pairs.append(checks.of_disk(self.workdir, totals(steps)["fullest"], self._to_fetch(), self.device))
+        pairs.append(checks.of_memory(steps, self.device))
+        problems = [line for found, _ in pairs for line in found]
+        for name, model in self.models.items():
+            problems += checks.of_vocabulary(name, self.templates[name].tokenizer, model)
+        problems += checks.of_backend(recipe, self.device)
+        notes = [line for _, found in pairs for line in found] + checks.of_padding(steps, self.training.apart)
+        (problems if recipe.data.on_overlap == "stop" else notes).extend(
+            self.overlap.sentences() if self.overlap else []
+        )
+        notes += checks.of_licences({name: recipe.chatter(name) for name in self.models})
+        return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
+
+    def _of(self, name: str) -> Model:
+        return self.models[name.partition("/")[0]]
+
+    def _to_fetch(self) -> float:
+        """Bytes of models that are not on this machine, as far as that can be known."""
+        return sum(
+            model.stored
+            for name, model in self.models.items()
+            if not any(self.recipe.chatter(name).directory.glob("*.safetensors"))
+        )
+
+
+def _each(items: Iterable[K], work: Callable[[K], T], failed: list[str]) -> dict[K, T]:
+    """What `work` gives of each; of those that fail, their messages go to `failed`."""
+    found: dict[K, T] = {}
+    for item in items:
+        try:
+            found[item] = work(item)
+        except FuseChatError as error:
+            failed += error.messages
+    return found

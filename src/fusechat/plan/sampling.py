@@ -1,0 +1,121 @@
+"""What models make of data sets, by a sample of their conversations: tokens, response tokens, lengths, what is left out."""
+
+import random
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusechat.core.conversations import Conversation, DataSet, Malformed, read_conversations
+from fusechat.core.prepared import FILE, Prepared, write_prepared
+from fusechat.prepare.tokenise import RejectedError, prepare_conversation
+
+SAMPLE = 1000  # conversations of a set; of smaller ones all
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A data set, read once: how many different conversations it has, some of them, and what is wrong with records."""
+
+    data: DataSet
+    conversations: int
+    sample: tuple[Conversation, ...]
+    malformed: tuple[str, ...] = ()
+    repeated: int = 0
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A data set as one model sees it. `lengths`, `rows`: tokens and response tokens of each conversation of the sample that can be
+    used, and each of them stands for `scale`; `rejected`: reason → how many of the whole set; `bytes`: of the prepared file;
+    `kinds`: different tokens among the sample's response tokens; `seconds`: of preparing the whole set."""
+
+    lengths: np.ndarray
+    rows: np.ndarray
+    responses: float
+    scale: float
+    bytes: int
+    kinds: int
+    seconds: float
+    rejected: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def conversations(self) -> float:
+        return len(self.lengths) * self.scale
+
+    @property
+    def tokens(self) -> float:
+        return float(self.lengths.sum()) * self.scale
+
+    @property
+    def response_tokens(self) -> float:
+        return float(self.rows.sum()) * self.scale
+
+    def times(self, weight: float) -> "Counted":
+        """As an epoch sees it: `weight` times."""
+        return replace(self, scale=self.scale * weight, responses=self.responses * weight)
+
+    @property
+    def length(self) -> float:
+        """Tokens of the conversation that a token is in, on average."""
+        return float((self.lengths.astype(float) ** 2).sum() / max(1, self.lengths.sum()))
+
+
+def read_texts(data: DataSet, *, seed: int = 0, sample: int = SAMPLE) -> Texts:
+    """Reads the whole set, and keeps a random sample of at most `sample` of its conversations, in their order."""
+    chance, kept, malformed = random.Random(seed), [], []
+    seen: set[str] = set()
+    repeated = 0
+    for record in read_conversations(data):
+        if isinstance(record, Malformed):
+            malformed.append(f"{record.where}: {record.reason}")
+        elif record.id in seen:
+            repeated += 1
+        else:
+            seen.add(record.id)
+            place = len(seen) - 1
+            if place < sample:
+                kept.append((place, record))
+            elif (instead := chance.randrange(place + 1)) < sample:
+                kept[instead] = (place, record)
+    chosen = tuple(one for _, one in sorted(kept, key=lambda each: each[0]))
+    return Texts(data, len(seen), chosen, tuple(malformed), repeated)
+
+
+def count(texts: Texts, template: Any, *, max_length: int, times: float = 1.0) -> Counted:
+    """Prepares the sample for one model. `times`: how often the set is to be thought of, for a plan of more data of its kind."""
+    scale = times * texts.conversations / max(1, len(texts.sample))
+    began, reasons = time.perf_counter(), Counter[str]()
+    kept: list[Prepared] = []
+    for conversation in texts.sample:
+        try:
+            kept.append(prepare_conversation(conversation, template, max_length=max_length)[0])
+        except RejectedError as error:
+            reasons[str(error)] += 1
+    gold = [one.gold for one in kept]
+    with tempfile.TemporaryDirectory() as room:
+        write_prepared(Path(room) / FILE, iter(kept))
+        size = (Path(room) / FILE).stat().st_size
+    return Counted(
+        lengths=np.array([len(one.input_ids) for one in kept], dtype=np.int64),
+        rows=np.array([len(one) for one in kept], dtype=np.int64),
+        responses=sum(len(one.content_bytes) for one in kept) * scale,
+        scale=scale,
+        bytes=round(size * scale),
+        kinds=len(np.unique(np.concatenate(gold))) if gold else 0,
+        seconds=(time.perf_counter() - began) * scale,
+        rejected={reason: round(number * scale) for reason, number in reasons.most_common()},
+    )
+
+
+def padded(lengths: np.ndarray, size: int, *, draws: int = 200, seed: int = 0) -> float:
+    """Tokens of a random batch of `size` conversations, padding counted, over the tokens in it, on average."""
+    if not len(lengths) or size == 1:
+        return 1.0
+    drawn = np.random.default_rng(seed).choice(lengths, size=(draws, size))
+    return float(size * drawn.max(axis=1).sum() / drawn.sum())
