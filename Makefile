@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training bench-answers miniature clean
+.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training bench-answers bench-plan miniature faults clean
 
 install: .venv/.installed
 
@@ -50,6 +50,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/mypy benchmarks/*.py
 	MYPYPATH=benchmarks $(BIN)/mypy benchmarks/miniature
+	MYPYPATH=tests $(BIN)/mypy tests/faults
 
 bench: install
 	$(BIN)/python benchmarks/quickstart.py
@@ -74,9 +75,20 @@ bench-training: install
 bench-answers: install
 	$(BIN)/python benchmarks/answers.py $(DATA)/oasst_threads.jsonl
 
+# What `fusechat plan` predicts of the quickstart, beside what happens; its table of the paper's run. SHARED has what
+# benchmarks/plan.py names.
+SHARED ?= ../shared
+bench-plan: install
+	$(BIN)/python benchmarks/plan.py measure
+	$(BIN)/python benchmarks/plan.py paper $(SHARED)
+
 # The paper in miniature, from scratch: two hours or three the first time, then only what is missing. Figures need a browser.
 miniature: install browser
 	PYTHONPATH=benchmarks $(BIN)/python -m miniature --docs docs
+
+# Runs of the tiny pipeline that are killed, starved of disk, altered, run twice at once: 15 minutes or more. See docs/reliability.md.
+faults: install
+	PYTHONPATH=tests $(BIN)/python -m faults --docs docs/reliability.md
 
 clean:
 	rm -rf .venv .venv-vllm build dist src/*.egg-info
