@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import select
+import socket
 import subprocess
 import sys
 import threading
@@ -138,7 +139,7 @@ def canned(server: Canned | None = None) -> Iterator[str]:
         status, content = upstream.post(handler.path, json.loads(body))
         _send(handler, status, content if isinstance(content, bytes) else json.dumps(content).encode())
 
-    with _listening(handle) as url:
+    with _listening(handle) as (url, _):
         yield url
 
 
@@ -159,13 +160,15 @@ class Misbehaving:
     got: int = 0
     passed: int = 0  # of those, answered in full by the upstream
     authorizations: set[str | None] = field(default_factory=set)
+    settle: Callable[[], None] = lambda: None  # waits until nobody is connected
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
         self.script(self.faults)
 
     def script(self, faults: Iterable[str | None]) -> None:
-        """What the next requests get."""
+        """What the next requests get, and none that was sent before."""
+        self.settle()
         self._next = itertools.chain(faults, itertools.repeat(None))
 
     def handle(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
@@ -206,13 +209,46 @@ class Misbehaving:
 def misbehaving(upstream: str, faults: Iterable[str | None] = ()) -> Iterator[tuple[str, Misbehaving]]:
     """The URL of a proxy on loopback, which ends in /v1, and the proxy."""
     proxy = Misbehaving(upstream, faults)
-    with _listening(proxy.handle) as url:
+    with _listening(proxy.handle) as (url, proxy.settle):
         yield url, proxy
 
 
+class _Server(ThreadingHTTPServer):
+    """Knows which of its connections are open."""
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self._accepted: set[Any] = set()
+        self._open: set[Any] = set()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        self._accepted.add(client_address)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        self._open.discard(request)
+
+    def settle(self) -> None:
+        """Waits until all who connected before now were heard and are gone. A client that keeps its connection is waited for."""
+        until = time.monotonic() + 30
+        with socket.create_connection(self.server_address[:2]) as last:  # connections are accepted in their order
+            while last.getsockname() not in self._accepted:
+                assert time.monotonic() < until, "the server accepts no connection"
+                time.sleep(0.005)
+        while self._open:
+            assert time.monotonic() < until, f"{len(self._open)} connections stay open"
+            time.sleep(0.005)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # a client that was killed
+            super().handle_error(request, client_address)
+
+
 @contextmanager
-def _listening(handle: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterator[str]:
-    """Serves what is posted on a free port of loopback; gives the URL with /v1."""
+def _listening(handle: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Serves what is posted on a free port of loopback; gives the URL with /v1, and what waits until it is idle."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -225,16 +261,11 @@ def _listening(handle: Callable[[BaseHTTPRequestHandler, bytes], None]) -> Itera
         def log_message(self, *_: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            if not isinstance(sys.exception(), ConnectionError):  # a client that was killed
-                super().handle_error(request, client_address)
-
-    server = Server(("127.0.0.1", 0), Handler)
+    server = _Server(Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
+        yield f"http://127.0.0.1:{server.server_port}/v1", server.settle
     finally:
         server.shutdown()
         server.server_close()

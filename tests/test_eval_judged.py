@@ -210,7 +210,7 @@ def test_a_killed_run_goes_on_where_it_was(place: Place, scored: Scored) -> None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    time.sleep(0.5)  # the server finishes what was under way
+    place.judge.settle()
     place.memory.delay = 0.0
     kept, asked = journal_keys(journal), place.judge.got
     assert 6 <= len(kept) < scored.calls

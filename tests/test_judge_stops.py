@@ -197,7 +197,7 @@ def test_a_run_that_is_killed_asks_nothing_twice(tmp_path: Path, how: signal.Sig
         if how == signal.SIGINT:
             assert said.rstrip().endswith("KeyboardInterrupt")
             assert "never" not in said  # … awaited, … retrieved
-        time.sleep(0.3)  # the upstream finishes what was under way
+        proxy.settle()
         kept = journal_keys(journal)
         assert 10 <= len(kept) == len(set(kept)) < 40
         assert len(kept) <= proxy.passed <= len(kept) + 4
