@@ -95,9 +95,12 @@ def completion(text: str | None, *, finish: str = "stop", logprobs: Any = None) 
 
 @dataclass
 class Canned:
-    """Answers the same to the same question, after `delay` seconds. To be overridden: `answer`."""
+    """Answers the same to the same question, after `delay` seconds; after `pauses_after` questions none until `go_on` is set.
+    To be overridden: `answer`."""
 
     delay: float = 0.0
+    pauses_after: int | None = None
+    go_on: threading.Event = field(default_factory=threading.Event)
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -105,6 +108,8 @@ class Canned:
             return 404, {"error": {"message": "File Not Found"}}
         self.asked.append(body)
         time.sleep(self.delay)
+        if self.pauses_after is not None and len(self.asked) > self.pauses_after:
+            self.go_on.wait(60)
         return self.answer(body)
 
     def answer(self, body: dict[str, Any]) -> tuple[int, Any]:

@@ -203,15 +203,15 @@ def test_a_killed_run_goes_on_where_it_was(place: Place, scored: Scored) -> None
     out = judged.answered(scored, "killed")
     journal = out / "mt-bench" / "judgements.jsonl"
     command = [sys.executable, "-m", "fusechat", *place.command("mt-bench", out, "--concurrency", "3")]
-    place.memory.delay = 0.15
+    place.memory.pauses_after = len(place.memory.asked) + 9
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | RUNS)
     while len(journal_keys(journal) if journal.exists() else ()) < 6:
         assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    place.memory.go_on.set()
     place.judge.settle()
-    place.memory.delay = 0.0
     kept, asked = journal_keys(journal), place.judge.got
     assert 6 <= len(kept) < scored.calls
     ended = place.run("mt-bench", out)

@@ -183,7 +183,7 @@ client.ask(requests, Path(sys.argv[2]), description="judging")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_killed_asks_nothing_twice(tmp_path: Path, how: signal.Signals) -> None:
     journal = tmp_path / "j"
-    with canned(Canned(delay=0.06)) as upstream, misbehaving(upstream) as (url, proxy):
+    with canned(server := Canned(pauses_after=16)) as upstream, misbehaving(upstream) as (url, proxy):
         command = [sys.executable, "-c", ASKING, url, str(journal)]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         while len(journal_keys(journal) if journal.exists() else ()) < 10:
@@ -197,6 +197,7 @@ def test_a_run_that_is_killed_asks_nothing_twice(tmp_path: Path, how: signal.Sig
         if how == signal.SIGINT:
             assert said.rstrip().endswith("KeyboardInterrupt")
             assert "never" not in said  # … awaited, … retrieved
+        server.go_on.set()
         proxy.settle()
         kept = journal_keys(journal)
         assert 10 <= len(kept) == len(set(kept)) < 40

@@ -66,13 +66,13 @@ def plan(
 ) -> None:
     """Say what a run will take (disk, memory, time), and what would fail in it, before it begins. Reads no weights."""
     from fusechat.errors import PlanError
-    from fusechat.plan.calibration import choose
+    from fusechat.plan.calibration import choose, dtype_on
     from fusechat.plan.command import make_plan
     from fusechat.plan.table import as_json as in_json
     from fusechat.plan.table import show
     from fusechat.recipe_file import load_recipe
 
-    loaded = load_recipe(recipe, set_)
+    loaded = load_recipe(recipe, set_, dtype=dtype_on(device))
     workdir = workdir or Path("runs") / loaded.name
     made = make_plan(loaded, workdir, choose(device, loaded.device, workdir), conversations=conversations)
     if as_json:

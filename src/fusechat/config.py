@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.errors import RecipeError
+from fusechat.precision import with_dtypes
 from fusechat.presets import with_preset
 from fusechat.sections import (
     COMMON,
@@ -52,8 +53,8 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _preset(cls, raw: Any) -> Any:
-        return with_preset(raw)
+    def _filled_in(cls, raw: Any, info: ValidationInfo) -> Any:
+        return with_dtypes(with_preset(raw), (info.context or {}).get("dtype"))
 
     @field_validator("sources")
     @classmethod

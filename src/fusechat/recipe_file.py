@@ -14,13 +14,15 @@ from fusechat.core.yaml_file import Document, Loader, kind, parse, read_text, su
 from fusechat.errors import RecipeError
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in `path`, with `KEY=VALUE` overrides, paths made absolute. Raises RecipeError with all that is wrong."""
+def load_recipe(path: Path, overrides: list[str] | None = None, *, dtype: str | None = None) -> Recipe:
+    """The recipe in `path`, with `KEY=VALUE` overrides, paths made absolute. `dtype`: what `auto` stands for, None for what suits
+    this machine. Raises RecipeError with all that is wrong."""
     document = _parse(path)
     for override in overrides or []:
         _set(document.content, override)
     try:
-        recipe = Recipe.model_validate(_absolute_paths(document.content, path.resolve().parent))
+        content = _absolute_paths(document.content, path.resolve().parent)
+        recipe = Recipe.model_validate(content, context={"dtype": dtype})
     except ValidationError as error:
         _explain(error, document)
     if document.wrong:

@@ -1,7 +1,7 @@
 """Loading models and tokenizers with Transformers: never remote code that the recipe does not trust, never a pickle."""
 
 import os
-from functools import lru_cache
+from functools import cache, lru_cache
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,8 @@ def load_model(
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
+    if dtype == "bfloat16" and not computes_bfloat16(device):
+        _say_slow(device.type.upper())
     where: Any = device_map or ({"": device} if quantised(directory) else None)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -130,6 +132,29 @@ def choose_device(name: str | None) -> torch.device:
 def default_dtype(device: torch.device) -> str:
     """What a model is run in where nobody says: half the memory on a GPU, and no surprises on a CPU."""
     return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def fast_dtype(device: str | None) -> str:
+    """bfloat16, or float32 where the device that a recipe names has no arithmetic for it. A device that is not here has."""
+    try:
+        place = choose_device(device)
+    except ModelError:
+        return "bfloat16"
+    return "bfloat16" if computes_bfloat16(place) else "float32"
+
+
+@cache
+def _say_slow(device: str) -> None:
+    log.info("this %s has no arithmetic for bfloat16: float32 is several times faster (dtype: auto chooses)", device)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 without converting them."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
 
 
 def stop_tokens(model: Any, tokenizer: Any, end_of_turn: int | None) -> set[int]:

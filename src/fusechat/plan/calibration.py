@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from fusechat.core.cache import cache_directory
-from fusechat.core.models import DTYPES, choose_device
+from fusechat.core.models import DTYPES, choose_device, fast_dtype
 from fusechat.core.prepared import Prepared
 from fusechat.errors import ModelError, RecipeError
 from fusechat.plan.devices import SHEETS, Batch, Device, from_table, named
@@ -178,6 +178,13 @@ def choose(text: str | None, recipe_device: str | None, where: Path) -> Device:
             f"--device {text}: this machine has none of that name, and the table only {', '.join(SHEETS)}"
         ) from error
     return Device(str(device), number, memory(device), Measured(device, where), True, memory(torch.device("cpu")))
+
+
+def dtype_on(text: str | None) -> str | None:
+    """What `auto` stands for on a device: of the table, or of this machine; None where no device is named."""
+    if text is None:
+        return None
+    return "bfloat16" if from_table(text) is not None else fast_dtype(named(text)[1])
 
 
 def memory(device: torch.device) -> int:
