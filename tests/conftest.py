@@ -24,6 +24,15 @@ settings.register_profile("fusechat", deadline=None, derandomize=True, database=
 settings.load_profile("fusechat")
 
 
+# Files of tests that take longest, in order: begun last, one process would wait for them at the end.
+LONGEST = ("test_quickstart", "test_paper_models", "test_eval_judged", "test_kills", "test_processes", "test_beside")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 

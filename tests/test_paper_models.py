@@ -42,7 +42,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe["data"]["train"], recipe["device"] = "train.jsonl", "cpu"
     recipe["data"]["validation"] = "held-out.jsonl"
     recipe["evaluate"] = {"answers": 0}
-    recipe["fuse"]["training"] |= {"learning_rate": 1e-3, "fsdp": False}
+    recipe["fuse"]["training"] |= {"learning_rate": 1e-3, "fsdp": False, "bf16": "auto"}
+    recipe["capture"]["dtype"] = recipe["evaluate"]["dtype"] = "auto"  # minutes less on a CPU without bfloat16
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     run(load_recipe(directory / "recipe.yaml"), directory / "work")
     return directory
@@ -126,7 +127,8 @@ BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + rank): byte for ran
 
 @pytest.mark.parametrize("name", paper.NAMES)
 def test_what_is_captured_is_what_the_model_says(place: Path, name: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(place / "models" / name, dtype=torch.bfloat16)
+    dtype = getattr(torch, load_recipe(place / "recipe.yaml").capture.dtype)
+    model = AutoModelForCausalLM.from_pretrained(place / "models" / name, dtype=dtype)
     stored = open_distributions(place / "work" / "capture" / name / "data")
     for found in list(prepared(place, name))[-2:]:
         with torch.inference_mode():

