@@ -171,11 +171,13 @@ def test_without_a_key_that_of_another_server_is_not_sent(tmp_path: Path, monkey
 
 
 ASKING = """
+import signal
 import sys
 from pathlib import Path
 from fusechat.evaluate.client import Client, Request
 requests = [Request((("user", f"Question {number}"),), 0.0, 8) for number in range(40)]
 client = Client(url=sys.argv[1], model="judge", key=None, what="--judge-url", concurrency=4)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it is ignored, and so of its children
 client.ask(requests, Path(sys.argv[2]), description="judging")
 """
 

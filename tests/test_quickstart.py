@@ -102,7 +102,7 @@ def test_every_suite_runs_on_two_of_its_models(work: Path, tmp_path: Path) -> No
             "--judge-model",
             "it",
             "--limit",
-            "4",
+            "2",
             "--max-new-tokens",
             "24",
             "--dtype",
