@@ -15,6 +15,7 @@ import yaml
 import runs
 from fusechat.core import models as core_models
 from fusechat.errors import ModelError
+from fusechat.plan import checks
 from fusechat.precision import with_dtypes
 from fusechat.recipe_file import load_recipe, save_recipe
 
@@ -143,12 +144,19 @@ def test_a_slow_choice_is_said_once(
 def test_a_plan_takes_what_suits_the_planned_device(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(core_models, "computes_bfloat16", lambda device: False)
+    for module in (core_models, checks):
+        monkeypatch.setattr(module, "computes_bfloat16", lambda device: False)
     recipe = runs.write_recipe(tmp_path, models)
 
-    def memory(device: str, dtype: str) -> list[int]:
-        shown = runs.here("plan", recipe, "--device", device, "--json", "--set", f"capture.dtype={dtype}").stdout
-        return [step["memory"] for step in json.loads(shown)["steps"] if step["stage"] == "capture"]
+    def plan(device: str, dtype: str) -> tuple[list[int], list[str]]:
+        changes = [f"--set=capture.dtype={dtype}", f"--set=evaluate.dtype={dtype}"]
+        found = json.loads(runs.here("plan", recipe, "--device", device, "--json", *changes).stdout)
+        captures = [step["memory"] for step in found["steps"] if step["stage"] == "capture"]
+        return captures, [note for note in found["notes"] if "bfloat16" in note]
 
     for device, same, other in (("h100", "bfloat16", "float32"), ("cpu", "float32", "bfloat16")):
-        assert memory(device, "auto") == memory(device, same) != memory(device, other)
+        (automatic, silent), (named, _), (different, told) = (plan(device, dtype) for dtype in ("auto", same, other))
+        assert automatic == named != different
+        assert silent == []
+        slow = "capture.dtype, evaluate.dtype: cpu has no arithmetic for bfloat16; `auto` takes float32, several times faster here"
+        assert told == ([slow] if device == "cpu" else [])

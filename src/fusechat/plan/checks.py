@@ -6,8 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fusechat.core.cache import cache_directory
 from fusechat.core.chatters import Chatter
+from fusechat.core.models import computes_bfloat16
 from fusechat.core.references import Reference
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
@@ -151,6 +154,16 @@ def of_padding(steps: Iterable[Estimate], together: int) -> list[str]:
     return [
         f"fuse: {percent(most)} of the tokens in random batches of {together} conversations are padding; "
         "fuse.training.train_sampling_strategy: group_by_length takes as much less time"
+    ]
+
+
+def of_precision(types: Mapping[str, str], device: Device) -> list[str]:
+    """A line where bfloat16 is the slower choice. `types`: keys of the recipe and what they say."""
+    chosen = [key for key, dtype in types.items() if dtype == "bfloat16"]
+    if not chosen or not device.measured or computes_bfloat16(torch.device(device.name)):
+        return []
+    return [
+        f"{', '.join(chosen)}: {device.name} has no arithmetic for bfloat16; `auto` takes float32, several times faster here"
     ]
 
 

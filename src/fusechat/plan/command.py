@@ -225,6 +225,9 @@ class _Planner:
         (problems if recipe.data.on_overlap == "stop" else notes).extend(
             self.overlap.sentences() if self.overlap else []
         )
+        fuse, evaluate = self.training.dtype, recipe.evaluate.dtype
+        types = {"capture.dtype": recipe.capture.dtype, "evaluate.dtype": evaluate, "fuse.training.bf16": fuse}
+        notes += checks.of_precision(types, self.device)
         notes += checks.of_licences({name: recipe.chatter(name) for name in self.models})
         return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
 
