@@ -26,7 +26,7 @@ from fusechat.fuse.trainer import COMPLETE, mark_complete
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
 from test_wheels import write_gguf
-from together import gradients
+from together import STRATEGIES, gradients
 from training import fine_tune, fusion_data, silent, trainer_of, weighted
 
 TOGETHER = Path(__file__).with_name("together.py")
@@ -167,6 +167,13 @@ def test_one_of_eight_two_of_four_and_four_accumulated_of_two_have_the_same_grad
     for other_log in (parts_log, both_log):
         for left, right in zip(log, other_log, strict=True):
             assert without_epoch(right) == pytest.approx(without_epoch(left), rel=1e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_both_go_on_in_the_order_of_the_epoch_they_are_in(together: Path, strategy: str) -> None:
+    whole, again = json.loads((together / "found.json").read_text())["resumed"][strategy]
+    assert [entry["step"] for entry in again] == [1, 2, 3, 4, 5, 6]
+    assert again == whole
 
 
 def test_with_weights_too(models: dict[str, Path], data: FusionData, together: Path, tmp_path: Path) -> None:

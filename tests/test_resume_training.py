@@ -64,11 +64,14 @@ LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": "all-lin
         (SAVED, None, {}),
         (SAVED, None, {"against": "student", "level": "response"}),
         (WEIGHTED, None, {}),
+        (SAVED | {"train_sampling_strategy": "group_by_length"}, None, {}),
+        (WEIGHTED | {"train_sampling_strategy": "group_by_length"}, None, {}),
+        (SAVED | {"train_sampling_strategy": "batch_rebalance"}, None, {}),
         (SAVED, LORA, {}),  # dropout: the state of chance is a part of a checkpoint
         (BEST, None, {}),
         (BEST, LORA, {}),
     ],
-    ids=["plain", "student", "weighted", "lora", "best", "lora-best"],
+    ids=["plain", "student", "weighted", "lengths", "lengths-weighted", "rebalanced", "lora", "best", "lora-best"],
 )
 def test_stopped_at_every_step(
     models: dict[str, Path],

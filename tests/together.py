@@ -6,6 +6,7 @@ WORK is an aligned work directory of `runs.write_recipe`, MODEL the pivot's dire
 """
 
 import logging
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,8 @@ from fusechat.fuse.loss import fusion_loss_parts
 from fusechat.fuse.training import train
 from fusechat.fuse.validation import Validation
 from training import SETTINGS, fusion_data, silent, trainer_of, weighted
+
+STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")
 
 
 class Gradients(TrainerCallback):
@@ -70,6 +73,19 @@ def sharded_gradients(model: Any, data: FusionData) -> tuple[float, dict[str, to
     return sum(ranks.gather(total.item())), found
 
 
+def resumed(fresh: Callable[[], Any], data: FusionData, out: Path, strategy: str) -> list[list[dict[str, float]]]:
+    """The logs of two epochs of three steps: without a stop, and from the first step of the second epoch on."""
+    how = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    logs = []
+    for name in ("whole", "again"):
+        trainer = trainer_of(fresh(), data, out / strategy / name, train_sampling_strategy=strategy, **how)
+        logs.append(train(trainer, silent))
+        if name == "whole" and ranks.is_first():
+            shutil.copytree(out / strategy / "whole" / "checkpoint-4", out / strategy / "again" / "checkpoint-4")
+        ranks.gather(None)
+    return logs
+
+
 def main() -> None:
     work, directory, out = (Path(argument) for argument in sys.argv[1:4])
     ranks.gather(None)
@@ -91,6 +107,7 @@ def main() -> None:
 
     found["log"], by_step = gradients(fresh(), data, out / "ddp", per_device_train_batch_size=4)
     found["weighted log"], _ = gradients(fresh(), weighted(data, 0.5), out / "weighted", per_device_train_batch_size=2)
+    found["resumed"] = {strategy: resumed(fresh, data, out, strategy) for strategy in STRATEGIES}
     found["sharded loss"], sharded = sharded_gradients(fresh(), data)
     broken = fresh()
     if ranks.rank() == 1:  # the batches of one process only give a loss that is not finite

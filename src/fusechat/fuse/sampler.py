@@ -4,7 +4,9 @@ filled up to whole batches."""
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset, RandomSampler, Sampler, Subset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat.fuse.dataset import NOBODY, FusionData
 
@@ -20,8 +22,12 @@ def _seeded(sampler: Any, seed: int | None) -> Any:
     return SeedableRandomSampler(sampler.data_source, data_seed=seed)
 
 
-def _at(sampler: Any, epoch: int) -> Any:
-    if hasattr(sampler, "set_epoch"):
+def _at(sampler: Any, epoch: int, seed: int | None) -> Any:
+    """The sampler with the order of an epoch. That by lengths would draw it from where the random numbers happen to be, which in a
+    run that goes on within an epoch is not where they were when it began."""
+    if isinstance(sampler, LengthGroupedSampler):
+        sampler.generator = torch.Generator().manual_seed((seed or 0) + epoch)
+    elif hasattr(sampler, "set_epoch"):
         sampler.set_epoch(epoch)
     return sampler
 
@@ -39,7 +45,7 @@ class WeightedSampler(Sampler[int]):
         epoch = self.epoch()
         members = self.data.epoch(epoch, seed=self.seed)
         sampler = _seeded(self.order(Subset(self.data, members)), self.seed)
-        return (members[index] for index in _at(sampler, epoch))
+        return (members[index] for index in _at(sampler, epoch, self.seed))
 
 
 class FilledSampler(Sampler[int]):
@@ -50,11 +56,11 @@ class FilledSampler(Sampler[int]):
     """
 
     def __init__(self, sampler: Any, multiple: int, *, seed: int | None, epoch: Epoch) -> None:
-        self.sampler, self.multiple, self.epoch = _seeded(sampler, seed), multiple, epoch
+        self.sampler, self.multiple, self.seed, self.epoch = _seeded(sampler, seed), multiple, seed, epoch
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[int]:
-        yield from _at(self.sampler, self.epoch())
+        yield from _at(self.sampler, self.epoch(), self.seed)
         yield from [NOBODY] * (len(self) - len(self.sampler))

@@ -159,9 +159,13 @@ class FusionTrainer(Trainer):
             sampler = WeightedSampler(self.train_dataset, super()._get_train_sampler, seed=seed, epoch=self._epoch)
         else:
             sampler = super()._get_train_sampler(train_dataset)
-        if self.args.world_size == 1 or self.args.train_sampling_strategy == "batch_rebalance":
+        strategy, processes = self.args.train_sampling_strategy, self.args.world_size
+        if strategy == "batch_rebalance":  # shares out itself; of later epochs it is told
+            sampler.set_epoch(self._epoch())
             return sampler
-        multiple = self.args.train_batch_size * self.args.world_size
+        if processes == 1 and strategy != "group_by_length":
+            return sampler
+        multiple = self.args.train_batch_size * processes if processes > 1 else 1
         return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=self._epoch)
 
     def _epoch(self) -> int:
