@@ -15,7 +15,6 @@ import yaml
 import runs
 from fusechat.core import models as core_models
 from fusechat.errors import ModelError
-from fusechat.plan import checks
 from fusechat.precision import with_dtypes
 from fusechat.recipe_file import load_recipe, save_recipe
 
@@ -82,6 +81,12 @@ def test_a_device_that_is_not_here_has_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert core_models.fast_dtype("cuda") == "bfloat16"
 
 
+def test_of_apples_devices_nothing_is_claimed() -> None:
+    apple = torch.device("mps")
+    assert not core_models.computes_bfloat16(apple)
+    assert not core_models.is_slow("bfloat16", apple)
+
+
 @pytest.mark.parametrize(
     "raw",
     [None, [], "auto", {}, {"capture": "auto", "sources": ["auto"]}, {"sources": {"one": "auto", "two": {"capture": 1}}}],
@@ -144,8 +149,7 @@ def test_a_slow_choice_is_said_once(
 def test_a_plan_takes_what_suits_the_planned_device(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (core_models, checks):
-        monkeypatch.setattr(module, "computes_bfloat16", lambda device: False)
+    monkeypatch.setattr(core_models, "computes_bfloat16", lambda device: False)
     recipe = runs.write_recipe(tmp_path, models)
 
     def plan(device: str, dtype: str) -> tuple[list[int], list[str]]:

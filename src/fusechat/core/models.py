@@ -80,7 +80,7 @@ def load_model(
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
-    if dtype == "bfloat16" and not computes_bfloat16(device):
+    if is_slow(dtype, device):
         _say_slow(device.type.upper())
     where: Any = device_map or ({"": device} if quantised(directory) else None)
     try:
@@ -143,13 +143,18 @@ def fast_dtype(device: str | None) -> str:
     return "bfloat16" if computes_bfloat16(place) else "float32"
 
 
+def is_slow(dtype: str, device: torch.device) -> bool:
+    """Whether float32 is known to be faster."""
+    return dtype == "bfloat16" and device.type in ("cpu", "cuda") and not computes_bfloat16(device)
+
+
 @cache
 def _say_slow(device: str) -> None:
     log.info("this %s has no arithmetic for bfloat16: float32 is several times faster (dtype: auto chooses)", device)
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies matrices in bfloat16 without converting them."""
+    """Whether a device multiplies matrices in bfloat16 without converting them. Of Apple's some do: that is not relied on."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":

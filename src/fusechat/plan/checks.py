@@ -10,7 +10,7 @@ import torch
 
 from fusechat.core.cache import cache_directory
 from fusechat.core.chatters import Chatter
-from fusechat.core.models import computes_bfloat16
+from fusechat.core.models import is_slow
 from fusechat.core.references import Reference
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
@@ -159,11 +159,11 @@ def of_padding(steps: Iterable[Estimate], together: int) -> list[str]:
 
 def of_precision(types: Mapping[str, str], device: Device) -> list[str]:
     """A line where bfloat16 is the slower choice. `types`: keys of the recipe and what they say."""
-    chosen = [key for key, dtype in types.items() if dtype == "bfloat16"]
-    if not chosen or not device.measured or computes_bfloat16(torch.device(device.name)):
+    slow = [key for key, dtype in types.items() if device.measured and is_slow(dtype, torch.device(device.name))]
+    if not slow:
         return []
     return [
-        f"{', '.join(chosen)}: {device.name} has no arithmetic for bfloat16; `auto` takes float32, several times faster here"
+        f"{', '.join(slow)}: {device.name} has no arithmetic for bfloat16; `auto` takes float32, several times faster here"
     ]
 
 
