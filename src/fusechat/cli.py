@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fusechat.cli_eval import measure
+from fusechat.cli_eval import Changes, RecipeFile, measure
 from fusechat.core import ranks
 from fusechat.errors import FuseChatError, storage_error
 
@@ -19,9 +19,7 @@ app = typer.Typer(
     help="Fuses several chat LLMs into one model.",
 )
 app.add_typer(measure, name="eval")
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
 WorkDirectory = Annotated[Path, typer.Argument(metavar="WORKDIR", help="The directory of a run.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script to read.")]
 
 

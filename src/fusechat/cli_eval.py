@@ -38,6 +38,7 @@ EstimateOnly = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the records as JSON, for a script to read.")]
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 
 
 @measure.command("mt-bench")
@@ -265,9 +266,7 @@ def eval_alignment(
     top_k: Annotated[
         list[int] | None, typer.Option(min=1, help="Tokens kept of each distribution; may be given more than once.")
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")
-    ] = None,
+    set_: Changes = None,
     out: Annotated[Path | None, typer.Option(help="Write the figures to this file, as JSON.")] = None,
     as_json: AsJson = False,
 ) -> None:
