@@ -154,10 +154,10 @@ def test_processes_change_nothing_but_the_time(evaluated: Path, figures: list[di
 
 def starts(rows: Prepared) -> dict[tuple[int, int], int]:
     """Where content tokens start, of those that have a width; one that takes in template text before the content does not count."""
-    columns = (rows.response, rows.begin, rows.end, rows.end_of_turn, rows.gold)
+    columns = (rows.response, rows.begin, rows.end, rows.end_of_turn | rows.lead, rows.gold)
     found: dict[tuple[int, int], int] = {}
-    for response, begin, end, closing, token in zip(*(column.tolist() for column in columns), strict=True):
-        if not closing and end > begin >= 0:
+    for response, begin, end, other, token in zip(*(column.tolist() for column in columns), strict=True):
+        if not other and end > begin >= 0:
             found.setdefault((response, begin), token)
     return found
 

@@ -15,7 +15,7 @@ from fusechat.core.templates import ChatTemplate
 from fusechat.prepare.tokenise import RejectedError, prepare_conversation
 
 END_OF_TURN = {"llama": "<|im_end|>", "mistral": "</s>", "gemma": "<eos>"}
-Row = tuple[int, int, int, int, bool]  # position, response, begin, end, end of turn
+Row = tuple[int, int, int, int, bool, bool]  # position, response, begin, end, end of turn, lead
 
 
 def conversation(*turns: str) -> Conversation:
@@ -30,12 +30,13 @@ def template_of(tokenizers: dict[str, Any], kind: str) -> ChatTemplate:
 
 
 def rows_of(prepared: Prepared) -> list[Row]:
-    columns = (prepared.position, prepared.response, prepared.begin, prepared.end, prepared.end_of_turn)
+    columns = tuple(getattr(prepared, name) for name in ("position", "response", "begin", "end", "end_of_turn", "lead"))
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def naive_text(kind: str, turns: tuple[str, ...]) -> tuple[str, list[tuple[int, int, int]]]:
-    """The rendered text, and of each response: where it begins and ends in bytes, and the bytes stripped from its front."""
+def naive_text(kind: str, turns: tuple[str, ...]) -> tuple[str, list[tuple[int, int, int, int]]]:
+    """The rendered text, and of each response: where the model is asked, where the content begins and ends in bytes, and the
+    bytes stripped from its front."""
     text = {"llama": f"<|im_start|>system\n{tiny.DEFAULT_SYSTEM}<|im_end|>\n", "mistral": "<s>", "gemma": "<bos>"}[kind]
     places = []
     for user, answer in zip(turns[::2], turns[1::2], strict=True):
@@ -45,10 +46,10 @@ def naive_text(kind: str, turns: tuple[str, ...]) -> tuple[str, list[tuple[int, 
             "gemma": f"Question: {user}\n\nAnswer: ",
         }[kind]
         written = answer.strip() if kind == "mistral" else answer
-        begin = len(text.encode())
+        asked, begin = len(text.rstrip(" ").encode()), len(text.encode())
         text += written
         stripped = len(answer.encode()) - len(answer.lstrip().encode()) if kind == "mistral" else 0
-        places.append((begin, len(text.encode()), stripped))
+        places.append((asked, begin, len(text.encode()), stripped))
         text += END_OF_TURN[kind] + {"llama": "\n", "mistral": "", "gemma": "\n\n"}[kind]
     return text, places
 
@@ -82,14 +83,16 @@ def naive_rows(tokenizer: Any, kind: str, turns: tuple[str, ...]) -> tuple[list[
     ending = tokenizer.convert_tokens_to_ids(END_OF_TURN[kind])
     starts = np.concatenate([[0], np.cumsum(token_sizes(tokenizer, ids, text))]).tolist()
     rows: list[Row] = []
-    for number, (begin, end, skipped) in enumerate(places):
+    for number, (asked, begin, end, skipped) in enumerate(places):
         for position in range(len(ids)):
             first, last = starts[position], starts[position + 1]
-            inside = first == last and begin <= first < end
-            if inside or (first < last and any(begin <= byte < end for byte in range(first, last))):
-                rows.append((position, number, first - begin + skipped, min(last, end) - begin + skipped, False))
+            inside = first == last and asked <= first < end
+            before = first < last and all(asked <= byte < begin for byte in range(first, last))
+            if inside or before or (first < last and any(begin <= byte < end for byte in range(first, last))):
+                place = first - begin + skipped, min(last, end) - begin + skipped
+                rows.append((position, number, *place, False, last <= begin))
         position = next(p for p in range(len(ids)) if starts[p] >= end and ids[p] == ending)
-        rows.append((position, number, end - begin + skipped, end - begin + skipped, True))
+        rows.append((position, number, end - begin + skipped, end - begin + skipped, True, False))
     return ids, rows
 
 
@@ -109,7 +112,7 @@ def test_rows_are_those_that_a_search_over_all_tokens_finds(tokenizers: dict[str
         assert prepared.input_ids.tolist() == ids
         assert rows_of(prepared) == rows
         assert prepared.gold.tolist() == [ids[row[0]] for row in rows]
-        assert prepared.content_bytes.tolist() == [end - begin for begin, end, _ in naive_text(kind, turns)[1]]
+        assert prepared.content_bytes.tolist() == [end - begin for _, begin, end, _ in naive_text(kind, turns)[1]]
         assert done == {"truncated": False, "system_folded": False, "offsets": False}
 
 
@@ -117,7 +120,7 @@ def test_a_token_that_takes_the_templates_space_begins_before_the_content(tokeni
     """`[/INST] the`: the template's space and the content's first letters are one token of mistral's."""
     prepared, _ = prepare_conversation(conversation("Hi", "the"), template_of(tokenizers, "mistral"), max_length=99)
     assert tokenizers["mistral"].convert_ids_to_tokens(prepared.gold.tolist()) == ["▁the", "</s>"]
-    assert [row[2:] for row in rows_of(prepared)] == [(-1, 3, False), (3, 3, True)]
+    assert [row[2:] for row in rows_of(prepared)] == [(-1, 3, False, False), (3, 3, True, False)]
 
 
 def test_a_token_that_runs_past_the_content_ends_with_it(tokenizers: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ def test_a_token_that_runs_past_the_content_ends_with_it(tokenizers: dict[str, A
     template = ChatTemplate(tokenizers["llama"], "{% for m in messages %}{{ m.content }}he {% endfor %}", "llama")
     prepared, _ = prepare_conversation(conversation("a ", "t"), template, max_length=99)
     assert tokenizers["llama"].convert_ids_to_tokens(prepared.gold.tolist()) == ["Ġthe"]
-    assert [row[2:] for row in rows_of(prepared)] == [(-1, 1, False)]
+    assert [row[2:] for row in rows_of(prepared)] == [(-1, 1, False, False)]
     assert prepared.content_bytes.tolist() == [1]
 
 

@@ -124,7 +124,7 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
         assert held_out.captured is not None
         captured = cut_to(held_out.captured[identity], k)
         alignment, _, result = aligner.transferred(pivot, source, captured, k=k)
-        common = (boundary.align(pivot, source).source_row >= 0) & (warped.align(pivot, source).source_row >= 0)
+        common = boundary.align(pivot, source).aligned & warped.align(pivot, source).aligned
         share = cut_share(source, captured, aligner.pair.source.spelling)[alignment.source_row]
         quality.add(
             pivot,
@@ -134,7 +134,7 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
             mapped=result.mapped,
             covered=covered(alignment, result),
             common=common,
-            rare=(alignment.source_row >= 0) & (share < RARELY),
+            rare=alignment.aligned & (share < RARELY),
         )
         advance()
     return quality

@@ -16,6 +16,7 @@ from fusechat.align.chain import with_own_token
 from fusechat.align.counts import Counts, Seen, count_pairs
 from fusechat.align.dtw import dtw_rows
 from fusechat.align.figures import Figures
+from fusechat.align.lead import align_leads
 from fusechat.align.sequence import Alignment, align_rows
 from fusechat.align.spelling import Spelling
 from fusechat.align.transfer import Transfer, Transferred
@@ -62,9 +63,9 @@ class Pair:
 
     def align(self, pivot: Prepared, source: Prepared) -> Alignment:
         """Which source row each pivot row corresponds to."""
-        if self.strategy.sequence == "dtw":
-            return align_rows(pivot, source, dtw_rows(pivot, source, (self.pivot.tokens, self.source.tokens)))
-        return align_rows(pivot, source)
+        spell = (self.pivot.tokens, self.source.tokens)
+        own = dtw_rows(pivot, source, spell) if self.strategy.sequence == "dtw" else None
+        return align_leads(align_rows(pivot, source, own), pivot, source, spell)
 
     def rests(
         self, alignment: Alignment, pivot: Prepared, source: Prepared, captured: SparseDistribution
@@ -168,8 +169,9 @@ class Aligner:
         alignment, candidates, result = self.transferred(pivot, source, captured, k=k)
         self.figures.add(alignment, candidates, result, self.map)
         share = cut_share(source, captured, self.pair.source.spelling)[alignment.source_row]
-        self.figures.rarely_cut += int(((alignment.source_row >= 0) & (share < RARELY)).sum())
-        return self._fill(pivot, covered(alignment, result), result.rows, fill)
+        self.figures.rarely_cut += int((alignment.aligned & (share < RARELY)).sum())
+        has_source = covered(alignment, result) | _covered_leads(alignment, result)
+        return self._fill(pivot, has_source, result.rows, fill)
 
     def transferred(
         self, pivot: Prepared, source: Prepared, captured: SparseDistribution, *, k: int
@@ -190,25 +192,33 @@ class Aligner:
         empty = SparseDistribution(
             np.full((n, k), -1, np.int32), np.full((n, k), -np.inf), np.zeros(0, dtype=np.float32)
         )
-        self.figures.add_without_source(n)
+        self.figures.add_without_source(int((~pivot.lead).sum()), int(pivot.lead.sum()))
         return self._fill(pivot, np.zeros(n, dtype=bool), empty, fill)
 
     def _fill(
         self, pivot: Prepared, covered: np.ndarray, rows: SparseDistribution, fill: SparseDistribution | None
     ) -> SparseDistribution:
-        """What stands where the source says nothing: the gold token, the pivot's own distribution, or nothing."""
-        kind = self.pair.strategy.unaligned
+        """What stands where the source says nothing: the gold token, the pivot's own distribution, or nothing. In lead rows the
+        gold token, if not nothing: a model that is not taught to write them forgets it."""
+        kind, content = self.pair.strategy.unaligned, ~covered & ~pivot.lead
+        gold = ~covered if kind in ("label", "condition") else ~covered & pivot.lead
         if kind == "pivot" and fill is not None:
-            rows.ids[~covered], rows.logprobs[~covered] = fill.ids[~covered], fill.logprobs[~covered]
-        elif kind in ("label", "condition"):
-            rows.ids[~covered, 0] = pivot.gold[~covered]
-            rows.logprobs[~covered, 0] = 0.0
+            rows.ids[content], rows.logprobs[content] = fill.ids[content], fill.logprobs[content]
+        if kind != "skip":
+            rows.ids[gold], rows.logprobs[gold] = -1, -np.inf
+            rows.ids[gold, 0], rows.logprobs[gold, 0] = pivot.gold[gold], 0.0
         return rows
 
 
 def covered(alignment: Alignment, result: Transferred) -> np.ndarray:
-    """bool [n_pivot]: rows at which the source says something: aligned ones, and those where it could be conditioned."""
-    return (alignment.source_row >= 0) | (alignment.inside & (result.mapped > 0))
+    """bool [n_pivot]: rows at which the source says something: aligned ones, and those where it could be conditioned; lead rows
+    are not among them."""
+    return alignment.aligned | (alignment.inside & (result.mapped > 0))
+
+
+def _covered_leads(alignment: Alignment, result: Transferred) -> np.ndarray:
+    """bool [n_pivot]: lead rows for which something of the source arrived."""
+    return alignment.lead & (alignment.source_row >= 0) & (result.mapped > 0)
 
 
 def with_strategy(pair: Pair, strategy: Strategy) -> Pair:

@@ -68,9 +68,10 @@ def rests_clipped(
     spell: tuple[TokenBytes, TokenBytes],
 ) -> Rests:
     """Where a token takes in template text before the content (`▁Hello`): a candidate loses what the source's own token took in,
-    and gets what the pivot's did; one that does not begin with it goes to the tail."""
+    and gets what the pivot's did; one that does not begin with it goes to the tail. Not where both take in the same: those go over
+    whole."""
     found: list[tuple[int, int, float, bytes]] = []
-    clipped = np.flatnonzero((alignment.source_row >= 0) & ~alignment.unclipped)
+    clipped = np.flatnonzero(alignment.aligned & ~alignment.unclipped & ~alignment.whole)
     probabilities = captured.take(alignment.source_row[clipped]).probabilities
     for at, pivot_row in enumerate(clipped.tolist()):
         source_row = int(alignment.source_row[pivot_row])

@@ -47,7 +47,7 @@ def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool
     """The first byte of a response that a model has, the response from there on by its tokens' bytes, and whether that is all of
     it: not where the last token goes on after the content. None where the tokens' bytes are not their spans (a tokenizer that
     changes the text, a dummy prefix), or where one is special."""
-    which = np.flatnonzero((rows.response == response) & ~rows.end_of_turn)
+    which = np.flatnonzero((rows.response == response) & ~rows.end_of_turn & ~rows.lead)
     tokens, begin, end = rows.gold[which], rows.begin[which], rows.end[which]
     lengths = side.spelling.lengths
     width = np.where(tokens < len(lengths), lengths[np.minimum(tokens, len(lengths) - 1)], 0)

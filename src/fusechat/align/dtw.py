@@ -76,7 +76,7 @@ def _distinct(surfaces: Sequence[str]) -> tuple[list[str], np.ndarray]:
 def _content_rows(rows: Prepared, response: int) -> np.ndarray:
     """The rows of a response's content that have a width."""
     wide = rows.end > np.maximum(rows.begin, 0)
-    return np.flatnonzero((rows.response == response) & ~rows.end_of_turn & wide)
+    return np.flatnonzero((rows.response == response) & ~rows.end_of_turn & ~rows.lead & wide)
 
 
 def _surfaces(rows: Prepared, which: np.ndarray, table: TokenBytes) -> list[str]:

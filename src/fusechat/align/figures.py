@@ -28,31 +28,36 @@ class Figures:
     empty: int = 0  # aligned, but no candidate corresponds to a pivot token
     mapped_mass: float = 0.0
     kept_mass: float = 0.0
+    lead: int = 0  # tokens before the content, which no other count has
+    lead_aligned: int = 0
     mass_by_origin: Counter[str] = field(default_factory=Counter)
 
     def add(
         self, alignment: Alignment, candidates: Candidates, result: Transferred, vocabulary_map: VocabularyMap
     ) -> None:
-        aligned = alignment.source_row >= 0
+        aligned = alignment.aligned
         conditioned = alignment.inside & (result.mapped > 0)
         covered = aligned | conditioned
-        self.positions += len(aligned)
+        self.positions += int((~alignment.lead).sum())
+        self.lead += int(alignment.lead.sum())
+        self.lead_aligned += int((alignment.lead & (alignment.source_row >= 0)).sum())
         self.aligned += int(aligned.sum())
         self.clipped += int((aligned & ~alignment.unclipped).sum())
         self.inside += int(alignment.inside.sum())
         self.conditioned += int(conditioned.sum())
-        self.chained += int((candidates.own & ~np.isnan(candidates.chained)).sum())
+        self.chained += int((candidates.own & ~np.isnan(candidates.chained) & ~alignment.lead).sum())
         self.empty += int((aligned & (result.rows.ids < 0).all(axis=1)).sum())
         self.mapped_mass += float(result.mapped[covered].sum())
         self.kept_mass += float((1.0 - result.tail)[covered].sum())
-        real = candidates.row >= 0
+        real = (candidates.row >= 0) & ~alignment.lead[:, None]
         sums = np.bincount(vocabulary_map.origin[candidates.row[real]], candidates.mass[real], minlength=len(ORIGINS))
         self.mass_by_origin.update({name: mass for name, mass in zip(ORIGINS, sums.tolist(), strict=True) if mass})
 
-    def add_without_source(self, positions: int) -> None:
+    def add_without_source(self, positions: int, lead: int = 0) -> None:
         self.without_source += 1
         self.conversations += 1
         self.positions += positions
+        self.lead += lead
 
     def summary(self) -> dict[str, object]:
         captured = sum(self.mass_by_origin.values())
@@ -68,6 +73,8 @@ class Figures:
             "positions_by_the_chain_rule": self.chained,
             "positions_where_the_source_rarely_cuts": self.rarely_cut,
             "positions_without_candidate": self.empty,
+            "lead_positions": self.lead,
+            "lead_positions_aligned": self.lead_aligned,
             "coverage_of_positions": _share(covered, self.positions),
             "coverage_of_mass": _share(self.mapped_mass, covered),
             "kept_mass": _share(self.kept_mass, covered),

@@ -79,5 +79,6 @@ def _one(several: list[Prepared], first_response: list[int]) -> Prepared:
         begin=np.concatenate([each.begin for each in several]),
         end=np.concatenate([each.end for each in several]),
         end_of_turn=np.concatenate([each.end_of_turn for each in several]),
+        lead=np.concatenate([each.lead for each in several]),
         content_bytes=np.zeros(0, dtype=np.int32),  # of no meaning here
     )

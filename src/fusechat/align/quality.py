@@ -51,7 +51,7 @@ class Quality:
         nll = gold_nll(rows, pivot.gold)
         content = _content(pivot)
         width = (pivot.end - np.maximum(pivot.begin, 0)).astype(np.int64)
-        self.positions += len(pivot)
+        self.positions += int((~pivot.lead).sum())
         self.covered += int(covered.sum())
         self.mapped += float(mapped[covered].sum())
         both = common & content
@@ -104,7 +104,7 @@ def covered_segments(pivot: Prepared, source: Prepared, covered: np.ndarray) -> 
     lacking = ~np.isin(cuts, common)  # what one side has alone: a response that the other lost, or its first bytes
     lacking[segment[own & ~covered]] = True
     # A row without width (a dummy prefix) has nll of its own: it counts with the token that it stands before.
-    return own & ~lacking[segment], ~source.end_of_turn & ~lacking[segment_there]
+    return own & ~lacking[segment], ~source.end_of_turn & ~source.lead & ~lacking[segment_there]
 
 
 def _response_starts(rows: Prepared, spans: np.ndarray) -> np.ndarray:
@@ -113,7 +113,7 @@ def _response_starts(rows: Prepared, spans: np.ndarray) -> np.ndarray:
 
 
 def _content(rows: Prepared) -> np.ndarray:
-    return np.asarray(~rows.end_of_turn & (rows.end > np.maximum(rows.begin, 0)))
+    return np.asarray(~rows.end_of_turn & ~rows.lead & (rows.end > np.maximum(rows.begin, 0)))
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -1,4 +1,4 @@
-"""Sequence alignment: which source row speaks of the same text as a pivot row. Source: METHOD, "Sequence alignment"."""
+"""Sequence alignment: which source row speaks of the same text as a pivot row (the paper, section 3.3)."""
 
 from dataclasses import dataclass
 
@@ -44,11 +44,12 @@ def containing(pivot_spans: np.ndarray, source_spans: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Row correspondences of one conversation; all arrays int64 [n_pivot].
+    """Row correspondences of one conversation; arrays int64 [n_pivot], the last two bool.
 
     `source_row`: the source's row, -1 where there is none. `pivot_clip`, `source_clip`: how many bytes of the template the
     pivot's and the source's token take in before the content (0 nearly everywhere). `inside_row`: where there is none, the
     source's row whose token the pivot's starts inside of, else -1; `given`: how many of that token's bytes come before.
+    `lead`: the pivot's lead rows, which stand before the content; `whole`: the two tokens begin at the same byte of the template.
     """
 
     source_row: np.ndarray
@@ -56,11 +57,18 @@ class Alignment:
     source_clip: np.ndarray
     inside_row: np.ndarray
     given: np.ndarray
+    lead: np.ndarray
+    whole: np.ndarray
+
+    @property
+    def aligned(self) -> np.ndarray:
+        """bool [n_pivot]: rows of the content, or ends of turn, that have a source row."""
+        return (self.source_row >= 0) & ~self.lead
 
     @property
     def unclipped(self) -> np.ndarray:
         """bool [n_pivot]: aligned, and neither token begins before the content."""
-        return (self.source_row >= 0) & (self.pivot_clip == 0) & (self.source_clip == 0)
+        return self.aligned & (self.pivot_clip == 0) & (self.source_clip == 0)
 
     @property
     def inside(self) -> np.ndarray:
@@ -70,7 +78,7 @@ class Alignment:
 
 def align_rows(pivot: Prepared, source: Prepared, source_row: np.ndarray | None = None) -> Alignment:
     """Aligns two models' rows of one conversation: content rows that start at the same byte of the same response, and the
-    end-of-turn rows of a response with each other. A response that one of the two lost stays unaligned.
+    end-of-turn rows of a response with each other. A response that one of the two lost stays unaligned, and so do lead rows.
 
     `source_row` int64 [n_pivot] replaces the correspondence by starts (dynamic time warping has its own).
     """
@@ -86,17 +94,19 @@ def align_rows(pivot: Prepared, source: Prepared, source_row: np.ndarray | None 
         source_clip=np.where(source_row >= 0, clip[source_row], 0),
         inside_row=inside_row,
         given=np.where(inside_row >= 0, given, 0),
+        lead=pivot.lead,
+        whole=np.zeros(len(pivot), dtype=bool),
     )
 
 
 def number_line(pivot: Prepared, source: Prepared) -> tuple[np.ndarray, np.ndarray]:
     """The spans of both models' rows on one number line for all responses, int64 [n, 2] each: a response has room for its
-    longest content, and its end of turn stands after it."""
+    longest content, and its end of turn stands after it. Lead rows have no width, and so correspond to nothing here."""
     room = int(max(pivot.end.max(), source.end.max())) + 2
     spans = []
     for rows in (pivot, source):
         first = np.maximum(rows.begin, 0).astype(np.int64)
         begin = rows.response.astype(np.int64) * room + np.where(rows.end_of_turn, room - 1, first)
-        width = np.where(rows.end_of_turn, 1, np.maximum(rows.end - first, 0))
+        width = np.where(rows.end_of_turn, 1, np.where(rows.lead, 0, np.maximum(rows.end - first, 0)))
         spans.append(np.stack([begin, begin + width], axis=1))
     return spans[0], spans[1]

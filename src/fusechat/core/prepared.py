@@ -12,6 +12,8 @@ Format of `conversations.arrow` (Arrow IPC file, one record a conversation; all 
 - `begin`, `end` list<int32>: byte span from the start of the response's content. `begin < 0`: the token also covers that many
   bytes of the template before the content. End-of-turn rows have an empty span after the content.
 - `end_of_turn` list<bool>
+- `lead` list<bool>: tokens of the template's text between what the model is asked by and the content (a `▁` before a digit): learnt
+  like all rows, but of no bytes of the content. Older files have no such column, and no such rows.
 - `content_bytes` list<int32>: UTF-8 bytes of each response's rendered content, indexed by response
 """
 
@@ -25,14 +27,13 @@ import pyarrow as pa
 from fusechat.core.tables import Table, write_table
 
 FILE = "conversations.arrow"
+ROWS: dict[str, type] = {
+    **dict.fromkeys(("position", "response", "begin", "end"), np.int32),
+    **dict.fromkeys(("end_of_turn", "lead"), np.bool_),
+}
 _LISTS = {
-    "input_ids": pa.int32(),
-    "position": pa.int32(),
-    "response": pa.int32(),
-    "begin": pa.int32(),
-    "end": pa.int32(),
-    "end_of_turn": pa.bool_(),
-    "content_bytes": pa.int32(),
+    **{name: pa.from_numpy_dtype(kind) for name, kind in ROWS.items()},
+    **dict.fromkeys(("input_ids", "content_bytes"), pa.int32()),
 }
 SCHEMA = pa.schema([("id", pa.string()), *((name, pa.list_(kind)) for name, kind in _LISTS.items())])
 
@@ -49,6 +50,11 @@ class Prepared:
     end: np.ndarray  # int32 [n]
     end_of_turn: np.ndarray  # bool [n]
     content_bytes: np.ndarray  # int32 [responses]
+    lead: np.ndarray = None  # type: ignore[assignment]  # bool [n]; none of the rows where it is left out
+
+    def __post_init__(self) -> None:
+        if self.lead is None:
+            object.__setattr__(self, "lead", np.zeros(len(self.position), dtype=bool))
 
     def __len__(self) -> int:
         return len(self.position)
@@ -70,6 +76,7 @@ class PreparedSet:
     def __init__(self, *directories: Path) -> None:
         self.table = Table([directory / FILE for directory in directories])
         self.ids: list[str] = self.table.column("id")
+        self._columns = [name for name in _LISTS if name in self.table.table.column_names]
         self.row_of: dict[str, int] = {}
         for row, identity in enumerate(self.ids):
             self.row_of.setdefault(identity, row)
@@ -81,7 +88,7 @@ class PreparedSet:
         return (self[row] for row in range(len(self)))
 
     def __getitem__(self, row: int) -> Prepared:
-        return Prepared(id=self.ids[row], **{name: self.table.array(name, row) for name in _LISTS})
+        return Prepared(id=self.ids[row], **{name: self.table.array(name, row) for name in self._columns})
 
     def lengths(self) -> np.ndarray:
         """int64 [conversations]: tokens of each."""

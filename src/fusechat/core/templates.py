@@ -23,9 +23,11 @@ class UnrenderableError(Exception):
 
 @dataclass(frozen=True)
 class Response:
-    """`begin`, `end`: characters of the rendered content. `gap_end`: where the template's text after it ends.
-    `skipped`: how many characters of the original content the template stripped from the front."""
+    """Characters of the rendered text. `asked`: where the asked prompt ends, the text after which a model is asked for this
+    response; `begin`, `end`: the content; `gap_end`: where the template's text after it ends. `skipped`: how many characters
+    of the original content the template stripped from the front."""
 
+    asked: int
     begin: int
     end: int
     gap_end: int
@@ -71,23 +73,36 @@ class ChatTemplate:
             return replace(self._locate(folded), system_folded=True)
 
     def prompt(self, messages: Sequence[Message]) -> str:
-        """The conversation's text up to where the model answers. Raises UnrenderableError with the reason.
-
-        A template that does not know how to ask for an answer is asked for one, which is cut off, and a space before it with
-        it: tokens begin with their space, so that no answer in training came after one."""
+        """The asked prompt: the conversation's text up to where the model answers, as training has it. Raises
+        UnrenderableError with the reason."""
         folded = _fold_system(messages)
         try:
-            text = self._apply(messages, ask=True)
-            if folded is not None and messages[0].content.strip() not in text:
+            answered = self._apply([*messages, Message("assistant", _OPEN)])
+            if folded is not None and messages[0].content.strip() not in answered:
                 raise UnrenderableError("the template leaves out the system message")
+            if _OPEN not in answered:
+                raise UnrenderableError("the template leaves out the assistant message")
         except UnrenderableError:
             if folded is None:
                 raise
             return self.prompt(folded)
-        if text != self._apply(messages):
-            return text
-        answered = self._apply([*messages, Message("assistant", _OPEN)])
-        return answered[: answered.index(_OPEN)].rstrip(" ") if _OPEN in answered else text
+        return answered[: self._asked(messages, answered, answered.rindex(_OPEN))]
+
+    def _asked(self, before: Sequence[Message], text: str, begin: int) -> int:
+        """Where in the rendered `text` the asked prompt of the response to the messages `before` ends; its content begins at
+        `begin`.
+
+        It is the template's generation prompt, if only white space stands between that and the content; else all text
+        before the content: some templates write more there (an empty block of thoughts) or know no generation prompt. Never
+        a space at its end: tokens begin with their space, so that the first token of an answer would be another one."""
+        end = begin
+        try:
+            own = self._apply(before, ask=True)
+        except UnrenderableError:  # of no messages, or of ones that it refuses without an answer
+            own = None
+        if own and len(own) <= begin and text.startswith(own) and not text[len(own) : begin].strip():
+            end = len(own)
+        return len(text[:end].rstrip(" "))
 
     def _locate(self, messages: Sequence[Message]) -> Rendered:
         text = self._apply(messages)
@@ -117,9 +132,9 @@ class ChatTemplate:
             raise UnrenderableError("the template rewrites a message")
         ends = [begin for begin, _, _ in found[1:]] + [len(text)]
         responses = tuple(
-            Response(begin, end, gap_end, skipped)
-            for message, (begin, end, skipped), gap_end in zip(messages, found, ends, strict=True)
-            if message.role == "assistant"
+            Response(self._asked(messages[:index], text, begin), begin, end, gap_end, skipped)
+            for index, ((begin, end, skipped), gap_end) in enumerate(zip(found, ends, strict=True))
+            if messages[index].role == "assistant"
         )
         return Rendered(text, responses)
 

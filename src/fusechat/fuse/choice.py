@@ -48,14 +48,15 @@ def common_responses(candidates: Sequence[Prepared]) -> np.ndarray:
 
 
 def content_size(rows: Prepared, responses: np.ndarray, unit: str) -> int:
-    """Bytes, or own tokens, of the content of `responses`, the end of turn left out."""
+    """Bytes, or own tokens, of the content of `responses`, the end of turn and lead rows left out."""
     if unit == "byte":
         return int(rows.content_bytes[responses].sum())
-    return int(np.count_nonzero(counted_rows(rows, responses)))
+    return int(np.count_nonzero(counted_rows(rows, responses) & ~rows.lead))
 
 
 def counted_rows(rows: Prepared, responses: np.ndarray) -> np.ndarray:
-    """bool [n]: the rows of the content of `responses`, the end of turn left out."""
+    """bool [n]: the rows of `responses` whose nll counts: all but the end of turn. Those before the content, of no bytes and no
+    tokens, count as well, for other tokenizers pay for the template's space in the content's first token."""
     found: np.ndarray = ~rows.end_of_turn & np.isin(rows.response, responses)
     return found
 

@@ -41,7 +41,7 @@ class Comparison:
             counted = counted_rows(pivot, responses)
             by_response = pivot.content_bytes[responses].astype(np.float64)
             if rule.unit == "token":
-                units = np.bincount(groups[counted], minlength=len(bar)).astype(np.float64)
+                units = np.bincount(groups[counted & ~pivot.lead], minlength=len(bar)).astype(np.float64)
             else:
                 units = by_response if rule.level == "response" else by_response.sum(keepdims=True)
         return cls(groups, counted, units.astype(np.float32), bar.astype(np.float32), chosen.astype(np.int64))

@@ -17,7 +17,7 @@ from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
 from fusechat.errors import DataError
 
-FORMAT = 2  # 2: spans are exact in more tokenizers
+FORMAT = 3  # 3: rows between the asked prompt and the content; 2: spans are exact in more tokenizers
 OVERLAP, HITS = "overlap", "overlap.jsonl"
 
 

@@ -1,9 +1,11 @@
-"""One conversation, rendered with one model's template, as tokens and response rows. Source: METHOD, "Positions"."""
+"""One conversation, rendered with one model's template, as tokens and response rows.
+
+A response is everything after the text that a model is asked by, up to the end of turn; see `Prepared` for its rows."""
 
 import numpy as np
 
 from fusechat.core.conversations import Conversation
-from fusechat.core.prepared import Prepared
+from fusechat.core.prepared import ROWS, Prepared
 from fusechat.core.spans import encode_with_spans
 from fusechat.core.templates import ChatTemplate, UnrenderableError
 
@@ -28,15 +30,17 @@ def prepare_conversation(
         raise RejectedError(str(error)) from None
     encoded = encode_with_spans(template.tokenizer, rendered.text)
     at = np.concatenate([[0], np.cumsum([len(character.encode()) for character in rendered.text], dtype=np.int64)])
-    columns: dict[str, list[np.ndarray]] = {"position": [], "response": [], "begin": [], "end": [], "end_of_turn": []}
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ROWS}
     content_bytes: list[int] = []
     tokens = len(encoded.ids)
     for index, (response, content) in enumerate(zip(rendered.responses, conversation.responses, strict=True)):
-        begin, end, gap_end = (int(at[character]) for character in (response.begin, response.end, response.gap_end))
-        rows = _content_rows(encoded.spans, begin, end)
+        places = response.asked, response.begin, response.end, response.gap_end
+        asked, begin, end, gap_end = (int(at[character]) for character in places)
+        lead, own = _lead_rows(encoded.spans, asked, begin), _content_rows(encoded.spans, begin, end)
+        rows = np.concatenate([lead, own])
         closing = _end_of_turn(encoded.ids, encoded.spans, end, gap_end, template.end_of_turn)
         positions = np.append(rows, closing) if closing is not None else rows
-        if not len(rows):
+        if not len(own):
             raise RejectedError("a response has no tokens of its own")
         if rows[0] == 0:
             raise RejectedError("a response begins the text, so that nothing predicts its first token")
@@ -51,6 +55,7 @@ def prepare_conversation(
         columns["begin"].append(_with_end(spans[:, 0], width, closing) + skipped)
         columns["end"].append(_with_end(np.minimum(spans[:, 1], width), width, closing) + skipped)
         columns["end_of_turn"].append(np.arange(len(positions)) >= len(rows))
+        columns["lead"].append(np.arange(len(positions)) < len(lead))
         content_bytes.append(width)
     if not content_bytes:
         raise RejectedError(f"its first response ends after max_length ({max_length} tokens)")
@@ -59,11 +64,7 @@ def prepare_conversation(
         Prepared(
             id=conversation.id,
             input_ids=encoded.ids[: min(tokens, max_length)],
-            position=joined["position"].astype(np.int32),
-            response=joined["response"].astype(np.int32),
-            begin=joined["begin"].astype(np.int32),
-            end=joined["end"].astype(np.int32),
-            end_of_turn=joined["end_of_turn"].astype(bool),
+            **{name: joined[name].astype(kind) for name, kind in ROWS.items()},
             content_bytes=np.asarray(content_bytes, dtype=np.int32),
         ),
         {
@@ -83,11 +84,18 @@ def _check(conversation: Conversation) -> None:
         raise RejectedError("an assistant turn is empty")
 
 
+def _lead_rows(spans: np.ndarray, asked: int, begin: int) -> np.ndarray:
+    """Tokens between the asked prompt and the content that begins at byte `begin`, those without width counted (the `▁` of a
+    tokenizer that puts one after an added token): the model has to write them before the answer."""
+    wide = spans[:, 1] > spans[:, 0]
+    return np.flatnonzero((spans[:, 0] >= asked) & np.where(wide, spans[:, 1] <= begin, spans[:, 0] <= begin))
+
+
 def _content_rows(spans: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Tokens that cover bytes of `[begin, end)`, and those without width that stand before one of them."""
+    """Tokens that cover bytes of `[begin, end)`, and those without width inside it."""
     wide = spans[:, 1] > spans[:, 0]
     covers = wide & (spans[:, 0] < end) & (spans[:, 1] > begin)
-    dummy = ~wide & (spans[:, 0] >= begin) & (spans[:, 0] < end)
+    dummy = ~wide & (spans[:, 0] > begin) & (spans[:, 0] < end)
     return np.flatnonzero(covers | dummy)
 
 

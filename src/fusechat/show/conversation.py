@@ -81,7 +81,7 @@ class Branch:
 def _starts(prepared: Prepared) -> np.ndarray:
     """int64 [n]: a number for each place at which a token starts; the ends of turn of a response are one place."""
     begin = np.where(prepared.end_of_turn, (1 << 32) - 1, np.maximum(prepared.begin, 0)).astype(np.int64)
-    return (prepared.response.astype(np.int64) << 32) + begin
+    return ((prepared.response.astype(np.int64) << 32) + begin)[~prepared.lead]
 
 
 def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
@@ -141,6 +141,7 @@ class _Row:
             ids=self.prepared.gold[rows],
             spans=spans,
             end_of_turn=self.prepared.end_of_turn[rows],
+            lead=self.prepared.lead[rows],
         )
         self.exact &= all(token.end_of_turn or data[token.begin : token.end] in token.data for token in tokens)
         return tuple(

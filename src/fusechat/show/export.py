@@ -14,7 +14,7 @@ def to_json(shown: Shown) -> dict[str, Any]:
         "pivot": _model(shown.pivot, pivot),
         "source": _model(shown.source, source),
         "shared_starts": shown.shared,
-        "coverage_of_positions": shown.shared / len(pivot) if pivot else None,
+        "coverage_of_positions": shown.coverage,
         "pivot_tokens_inside_a_source_token": shown.inside,
         "notes": list(shown.notes),
         "passages": [
@@ -46,6 +46,7 @@ def _token(token: Token) -> dict[str, Any]:
         "end": token.end,
         "special": token.special,
         **({"end_of_turn": True} if token.end_of_turn else {}),
+        **({"lead": True} if token.lead else {}),
         **({"distribution": _distribution(token.forecast)} if token.forecast is not None else {}),
     }
 

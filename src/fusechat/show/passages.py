@@ -40,7 +40,8 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Token:
-    """`begin`, `end`: its bytes in the text; the end of turn, which is no byte of the text, stands one past the last."""
+    """`begin`, `end`: its bytes in the text; the end of turn, which is no byte of the text, stands one past the last, and a `lead`
+    token, of the template before the text, has none."""
 
     id: int
     piece: str  # as the vocabulary spells it
@@ -50,6 +51,7 @@ class Token:
     special: bool
     glyphs: tuple[Glyph, ...]
     end_of_turn: bool = False
+    lead: bool = False
     forecast: Forecast | None = None
 
     @property
@@ -125,6 +127,12 @@ class Shown:
         return [token for passage in self.passages for token in getattr(passage, row)]
 
     @property
+    def coverage(self) -> float | None:
+        """The share of the pivot's tokens that do; lead tokens are not counted. None where there is no token."""
+        tokens = sum(not token.lead for token in self.tokens("pivot"))
+        return self.shared / tokens if tokens else None
+
+    @property
     def shared(self) -> int:
         """How many pivot tokens start at a byte at which a source token starts."""
         return sum(partner >= 0 for passage in self.passages for partner in passage.partner)
@@ -140,22 +148,30 @@ class Shown:
 
 
 def bytes_per_token(tokens: Sequence[Token]) -> float | None:
-    """Bytes of text per token, the end of turn left out; None where there is no token."""
-    content = [token for token in tokens if not token.end_of_turn]
+    """Bytes of text per token, the end of turn and lead tokens left out; None where there is no token."""
+    content = [token for token in tokens if not token.end_of_turn and not token.lead]
     return sum(token.end - token.begin for token in content) / len(content) if content else None
 
 
 def tokens_of(
-    table: Any, data: bytes, *, ids: np.ndarray, spans: np.ndarray, end_of_turn: np.ndarray | None = None
+    table: Any,
+    data: bytes,
+    *,
+    ids: np.ndarray,
+    spans: np.ndarray,
+    end_of_turn: np.ndarray | None = None,
+    lead: np.ndarray | None = None,
 ) -> tuple[Token, ...]:
     """The tokens of a text's bytes `data`: ids [n], spans [n, 2], which may begin before the text, and which of them are an
-    end of turn, bool [n]. `table` is the tokenizer's `TokenBytes`."""
+    end of turn, or lead, bool [n]. `table` is the tokenizer's `TokenBytes`."""
     closing = np.zeros(len(ids), dtype=bool) if end_of_turn is None else end_of_turn
+    before = np.zeros(len(ids), dtype=bool) if lead is None else lead
     begins = np.where(closing, len(data), np.maximum(spans[:, 0], 0)).tolist()
-    ends = np.where(closing, len(data) + 1, spans[:, 1]).tolist()
+    ends = np.where(closing, len(data) + 1, np.where(before, begins, spans[:, 1])).tolist()
+    columns = zip(ids.tolist(), begins, ends, closing.tolist(), before.tolist(), strict=True)
     return tuple(
-        _token(table, token, data=data, span=(begin, end), end_of_turn=closes)
-        for token, begin, end, closes in zip(ids.tolist(), begins, ends, closing.tolist(), strict=True)
+        replace(_token(table, token, data=data, span=(begin, end), end_of_turn=closes), lead=leads)
+        for token, begin, end, closes, leads in columns
     )
 
 

@@ -60,8 +60,7 @@ def summary(shown: Shown) -> Iterator[str]:
         average = bytes_per_token(tokens)
         per_token = f", {average:.2f} bytes per token" if average is not None else ""
         yield f"{row:<{_GUTTER}}{model.label}: {len(tokens):,} {'token' if len(tokens) == 1 else 'tokens'}{per_token}"
-    pivot = rows[0][2]
-    share = f", {shown.shared / len(pivot):.1%} of the pivot's tokens" if pivot else ""
+    share = f", {shown.coverage:.1%} of the pivot's tokens" if shown.coverage is not None else ""
     yield f"shared starts: {shown.shared:,}{share}"
     yield f"pivot tokens that begin inside a source token: {shown.inside:,}"
     for row, model, _ in rows:
