@@ -33,14 +33,21 @@ class Chatter:
         return digest_json([self.identity, self.chat_template, self.reference.trust_remote_code])
 
     def tokenizer(self) -> Any:
-        from fusechat.core.models import load_tokenizer
+        from fusechat.core.tokenizer import load_tokenizer
 
         return load_tokenizer(self.directory, trust_remote_code=self.reference.trust_remote_code)
+
+    def class_tokenizer(self) -> Any | None:
+        """What Transformers would take for the tokenizer by itself, where that is another one."""
+        from fusechat.core.tokenizer import class_tokenizer
+
+        return class_tokenizer(self.directory, trust_remote_code=self.reference.trust_remote_code)
 
     def template(self) -> Any:
         from fusechat.core.templates import ChatTemplate
 
-        return ChatTemplate(self.tokenizer(), self.chat_template, f"{self.name} ({self.reference})")
+        name = f"{self.name} ({self.reference})"
+        return ChatTemplate(self.tokenizer(), self.chat_template, name, by_class=self.class_tokenizer())
 
     def vocabulary_size(self) -> int:
         """How many tokens the model knows; a padded vocabulary has more than the tokenizer."""

@@ -1,7 +1,7 @@
-"""Loading models and tokenizers with Transformers: never remote code that the recipe does not trust, never a pickle."""
+"""Loading models with Transformers: never remote code that the recipe does not trust, never a pickle."""
 
 import os
-from functools import cache, lru_cache
+from functools import cache
 from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,6 @@ def quiet_transformers() -> None:
     getLogger("accelerate.big_modeling").setLevel(ERROR)  # where weights are is what the user asked for
 
 
-@lru_cache(maxsize=8)
-def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The fast tokenizer of a model directory."""
-    quiet_transformers()
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise _model_error(directory, "its tokenizer", error) from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{directory}: has only a slow tokenizer; a tokenizer.json is needed")
-    return tokenizer
-
-
 def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
     """How many rows the embedding of a model directory has, by its configuration; no weights are read."""
     quiet_transformers()
@@ -53,7 +38,7 @@ def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         return int(config.get_text_config().vocab_size)
     except Exception as error:
-        raise _model_error(directory, "its configuration", error) from error
+        raise model_error(directory, "its configuration", error) from error
 
 
 def quantised(directory: Path) -> str | None:
@@ -95,7 +80,7 @@ def load_model(
             output_loading_info=True,
         )
     except Exception as error:
-        raise _model_error(directory, "the model", error) from error
+        raise model_error(directory, "the model", error) from error
     refuse_missing(report, str(directory))
     if not keeps_logits(model):
         log.warning(
@@ -169,7 +154,7 @@ def stop_tokens(model: Any, tokenizer: Any, end_of_turn: int | None) -> set[int]
     return {token for token in every if token is not None}
 
 
-def _model_error(directory: Path, what: str, error: Exception) -> Exception:
+def model_error(directory: Path, what: str, error: Exception) -> Exception:
     """A line about the user's model where that is what failed; the disk's and our own failures stay what they are."""
     if isinstance(error, MemoryError | AttributeError | NameError):
         return error

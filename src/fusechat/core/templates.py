@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from fusechat.core.conversations import Message
 from fusechat.core.spans import encode_with_spans
 from fusechat.core.token_bytes import token_bytes
@@ -44,11 +46,12 @@ class Rendered:
 class ChatTemplate:
     """One model's chat template: its own, or the one that the recipe gives.
 
-    `end_of_turn` is the id of the token that the template writes after a response, or None where it writes none.
+    `end_of_turn` is the id of the token that the template writes after a response, or None where it writes none. `by_class`: the
+    tokenizer that Transformers' class for the model is, where that differs from `tokenizer.json`.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None, model: str) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, template: str | None, model: str, *, by_class: Any | None = None) -> None:
+        self.tokenizer, self._by_class = tokenizer, by_class
         self.template = template or tokenizer.chat_template
         if not self.template:
             raise ModelError(f"{model}: has no chat template; a recipe can give it one: set chat_template for it")
@@ -87,6 +90,15 @@ class ChatTemplate:
                 raise
             return self.prompt(folded)
         return answered[: self._asked(messages, answered, answered.rindex(_OPEN))]
+
+    def makes_other_tokens(self, text: str, ids: np.ndarray) -> bool:
+        """Whether the tokenizer that Transformers takes by itself makes other tokens of a text than `ids`."""
+        if self._by_class is None:
+            return False
+        try:
+            return bool(self._by_class(text, add_special_tokens=False)["input_ids"] != ids.tolist())
+        except Exception:  # a class for another kind of vocabulary may fail on any text
+            return True
 
     def _asked(self, before: Sequence[Message], text: str, begin: int) -> int:
         """Where in the rendered `text` the asked prompt of the response to the messages `before` ends; its content begins at

