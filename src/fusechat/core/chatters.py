@@ -61,13 +61,3 @@ class Chatter:
 
         trust = self.reference.trust_remote_code
         return load_model(self.directory, dtype=dtype, device=device, trust_remote_code=trust, **spread)
-
-    def save_tokenizer(self, target: Path) -> None:
-        """Writes the tokenizer with the chat template that the recipe gives, else its own."""
-        tokenizer = self.tokenizer()
-        own = tokenizer.chat_template
-        try:
-            tokenizer.chat_template = self.chat_template or own
-            tokenizer.save_pretrained(target)
-        finally:
-            tokenizer.chat_template = own  # the tokenizer is shared by all who load it

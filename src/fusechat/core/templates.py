@@ -91,6 +91,11 @@ class ChatTemplate:
             return self.prompt(folded)
         return answered[: self._asked(messages, answered, answered.rindex(_OPEN))]
 
+    def text(self, messages: Sequence[Message], *, ask: bool = False) -> str:
+        """What the template writes for these messages, with its own generation prompt where `ask` is set. Raises UnrenderableError
+        with the reason."""
+        return self._apply(messages, ask=ask)
+
     def makes_other_tokens(self, text: str, ids: np.ndarray) -> bool:
         """Whether the tokenizer that Transformers takes by itself makes other tokens of a text than `ids`."""
         if self._by_class is None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from fusechat.core.asking import asking
 from fusechat.core.files import digest, digest_json, read_json, write_json, write_text
 from fusechat.core.memory import free_memory, out_of_memory
 from fusechat.core.models import choose_device
@@ -141,7 +142,10 @@ def _measure(
     template = chatter.template()
     tokenizer = template.tokenizer
     own = tokenizer.chat_template
-    tokenizer.chat_template = template.template
+    asks = asking(template)
+    if not asks.exact:
+        log.warning("harness: %s: %s", chatter.name, asks.note)
+    tokenizer.chat_template = asks.template
     try:
         model = HFLM(pretrained=chatter.model(dtype=dtype, device=place), tokenizer=tokenizer, batch_size=batch_size)
         # It would ask git for the commit of the current directory, and git complains where there is none.

@@ -9,6 +9,7 @@ from typing import Any
 
 from fusechat.config import PIVOT, Recipe
 from fusechat.core import ranks
+from fusechat.core.chat_files import write_chat_files
 from fusechat.core.distributions import open_distributions
 from fusechat.core.files import atomic_directory, write_text
 from fusechat.core.progress import log, progress
@@ -231,7 +232,7 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
     write_text(directory / LOSSES, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
     with atomic_directory(directory / MODEL) as saved:
         model.save_pretrained(saved)
-        pivot.save_tokenizer(saved)
+        write_chat_files(pivot, saved, name=f"fuse {target}")
         seal(directory / SEALED, saved, directory / LOSSES)
 
 

@@ -14,6 +14,7 @@ def model_card(
     pivot: str,
     sources: dict[str, str],
     data: dict[str, str],
+    how_to_ask: str | None,
     coefficients: dict[str, float],
     recipe: dict[str, Any],
 ) -> str:
@@ -29,6 +30,7 @@ def model_card(
         pivot=portable(pivot),
         sources=portable(sources),
         data=data,
+        how_to_ask=how_to_ask,
         coefficients=coefficients,
         recipe=yaml.safe_dump(portable(recipe), sort_keys=False, allow_unicode=True, width=100),
     )

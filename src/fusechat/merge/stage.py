@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.config import PIVOT, Recipe
+from fusechat.core.chat_files import how_to_ask, write_chat_files
 from fusechat.core.chatters import Chatter
 from fusechat.core.files import write_json
 from fusechat.core.progress import BYTES, progress
@@ -61,12 +62,14 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
         report = make_report(job, tensors)
         write_json(directory / REPORT, report)
         copy_files(pivot.directory, building, job.plan.pieces)
-        pivot.save_tokenizer(building)
+        write_chat_files(pivot, building, name="merge")
         (building / "README.md").write_text(_card(recipe, pivot, report), encoding="utf-8")
         forget_parts(job, building)
         seal(directory / SEALED, building, directory / REPORT)
         building.rename(model)
-    return {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
+    note = how_to_ask(pivot)
+    found = {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
+    return found | ({"how_to_ask": note} if note else {})
 
 
 def _sources(recipe: Recipe) -> list[str]:
@@ -83,6 +86,7 @@ def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
         method=recipe.merge.method,
         pivot=str(pivot.reference),
         sources={name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
+        how_to_ask=how_to_ask(pivot),
         data={name: ", ".join(Path(data.path).name for data in recipe.sets_of(name)) for name in _sources(recipe)},
         coefficients=report["mean_coefficients"],
         recipe=recipe.model_dump(exclude_none=True, by_alias=True),

@@ -32,6 +32,8 @@ _ALIGNMENT = {
     "rows of W": ("map_rows", "d"),
     "entropy of W (bits)": ("map_entropy_bits", "f"),
     "back-offs, by mass": ("back_off_mass", ""),
+    "tokens before an answer": ("lead_positions", "d"),
+    "of these with a source's": ("lead_positions_aligned", "d"),
 }
 
 
@@ -56,6 +58,7 @@ class Contents:
     recipe: str
     seed: int
     versions: dict[str, str]
+    how_to_ask: str | None = None  # the fused model, where its template alone does not see to it
 
 
 def render_page(contents: Contents) -> str:

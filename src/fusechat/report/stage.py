@@ -59,6 +59,7 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
                 recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=100
             ),
             seed=recipe.seed,
+            how_to_ask=(upstream["merge"].manifest() or {})["counts"].get("how_to_ask"),
             versions={
                 **(upstream["merge"].manifest() or {})["versions"],
                 "Python": platform.python_version(),

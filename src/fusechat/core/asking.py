@@ -1,0 +1,91 @@
+"""A chat template whose generation prompt is the asked prompt, for other programs than this one.
+
+Some templates write text between their generation prompt and the answer of a whole conversation, so that a model that learned from
+whole conversations is asked in a form that it never saw. What is saved with such a model is a template that asks as it was taught.
+"""
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from fusechat.core.conversations import Message
+from fusechat.core.templates import ChatTemplate, UnrenderableError
+
+_SWITCHES = ("enable_thinking", "thinking")  # variables that templates of reasoning models ask for
+_USER, _ANSWER = Message("user", "Why?"), Message("assistant", "So it is.")
+_PROBES = ([_USER], [Message("system", "Be brief."), _USER], [_USER, _ANSWER, _USER])
+
+
+@dataclass(frozen=True)
+class Asking:
+    """`template`: the chat template to save. `note`: what a user of the model should know of it, None where it is as it was.
+    `exact`: whether its generation prompt is what the model was trained after."""
+
+    template: str
+    note: str | None = None
+    exact: bool = True
+
+
+def asking(template: ChatTemplate) -> Asking:
+    """The template itself if it asks as it teaches, else with as little changed as makes it do so and leaves conversations as they
+    are; where nothing does, the template itself and a note."""
+    pairs = [(probe, prompt) for probe in _PROBES if (prompt := _prompt(template, probe)) is not None]
+    texts = [_render(template, template.template, probe) for probe, _ in pairs]
+    for changed, note in _candidates(template, pairs):
+        asks = all(_render(template, changed, probe, ask=True) == prompt for probe, prompt in pairs)
+        if asks and [_render(template, changed, probe) for probe, _ in pairs] == texts:
+            return Asking(changed, note)
+    prompt = pairs[0][1] if pairs else ""
+    shown = json.dumps(prompt, ensure_ascii=False)
+    return Asking(
+        template.template,
+        f"its chat template's own generation prompt is not what it was trained after; ask it after the text {shown}, "
+        "with the question in the place of Why?",
+        exact=False,
+    )
+
+
+def _candidates(template: ChatTemplate, pairs: Sequence[tuple[list[Message], str]]) -> Iterator[tuple[str, str | None]]:
+    """Templates to try, the least changed first, each with its note."""
+    own = template.template
+    yield own, None
+    for name in _SWITCHES:
+        yield (
+            f"{{%- if {name} is not defined %}}{{%- set {name} = false %}}{{%- endif %}}{own}",
+            (
+                f"its chat template has {name} set to false unless a program sets it: it was trained on answers without reasoning"
+            ),
+        )
+    for probe, prompt in pairs[:1]:
+        text = _render(template, own, probe, ask=True) or ""
+        note = "its chat template's generation prompt ends with what stood before the answers that it was trained on"
+        if prompt.startswith(text):
+            yield f"{own}{{% if add_generation_prompt %}}{{{{ {json.dumps(prompt[len(text) :])} }}}}{{% endif %}}", note
+        if text.rstrip(" ") == prompt:
+            yield (
+                (
+                    f"{{% set fusechat_text %}}{own}{{% endset %}}"
+                    "{{ fusechat_text.rstrip(' ') if add_generation_prompt else fusechat_text }}"
+                ),
+                "its chat template's generation prompt ends without a space: tokens begin with theirs",
+            )
+
+
+def _prompt(template: ChatTemplate, probe: Sequence[Message]) -> str | None:
+    """What the model is asked by; None for a conversation that the template refuses, or takes only with its system text moved."""
+    try:
+        prompt = template.prompt(probe)
+    except UnrenderableError:
+        return None
+    answered = _render(template, template.template, [*probe, _ANSWER])
+    return prompt if answered is not None and answered.startswith(prompt) else None
+
+
+def _render(template: ChatTemplate, text: str, probe: Sequence[Message], *, ask: bool = False) -> str | None:
+    other = copy.copy(template)
+    other.template = text
+    try:
+        return other.text(probe, ask=ask)
+    except UnrenderableError:
+        return None

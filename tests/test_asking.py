@@ -1,0 +1,150 @@
+"""Other programs ask a fused model after the text that it was taught after, and stop where its turn ends."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import families
+import runs
+import tiny
+from fusechat.core.asking import asking
+from fusechat.core.chat_files import write_chat_files
+from fusechat.core.chatters import Chatter
+from fusechat.core.conversations import Conversation, Message
+from fusechat.core.references import Reference
+from fusechat.core.templates import ChatTemplate
+from fusechat.pipeline import run
+from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.recipe_file import load_recipe
+from test_lead_rows import OPENCHAT, THOUGHTS, TWO_TEXTS, UNASKED
+
+ANSWERS = ["Four eggs.", "4 eggs."]
+
+
+def test_the_saved_template_asks_as_training_did(models: dict[str, Path], tmp_path: Path) -> None:
+    """Transformers' own tokens of the saved template's prompt are those before the first token that was learnt, without a
+    word of what the caller should set; a whole conversation has the tokens that it had."""
+    for number, (kind, template, note) in enumerate(
+        [
+            ("llama", None, None),
+            ("mistral", None, None),
+            ("mistral", OPENCHAT, None),
+            ("gemma", tiny.TEMPLATE, "without a space"),
+            ("llama", THOUGHTS, "enable_thinking set to false"),
+            ("llama", families.QWEN_3, "ends with what stood before the answers"),
+            ("mistral", UNASKED.replace("'\\n'", "eos_token"), "ends with what stood before the answers"),
+        ]
+    ):
+        directory = tmp_path / str(number)
+        shutil.copytree(models[kind], directory)
+        chatter = Chatter("pivot", Reference((str(models[kind]),)), template)
+        write_chat_files(chatter, directory, name="x")
+        own, saved = chatter.template(), AutoTokenizer.from_pretrained(directory)
+        found = asking(own)
+        assert found.exact
+        assert (found.note or "").find(note or "") >= 0
+        assert (found.note is None) == (note is None) == (saved.chat_template == own.template)
+        for answer in ANSWERS:
+            messages = Message("user", "How many?"), Message("assistant", answer)
+            rows, _ = prepare_conversation(Conversation(messages, "here"), own, max_length=99)
+            turns = [{"role": message.role, "content": message.content} for message in messages]
+            whole = saved.apply_chat_template(turns, tokenize=False)
+            asked = saved.apply_chat_template(turns[:1], add_generation_prompt=True, tokenize=False)
+            ids = saved(asked, add_special_tokens=False)["input_ids"]
+            assert ids == rows.input_ids[: rows.position[0]].tolist(), (number, asked)
+            assert saved(whole, add_special_tokens=False)["input_ids"][: len(rows.input_ids)] == rows.input_ids.tolist()
+
+
+def test_a_program_may_still_ask_for_thoughts(models: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+    tokenizer.chat_template = asking(ChatTemplate(tokenizer, THOUGHTS, "x")).template
+    turns = [{"role": "user", "content": "a"}]
+    texts = [
+        tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **options)
+        for options in ({}, {"enable_thinking": False}, {"enable_thinking": True})
+    ]
+    assert texts[0] == texts[1] == texts[2] + "<think>\n\n</think>\n\n"
+
+
+def test_where_no_template_asks_so_a_note_says_what_to_ask_by(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(models["mistral"], tmp_path / "model")
+    chatter = Chatter("pivot", Reference((str(models["mistral"]),)), TWO_TEXTS)
+    write_chat_files(chatter, tmp_path / "model", name="merge")
+    (line,) = [line for line in caplog.messages if "generation prompt" in line]
+    assert line.startswith("merge: its chat template's own generation prompt is not what it was trained after")
+    assert '"<U>Why?<A></think>"' in line
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == TWO_TEXTS
+
+
+# -- where answers end ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model: its sequences end with <|endoftext|>, and it has no chat template."""
+    directory = tmp_path_factory.mktemp("base") / "model"
+    shutil.copytree(models["llama"], directory)
+    (directory / "chat_template.jinja").unlink()
+    for name, change in (
+        ("tokenizer_config.json", {"eos_token": "<|endoftext|>"}),
+        ("config.json", {"eos_token_id": 0}),
+        ("generation_config.json", {"eos_token_id": 0}),
+    ):
+        file = directory / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    return directory
+
+
+def test_generation_stops_where_the_recipes_template_ends_a_turn(base: Path, tmp_path: Path) -> None:
+    """A base pivot under ChatML from the recipe, from training to the fused model, by Transformers alone."""
+    recipe = runs.write_recipe(
+        tmp_path,
+        {"llama": base, "mistral": base, "gemma": base},
+        pivot={"model": str(base), "chat_template": families.CHATML},
+        sources={"other": {"model": str(base), "chat_template": families.CHATML}},
+        fuse={"training": {"max_steps": 1, "per_device_train_batch_size": 2}},
+    )
+    run(load_recipe(recipe), tmp_path / "work", until="merge")
+    for directory in (tmp_path / "work" / "fuse" / "other" / "model", tmp_path / "work" / "merge" / "model"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        assert tokenizer.eos_token == "<|im_end|>"
+        assert GenerationConfig.from_pretrained(directory).eos_token_id == [0, end]
+        turns = [{"role": "user", "content": "Hi"}]
+        asked = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        model = AutoModelForCausalLM.from_pretrained(directory)
+        output = model.generate(**asked, max_new_tokens=9, do_sample=False, logits_processor=[_ends_third(end, asked)])
+        assert output.shape[1] == asked["input_ids"].shape[1] + 3
+
+
+def _ends_third(token: int, asked: Any) -> Any:
+    """Makes `token` the third of an answer, and a plain one all others."""
+
+    def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        wanted = token if ids.shape[1] == asked["input_ids"].shape[1] + 2 else 50
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([wanted]), 0.0)
+
+    return process
+
+
+def test_what_ends_generation_already_stays(models: dict[str, Path], tmp_path: Path) -> None:
+    """The model's own template, whose end of turn is not the tokenizer's end of sequence: only generation is told."""
+    for number, (before, expected) in enumerate([(0, [0, 2]), ([0, 2], [0, 2]), (None, 2)]):
+        directory = tmp_path / str(number)
+        shutil.copytree(models["llama"], directory)
+        (directory / "generation_config.json").unlink()
+        if before is not None:
+            (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": before, "top_k": 7}))
+        config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": None}
+        (directory / "config.json").write_text(json.dumps(config))
+        write_chat_files(Chatter("pivot", Reference((str(models["llama"]),))), directory, name="x")
+        settings = GenerationConfig.from_pretrained(directory)
+        assert settings.eos_token_id == expected
+        assert settings.top_k == (7 if before is not None else settings.top_k)
