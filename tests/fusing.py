@@ -86,12 +86,12 @@ def prepared_set(directory: Path, conversations: Sequence[Prepared]) -> Prepared
 
 
 def naive_cross_entropy(rows: Prepared, values: Sequence[float], responses: Sequence[int], unit: str) -> float:
-    """Nats per byte or token of the content of `responses`."""
+    """Nats per byte or token of the content of `responses`; tokens before it have nats alone."""
     nats, tokens = 0.0, 0
     for row in range(len(rows.position)):
         if rows.response[row] in responses and not rows.end_of_turn[row]:
             nats += float(values[row])
-            tokens += 1
+            tokens += not rows.lead[row]
     return nats / (sum(int(rows.content_bytes[one]) for one in responses) if unit == "byte" else tokens)
 
 

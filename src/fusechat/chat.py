@@ -50,7 +50,7 @@ def talk(
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(stops, default=0),
                 streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
             )
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         messages.append(Message("assistant", answer))
 
 
