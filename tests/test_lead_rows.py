@@ -1,20 +1,29 @@
 """Tokens between the text that a model is asked by and its answer: learnt, aligned where both models write them, of no bytes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+import runs
 import tiny
 from aligning import conversation, gold_nll_of, prepared, sparse, toy
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
+from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import Conversation, Message
 from fusechat.core.prepared import Prepared, PreparedSet, write_prepared
+from fusechat.core.references import Reference
 from fusechat.core.templates import ChatTemplate
+from fusechat.evaluate.answers import Prompt
+from fusechat.evaluate.generate import Generator
 from fusechat.fuse.choice import Candidate, Rule, cross_entropies
 from fusechat.fuse.student import Comparison
+from fusechat.pipeline import run
 from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.recipe_file import load_recipe
 
 ANSWERS = ["Four eggs.", "4 eggs.", "北京是首都。", "😀 hi", "the capital", "3"]
 # How templates of known models treat what stands before an answer, in a few words.
@@ -219,3 +228,35 @@ def test_the_space_costs_nats_and_has_no_bytes() -> None:
         found = Comparison.without_sources(rows, Rule(unit=unit, against="student"))
         assert found.counted.tolist() == [True, True, True, False]
         assert found.size.tolist() == [size]
+
+
+def test_answers_that_begin_with_a_lone_space_are_learnt_and_asked_for(models: dict[str, Path], tmp_path: Path) -> None:
+    """Trained on a few answers until it knows them, a model gives them when asked, whatever they begin with."""
+    answers = {"How many?": "4 eggs.", "Capital?": "北京", "Mood?": "😀 hi", "Which?": "the capital"}
+    lines = [
+        json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]})
+        for q, a in answers.items()
+    ]
+    training = {
+        "max_steps": 60,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "lr_scheduler_type": "constant",
+    }
+    recipe = runs.write_recipe(
+        tmp_path,
+        models,
+        pivot=str(models["mistral"]),
+        sources={"gemma": {"model": str(models["gemma"]), "chat_template": tiny.TEMPLATE}},
+        targets={"plain": []},
+        data={"train": "few.jsonl", "max_length": 256},
+        fuse={"training": training},
+    )
+    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    run(load_recipe(recipe), tmp_path / "work", until="fuse")
+    chatter = Chatter("plain", Reference((str(tmp_path / "work" / "fuse" / "plain" / "model"),)))
+    generator = Generator(chatter, dtype="float32", device="cpu", batch_tokens=999, seed=0)
+    prompts = [Prompt(q, (("user", q),), 0.0, 20) for q in answers]
+    found: dict[str, Any] = {}
+    generator.answer(prompts, lambda index, answer: found.update({prompts[index].key: answer.text}), [False] * 4)
+    assert found == answers
