@@ -132,3 +132,38 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
     train(trainer_of(student(models["llama"], None), data, tmp_path, **settings), silent)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{STEPS}"]
+
+
+@pytest.mark.parametrize("named", ["relative", "absolute"])
+def test_resumed_from_another_directory_or_after_a_move(
+    models: dict[str, Path], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """Where the best checkpoint lies is written as a path: it is found beside the others, wherever these are and whoever looks."""
+    data = fusion_data(work, "mistral")
+    held_out = {"data": Validation(PreparedSet(work / "prepare" / "pivot" / "data-held-out"))}
+
+    def begin(place: Path) -> Any:
+        return trainer_of(student(models["llama"], None), data, place, held_out=held_out, **BEST | {"max_steps": 9})
+
+    monkeypatch.chdir(tmp_path)
+    whole = begin(Path("whole"))
+    log = train(whole, silent)
+    place = Path("work") if named == "relative" else tmp_path / "work"
+    stopped = begin(place)
+    stop_at(stopped, 8)
+    with pytest.raises(StopError):
+        train(stopped, silent)
+    kept = sorted(path.name for path in (tmp_path / "work").iterdir())
+    assert len(kept) == 2, "the best and the last"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    there = Path("..") / "work"
+    if named == "absolute":
+        there = (tmp_path / "work").rename(tmp_path / "elsewhere" / "moved")
+    assert last_checkpoint(there) == there / "checkpoint-6"
+    assert sorted(path.name for path in there.iterdir()) == kept, "nothing is deleted"
+    again = begin(there)
+    assert train(again, silent) == log
+    assert again.state.best_model_checkpoint == str(there / f"checkpoint-{again.state.best_global_step}")
+    for name, tensor in again.model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name

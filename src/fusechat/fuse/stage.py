@@ -193,7 +193,7 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
     pivot, fuse, device = recipe.chatter(PIVOT), recipe.fuse, choose_device(recipe.device)
     arguments = training_arguments(
         fuse.training,
-        output=directory / "checkpoints",
+        output=(directory / "checkpoints").absolute(),
         seed=recipe.seed,
         device=str(device),
         name=f"{recipe.name}-{target}",

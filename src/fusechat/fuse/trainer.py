@@ -242,10 +242,18 @@ def _wrong(checkpoint: Path, before: list[Path]) -> str | None:
             return f"{name} is missing"
         if written.get(name) != digest(files[name]):
             return f"{name} is not what was written (its checksum differs)"
-    best = json.loads(files["trainer_state.json"].read_text(encoding="utf-8")).get("best_model_checkpoint")
-    if best is not None and Path(best).resolve() not in [one.resolve() for one in (*before, checkpoint)]:
+    best = best_of(checkpoint)
+    if best is not None and best not in (*before, checkpoint):
         return f"{best}, the best so far, is not there"
     return None
+
+
+def best_of(checkpoint: Path) -> Path | None:
+    """The best checkpoint so far, as this one has it: one beside it. Its path was written from where that training ran, so that
+    nothing but its name holds in another directory."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    best = state.get("best_model_checkpoint")
+    return None if best is None else checkpoint.with_name(Path(best).name)
 
 
 def _files(checkpoint: Path) -> dict[str, Path]:

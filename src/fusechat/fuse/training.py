@@ -15,7 +15,7 @@ from fusechat.core import ranks
 from fusechat.core.progress import Advance, log
 from fusechat.errors import RecipeError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
-from fusechat.fuse.trainer import FusionTrainer, last_checkpoint, steps_an_epoch
+from fusechat.fuse.trainer import FusionTrainer, best_of, last_checkpoint, steps_an_epoch
 from fusechat.fuse.validation import Validation
 
 _PROJECT = "fusechat"  # of Weights & Biases, where the user names none
@@ -26,6 +26,13 @@ class _Watch(TrainerCallback):
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
+        self.best: Path | None = None  # of a checkpoint that is gone on from
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What a checkpoint says of where it lay, and of when to log, save and evaluate, gives way to what holds now."""
+        state.compute_steps(args, state.max_steps)
+        if self.best is not None:
+            state.best_model_checkpoint = str(self.best)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(1)
@@ -122,6 +129,9 @@ def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None)
         step = int(checkpoint.name.rpartition("-")[2])
         trainer.state.global_step = step
         trainer._forget()
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, _Watch):
+                callback.best = best_of(checkpoint)
         advance(step)
     with _logging_to(logs):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
