@@ -1,6 +1,9 @@
 """Steps: what their fingerprints depend on, in what state they are, and what of their directories survives."""
 
 import json
+import logging
+import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -297,3 +300,130 @@ def test_contents_that_came_out_different_are_passed_on(tmp_path: Path) -> None:
     (upper.directory / "out").unlink()
     assert upper.run()
     assert lower.state()[0] == "done", "the same bytes again change nothing"
+
+
+# -- going on -----------------------------------------------------------------------------------------------------------
+
+
+def heard(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return lines
+
+
+@pytest.fixture
+def telling(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("fusechat"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="fusechat")
+    return caplog
+
+
+def test_settings_that_do_not_count_make_nothing_stale(tmp_path: Path) -> None:
+    def without_pace(settings: Any) -> dict[str, Any]:
+        return {key: value for key, value in settings.items() if key != "pace"}
+
+    def of(k: int, pace: int, **changes: Any) -> Step:
+        return step(tmp_path / "s", {"k": k, "pace": pace}, counted=without_pace, **changes)
+
+    assert of(1, 1).fingerprint == of(1, 2).fingerprint != of(2, 1).fingerprint
+    with pytest.raises(KilledError):
+        of(1, 1, work=killed_after("shard-0")).run()
+    assert of(1, 2).state()[0] == "partial"
+    of(1, 2).run()
+    assert of(1, 3).state() == ("done", "")
+    assert read_json(tmp_path / "s" / MANIFEST)["inputs"]["settings"] == {"k": 1, "pace": 2}, "all are written down"
+    assert of(2, 3).state() == ("stale", "settings.k changed")
+
+
+def test_what_was_begun_from_other_contents_is_not_gone_on_from(
+    tmp_path: Path, telling: pytest.LogCaptureFixture
+) -> None:
+    """One fingerprint, other bytes above: what a killed run, or a damaged step of whole files, has of the old ones goes."""
+    texts = iter(["first", "second", "third"])
+    above = step(tmp_path / "up", {"x": 1}, name="above", work=lambda directory: writing(text=next(texts))(directory))
+
+    def lower(work: Any = None) -> Step:
+        return step(tmp_path / "s", upstream={"up": above}, whole_files=True, work=work or shards)
+
+    def shards(directory: Path) -> dict[str, Any]:
+        for name in ("shard-0", "shard-1"):
+            if not (directory / name).exists():
+                writing(name, (tmp_path / "up" / "out.txt").read_text())(directory)
+        return {}
+
+    def read() -> list[str]:
+        return [(tmp_path / "s" / f"shard-{number}").read_text() for number in (0, 1)]
+
+    def again() -> None:
+        (tmp_path / "up" / "out.txt").unlink()
+        assert above.run()
+
+    def killed(directory: Path) -> dict[str, Any]:
+        shards(directory)
+        (directory / "shard-1").unlink()
+        raise KilledError
+
+    above.run()
+    with pytest.raises(KilledError):
+        lower(killed).run()
+    assert lower().state()[0] == "partial"
+    again()
+    why = "capture above was made again and came out different"
+    assert lower().state() == ("absent", f"begun, not finished; since then {why}")
+    telling.clear()
+    lower().run()
+    assert read() == ["second", "second"]
+    [line] = heard(telling)
+    assert re.sub(r"[\d.]+ s", "0 s", line) == (
+        f"capture pivot cannot be gone on from (begun, not finished; since then {why}): doing it again, "
+        "without shard-0 (5 bytes, of 0 s)"
+    )
+    again()
+    (tmp_path / "s" / "shard-1").unlink()
+    assert lower().state() == ("stale", why), "not damaged: the other file would be kept"
+    lower().run()
+    assert read() == ["third", "third"]
+
+
+def test_a_manifest_tells_what_the_work_began_from(tmp_path: Path) -> None:
+    """Not what lies there when it ends: another process may have made it again meanwhile."""
+    above = step(tmp_path / "up", {"x": 1}, work=writing(text="first"))
+    above.run()
+
+    def work(directory: Path) -> dict[str, Any]:
+        made = writing("copy", (tmp_path / "up" / "out.txt").read_text())(directory)
+        (tmp_path / "up" / "out.txt").unlink()
+        step(tmp_path / "up", {"x": 1}, work=writing(text="other")).run()
+        return made
+
+    below = step(tmp_path / "s", upstream={"up": above}, work=work)
+    below.run()
+    assert below.state() == ("stale", "capture pivot was made again and came out different")
+
+
+def test_what_is_done_again_is_told_with_how_long_it_took(tmp_path: Path, telling: pytest.LogCaptureFixture) -> None:
+    """Of all runs that were at it: two that were killed, an hour and two minutes of work, and the last one's."""
+    directory = tmp_path / "s"
+    for seconds in (3600, 120):
+        with pytest.raises(KilledError):
+            step(directory, work=killed_after(f"shard-{seconds}")).run()
+        began = read_json(directory / STARTED)["began"]
+        for file in directory.glob("shard-*"):
+            os.utime(file, (0, began + seconds if file.name == f"shard-{seconds}" else began))
+    assert step(directory, {"k": 2}).state()[1] == "begun, not finished; since then settings.k changed"
+    step(directory).run()
+    timings = read_json(directory / MANIFEST)["timings"]
+    assert timings["seconds_before"] == pytest.approx(3720, abs=1)
+    telling.clear()
+    step(directory, {"k": 2}).run()
+    [line] = heard(telling)
+    names = "out.txt, shard-120, shard-3600"
+    assert (
+        line == f"capture pivot is stale (settings.k changed): doing it again, without {names} (15 bytes, of 1 h 2 min)"
+    )
+    (directory / MANIFEST).write_text("{")
+    step(directory, {"k": 2}).run()
+    [line] = heard(telling)
+    assert line.startswith(
+        "capture pivot cannot be gone on from (its manifest is damaged): doing it again, without out.txt"
+    )

@@ -5,6 +5,7 @@ A shard is written whole or not at all, and depends on its own conversations onl
 shards that are missing and gets the same bytes, and so do several processes that share the shards among them.
 """
 
+from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
 from fusechat.core.distributions import SHARDS, is_sound, shards_of, write_shard, write_store
 from fusechat.core.files import PARTIAL
+from fusechat.core.manifests import which_device
 from fusechat.core.prepared import PreparedSet
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
@@ -46,10 +48,16 @@ def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_
         work,
         {"prepare": prepared},
         format=FORMAT,
+        counted=_counted,
         whole_files=True,
         join=join,
         bulk="shard-*.arrow",
     )
+
+
+def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without how many tokens a batch has, which memory decides in the end."""
+    return {**{key: value for key, value in settings.items() if key != "batch_tokens"}, **which_device(settings)}
 
 
 def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,14 @@ def remove_partial(directory: Path) -> None:
             left.unlink(missing_ok=True)
 
 
+def remove(path: Path) -> None:
+    """A file, or a directory with all that is in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or the names in a directory, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

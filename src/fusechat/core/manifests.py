@@ -1,7 +1,17 @@
-"""What a step's manifest says beside its files: with which versions it was made, and how one's inputs differ from another's."""
+"""What a step's manifest says: what was written and whether it is still that, with which versions, how long it took, and how one's
+inputs differ from another's."""
 
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
+
+from fusechat.core.beginnings import STARTED
+from fusechat.core.cache import fresh_digest, known_digest
+
+MANIFEST, LOCK = "manifest.json", ".lock"
+FREED = "freed"  # a key: the files that were cleared away since
+BEFORE = "seconds_before"  # of timings: what killed runs had spent before the one that finished
 
 _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
 
@@ -26,3 +36,52 @@ def difference(old: Any, new: Any, path: str = "") -> str:
         one_sided = "" if key in old and key in new else "is new" if key in new else "is gone"
         found.append(f"{name} {one_sided}" if one_sided else difference(old[key], new[key], name))
     return "; ".join(found)
+
+
+def seconds_of(manifest: Mapping[str, Any]) -> float:
+    """How long the step took, killed runs counted."""
+    timings = manifest.get("timings", {})
+    return float(timings.get("seconds", 0.0) + timings.get(BEFORE, 0.0))
+
+
+def own(directory: Path) -> list[Path]:
+    """What lies in a step's directory, without subdirectories that are steps of their own."""
+    if not directory.is_dir():
+        return []
+    return [
+        path
+        for path in sorted(directory.iterdir())
+        if path.suffix != LOCK and not any((path / name).exists() for name in (MANIFEST, STARTED))
+    ]
+
+
+def outputs(directory: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Size and checksum of every file at, or below, these paths of a directory."""
+    return {
+        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": fresh_digest(file)}
+        for path in paths
+        for file in sorted(path.rglob("*") if path.is_dir() else [path])
+        if file.is_file()
+    }
+
+
+def damaged(directory: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with files that were written. Contents are read again only where a file's size or times changed."""
+    found = {}
+    for name, written in manifest.get("outputs", {}).items():
+        file = directory / name
+        if name in manifest.get(FREED, ()):
+            continue
+        if not file.is_file():
+            found[name] = "is missing"
+        elif file.stat().st_size != written["bytes"]:
+            found[name] = "is not of the size that was written"
+        elif known_digest(file) != written["sha256"]:
+            found[name] = "is not what was written (its checksum differs)"
+    return found
+
+
+def which_device(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The kind of device among settings, `cuda` of `cuda:1`: results do not depend on which of its kind it is."""
+    device = settings.get("device")
+    return {"device": device.partition(":")[0]} if isinstance(device, str) else {}

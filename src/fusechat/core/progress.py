@@ -94,6 +94,15 @@ def in_bytes(count: int) -> str:
     return f"{count} bytes"
 
 
+def in_time(seconds: float) -> str:
+    """`12.3 s`, `3 min 5 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
 def _lines(description: str, total: int | None, unit: str) -> Iterator[Advance]:
     began = last = time.monotonic()
     done = 0

@@ -1,12 +1,12 @@
 """A step is one unit of work with a directory of its own: done once, skipped when nothing that it depends on changed.
 
-Its fingerprint is a hash of its settings and of its upstream steps' fingerprints, so that the fingerprints of a whole
+Its fingerprint is a hash of the settings that count and of its upstream steps' fingerprints, so that the fingerprints of a whole
 pipeline are known before anything runs. `manifest.json` is the last file written; `started.json` marks a directory in
-which a run with the same fingerprint may go on where a killed one stopped.
+which a run with the same fingerprint, and with the same files above it, may go on where a killed one stopped.
 """
 
 import fnmatch
-import shutil
+import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -15,19 +15,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-from fusechat.core import ranks
-from fusechat.core.cache import fresh_digest, known_digest
-from fusechat.core.files import digest_json, read_json, remove_partial, write_json
+from fusechat.core import manifests, ranks
+from fusechat.core.beginnings import STARTED, begin, beginning, lost, seconds_spent
+from fusechat.core.files import digest_json, remove, remove_partial
 from fusechat.core.lock import in_turn, is_held
-from fusechat.core.manifests import difference, versions
+from fusechat.core.manifests import BEFORE, FREED, LOCK, MANIFEST, damaged, difference
 from fusechat.core.progress import log
 from fusechat.core.seals import read_checked, write_checked
 from fusechat.core.usage import watch
 from fusechat.errors import naming_storage
 
-MANIFEST, STARTED, LOCK = "manifest.json", "started.json", ".lock"
+__all__ = ["FREED", "MANIFEST", "SEALED", "STARTED", "Step", "with_upstream"]
 SEALED = "sealed.json"  # what `work` wrote and a killed run may go on from: see `seals.py`
-FREED = "freed"  # a manifest's key: the files that were cleared away since
 State = Literal["done", "freed", "partial", "stale", "damaged", "absent"]
 
 
@@ -35,6 +34,7 @@ State = Literal["done", "freed", "partial", "stale", "damaged", "absent"]
 class Step:
     """`work(directory)` writes the artifacts and returns the counts for the manifest.
 
+    `counted` picks from the settings those that results depend on; by the others nothing becomes stale.
     `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale. With
     `whole_files` every file stands for itself: of a damaged step the sound ones are kept, and `work` makes the others again.
     `parts`: files that rest on the settings and on some of the upstream steps only, which are named; of a stale step those are
@@ -51,6 +51,7 @@ class Step:
     work: Callable[[Path], dict[str, Any]]
     upstream: Mapping[str, "Step"] = field(default_factory=dict)
     format: int = 1
+    counted: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
     whole_files: bool = False
     parts: Mapping[str, Collection[str]] = field(default_factory=dict)
     join: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
@@ -70,8 +71,14 @@ class Step:
         }
 
     @cached_property
+    def _counting(self) -> dict[str, Any]:
+        """The inputs that count, as JSON gives them back."""
+        counting = {**self.inputs, "settings": dict(self.counted(self.settings))}
+        return dict(json.loads(json.dumps(counting, allow_nan=False)))
+
+    @cached_property
     def fingerprint(self) -> str:
-        return digest_json({"stage": self.stage, **self.inputs})
+        return digest_json({"stage": self.stage, **self._counting})
 
     def manifest(self) -> dict[str, Any] | None:
         return read_checked(self.directory / MANIFEST)
@@ -80,42 +87,57 @@ class Step:
         """Where the step stands, and why."""
         manifest = self.manifest()
         if manifest is None:
-            if self._started() == self.fingerprint:
-                return "partial", "begun, not finished"
-            return "absent", "not begun"
-        if manifest.get("fingerprint") != self.fingerprint:
-            return "stale", difference(manifest.get("inputs", {}), self.inputs)
-        damaged = self._damaged(manifest)
-        if damaged:
-            name, what = next(iter(damaged.items()))
-            return "damaged", f"{name} {what}" + (f", and {len(damaged) - 1} more" if len(damaged) > 1 else "")
-        built_from = manifest.get("built_from", {})
-        for key, contents in self._upstream_contents().items():
-            if contents is not None and contents != built_from.get(key):
-                return "stale", f"{self.upstream[key].label} was made again and came out different"
+            return self._begun()
+        why = self._changed(manifest)
+        if why:
+            return "stale", why
+        wrong = damaged(self.directory, manifest)
+        if wrong:
+            name, what = next(iter(wrong.items()))
+            return "damaged", f"{name} {what}" + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else "")
         if manifest.get(FREED):
             return "freed", "done, its files cleared away; they are made again if a step needs them"
         return "done", ""
+
+    def _begun(self) -> tuple[State, str]:
+        """Where a step stands that is not finished."""
+        found = beginning(self.directory)
+        if found is None:
+            return "absent", "its manifest is damaged" if (self.directory / MANIFEST).exists() else "not begun"
+        old = "inputs" not in found  # of a version that wrote down the fingerprint alone
+        why = "" if old and found.get("fingerprint") == self.fingerprint else self._changed(found)
+        return ("absent", f"begun, not finished; since then {why}") if why else ("partial", "begun, not finished")
+
+    def _changed(self, earlier: Mapping[str, Any]) -> str:
+        """What is another now than what a manifest, or a beginning, was made of; nothing where all that counts is as it was."""
+        if earlier.get("fingerprint") != self.fingerprint:
+            why = difference(self._as_now(earlier.get("inputs", {})), self._counting)
+            if why:
+                return why
+        built_from = earlier.get("built_from", {})
+        for key, contents in self._upstream_contents().items():
+            if contents is not None and contents != built_from.get(key):
+                return f"{self.upstream[key].label} was made again and came out different"
+        return ""
+
+    def _as_now(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs that were written down, maybe by another version, with the settings that count today, and with today's
+        fingerprints of upstream steps that are what they were."""
+        above = dict(inputs.get("upstream", {}))
+        above |= {key: step.fingerprint for key, step in self.upstream.items() if step.is_known_as(above.get(key))}
+        return {**inputs, "settings": dict(self.counted(inputs.get("settings", {}))), "upstream": above}
+
+    def is_known_as(self, fingerprint: str | None) -> bool:
+        """Whether that is, or was when it was made, the fingerprint of what this step is today."""
+        manifest = self.manifest() if fingerprint != self.fingerprint else None
+        if manifest is None or manifest.get("fingerprint") != fingerprint:
+            return fingerprint == self.fingerprint
+        return not difference(self._as_now(manifest.get("inputs", {})), self._counting)
 
     @property
     def finished(self) -> bool:
         """Whether there is nothing to do: its files are there, or were and nothing needs them."""
         return self.state()[0] in ("done", "freed")
-
-    def _damaged(self, manifest: dict[str, Any]) -> dict[str, str]:
-        """What is wrong with files that were written. Contents are read again only where a file's size or times changed."""
-        found = {}
-        for name, written in manifest.get("outputs", {}).items():
-            file = self.directory / name
-            if name in manifest.get(FREED, ()):
-                continue
-            if not file.is_file():
-                found[name] = "is missing"
-            elif file.stat().st_size != written["bytes"]:
-                found[name] = "is not of the size that was written"
-            elif known_digest(file) != written["sha256"]:
-                found[name] = "is not what was written (its checksum differs)"
-        return found
 
     def _upstream_contents(self) -> dict[str, str | None]:
         """A digest of what each upstream step wrote, None where it is not finished. With one fingerprint contents may still
@@ -129,15 +151,16 @@ class Step:
         if ranks.from_first(lambda: self._settled(needed)):
             return False
         with ExitStack() as held:
-            ranks.from_first(lambda: self._enter(held))
+            ranks.from_first(lambda: held.enter_context(in_turn(self._lock, self.label)))  # another one waits
             return self._run(needed)
 
     def _run(self, needed: bool) -> bool:
-        if not ranks.from_first(lambda: self._begin(needed)):  # another process may have done it meanwhile
+        if ranks.from_first(lambda: self._settled(needed)):  # another process may have done it meanwhile
             return False
         for above in self.upstream.values() if self.reads_bulk else ():
             if ranks.from_first(partial(bool, above.freed)):
                 above.run(needed=True)
+        ranks.from_first(self._begin)
         began, peaks = time.monotonic(), watch()
         counts = self.join(ranks.gather(self._work())) if self.join is not None else ranks.from_first(self._work)
         timings = {"seconds": round(time.monotonic() - began, 3), **peaks()}  # of the last, completing run
@@ -155,10 +178,6 @@ class Step:
             return True
         return False
 
-    def _enter(self, held: ExitStack) -> None:
-        """One process at a time does a step; another one that comes to it waits."""
-        held.enter_context(in_turn(self._lock, self.label))
-
     @property
     def _lock(self) -> Path:
         return self.directory.with_name(f".{self.directory.name}{LOCK}")
@@ -168,23 +187,24 @@ class Step:
         """Whether a process does it now."""
         return is_held(self._lock)
 
-    def _begin(self, needed: bool) -> bool:
-        """Whether there is work to do; if so, leaves in the directory what it can go on from."""
-        if self._settled(needed):
-            return False
+    def _begin(self) -> None:
+        """Leaves in the directory what the work can go on from, and says what it does not leave."""
         state, why = self.state()
-        if state in ("stale", "damaged", "freed"):
-            log.info("%s is %s (%s): doing it again", self.label, state, why)
-        if state == "damaged" and self.whole_files:
-            for name in self._damaged(self.manifest() or {}):
+        manifest, spent = self.manifest() or {}, 0.0
+        if state == "partial":
+            spent = seconds_spent(beginning(self.directory) or {}, manifests.own(self.directory))
+        elif state == "damaged" and self.whole_files:
+            log.info("%s is damaged (%s): doing that again", self.label, why)
+            spent = manifests.seconds_of(manifest)
+            for name in damaged(self.directory, manifest):
                 (self.directory / name).unlink(missing_ok=True)
-        elif state != "partial":
-            self._clear(spare=self._unchanged() if state == "stale" else ())
+        else:
+            self._clear(state, why)
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_partial(self.directory)
-        write_json(self.directory / STARTED, {"fingerprint": self.fingerprint})
+        above = self._upstream_contents()
+        begin(self.directory, fingerprint=self.fingerprint, inputs=self.inputs, built_from=above, spent=spent)
         (self.directory / MANIFEST).unlink(missing_ok=True)
-        return True
 
     @property
     def freed(self) -> list[str]:
@@ -209,12 +229,10 @@ class Step:
         self.run()
 
     def _finish(self, counts: dict[str, Any], timings: dict[str, float]) -> None:
-        outputs = {
-            str(file.relative_to(self.directory)): {"bytes": file.stat().st_size, "sha256": fresh_digest(file)}
-            for own in self._own()
-            for file in sorted(own.rglob("*") if own.is_dir() else [own])
-            if file.is_file() and file.name not in (MANIFEST, STARTED, SEALED)
-        }
+        began = beginning(self.directory) or {}
+        if began.get("spent"):
+            timings = {**timings, BEFORE: began["spent"]}
+        made = [path for path in manifests.own(self.directory) if path.name not in (MANIFEST, STARTED, SEALED)]
         write_checked(
             self.directory / MANIFEST,
             {
@@ -222,10 +240,10 @@ class Step:
                 "name": self.name,
                 "fingerprint": self.fingerprint,
                 "inputs": self.inputs,
-                "built_from": self._upstream_contents(),
-                "versions": versions(),
+                "built_from": began.get("built_from", {}),  # not what is there by now
+                "versions": manifests.versions(),
                 "counts": counts,
-                "outputs": outputs,
+                "outputs": manifests.outputs(self.directory, made),
                 "timings": timings,
             },
         )
@@ -235,20 +253,10 @@ class Step:
         for name in (STARTED, SEALED):
             (self.directory / name).unlink(missing_ok=True)
 
-    def _own(self) -> list[Path]:
-        """What lies in the directory, without subdirectories that are steps of their own."""
-        if not self.directory.is_dir():
-            return []
-        return [
-            path
-            for path in sorted(self.directory.iterdir())
-            if path.suffix != LOCK and not any((path / n).exists() for n in (MANIFEST, STARTED))
-        ]
-
     def _unchanged(self) -> list[str]:
         """Which `parts` of an earlier run are what they would become again."""
         earlier = self.manifest() or {}
-        before, now = earlier.get("inputs", {}), self.inputs
+        before, now = self._as_now(earlier.get("inputs", {})), self._counting
         if any(before.get(key) != now[key] for key in ("format", "settings")):
             return []
         built, contents = earlier.get("built_from", {}), self._upstream_contents()
@@ -257,23 +265,22 @@ class Step:
             for key, found in now["upstream"].items()
             if before["upstream"].get(key) == found and built.get(key) == contents[key]
         }
-        sound = earlier.get("outputs", {}).keys() - self._damaged(earlier).keys()
+        sound = earlier.get("outputs", {}).keys() - damaged(self.directory, earlier).keys()
         return [name for name, rests_on in self.parts.items() if name in sound and same.issuperset(rests_on)]
 
-    def _clear(self, spare: Collection[str] = ()) -> None:
-        for path in self._own():
-            if path.name in spare:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-    def _started(self) -> str | None:
-        try:
-            return str(read_json(self.directory / STARTED)["fingerprint"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def _clear(self, state: State, why: str) -> None:
+        """Empties the directory but for the parts that stay as they are, and says what goes, how long it took, and why."""
+        spare = self._unchanged() if state == "stale" else ()
+        gone = [path for path in manifests.own(self.directory) if path.name not in spare]
+        made = [path for path in gone if path.name not in (MANIFEST, STARTED, SEALED)]
+        if why != "not begun":
+            manifest, found = self.manifest() or {}, beginning(self.directory) or {}
+            seconds = manifests.seconds_of(manifest) or seconds_spent(found, made)
+            without = f", without {lost(made, seconds)}" if made and state != "freed" else ""
+            said = "cannot be gone on from" if state == "absent" else f"is {state}"
+            log.info("%s %s (%s): doing it again%s", self.label, said, why, without)
+        for path in gone:
+            remove(path)
 
 
 def with_upstream(steps: list[Step]) -> Iterator[Step]:

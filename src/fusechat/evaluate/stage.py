@@ -2,7 +2,7 @@
 evaluate/answers-<model>/answers.json: what it answers to some of the held-out questions, for the report.
 evaluate/results.json: the scores of all models, and what suites found that were run by themselves; see `records.py`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +15,7 @@ from fusechat.core.cache import known_digest
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.core.files import PARTIAL, read_json, write_json
-from fusechat.core.manifests import versions
+from fusechat.core.manifests import versions, which_device
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
 from fusechat.evaluate.records import RECORDS, RESULTS
@@ -52,9 +52,13 @@ def model_step(
     parts = {_scores(data): [*made, data] for data in prepared}
     directory = workdir / "evaluate" / name
     upstream = {**made, **prepared}
-    return Step(
-        "evaluate", name, directory, {**settings, **named}, work, upstream, format=2, whole_files=True, parts=parts
-    )
+    whole: dict[str, Any] = {"whole_files": True, "parts": parts, "counted": _counted}
+    return Step("evaluate", name, directory, {**settings, **named}, work, upstream, format=2, **whole)
+
+
+def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without how many tokens a batch has, which changes no score but for rounding."""
+    return {**{key: value for key, value in settings.items() if key != "batch_tokens"}, **which_device(settings)}
 
 
 def _scores(data: str) -> str:
@@ -100,7 +104,8 @@ def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: lis
 
     name = subject.step.name
     upstream = {"model": made_by} if made_by else {}
-    return Step("evaluate", f"answers {name}", workdir / "evaluate" / f"answers-{name}", settings, work, upstream)
+    directory = workdir / "evaluate" / f"answers-{name}"
+    return Step("evaluate", f"answers {name}", directory, settings, work, upstream, counted=_counted)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

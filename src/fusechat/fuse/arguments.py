@@ -4,6 +4,8 @@ importing either."""
 import ast
 import difflib
 import re
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +40,38 @@ POSITIVE = (
 )
 _ALSO = {"fsdp": bool}  # what Transformers takes, and asks for, beside what it annotates
 _PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
+
+
+# What no weight depends on: when and where something is written down, and how batches get to the model.
+_WRITING = (
+    "log_*",
+    "logging_*",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_*",
+    "push_to_hub",
+    "hub_*",
+    "skip_memory_metrics",
+)
+_SERVING = (
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout", "include_num_input_tokens_seen"),
+)
+# What none depends on where training ends with the last step, at a rate that no measurement changes.
+_BETWEEN = (
+    *("save_*", "enable_jit_checkpoint", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
+    *("per_device_eval_batch_size", "metric_for_best_model", "greater_is_better"),
+)
+
+
+def counted(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that the trained weights depend on."""
+    ends_with_best = (
+        training.get("load_best_model_at_end") or training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
+    )
+    patterns = (*_WRITING, *_SERVING, *(() if ends_with_best else _BETWEEN))
+    return {name: value for name, value in training.items() if not any(fnmatch(name, one) for one in patterns)}
 
 
 def known_arguments() -> dict[str, str]:

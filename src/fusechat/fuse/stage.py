@@ -12,10 +12,12 @@ from fusechat.core import ranks
 from fusechat.core.chat_files import write_chat_files
 from fusechat.core.distributions import open_distributions
 from fusechat.core.files import atomic_directory, write_text
+from fusechat.core.manifests import which_device
 from fusechat.core.progress import log, progress
 from fusechat.core.seals import is_sealed, seal
 from fusechat.core.steps import SEALED, Step
 from fusechat.errors import ModelError, RecipeError
+from fusechat.fuse.arguments import counted
 
 MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
 
@@ -93,7 +95,12 @@ def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], h
         return _fuse(directory, workdir / "logs" / target, target, sets, held_out, recipe)
 
     directory = workdir / "fuse" / target
-    return Step("fuse", target, directory, settings, work, upstream, FORMAT, join=lambda counts: counts[0])
+    return Step("fuse", target, directory, settings, work, upstream, FORMAT, _counted, join=lambda counts: counts[0])
+
+
+def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that change no weight: how often is logged and saved, and so on."""
+    return {**settings, **which_device(settings), "training": counted(settings.get("training", {}))}
 
 
 def check(recipe: Recipe) -> None:

@@ -41,7 +41,8 @@ def bits_per_byte(trainer: Any, sets: Mapping[str, Validation], prefix: str) -> 
     """`<prefix>_loss`, nats per response token (the end of turn too), and `<prefix>_bits_per_byte` (without it) over all sets;
     of several sets also `<prefix>_<set>_…`."""
     trainer.model.eval()
-    sums = {name: _sums(trainer, data) for name, data in sets.items()}
+    with torch.random.fork_rng(devices=[]):  # a data loader draws: training goes on as if nobody had measured
+        sums = {name: _sums(trainer, data) for name, data in sets.items()}
     found = _figures(prefix, np.sum(list(sums.values()), axis=0))
     if len(sums) > 1:
         for name, values in sums.items():

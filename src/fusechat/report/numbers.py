@@ -1,5 +1,7 @@
 """Sizes, counts and times as a person reads them."""
 
+from fusechat.core.progress import in_time
+
 
 def size(count: float | None) -> str:
     """Bytes in decimal units: 538 MB."""
@@ -12,13 +14,7 @@ def amount(count: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "–"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return "–" if seconds is None else in_time(seconds)
 
 
 def percent(share: float | None) -> str:
