@@ -133,7 +133,7 @@ def change_config(directory: Path, **changes: Any) -> None:
         (cut, "capture", "{model}: the model cannot be loaded: Error while deserializing header"),
         (cut_in_header, "capture", "{model}: the model cannot be loaded: Error while deserializing header"),
         (emptied, "capture", "{model}: the model cannot be loaded: Error while deserializing header"),
-        (unknown_architecture, "capture", "{model}: its configuration cannot be loaded: "),
+        (unknown_architecture, "prepare", "{model}: its configuration cannot be loaded: "),
         (
             of_another_shape,
             "capture",
@@ -218,7 +218,7 @@ def test_a_model_without_a_template_that_works(
     recipe = with_source(tmp_path, models, source)
     [line] = complaints("run", recipe, "--workdir", tmp_path / "work")
     assert line.startswith(f"teacher ({models['gemma']}): {expected}")
-    assert done(tmp_path / "work") == ["prepare/pivot/data"]
+    assert done(tmp_path / "work") == [], "it is said before any work"
 
 
 def test_a_model_with_several_templates(tmp_path: Path, models: dict[str, Path]) -> None:
@@ -253,5 +253,5 @@ def test_a_gguf_file_that_is_none(
     recipe = with_source(tmp_path, models, str(model))
     [line] = complaints("run", recipe, "--workdir", tmp_path / "work")
     assert line.startswith(f"{model}: {expected}")
-    assert done(tmp_path / "work") == ["prepare/pivot/data"]
+    assert done(tmp_path / "work") == [], "it is said before any work"
     assert [path.name for path in (tmp_path / "cache" / "converted").iterdir() if path.is_dir()] == []

@@ -17,7 +17,7 @@ def talk(
     import torch
     from transformers import TextStreamer
 
-    from fusechat.core.models import choose_device, default_dtype, stop_tokens
+    from fusechat.core.models import choose_device, default_dtype, stop_tokens, without_embedding
     from fusechat.core.templates import UnrenderableError
 
     reference = Reference((str(Path(model).resolve()) if Path(model).exists() else model,))
@@ -28,6 +28,7 @@ def talk(
     template = chatter.template()
     tokenizer, place = template.tokenizer, choose_device(device)
     network = chatter.model(dtype=default_dtype(place), device=place)
+    rows = int(network.get_input_embeddings().weight.shape[0])
     stops = stop_tokens(network, tokenizer, template.end_of_turn)
     torch.manual_seed(seed)
     messages = [Message("system", system)] if system else []
@@ -38,6 +39,9 @@ def talk(
         except UnrenderableError as error:
             raise ModelError(f"{model}: {error}") from None
         inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt", return_token_type_ids=False).to(place)
+        wrong = without_embedding(inputs["input_ids"][0].tolist(), rows, tokenizer)
+        if wrong:
+            raise ModelError(f"{model}: the question has {wrong}")
         with torch.inference_mode():
             output = network.generate(
                 **inputs,

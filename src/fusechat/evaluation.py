@@ -23,7 +23,7 @@ from fusechat.core.manifests import versions
 from fusechat.core.prepared import Prepared
 from fusechat.core.progress import log
 from fusechat.core.steps import MANIFEST, STARTED, Step
-from fusechat.errors import DataError, FuseChatError, RecipeError, StorageError, WorkdirError, storage_error
+from fusechat.errors import DataError, FuseChatError, ModelError, RecipeError, StorageError, WorkdirError, storage_error
 from fusechat.evaluate.answers import Answering
 from fusechat.evaluate.client import MODEL_KEY, check_url
 from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep, records, write_results
@@ -276,13 +276,20 @@ def _usable(data: DataSet) -> Iterator[Conversation]:
 
 def _prepared(conversations: Sequence[Conversation], chatter: Chatter, *, max_length: int) -> list[Prepared]:
     """As a model sees them; what it cannot use is counted and said, and then missing for all."""
-    template = chatter.template()
+    from fusechat.core.models import without_embedding
+
+    template, rows = chatter.template(), chatter.vocabulary_size()
     found, lost = [], []
     for conversation in conversations:
         try:
-            found.append(prepare_conversation(conversation, template, max_length=max_length)[0])
+            one = prepare_conversation(conversation, template, max_length=max_length)[0]
         except RejectedError as error:
             lost.append(str(error))
+            continue
+        wrong = without_embedding([int(one.input_ids.max())], rows, template.tokenizer)
+        if wrong:
+            raise ModelError(f"{chatter.name}: {conversation.where} has {wrong}")
+        found.append(one)
     if lost:
         log.warning("%s cannot use %d of %d conversations: %s", chatter.name, len(lost), len(conversations), lost[0])
     return found

@@ -27,6 +27,7 @@ from fusechat.evaluate import questions
 from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
+from fusechat.plan import before
 from fusechat.prepare import stage as prepare
 from fusechat.recipe_file import is_saved, recipe_identity, save_recipe
 from fusechat.report import stage as report
@@ -190,13 +191,11 @@ def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | Non
     """Where there is work to do, checks what can be checked before it, and converts models into this machine's cache."""
     steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
     waiting = [step for step in steps if not step.finished]
-    if any(step.stage == "fuse" for step in waiting):
-        fuse.check(recipe)
+    before.check_settings(recipe, waiting)
     if any(step.stage != "report" for step in waiting):
         sources = recipe.teachers()[only] if only else recipe.sources
         convert_together([recipe.chatter(name).reference for name in (PIVOT, *sources)])
-    if any(step.stage == "fuse" for step in waiting):
-        fuse.check_pivot(recipe)
+    before.check_models(recipe, waiting)
 
 
 def check_workdir(recipe: Recipe, workdir: Path) -> None:

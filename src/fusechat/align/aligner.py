@@ -47,10 +47,13 @@ class Side:
     spelling: Spelling
 
     @classmethod
-    def of(cls, tokens: TokenBytes, end_of_turn: int | None) -> "Side":
-        """`end_of_turn`: the token that the model's template ends a turn with."""
+    def of(cls, tokens: TokenBytes, end_of_turn: int | None, *, rows: int | None = None) -> "Side":
+        """`end_of_turn`: the token that the model's template ends a turn with; `rows`: how many tokens the model has an embedding
+        for, where its tokenizer may have more."""
         tokenizer: Any = tokens.tokenizer
-        return cls(tokens, Roles(end_of_turn, tokenizer.eos_token_id, tokenizer.bos_token_id), Spelling.of(tokens))
+        ids = (end_of_turn, tokenizer.eos_token_id, tokenizer.bos_token_id)
+        known = [token if token is None or rows is None or token < rows else None for token in ids]
+        return cls(tokens, Roles(*known), Spelling.of(tokens))
 
 
 @dataclass(frozen=True)

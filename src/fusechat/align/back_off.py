@@ -22,13 +22,15 @@ _CELLS = 1 << 25  # distances computed at a time
 
 class BackOff:
     """Finds a pivot token for bytes that were never seen aligned: the token with the same bytes, else the first token of the
-    pivot's encoding of them in the middle of a text, else (not UTF-8) the longest token that begins them, else none."""
+    pivot's encoding of them in the middle of a text, else (not UTF-8) the longest token that begins them, else none. `rows`: how
+    many tokens the model has an embedding for, where its tokenizer may have more: others are not found."""
 
-    def __init__(self, pivot: TokenBytes) -> None:
+    def __init__(self, pivot: TokenBytes, rows: int | None = None) -> None:
         self.pivot = pivot
+        self._size = len(pivot) if rows is None else min(rows, len(pivot))
         self._by_bytes: dict[bytes, int] = {}
         # A byte's own token comes last: it is written only where no other spells the byte.
-        for token in sorted(range(len(pivot)), key=pivot.is_byte):
+        for token in sorted(range(self._size), key=pivot.is_byte):
             data = pivot.pieces[token]
             if data and token not in pivot.special:
                 self._by_bytes.setdefault(data, token)  # of equal spellings the lowest id
@@ -82,7 +84,7 @@ class BackOff:
         """The first token of a word in the tokenizer's own alphabet, where the text begins with it."""
         pieces = self.pivot.tokenizer.backend_tokenizer.model.tokenize(word)
         token = int(pieces[0].id) if pieces else TAIL
-        data = self.pivot.pieces[token] if pieces and token not in self.pivot.special else b""
+        data = self.pivot.pieces[token] if 0 <= token < self._size and token not in self.pivot.special else b""
         return token if data and text.encode().startswith(data) else None
 
     def _longest_prefix(self, data: bytes) -> tuple[int, str]:

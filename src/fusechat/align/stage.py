@@ -52,12 +52,13 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     from fusechat.core.token_bytes import token_bytes
 
     chatters: tuple[Chatter, Chatter] = (recipe.chatter(PIVOT), recipe.chatter(source))
-    pivot, teacher = (Side.of(token_bytes(each.tokenizer()), each.template().end_of_turn) for each in chatters)
-    about = {
-        "names": tuple(f"{each.name} ({each.reference})" for each in chatters),
-        "sizes": tuple(each.vocabulary_size() for each in chatters),
-    }
-    return Pair(pivot, teacher, recipe.align.strategy()), BackOff(pivot.tokens), about
+    sizes = tuple(each.vocabulary_size() for each in chatters)
+    pivot, teacher = (
+        Side.of(token_bytes(each.tokenizer()), each.template().end_of_turn, rows=rows)
+        for each, rows in zip(chatters, sizes, strict=True)
+    )
+    about = {"names": tuple(f"{each.name} ({each.reference})" for each in chatters), "sizes": sizes}
+    return Pair(pivot, teacher, recipe.align.strategy()), BackOff(pivot.tokens, sizes[0]), about
 
 
 def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source: str) -> dict[str, Any]:

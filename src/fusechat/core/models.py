@@ -1,6 +1,7 @@
 """Loading models with Transformers: never remote code that the recipe does not trust, never a pickle."""
 
 import os
+from collections.abc import Iterable
 from functools import cache
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -31,14 +32,49 @@ def quiet_transformers() -> None:
 
 def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
     """How many rows the embedding of a model directory has, by its configuration; no weights are read."""
+    try:
+        return int(read_configuration(directory, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
+    except AttributeError as error:
+        raise ModelError(f"{directory}: its configuration says no vocab_size") from error
+
+
+def check_causal(directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError where the configuration is of no causal language model that Transformers knows or that brings its code."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = read_configuration(directory, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        raise ModelError(f"{directory}: its configuration makes no causal language model: {type(config).__name__}")
+
+
+def read_configuration(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Transformers' configuration of a model directory."""
     quiet_transformers()
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        return int(config.get_text_config().vocab_size)
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise model_error(directory, "its configuration", error) from error
+
+
+def without_embedding(tokens: Iterable[int], rows: int, tokenizer: Any) -> str | None:
+    """What is wrong where one of `tokens` has no row in an embedding of `rows`, as the end of a sentence about the model."""
+    greatest = max(tokens, default=-1)
+    if greatest < rows:
+        return None
+    return (
+        f"token {greatest} ({tokenizer.convert_ids_to_tokens(int(greatest))}), and its configuration {rows} embeddings; model "
+        "and tokenizer do not belong together"
+    )
+
+
+def padding(tokenizer: Any, rows: int) -> int:
+    """What masked places of a batch hold: the tokenizer's padding, or any token where that has no row in an embedding of `rows`."""
+    token = tokenizer.pad_token_id
+    return token if token is not None and token < rows else 0
 
 
 def quantised(directory: Path) -> str | None:

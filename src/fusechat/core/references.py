@@ -43,6 +43,10 @@ class Reference:
     def is_file(self) -> bool:
         return self.is_wheel or self.parts[0].endswith(".gguf")
 
+    @property
+    def is_directory(self) -> bool:
+        return not self.is_file and Path(self.parts[0]).is_dir()
+
     def check(self) -> str | None:
         """What is wrong with the reference, as far as can be seen without fetching anything."""
         if self.is_wheel:

@@ -11,7 +11,7 @@ from fusechat.core.conversations import Message
 from fusechat.core.files import digest_json
 from fusechat.core.forward import device_of, length_batches
 from fusechat.core.memory import free_memory, out_of_memory
-from fusechat.core.models import choose_device, default_dtype, stop_tokens
+from fusechat.core.models import choose_device, default_dtype, stop_tokens, without_embedding
 from fusechat.core.progress import log
 from fusechat.core.templates import UnrenderableError
 from fusechat.errors import ModelError
@@ -33,6 +33,7 @@ class Generator:
         self._most = 1 << 30  # answers at once; less where memory did not suffice
         config = self._model.config.get_text_config()
         self._room = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+        self._rows = int(self._model.get_input_embeddings().weight.shape[0])
         self._stops = stop_tokens(self._model, self._tokenizer, self._template.end_of_turn)
 
     def answer(
@@ -137,6 +138,9 @@ class Generator:
         except UnrenderableError as error:
             return Missing(str(error))
         tokens = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        wrong = without_embedding(tokens, self._rows, self._tokenizer)
+        if wrong:
+            return Missing(f"its prompt has {wrong}")
         if len(tokens) >= self._room:
             return Missing(f"its prompt of {len(tokens)} tokens leaves no room in the model's {self._room}")
         return tokens

@@ -15,7 +15,7 @@ import yaml
 from fusechat.core.asking import asking
 from fusechat.core.files import digest, digest_json, read_json, write_json, write_text
 from fusechat.core.memory import free_memory, out_of_memory
-from fusechat.core.models import choose_device
+from fusechat.core.models import choose_device, padding
 from fusechat.core.progress import log
 from fusechat.errors import FuseChatError, ModelError, RecipeError, first_line, storage_error
 from fusechat.evaluate.records import Measurement
@@ -141,11 +141,13 @@ def _measure(
 
     template = chatter.template()
     tokenizer = template.tokenizer
-    own = tokenizer.chat_template
+    own, pad = tokenizer.chat_template, tokenizer.pad_token
     asks = asking(template)
     if not asks.exact:
         log.warning("harness: %s: %s", chatter.name, asks.note)
     tokenizer.chat_template = asks.template
+    if pad is not None:
+        tokenizer.pad_token_id = padding(tokenizer, chatter.vocabulary_size())
     try:
         model = HFLM(pretrained=chatter.model(dtype=dtype, device=place), tokenizer=tokenizer, batch_size=batch_size)
         # It would ask git for the commit of the current directory, and git complains where there is none.
@@ -173,7 +175,7 @@ def _measure(
             raise
         raise RecipeError(f"--tasks {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}") from error
     finally:
-        tokenizer.chat_template = own
+        tokenizer.chat_template, tokenizer.pad_token = own, pad
     return results
 
 

@@ -20,6 +20,7 @@ from fusechat.errors import ModelError, RecipeError
 from fusechat.fuse.arguments import counted
 
 MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
+ONE_PROCESS = "fuse.training.fsdp: shares a model out among the processes of torchrun, and there is one"
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,21 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, **which_device(settings), "training": counted(settings.get("training", {}))}
 
 
-def check(recipe: Recipe) -> None:
-    """Lets Transformers and PEFT judge what the recipe gives them before any work. Raises RecipeError."""
+def check(recipe: Recipe, *, here: bool = True) -> None:
+    """Lets Transformers and PEFT judge what the recipe gives them before any work. Raises RecipeError. `here`: whether the
+    fine-tuning is to be done by this process, and those beside it."""
     from fusechat.core.models import choose_device
     from fusechat.fuse.lora import lora_config
-    from fusechat.fuse.training import check_reporting, training_arguments
+    from fusechat.fuse.training import check_reporting, is_sharded_alone, training_arguments
 
     device = str(choose_device(recipe.device))
     arguments = training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
     check_reporting(arguments)
+    if here and is_sharded_alone(arguments):
+        raise RecipeError(
+            f"{ONE_PROCESS}: start it as torchrun --nproc-per-node N -m fusechat run …; what comes before, vLLM's captures too, "
+            "runs without it as far as --until align"
+        )
     if arguments.train_sampling_strategy == "batch_rebalance" and any(one != 1 for one in recipe.weights().values()):
         raise RecipeError("fuse.training.train_sampling_strategy: batch_rebalance knows no weights of training sets")
     if recipe.fuse.lora is not None:
@@ -191,7 +198,7 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
 def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mapping[str, Step], recipe: Recipe) -> None:
     import torch
 
-    from fusechat.core.models import choose_device
+    from fusechat.core.models import choose_device, padding
     from fusechat.core.prepared import PreparedSet
     from fusechat.fuse.lora import merged, with_adapters
     from fusechat.fuse.training import make_trainer, total_steps, train, trained_weights, training_arguments
@@ -221,7 +228,7 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
                 "temperature": fuse.temperature,
             },
             sft_weight=_sft_weights(recipe) if is_taught(recipe, target) else (1.0, 1.0),
-            pad=pivot.tokenizer().pad_token_id or 0,
+            pad=padding(pivot.tokenizer(), pivot.vocabulary_size()),
             advance=advance,
             held_out={name: Validation(PreparedSet(one.directory)) for name, one in held_out.items()},
             logs=logs if arguments.report_to else None,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from fusechat.core import ranks
 from fusechat.core.progress import Advance, log
@@ -71,6 +72,12 @@ def training_arguments(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"fuse.training: {first_line(error)}") from error
+
+
+def is_sharded_alone(arguments: TrainingArguments) -> bool:
+    """Whether FSDP is asked for in a single process, which the Trainer refuses once it is made."""
+    inside = bool((arguments.fsdp_config or {}).get("xla"))  # which shards in one process
+    return bool(arguments.fsdp) and not inside and arguments.parallel_mode != ParallelMode.DISTRIBUTED
 
 
 def check_reporting(arguments: TrainingArguments) -> None:

@@ -10,8 +10,10 @@ import torch
 
 from fusechat.core.cache import cache_directory
 from fusechat.core.chatters import Chatter
-from fusechat.core.models import is_slow
+from fusechat.core.conversations import Message
+from fusechat.core.models import is_slow, without_embedding
 from fusechat.core.references import Reference
+from fusechat.fuse import stage as fuse
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
 from fusechat.plan.sampling import Counted, Texts
@@ -64,15 +66,18 @@ def of_conversations(
     return [], notes
 
 
-def of_vocabulary(who: str, tokenizer: Any, model: Model) -> list[str]:
-    """Whether every token has an embedding."""
-    greatest = max(tokenizer.get_vocab().values(), default=-1)
-    if greatest < model.shape.embedding_rows:
-        return []
-    return [
-        f"{who}: its tokenizer has token {greatest}, and its configuration {model.shape.embedding_rows} embeddings; model and "
-        "tokenizer do not belong together"
-    ]
+def of_vocabulary(who: str, data: str, tokenizer: Any, counted: Counted, rows: int) -> list[str]:
+    """Whether every token of a data set has one of the `rows` embeddings. Tokens that do not occur need none."""
+    wrong = without_embedding([counted.greatest], rows, tokenizer)
+    return [f"{who}: {data} has {wrong}"] if wrong else []
+
+
+def of_template(who: str, template: Any, rows: int) -> list[str]:
+    """Whether what a chat template writes of itself, end of turn and all, has one of the `rows` embeddings."""
+    text = template.render([Message("user", "Hello."), Message("assistant", "Hello!")]).text
+    tokens = template.tokenizer(text, add_special_tokens=False)["input_ids"]
+    wrong = without_embedding(tokens, rows, template.tokenizer)
+    return [f"{who}: its chat template writes {wrong}"] if wrong else []
 
 
 def of_licences(chatters: Mapping[str, Chatter]) -> list[str]:
@@ -103,20 +108,76 @@ def _hub(reference: Reference) -> tuple[str | None, bool]:
     return (getattr(found.card_data, "license", None) if found.card_data else None), bool(found.gated)
 
 
-def of_backend(recipe: Any, device: Device) -> list[str]:
-    """vLLM asked for where it is not, or for more devices than there are."""
+def of_backend(recipe: Any, names: Iterable[str], *, devices: int | None, here: bool) -> list[str]:
+    """vLLM asked for where it is not, for more than the `devices` that there are (None: on a CPU any), or for one that it does not
+    choose. `here`: on this machine."""
     found = []
-    for who in ("pivot", *recipe.sources):
+    for who in names:
         capture = recipe.capture_for(who)
-        if capture.backend != "vllm" or capture.url:
+        if capture.backend != "vllm":
             continue
-        if capture.tensor_parallel > device.count:
+        if capture.url:
+            if here and not _is_installed("openai"):
+                found.append(f"{who}: capture.url needs a client: run pip install 'fusechat[server]'")
+            continue
+        if devices is not None and capture.tensor_parallel > devices:
             found.append(
-                f"{who}: capture.tensor_parallel {capture.tensor_parallel} needs as many devices; there are {device.count}"
+                f"{who}: capture.tensor_parallel {capture.tensor_parallel} needs as many devices; there are {devices}"
             )
-        if device.measured and find_spec("vllm") is None:
+        if here and not _is_installed("vllm"):
             found.append(f"{who}: capture.backend: vllm, which is not installed; run pip install 'fusechat[vllm]'")
+        if here and devices is not None and recipe.device not in (None, "cuda"):
+            found.append(
+                f"{who}: capture.backend: vllm takes the GPUs from the first on, whatever device: {recipe.device} says; choose "
+                "them by CUDA_VISIBLE_DEVICES, without device"
+            )
     return found
+
+
+def of_processes(recipe: Any, names: Iterable[str], processes: int) -> list[str]:
+    """What does not go with a run by so many processes: `names` that vLLM captures, a GPU that all would have."""
+    if processes == 1:
+        return []
+    found = []
+    inside = inside_vllm(recipe, names)
+    if inside:
+        found.append(
+            f"{', '.join(inside)}: capture.backend: vllm starts the processes for its GPUs itself: run the recipe without torchrun "
+            "first, as far as --until align (fusechat run RECIPE --until align), and then this again; or give capture.url"
+        )
+    if recipe.device is not None and torch.device(recipe.device).index is not None:
+        found.append(
+            f"device: {recipe.device} is one GPU, and there are {processes} processes, each of which has one of its own: leave "
+            "device out, and choose GPUs by CUDA_VISIBLE_DEVICES"
+        )
+    return found
+
+
+def of_launch(recipe: Any, device: Device) -> tuple[list[str], list[str]]:
+    """Which commands a run on several devices takes; or that one device is too few."""
+    sharded = bool(recipe.fuse.training.get("fsdp"))
+    if sharded and device.count == 1:
+        return [f"{fuse.ONE_PROCESS}; one {device.name} has none to share with: leave it out"], []
+    inside = inside_vllm(recipe, ("pivot", *recipe.sources))
+    if not inside or device.count == 1:
+        return [], []
+    return [], [
+        f"{', '.join(inside)}: vLLM runs without torchrun: two commands do this, fusechat run RECIPE --until align, and "
+        f"torchrun --nproc-per-node {device.count} -m fusechat run RECIPE"
+    ]
+
+
+def inside_vllm(recipe: Any, names: Iterable[str]) -> list[str]:
+    """Those that vLLM captures in this process."""
+    captures = {name: recipe.capture_for(name) for name in names}
+    return [name for name, capture in captures.items() if capture.backend == "vllm" and not capture.url]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # imported already, in a way that has no spec
+        return True
 
 
 def of_memory(steps: Iterable[Estimate], device: Device) -> tuple[list[str], list[str]]:

@@ -4,15 +4,13 @@ the data are read, and no weights."""
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.chatters import Chatter
-from fusechat.core.files import digest_json
 from fusechat.core.gguf import convert_together
-from fusechat.core.references import configuration
 from fusechat.core.steps import Step
 from fusechat.errors import FuseChatError
 from fusechat.fuse import stage as fuse
@@ -24,6 +22,7 @@ from fusechat.plan.estimate import Estimate, Model
 from fusechat.plan.sampling import Counted, Texts, count, read_texts
 from fusechat.plan.shapes import shape_of
 from fusechat.plan.table import totals
+from fusechat.plan.unread import Unread
 from fusechat.prepare.overlap import Overlap, find_overlap
 from fusechat.prepare.stage import OVERLAP
 
@@ -42,25 +41,12 @@ class Plan:
     notes: list[str]
 
 
-class _Unread(Chatter):
-    """A model of which neither weights nor their checksums are read."""
-
-    @cached_property
-    def identity(self) -> str:
-        return digest_json([self.reference.parts, self.reference.sha256])
-
-    @cached_property
-    def directory(self) -> Path:
-        return configuration(self.reference)
-
-
 class _Planned(Recipe):
     def chatter(self, name: str) -> Chatter:
-        known = super().chatter(name)
-        return _unread(known.name, known.reference, known.chat_template)
+        return _unread(super().chatter(name))
 
 
-_unread = lru_cache(maxsize=None)(_Unread)
+_unread = lru_cache(maxsize=None)(Unread.of)
 
 
 def make_plan(recipe: Recipe, workdir: Path, device: Device, *, conversations: int | None = None) -> Plan:
@@ -86,7 +72,8 @@ class _Planner:
         found = _each((*training, *held_out), read_texts, failed)
         self.texts: dict[str, Texts] = {data.name: texts for data, texts in found.items()}
         anywhere = recipe.model_copy(update={"device": "cpu"})
-        _each((fuse.check, fuse.check_pivot), lambda check: check(anywhere), failed)
+        judges: tuple[Callable[[Recipe], None], ...] = (partial(fuse.check, here=False), fuse.check_pivot)
+        _each(judges, lambda check: check(anywhere), failed)
         if failed:
             raise FuseChatError(*dict.fromkeys(failed))
         have = sum(self.texts[data.name].conversations for data in training)
@@ -217,10 +204,16 @@ class _Planner:
         ]
         pairs.append(checks.of_disk(self.workdir, totals(steps)["fullest"], self._to_fetch(), self.device))
         pairs.append(checks.of_memory(steps, self.device))
+        pairs.append(checks.of_launch(recipe, self.device))
         problems = [line for found, _ in pairs for line in found]
         for name, model in self.models.items():
-            problems += checks.of_vocabulary(name, self.templates[name].tokenizer, model)
-        problems += checks.of_backend(recipe, self.device)
+            problems += checks.of_template(name, self.templates[name], model.shape.embedding_rows)
+        for name, counted in self.counted.items():
+            who, _, data = name.partition("/")
+            rows = self.models[who].shape.embedding_rows
+            problems += checks.of_vocabulary(who, data, self.templates[who].tokenizer, counted, rows)
+        devices, here = self.device.count, self.device.measured
+        problems += checks.of_backend(recipe, self.models, devices=devices, here=here)
         notes = [line for _, found in pairs for line in found] + checks.of_padding(steps, self.training.apart)
         (problems if recipe.data.on_overlap == "stop" else notes).extend(
             self.overlap.sentences() if self.overlap else []

@@ -33,7 +33,8 @@ class Texts:
 class Counted:
     """A data set as one model sees it. `lengths`, `rows`: tokens and response tokens of each conversation of the sample that can be
     used, and each of them stands for `scale`; `rejected`: reason → how many of the whole set; `bytes`: of the prepared file;
-    `kinds`: different tokens among the sample's response tokens; `seconds`: of preparing the whole set."""
+    `kinds`: different tokens among the sample's response tokens; `greatest` of all its tokens, -1 of none; `seconds`: of preparing
+    the whole set."""
 
     lengths: np.ndarray
     rows: np.ndarray
@@ -42,6 +43,7 @@ class Counted:
     bytes: int
     kinds: int
     seconds: float
+    greatest: int = -1
     rejected: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -109,6 +111,7 @@ def count(texts: Texts, template: Any, *, max_length: int, times: float = 1.0) -
         bytes=round(size * scale),
         kinds=len(np.unique(np.concatenate(gold))) if gold else 0,
         seconds=(time.perf_counter() - began) * scale,
+        greatest=max((int(one.input_ids.max()) for one in kept), default=-1),
         rejected={reason: round(number * scale) for reason, number in reasons.most_common()},
     )
 

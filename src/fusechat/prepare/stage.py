@@ -15,7 +15,7 @@ from fusechat.core.files import write_text
 from fusechat.core.prepared import FILE, Prepared, write_prepared
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
-from fusechat.errors import DataError
+from fusechat.errors import DataError, ModelError
 
 FORMAT = 3  # 3: rows between the asked prompt and the content; 2: spans are exact in more tokenizers
 OVERLAP, HITS = "overlap", "overlap.jsonl"
@@ -38,9 +38,10 @@ def step(recipe: Recipe, workdir: Path, chatter: Chatter, data: DataSet) -> Step
 
 
 def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) -> dict[str, Any]:
+    from fusechat.core.models import without_embedding
     from fusechat.prepare.tokenise import RejectedError, prepare_conversation
 
-    template = chatter.template()
+    template, rows = chatter.template(), chatter.vocabulary_size()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     rejected: list[str] = []
@@ -73,6 +74,9 @@ def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) 
         except RejectedError as error:
             reject(conversation.where, str(error))
             return None
+        wrong = without_embedding([int(result.input_ids.max())], rows, template.tokenizer)
+        if wrong:
+            raise ModelError(f"{chatter.name} ({chatter.reference}): {conversation.where} has {wrong}")
         counts.update({mark: 1 for mark, happened in marks.items() if happened})
         counts["tokens"] += len(result.input_ids)
         counts["response_tokens"] += len(result)

@@ -1,0 +1,22 @@
+"""A model of which configuration and tokenizer are read, and neither weights nor their checksums."""
+
+from functools import cached_property
+from pathlib import Path
+
+from fusechat.core.chatters import Chatter
+from fusechat.core.files import digest_json
+from fusechat.core.references import configuration
+
+
+class Unread(Chatter):
+    @cached_property
+    def identity(self) -> str:
+        return digest_json([self.reference.parts, self.reference.sha256])
+
+    @cached_property
+    def directory(self) -> Path:
+        return configuration(self.reference)
+
+    @classmethod
+    def of(cls, chatter: Chatter) -> "Unread":
+        return cls(chatter.name, chatter.reference, chatter.chat_template)
