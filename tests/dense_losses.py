@@ -11,6 +11,7 @@ def dense_rows(
     target_ids: torch.Tensor,
     target_logprobs: torch.Tensor,
     *,
+    target_tail: torch.Tensor | None = None,
     kind: str = "cross_entropy",
     tail: str = "renormalise",
     temperature: float = 1.0,
@@ -27,7 +28,11 @@ def dense_rows(
     q = torch.softmax(logits / temperature, dim=1)
     if tail == "bucket":
         rest = 1 - p.sum(dim=1, keepdim=True)
-        p = torch.cat([p, rest * (rest > 1e-6)], dim=1)
+        rest = rest * (rest > 1e-6)
+        if target_tail is not None:
+            rest = target_tail.double()[:, None]
+            p = p / p.sum(dim=1, keepdim=True).clamp(min=1e-300) * (1 - rest)
+        p = torch.cat([p, rest], dim=1)
         q = torch.cat([q * kept, (q * (1 - kept)).sum(dim=1, keepdim=True)], dim=1)
     p = p ** (1 / temperature)
     p = p / p.sum(dim=1, keepdim=True)

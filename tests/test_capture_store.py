@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 import runs
 from fusechat.core.distributions import (
@@ -67,7 +68,7 @@ def test_a_store_read_by_its_specification_alone(work: Path) -> None:
     """With nothing of FuseChat but the prepared conversations."""
     directory = work / CAPTURE
     store = json.loads((directory / "store.json").read_text())
-    assert store == {"format": 2, "k": 6, "files": "shard-*.arrow"}
+    assert store == {"format": 3, "k": 6, "files": "shard-*.arrow"}
     prepared = PreparedSet(work / "prepare/mistral/data")
     ids: list[str] = []
     for number, path in enumerate(shards(directory)):
@@ -78,9 +79,10 @@ def test_a_store_read_by_its_specification_alone(work: Path) -> None:
             ("ids", "list"),
             ("logprobs", "list"),
             ("nll", "list"),
+            ("tail", "list"),
         ]
-        kinds = [table.schema.field(name).type.value_type for name in ("ids", "logprobs", "nll")]
-        assert kinds == [pa.uint16(), pa.float16(), pa.float32()]
+        kinds = [table.schema.field(name).type.value_type for name in ("ids", "logprobs", "nll", "tail")]
+        assert kinds == [pa.uint16(), pa.float16(), pa.float32(), pa.float32()]
         for record in table.to_pylist():
             n = len(record["nll"])
             assert n == len(prepared[prepared.row_of[record["id"]]])
@@ -88,9 +90,12 @@ def test_a_store_read_by_its_specification_alone(work: Path) -> None:
             assert (np.diff(logprobs, axis=1) <= 0).all()
             assert all(len(set(row)) == 6 for row in tokens.tolist())
             ours = open_distributions(directory)[record["id"]]
-            assert (ours.ids.dtype, ours.logprobs.dtype) == (np.int32, np.float16)
+            assert (ours.ids.dtype, ours.tail.dtype) == (np.int32, np.float32)
             np.testing.assert_array_equal(ours.ids, tokens)
-            np.testing.assert_array_equal(ours.logprobs, logprobs)
+            np.testing.assert_array_equal(ours.tail, np.array(record["tail"], np.float32))
+            kept = np.exp(logprobs.astype(np.float64))
+            scaled = kept / kept.sum(axis=1, keepdims=True) * (1 - ours.tail.astype(np.float64))[:, None]
+            np.testing.assert_allclose(ours.probabilities, scaled, rtol=1e-12)
             ids.append(record["id"])
     assert ids == prepared.ids
     assert {path.name for path in directory.iterdir()} == {
@@ -130,7 +135,7 @@ def test_targets_keep_pads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "k", "most"), [(49_152, 10, 47), (49_152, 50, 208), (262_144, 10, 67), (262_144, 50, 308)]
+    ("size", "k", "most"), [(49_152, 10, 51), (49_152, 50, 212), (262_144, 10, 71), (262_144, 50, 312)]
 )
 def test_bytes_on_the_disk(tmp_path: Path, size: int, k: int, most: float) -> None:
     """Everything in the directory counted, of 600 conversations with 20 to 200 rows: at most 72 at k = 10, 320 at 50."""
@@ -148,6 +153,82 @@ def test_bytes_on_the_disk(tmp_path: Path, size: int, k: int, most: float) -> No
 
     Step("capture", "x", tmp_path / "x", {}, work).run()
     assert sum(file.stat().st_size for file in (tmp_path / "x").iterdir()) / lengths.sum() <= most
+
+
+# -- tails --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_tail_is_the_models_and_not_what_rounding_makes_of_it(work: Path, models: dict[str, Path]) -> None:
+    """By Transformers, in float64: far below what the float16 log-probabilities resolve."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models["mistral"], dtype="float32")
+    prepared, store = PreparedSet(work / "prepare/mistral/data"), open_distributions(work / CAPTURE)
+    for conversation in list(prepared)[:6]:
+        with torch.no_grad():
+            logits = model(torch.from_numpy(conversation.input_ids.astype(np.int64))[None]).logits[0]
+        exact = logits[conversation.position - 1].double().softmax(dim=1).numpy()
+        rows = store[conversation.id]
+        np.put_along_axis(exact, rows.ids.astype(np.int64), 0.0, axis=1)
+        np.testing.assert_allclose(rows.tail, exact.sum(axis=1), rtol=2e-5)
+        np.testing.assert_allclose(rows.probabilities.sum(axis=1) + rows.tail, 1.0, atol=1e-6)
+
+
+def as_format_2(directory: Path) -> None:
+    """Makes a finished capture what an earlier version left: without tails."""
+    for path in shards(directory):
+        table = pa.ipc.open_file(pa.OSFile(str(path))).read_all().drop_columns(["tail"])
+        path.unlink()
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as file:
+            file.write_table(table)
+        path.rename(path.with_name(f"{path.name[:12]}{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.arrow"))
+    write_store(directory, k=6, files=SHARDS, store_format=2)
+    outputs = {
+        file.name: {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        for file in (*shards(directory), directory / "store.json")
+    }
+    write_checked(directory / MANIFEST, json.loads((directory / MANIFEST).read_text()) | {"outputs": outputs})
+
+
+def test_an_older_capture_stays_done_and_is_gone_on_with_in_its_format(captured: Path, work: Path) -> None:
+    directory = work / CAPTURE
+    today = open_distributions(directory)
+    as_format_2(directory)
+    assert again(captured, work) == 0
+    before = runs.digests(work)
+    unfinish(directory)
+    shards(directory)[1].unlink()
+    assert again(captured, work) == 1
+    assert runs.digests(work) == before
+    found = open_distributions(directory)
+    assert (today.has_tails, found.has_tails) == (True, False)
+    assert list(found.index) == list(today.index)
+    both = open_distributions(directory, captured / "work" / CAPTURE)  # several sets of one model, of two formats
+    assert not both.has_tails
+    for identity in found.index:
+        np.testing.assert_array_equal(both[identity].tail, found[identity].tail)
+        np.testing.assert_allclose(found[identity].tail, today[identity].tail, atol=2e-3)
+
+
+def test_of_older_stores_a_tail_that_may_be_rounding_is_none(tmp_path: Path) -> None:
+    probabilities = np.array([[0.7, 0.2995], [0.7, 0.25], [0.7, 0.3004]])
+    rows = SparseDistribution(np.array([[3, 5]] * 3, np.int32), np.log(probabilities), np.zeros(3, np.float32))
+    write_distributions(tmp_path / "all.arrow", [("a", rows)], store_format=2)
+    write_store(tmp_path, k=2, files="all.arrow", store_format=2)
+    found = open_distributions(tmp_path)["a"]
+    assert found.tail == pytest.approx([0.0, 0.05, 0.0], abs=5e-4)
+    assert found.tail[[0, 2]].tolist() == [0.0, 0.0]
+    assert found.probabilities.sum(axis=1) + found.tail == pytest.approx([1.0] * 3, abs=1e-9)
+
+
+def test_a_tail_of_nearly_everything_keeps_what_was_kept(tmp_path: Path) -> None:
+    rows = SparseDistribution(
+        np.array([[3, -1]], np.int32), np.log([[1e-9, 1.0]]), np.zeros(0, np.float32), np.array([1 - 1e-9])
+    )
+    rows.logprobs[:, 1] = -np.inf
+    write_distributions(tmp_path / "all.arrow", [("a", rows)])
+    write_store(tmp_path, k=2, files="all.arrow")
+    assert open_distributions(tmp_path)["a"].probabilities[0] == pytest.approx([1e-9, 0.0], rel=0.02)
 
 
 # -- damage -------------------------------------------------------------------------------------------------------------

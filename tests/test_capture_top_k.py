@@ -20,6 +20,12 @@ def naive(row: list[float], k: int) -> tuple[list[int], list[float]]:
     return order, [row[token] - max(row) - float(np.log(total)) for token in order]
 
 
+def naive_tail(row: list[float], k: int) -> float:
+    """The probability of all that are not of the k greatest, added up from the smallest on."""
+    exponentials = np.sort(np.exp(np.array(row) - max(row)))
+    return float(exponentials[: len(row) - k].sum() / exponentials.sum())
+
+
 @st.composite
 def logits(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     """Rows over vocabularies that are no multiple of a block, with many ties, -inf, zeros of both signs; and a k."""
@@ -41,12 +47,13 @@ def logits(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
 def test_as_by_sorting_everything(case: tuple[torch.Tensor, int]) -> None:
     rows, k = case
     gold = rows.float().argmin(dim=1)
-    ids, logprobs, nll = sparse_rows(rows, gold, k)
-    assert (ids.dtype, logprobs.dtype, nll.dtype) == (torch.int32, torch.float32, torch.float32)
+    ids, logprobs, nll, tail = sparse_rows(rows, gold, k)
+    assert (ids.dtype, *{logprobs.dtype, nll.dtype, tail.dtype}) == (torch.int32, torch.float32)
     for row, values in enumerate(rows.double().tolist()):
         order, expected = naive(values, k)
         assert ids[row].tolist() == order
         np.testing.assert_allclose(logprobs[row].numpy(), expected, rtol=1e-6, atol=2e-6)
+        np.testing.assert_allclose(tail[row].item(), naive_tail(values, k), rtol=1e-5, atol=1e-30)
         assert -nll[row].item() == pytest.approx(naive(values, len(values))[1][-1], rel=1e-6, abs=2e-6)
 
 
@@ -55,7 +62,8 @@ def test_the_way_for_other_devices_gives_the_same(case: tuple[torch.Tensor, int]
     """But for which of equal tokens it takes."""
     rows, k = case
     gold = torch.zeros(len(rows), dtype=torch.long)
-    (ids, logprobs, nll), ours = top_k._by_torch(rows, gold, k), sparse_rows(rows, gold, k)
+    (ids, logprobs, nll, tail), ours = top_k._by_torch(rows, gold, k), sparse_rows(rows, gold, k)
+    torch.testing.assert_close(tail, ours[3], rtol=1e-4, atol=1e-30)
     torch.testing.assert_close(logprobs, ours[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(nll, ours[2], rtol=1e-5, atol=1e-5)
     picked = rows.float().gather(1, ids.long())
@@ -69,12 +77,13 @@ def test_large_vocabularies_lose_nothing(dtype: torch.dtype, size: int) -> None:
     """Sums over many terms of like size are where float32 would lose digits."""
     rows = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).mul(0.1).to(dtype)
     gold = torch.tensor([0, 1, size - 1, size // 2])
-    ids, logprobs, nll = sparse_rows(rows, gold, 50)
+    ids, logprobs, nll, tail = sparse_rows(rows, gold, 50)
     exact = rows.double().log_softmax(dim=1)
     expected = exact.sort(dim=1, descending=True, stable=True)
     assert torch.equal(ids.long(), expected.indices[:, :50])
     torch.testing.assert_close(logprobs.double(), expected.values[:, :50], rtol=0, atol=4e-6)
     torch.testing.assert_close(nll.double(), -exact.gather(1, gold[:, None])[:, 0], rtol=0, atol=4e-6)
+    torch.testing.assert_close(tail.double(), expected.values[:, 50:].exp().sum(dim=1), rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,13 +92,13 @@ def test_large_vocabularies_lose_nothing(dtype: torch.dtype, size: int) -> None:
 def test_what_is_not_finite_spoils_its_own_row(dtype: torch.dtype, bad: float, where: int) -> None:
     rows = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     rows[1, where] = bad
-    _, logprobs, nll = sparse_rows(rows.to(dtype), torch.tensor([1, 2, 3]), 4)
+    _, logprobs, nll, _ = sparse_rows(rows.to(dtype), torch.tensor([1, 2, 3]), 4)
     assert logprobs.isnan().all(dim=1).tolist() == [False, True, False]
     assert nll.isnan().tolist() == [False, True, False]
 
 
 def test_a_row_of_nothing_but_minus_infinity_has_no_distribution() -> None:
-    _, logprobs, nll = sparse_rows(torch.full((1, 300), -INF), torch.tensor([0]), 3)
+    _, logprobs, nll, _ = sparse_rows(torch.full((1, 300), -INF), torch.tensor([0]), 3)
     assert logprobs.isnan().all()
     assert nll.isnan().all()
 

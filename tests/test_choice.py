@@ -7,7 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fusechat.core.distributions import SparseDistribution
+from fusechat.core.distributions import SparseDistribution, nothing
 from fusechat.fuse.choice import (
     Candidate,
     Rule,
@@ -20,7 +20,6 @@ from fusechat.fuse.choice import (
     ties,
     weights,
 )
-from fusechat.fuse.mixture import nothing
 from fusing import (
     LEVELS,
     UNITS,

@@ -49,6 +49,33 @@ def test_rows_and_their_weighted_gradient_are_the_dense_ones(kind: str, tail: st
         assert_as_dense(problem(seed=seed), by_row, rtol=1e-4, atol=2e-6, **how)
 
 
+def test_the_tail_that_was_measured_is_the_bucket() -> None:
+    """However small, and whatever float16 has made of the kept tokens; the kept are scaled to what it leaves."""
+    by_row = torch.randn(2, 6, generator=torch.Generator().manual_seed(5))
+    measured = torch.tensor([0.3, 1e-3, 1e-7, 0.5, 1e-12, 0.0], dtype=torch.float64)
+    for seed, (kind, tail, temperature) in itertools.product(range(2), WAYS):
+        given = problem(seed=seed)
+        given["target_logprobs"] = given["target_logprobs"].half()
+        how = {"kind": kind, "tail": tail, "temperature": temperature, "target_tail": measured}
+        assert_as_dense(precise(given), by_row, rtol=1e-9, atol=1e-12, **how)
+        assert_as_dense(given, by_row, rtol=1e-4, atol=2e-6, **how)
+
+
+def test_without_a_tail_what_half_precision_may_have_made_is_none() -> None:
+    """A sure row as float16 stores it: 2e-4 are left over, all of them rounding; that of float32 is a tail."""
+    logits, labels = torch.zeros(1, 5), torch.tensor([0])
+    logprobs = torch.tensor([[0.6, 0.3998]]).log()
+    given = {"target_ids": torch.tensor([[0, 1]]), "kind": "reverse_kl", "tail": "bucket"}
+    for dtype, rest in ((torch.float16, 0.0), (torch.bfloat16, 0.0), (torch.float32, 2e-4)):
+        stored = logprobs.to(dtype)
+        _, found = row_losses(logits, labels, target_logprobs=stored, **given)
+        tails = torch.tensor([rest])
+        _, expected = row_losses(logits, labels, target_logprobs=stored, target_tail=tails, **given)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+    with pytest.raises(ValueError, match=r"target_tail is \[1\]"):
+        row_losses(logits, labels, target_logprobs=logprobs, target_tail=tails[:, None], **given)
+
+
 @pytest.mark.parametrize("elements", [1, 2 * 23, 5 * 23 + 1, 6 * 23])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     by_row = torch.rand(2, 6, generator=torch.Generator().manual_seed(5))

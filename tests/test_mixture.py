@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusechat.core.distributions import SparseDistribution
-from fusechat.fuse.mixture import mix, nothing
+from fusechat.core.distributions import SparseDistribution, nothing
+from fusechat.fuse.mixture import mix
 from fusing import distributions, naive_mix, rows_of, sparse
 
 
@@ -33,6 +34,13 @@ def test_by_hand() -> None:
     assert found.ids.tolist() == [[1, 2, 3], [4, 5, -1]], "most likely first"
     assert found.tail.tolist() == pytest.approx([0.75 * 0.25 + 0.25 * 0.125, 0.25])
     assert (found.ids.dtype, found.logprobs.dtype) == (np.int32, np.float32)
+
+
+def test_tails_that_were_measured_are_averaged_and_not_made_of_rounded_sums() -> None:
+    one, other = sparse([{1: 0.6, 2: 0.4}] * 2), sparse([{1: 0.5, 3: 0.5}] * 2)
+    one, other = replace(one, tail=np.array([1e-9, 1e-9])), replace(other, tail=np.array([3e-9, 3e-9]))
+    found = mix([one, other], weights((0.75, 0.25), (1.0, 0.0)))
+    assert found.tail.tolist() == pytest.approx([1.5e-9, 1e-9], rel=1e-9)
 
 
 def test_a_row_without_targets_gives_its_weight_to_the_others_in_proportion() -> None:

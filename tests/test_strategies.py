@@ -196,7 +196,7 @@ def test_no_row_has_more_mass_than_one_and_the_tail_has_what_is_missing(room: Ro
         stored = room.outcome(strategy).rows[ours.id].probabilities.sum(axis=1)
         assert stored.max() <= 1 + 2e-3  # float16 logarithms
         here = result.rows.probabilities.sum(axis=1)
-        assert here + result.tail == pytest.approx(np.ones(len(here)), abs=2e-3)
+        assert here + result.rows.tail == pytest.approx(np.ones(len(here)), abs=2e-3)
         assert (here <= result.mapped + 2e-3).all()
         rows = np.flatnonzero(alignment.unclipped)
         given = captured.probabilities[alignment.source_row[rows]].sum(axis=1)

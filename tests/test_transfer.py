@@ -123,7 +123,7 @@ def test_what_is_kept_and_the_tail_sum_to_one(problem: tuple[Candidates, np.ndar
     given, matrix, gold = problem
     result = run(given, matrix, gold, k=k)
     kept = result.rows.probabilities.sum(axis=1)
-    assert result.tail + kept == pytest.approx(np.ones(len(gold)), abs=1e-9)
+    assert result.rows.tail + kept == pytest.approx(np.ones(len(gold)), abs=1e-9)
     assert (kept <= result.mapped + 1e-9).all()
     assert (result.mapped <= given.mass.sum(axis=1) + 1e-9).all()
 
@@ -148,13 +148,13 @@ def test_collisions_are_summed() -> None:
     result = run(plain([{0: 0.3, 1: 0.2, 2: 0.4}]), matrix, k=4)
     assert result.rows.ids.tolist() == [[3, 5, -1, -1]]
     assert np.exp(result.rows.logprobs[0, :2]) == pytest.approx([0.3 + 0.2 + 0.1, 0.3])
-    assert result.tail == pytest.approx([0.1])
+    assert result.rows.tail == pytest.approx([0.1])
 
 
 def test_a_candidate_without_a_row_or_with_an_empty_one_leaves_its_mass_to_the_tail() -> None:
     result = run(plain([{0: 0.5, 8: 0.25, -1: 0.125}]), np.eye(ROWS, PIVOT), k=3)  # row 8 is empty
     assert result.rows.ids.tolist() == [[0, -1, -1]]
-    assert result.tail == pytest.approx([0.5])
+    assert result.rows.tail == pytest.approx([0.5])
     assert result.mapped == pytest.approx([0.5])
 
 
@@ -162,7 +162,7 @@ def test_nothing_at_all_is_all_pads() -> None:
     result = run(candidates([[-1], [-1]], [[0.0], [0.0]]), np.eye(ROWS, PIVOT), k=3)
     assert result.rows.ids.tolist() == [[-1] * 3] * 2
     assert np.isneginf(result.rows.logprobs).all()
-    assert result.tail.tolist() == [1.0, 1.0]
+    assert result.rows.tail.tolist() == [1.0, 1.0]
     assert result.mapped.tolist() == [0.0, 0.0]
 
 
@@ -191,7 +191,7 @@ def test_the_chain_rule_by_hand() -> None:
 def test_where_w_knows_the_gold_token_alone_the_rest_joins_the_tail() -> None:
     result = run(candidates([[0]], [[0.5]], [True], [0.25]), np.eye(ROWS, PIVOT), np.array([0]), k=2)
     assert result.rows.ids.tolist() == [[0, -1]]
-    assert result.tail == pytest.approx([1 - 0.125])
+    assert result.rows.tail == pytest.approx([1 - 0.125])
 
 
 def test_only_the_last_candidate_is_sharpened() -> None:
@@ -222,7 +222,7 @@ def test_without_an_own_token_gold_is_kept_only_among_the_largest() -> None:
     assert run(candidates([[0]], [[1.0]]), matrix, np.array([1]), k=1).rows.ids.tolist() == [[0]]
     own = run(candidates([[0]], [[1.0]], [True]), matrix, np.array([1]), k=1)
     assert own.rows.ids.tolist() == [[1]]
-    assert own.tail == pytest.approx([0.75])
+    assert own.rows.tail == pytest.approx([0.75])
 
 
 # -- the alignment as a whole -------------------------------------------------------------------------------------------

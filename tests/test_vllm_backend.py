@@ -116,6 +116,9 @@ def test_any_distributions_come_back_as_their_most_likely_tokens(
         np.testing.assert_allclose(result.logprobs, -np.sort(-logprobs, axis=1)[:, :k], rtol=1e-6)
         np.testing.assert_allclose(np.take_along_axis(logprobs, result.ids, axis=1), result.logprobs, rtol=1e-6)
         assert all(len(set(row)) == k for row in result.ids.tolist())
+        left_out = np.sort(np.exp(logprobs), axis=1)[:, : vocabulary - k].sum(axis=1)
+        np.testing.assert_allclose(result.tail, left_out, rtol=1e-5, atol=1e-6)
+        assert ((result.tail == 0) | (result.tail >= 1e-6)).all()
         np.testing.assert_allclose(result.nll, -logprobs[np.arange(n), tokens[1:]], rtol=1e-6)
 
 
@@ -215,6 +218,7 @@ def test_a_server_gives_what_the_model_gives(models: dict[str, Path], loaded: di
         logprobs = logits.double().log_softmax(dim=1)
         np.testing.assert_allclose(result.logprobs, logprobs.topk(12).values, atol=1e-4)
         np.testing.assert_allclose(result.nll, -logprobs[range(len(one)), one.gold], atol=1e-4)
+        np.testing.assert_allclose(result.tail, logprobs.sort(dim=1).values[:, :-12].exp().sum(dim=1), rtol=1e-3)
     assert np.array_equal(again[0].ids, found[3].ids)
     assert all(
         set(body) == {"model", "prompt", "max_tokens", "temperature", "prompt_logprobs"} for body in engine.asked

@@ -12,7 +12,6 @@ from fusechat.align.quality import Quality
 from fusechat.align.stage import models
 from fusechat.capture import stage as capture
 from fusechat.config import PIVOT, Recipe
-from fusechat.core.distributions import SparseDistribution
 from fusechat.core.progress import Advance, progress
 from fusechat.core.steps import Step
 from fusechat.pipeline import RECIPE, lock
@@ -122,7 +121,7 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
     for identity in held_out.common():
         pivot, source = held_out.pair(identity)
         assert held_out.captured is not None
-        captured = cut_to(held_out.captured[identity], k)
+        captured = held_out.captured[identity].cut(k)
         alignment, _, result = aligner.transferred(pivot, source, captured, k=k)
         common = boundary.align(pivot, source).aligned & warped.align(pivot, source).aligned
         share = cut_share(source, captured, aligner.pair.source.spelling)[alignment.source_row]
@@ -138,11 +137,6 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
         )
         advance()
     return quality
-
-
-def cut_to(captured: SparseDistribution, k: int) -> SparseDistribution:
-    """The k most likely tokens of distributions that hold more."""
-    return SparseDistribution(captured.ids[:, :k], captured.logprobs[:, :k], captured.nll)
 
 
 def strategy_name(record: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from fusechat.align.sequence import Alignment, align_rows
 from fusechat.align.spelling import Spelling
 from fusechat.align.transfer import Transfer, Transferred
 from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map
-from fusechat.core.distributions import SparseDistribution
+from fusechat.core.distributions import SparseDistribution, nothing
 from fusechat.core.prepared import Prepared
 from fusechat.core.token_bytes import TokenBytes
 
@@ -192,11 +192,8 @@ class Aligner:
     def unaligned(self, pivot: Prepared, *, k: int, fill: SparseDistribution | None = None) -> SparseDistribution:
         """Targets for a conversation that the source does not have."""
         n = len(pivot)
-        empty = SparseDistribution(
-            np.full((n, k), -1, np.int32), np.full((n, k), -np.inf), np.zeros(0, dtype=np.float32)
-        )
         self.figures.add_without_source(int((~pivot.lead).sum()), int(pivot.lead.sum()))
-        return self._fill(pivot, np.zeros(n, dtype=bool), empty, fill)
+        return self._fill(pivot, np.zeros(n, dtype=bool), nothing(n, k), fill)
 
     def _fill(
         self, pivot: Prepared, covered: np.ndarray, rows: SparseDistribution, fill: SparseDistribution | None
@@ -207,9 +204,11 @@ class Aligner:
         gold = ~covered if kind in ("label", "condition") else ~covered & pivot.lead
         if kind == "pivot" and fill is not None:
             rows.ids[content], rows.logprobs[content] = fill.ids[content], fill.logprobs[content]
+            rows.tail[content] = fill.tail[content]
         if kind != "skip":
             rows.ids[gold], rows.logprobs[gold] = -1, -np.inf
-            rows.ids[gold, 0], rows.logprobs[gold, 0] = pivot.gold[gold], 0.0
+            rows.ids[gold, 0] = pivot.gold[gold]
+            rows.logprobs[gold, 0] = rows.tail[gold] = 0.0
         return rows
 
 

@@ -19,7 +19,7 @@ from fusechat.align.figures import Figures, add_figures
 from fusechat.align.joined import Joined, groups, join, join_distributions, split
 from fusechat.align.processes import Processes, cores
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.distributions import DistributionSet, SparseDistribution, open_distributions
+from fusechat.core.distributions import DistributionSet, SparseDistribution, nothing, open_distributions
 from fusechat.core.prepared import Prepared, PreparedSet
 from fusechat.core.progress import Advance
 
@@ -82,13 +82,11 @@ class Conversations:
 
     def filling(self, identity: str, rows: int, k: int) -> SparseDistribution:
         """The pivot's own distributions of a conversation, cut or padded to `k` tokens; nothing but pads where there are none."""
-        result = SparseDistribution(
-            np.full((rows, k), -1, np.int32), np.full((rows, k), -np.inf), np.zeros(0, dtype=np.float32)
-        )
+        result = nothing(rows, k)
         if self.fill and identity in self.fill:
-            own = self.fill[identity]
-            width = min(k, own.ids.shape[1])
-            result.ids[:, :width], result.logprobs[:, :width] = own.ids[:, :width], own.logprobs[:, :width]
+            own = self.fill[identity].cut(k)
+            width = own.ids.shape[1]
+            result.ids[:, :width], result.logprobs[:, :width], result.tail[:] = own.ids, own.logprobs, own.tail
         return result
 
     @property
@@ -207,7 +205,8 @@ def _align(state: tuple[Pair, Conversations, VocabularyMap, np.ndarray, int], bl
         ]
         fill = join_distributions(own) if own else None
         several = aligner.align(joined.pivot, joined.source, joined.captured, k=k, fill=fill)
-        stored = replace(several, logprobs=several.logprobs.astype(np.float16))  # less to send
+        logprobs, tail = several.logprobs.astype(np.float16), several.tail.astype(np.float32)
+        stored = replace(several, logprobs=logprobs, tail=tail)  # less to send
         rows.update(zip(joined.ids, split(stored, joined.lengths), strict=True))
         aligner.figures.conversations += len(joined.ids)
     for identity in block:

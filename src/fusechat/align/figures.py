@@ -48,7 +48,7 @@ class Figures:
         self.chained += int((candidates.own & ~np.isnan(candidates.chained) & ~alignment.lead).sum())
         self.empty += int((aligned & (result.rows.ids < 0).all(axis=1)).sum())
         self.mapped_mass += float(result.mapped[covered].sum())
-        self.kept_mass += float((1.0 - result.tail)[covered].sum())
+        self.kept_mass += float((1.0 - result.rows.tail)[covered].sum())
         real = (candidates.row >= 0) & ~alignment.lead[:, None]
         sums = np.bincount(vocabulary_map.origin[candidates.row[real]], candidates.mass[real], minlength=len(ORIGINS))
         self.mass_by_origin.update({name: mass for name, mass in zip(ORIGINS, sums.tolist(), strict=True) if mass})

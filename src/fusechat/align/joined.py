@@ -45,6 +45,7 @@ def join_distributions(several: Sequence[SparseDistribution]) -> SparseDistribut
         ids=np.concatenate([each.ids for each in several]),
         logprobs=np.concatenate([each.logprobs for each in several]),
         nll=np.concatenate([each.nll for each in several]),
+        tail=np.concatenate([each.tail for each in several]),
     )
 
 
@@ -52,8 +53,7 @@ def split(rows: SparseDistribution, lengths: Sequence[int]) -> Iterator[SparseDi
     """The distributions of each conversation apart."""
     begin = 0
     for length in lengths:
-        part = slice(begin, begin + length)
-        yield SparseDistribution(rows.ids[part], rows.logprobs[part], rows.nll[part])
+        yield rows.take(slice(begin, begin + length))
         begin += length
 
 

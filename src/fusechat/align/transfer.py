@@ -12,11 +12,10 @@ from fusechat.core.distributions import SparseDistribution
 
 @dataclass(frozen=True)
 class Transferred:
-    """`rows`: the k most likely pivot tokens of every pivot row (all pads where nothing corresponds). `tail` float64 [n]: the
-    mass that they leave out. `mapped` float64 [n]: the mass that reached some pivot token, kept or not."""
+    """`rows`: the k most likely pivot tokens of every pivot row (all pads where nothing corresponds), and the mass that they leave
+    out. `mapped` float64 [n]: the mass that reached some pivot token, kept or not."""
 
     rows: SparseDistribution
-    tail: np.ndarray
     mapped: np.ndarray
 
 
@@ -45,11 +44,9 @@ class Transfer:
         )
         logprobs = np.full(mass.shape, -np.inf)
         np.log(mass, out=logprobs, where=ids >= 0)
-        return Transferred(
-            rows=SparseDistribution(ids, logprobs, np.zeros(0, dtype=np.float32)),
-            tail=np.clip(1.0 - mass.sum(axis=1), 0.0, 1.0),
-            mapped=np.minimum(mapped, 1.0),
-        )
+        tail = np.clip(1.0 - mass.sum(axis=1), 0.0, 1.0)
+        rows = SparseDistribution(ids, logprobs, np.zeros(0, dtype=np.float32), tail)
+        return Transferred(rows=rows, mapped=np.minimum(mapped, 1.0))
 
 
 @compiled()

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.capture.top_k import split_batch, start_batch
+from fusechat.capture.top_k import Columns, split_batch, start_batch
 from fusechat.core.distributions import SparseDistribution
 from fusechat.core.forward import length_batches
 from fusechat.core.memory import free_memory, out_of_memory
@@ -16,7 +16,7 @@ from fusechat.core.progress import log
 from fusechat.errors import ModelError
 
 Results = list[SparseDistribution | None]
-Started = tuple[tuple[torch.Tensor, ...], torch.cuda.Event | None]
+Started = tuple[Columns, torch.cuda.Event | None]
 
 
 class Local:

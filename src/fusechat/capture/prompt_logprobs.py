@@ -3,6 +3,9 @@
 For a prompt of T tokens vLLM gives a list of T: None for the first token, and for token t the entries `{token id: (logprob,
 rank)}` of the distribution that predicts it: its k most likely tokens, and the token of the prompt itself where it is not
 among them. In this process an entry is an object with `logprob` and `rank`; a server sends JSON, ids as strings.
+
+The probability of all other tokens is what these leave, summed in float64. Their own float32 rounding makes up to 1e-6 of
+nothing, so that a smaller tail counts as none; the Transformers backend sums the others themselves.
 """
 
 import math
@@ -16,6 +19,7 @@ from fusechat.core.prepared import Prepared
 from fusechat.errors import DataError, ModelError
 
 _SERVER_MINUS_INFINITY = -9999.0  # JSON has no -inf; vLLM's server writes this for it
+_NO_TAIL = 1e-6
 _ROUNDING = 0.01  # by how much probabilities may sum to more than 1: bfloat16 engines exist
 
 
@@ -51,9 +55,10 @@ def sparse_distribution(
         return None
     if n and ids.max() >= vocabulary:
         raise ModelError(f"{who}: gave token {ids.max()}, but the model knows only {vocabulary}; is it another model?")
-    if (np.exp(logprobs.astype(np.float64)).sum(axis=1) > 1 + _ROUNDING).any():
+    tail = 1.0 - np.exp(logprobs.astype(np.float64)).sum(axis=1)
+    if (tail < -_ROUNDING).any():
         raise ModelError(f"{who}: gives logits instead of log-probabilities; set its --logprobs-mode raw_logprobs")
-    return SparseDistribution(ids, logprobs, nll)
+    return SparseDistribution(ids, logprobs, nll, np.where(tail < _NO_TAIL, 0.0, tail).astype(np.float32))
 
 
 def refuse_long(conversations: Sequence[Prepared], takes: int, who: str, advice: str = "") -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from fusechat.config import Recipe
 from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
-from fusechat.core.distributions import SHARDS, is_sound, shards_of, write_shard, write_store
+from fusechat.core.distributions import SHARDS, begun_format, is_sound, shards_of, write_shard, write_store
 from fusechat.core.files import PARTIAL
 from fusechat.core.manifests import which_device
 from fusechat.core.prepared import PreparedSet
@@ -23,7 +23,7 @@ from fusechat.core.steps import Step
 from fusechat.core.tables import Table
 from fusechat.errors import DataError
 
-FORMAT = 2
+FORMAT = 2  # of the step: captures of older versions, without tails, stay done; see `core/distributions.py`
 
 
 def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_least: int = 1) -> Step:
@@ -69,8 +69,9 @@ def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dic
     shards = {number: every[number] for number in mine}
     vocabulary = chatter.vocabulary_size()
     k = min(settings["top_k"], vocabulary)
+    store_format = ranks.from_first(lambda: begun_format(directory))
     if ranks.is_first():
-        write_store(directory, k=k, files=SHARDS)
+        write_store(directory, k=k, files=SHARDS, store_format=store_format)
     paths = {number: path for number in shards if (path := _sound_shard(directory, number)) is not None}
     missing = {number: rows for number, rows in shards.items() if number not in paths}
     if missing:
@@ -83,7 +84,9 @@ def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dic
             for number, rows in missing.items():
                 found = backend.capture([data[row] for row in rows], advance)
                 records = [(data.ids[row], each) for row, each in zip(rows, found, strict=True) if each is not None]
-                paths[number] = write_shard(directory, number, records, vocabulary=vocabulary)
+                paths[number] = write_shard(
+                    directory, number, records, vocabulary=vocabulary, store_format=store_format
+                )
     return _counts([Table([path]) for path in paths.values()], data, [row for rows in shards.values() for row in rows])
 
 

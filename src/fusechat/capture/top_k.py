@@ -2,7 +2,7 @@
 
 A vocabulary of 262,144 makes `torch.topk` on a CPU slower than the model's head. There, a kernel reads each row three times,
 out of the cache: the greatest value of every block of the vocabulary; the values in blocks that may have one of the k; the
-sum of exponentials. Rows are shared among as many threads as PyTorch has, and none depends on another.
+sum of the exponentials that are not of the k. Rows are shared among as many threads as PyTorch has, and none depends on another.
 """
 
 from collections.abc import Sequence
@@ -22,14 +22,19 @@ _RUN = 4096  # exponentials that are added up in float32; such sums are added up
 _LEAST = -(1 << 31)
 _INFINITE = 0x7F800000
 _NOT_ZERO = 0x7FFFFFFF  # every bit but the sign's
+_NEXT_TO_NOTHING = 2.0**-125  # an exponential of -inf comes out as 2^-126
 _LOG2_E = np.float32(np.log2(np.e))
 _POWER_OF_2 = tuple(np.float32(c) for c in (1.0, *(np.log(2.0) ** n / np.prod(range(1, n + 1)) for n in range(1, 8))))
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = _POWER_OF_2  # Taylor's; for |x| <= 1/2 its error is below float32's
 
 
-def sparse_rows(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+Columns = tuple[torch.Tensor, ...]  # what `sparse_rows` gives: ids, log-probabilities, nll, tails
+
+
+def sparse_rows(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:
     """The `k` most likely tokens of logits [n, V] (any float type): ids int32 [n, k], log-probabilities over the full
-    vocabulary float32 [n, k], and the gold tokens' nll float32 [n]; where `logits` are. The log-softmax is float32.
+    vocabulary float32 [n, k], the gold tokens' nll float32 [n], and the probability of all other tokens float32 [n], exact
+    however small; where `logits` are. The log-softmax is float32.
 
     On a CPU ties go to the lower id. A row with a NaN or +inf has NaN log-probabilities; -inf is a probability of 0.
     """
@@ -42,7 +47,7 @@ def capture_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> l
     return split_batch(start_batch(model, conversations, k=k), conversations)
 
 
-def start_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> tuple[torch.Tensor, ...]:
+def start_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> Columns:
     """`sparse_rows` of the conversations' rows, one conversation after the other, where the model is."""
     batch = collate(conversations)
     gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]
@@ -50,72 +55,82 @@ def start_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> tup
     return sparse_rows(logits, gold.to(logits.device), min(k, logits.shape[1]))
 
 
-def split_batch(
-    columns: tuple[torch.Tensor, ...], conversations: Sequence[Prepared]
-) -> list[SparseDistribution | None]:
+def split_batch(columns: Columns, conversations: Sequence[Prepared]) -> list[SparseDistribution | None]:
     """What `start_batch` gave, for each conversation its own."""
-    ids, logprobs, nll = (column.cpu().numpy() for column in columns)
+    ids, logprobs, nll, tail = (column.cpu().numpy() for column in columns)
     results: list[SparseDistribution | None] = []
     begin = 0
     for conversation in conversations:
         rows = slice(begin, begin + len(conversation))
         begin = rows.stop
         finite = np.isfinite(nll[rows]).all() and np.isfinite(logprobs[rows]).all()
-        results.append(SparseDistribution(ids[rows], logprobs[rows], nll[rows]) if finite else None)
+        results.append(SparseDistribution(ids[rows], logprobs[rows], nll[rows], tail[rows]) if finite else None)
     return results
 
 
-def _by_torch(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _by_torch(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:
     parts = []
     for rows, full in float_rows(logits):
-        logsumexp = full.logsumexp(dim=1)
         values, ids = full.topk(k, dim=1)
-        parts.append((ids.int(), values - logsumexp[:, None], gold_nll(full, gold[rows], logsumexp)))
-    ids, logprobs, nll = (torch.cat(column) for column in zip(*parts, strict=True))
-    return ids, logprobs, nll
+        others = full.scatter(1, ids, -torch.inf).logsumexp(dim=1)  # not 1 - Σ kept, which rounding makes of nothing
+        logsumexp = torch.logaddexp(values.logsumexp(dim=1), others)
+        nll = gold_nll(full, gold[rows], logsumexp)
+        parts.append((ids.int(), values - logsumexp[:, None], nll, (others - logsumexp).exp()))
+    ids, logprobs, nll, tail = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ids, logprobs, nll, tail
 
 
-def _by_kernel(logits: torch.Tensor, gold: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _by_kernel(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:
     if logits.dtype != torch.bfloat16:
         logits = logits.float()
     bits = logits.contiguous().view(torch.int16 if logits.dtype == torch.bfloat16 else torch.int32).numpy()
     ids = np.empty((len(bits), k), np.int32)
     logprobs = np.empty((len(bits), k), np.float32)
-    nll = np.empty(len(bits), np.float32)
+    nll, tail = np.empty((2, len(bits)), np.float32)
     wanted = gold.numpy()
     threads = max(1, min(torch.get_num_threads(), len(bits)))
     bounds = np.linspace(0, len(bits), threads + 1).astype(int)
 
     def work(part: int) -> None:
         rows = slice(bounds[part], bounds[part + 1])
-        _select(bits[rows], wanted[rows], ids[rows], logprobs[rows], nll[rows])
+        _select(bits[rows], wanted[rows], ids[rows], logprobs[rows], nll[rows], tail[rows])
 
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, range(threads)))
-    return torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(nll)
+    return torch.from_numpy(ids), torch.from_numpy(logprobs), torch.from_numpy(nll), torch.from_numpy(tail)
 
 
 @compiled()
-def _select(bits, gold, ids, logprobs, nll):  # type: ignore[no-untyped-def]
+def _select(bits, gold, ids, logprobs, nll, tail):  # type: ignore[no-untyped-def]
     """`sparse_rows` of logits [n, V], given as the bits of bfloat16 (int16) or of float32 (int32)."""
     n, size = bits.shape
     k = ids.shape[1]
     full = np.empty(size, np.int32)  # a row's bits as float32
     greatest = np.empty((size + _BLOCK - 1) // _BLOCK, np.int32)
     found = np.empty(size, np.int64)
+    below = np.empty(k)  # by how much the kept are below the greatest
     for row in range(n):
         _widen(bits[row], full)
         values = full.view(np.float32)
         largest = _greatest(full, greatest)
         kept = np.sort(_at_least(full, greatest, _bound(greatest, k), found))[::-1]
         top = np.float64(values[_id(kept[0])])
-        total = np.nan  # the logarithm of the sum, with `top` taken off
-        if largest < _INFINITE or (largest == _INFINITE and -np.inf < top < np.inf):  # neither a NaN nor +inf
-            total = np.log(_sum_of_exponentials(values, np.float32(top)))
+        own = values[gold[row]] - top
+        of_kept = 0.0
         for place in range(k):
-            ids[row, place] = _id(kept[place])
-            logprobs[row, place] = values[ids[row, place]] - top - total
-        nll[row] = total - (values[gold[row]] - top)
+            token = _id(kept[place])
+            ids[row, place], below[place] = token, top - values[token]
+            of_kept += np.exp(-below[place])
+            values[token] = -np.inf  # so that what is left are the others
+        total = others = np.nan  # sums of exponentials, with `top` taken off
+        if largest < _INFINITE or (largest == _INFINITE and -np.inf < top < np.inf):  # neither a NaN nor +inf
+            others = _sum_of_exponentials(values, np.float32(top))
+            others = 0.0 if others <= size * _NEXT_TO_NOTHING else others
+            total = of_kept + others
+        for place in range(k):
+            logprobs[row, place] = -below[place] - np.log(total)
+        nll[row] = np.log(total) - own
+        tail[row] = others / total
 
 
 @compiled()
@@ -176,7 +191,8 @@ def _id(entry):  # type: ignore[no-untyped-def]
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sum_of_exponentials(values, top):  # type: ignore[no-untyped-def]
-    """Σ exp(value - top), all of them finite or -inf and none above `top`; written so that it is done in vectors."""
+    """Σ exp(value - top), all of them finite or -inf and none above `top`, each 2^-126 at least; written so that it is done in
+    vectors."""
     total = 0.0
     for begin in range(0, values.size, _RUN):
         part = values[begin : begin + _RUN]

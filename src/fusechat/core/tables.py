@@ -49,7 +49,8 @@ def _array(kind: pa.DataType, values: list[Any]) -> pa.Array:
 
 
 class Table:
-    """The records of one or several Arrow IPC files of one schema, one after the other, memory-mapped."""
+    """The records of one or several Arrow IPC files, one after the other, memory-mapped. A column that some files lack has nulls
+    there, and an empty list for each record."""
 
     def __init__(self, paths: list[Path]) -> None:
         parts = []
@@ -59,11 +60,18 @@ class Table:
                     parts.append(pa.ipc.open_file(source).read_all())
             except pa.ArrowInvalid:
                 raise WorkdirError(f"{path}: is damaged; delete its directory, then run again") from None
-        self.table = pa.concat_tables(parts)
+        self.table = pa.concat_tables(parts, promote_options="default")
         self._chunk_of: dict[str, tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]] = {}
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.table.schema.names)
+
+    def has_nulls(self, name: str) -> bool:
+        return bool(self.table.column(name).null_count)
 
     def column(self, name: str) -> list[Any]:
         return list(self.table.column(name).to_pylist())

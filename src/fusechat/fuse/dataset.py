@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fusechat.core.distributions import DistributionSet, SparseDistribution
+from fusechat.core.distributions import DistributionSet, SparseDistribution, nothing
 from fusechat.core.forward import collate
 from fusechat.core.prepared import Prepared, PreparedSet
 from fusechat.fuse import choice
 from fusechat.fuse.choice import Candidate, Rule
 from fusechat.fuse.epochs import epoch_members, epoch_size
-from fusechat.fuse.mixture import mix, nothing
+from fusechat.fuse.mixture import mix
 from fusechat.fuse.student import Comparison, join_comparisons
 
 PIVOT, NONE, TIES, ALONE = "pivot", "none", "ties", "without comparison"
@@ -168,7 +168,8 @@ def _item(rows: Prepared, targets: SparseDistribution, comparison: Comparison | 
 
 def collate_fusion(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, Any]:
     """A batch for the trainer: padded tokens, and for the n response rows of all items together `labels` int64 [n],
-    `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k]; against the student, `comparison`."""
+    `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k], `target_tail` float32 [n]; against the student,
+    `comparison`."""
     conversations = [item["conversation"] for item in items]
     batch = collate(conversations, pad)
     k = max(item["targets"].ids.shape[1] for item in items)
@@ -179,6 +180,7 @@ def collate_fusion(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, An
         "labels": batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]],
         "target_ids": _stack([item["targets"].ids for item in items], k, -1, torch.long),
         "target_logprobs": _stack([item["targets"].logprobs for item in items], k, -np.inf, torch.float32),
+        "target_tail": torch.from_numpy(np.concatenate([item["targets"].tail for item in items])).float(),
         "conversation_ids": [conversation.id for conversation in conversations if conversation.id],
     }
     if items[0]["comparison"] is not None:

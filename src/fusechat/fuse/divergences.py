@@ -14,13 +14,21 @@ Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Te
 _ROUNDING = 1e-6  # a tail below it is the rounding of the kept tokens, not a tail
 
 
-def target_outcomes(ids: torch.Tensor, logprobs: torch.Tensor, *, tail: str, temperature: float) -> torch.Tensor:
-    """log P [n, k], with `tail: bucket` [n, k + 1] and the rest last, at `temperature` and normalised; `ids` int64 [n, k] with
-    -1 pads, `logprobs` [n, k]. NaN in a row that has no outcome at all."""
+def left_over(ids: torch.Tensor, logprobs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[n] in `dtype`: what the kept tokens leave of each row's mass, 0 where that may be their rounding."""
+    rest = 1.0 - logprobs.to(dtype).masked_fill(ids < 0, -torch.inf).exp().sum(dim=1)
+    return rest.masked_fill(rest <= max(_ROUNDING, torch.finfo(logprobs.dtype).eps), 0.0)
+
+
+def target_outcomes(
+    ids: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor | None, *, temperature: float
+) -> torch.Tensor:
+    """log P [n, k], or with `rest` [n], the mass of all other tokens, [n, k + 1] and that last, at `temperature` and normalised;
+    `ids` int64 [n, k] with -1 pads, `logprobs` [n, k], which are scaled to what the rest leaves. NaN in a row without targets."""
     log_p = logprobs.masked_fill(ids < 0, -torch.inf)
-    if tail == "bucket":
-        rest = 1.0 - log_p.exp().sum(dim=1, keepdim=True)
-        log_p = torch.cat([log_p, rest.masked_fill(rest <= _ROUNDING, 0.0).log()], dim=1)
+    if rest is not None:
+        kept = torch.log_softmax(log_p, dim=1) + torch.log1p(-rest)[:, None]
+        log_p = torch.cat([kept, rest.log()[:, None]], dim=1)
     return torch.log_softmax(log_p / temperature, dim=1)
 
 

@@ -9,11 +9,6 @@ from fusechat.core.distributions import SparseDistribution
 _NO_NLL = np.zeros(0, dtype=np.float32)
 
 
-def nothing(n: int) -> SparseDistribution:
-    """n rows without any target."""
-    return SparseDistribution(np.full((n, 1), -1, np.int32), np.full((n, 1), -np.inf, np.float32), _NO_NLL)
-
-
 def mix(candidates: Sequence[SparseDistribution], weights: np.ndarray) -> SparseDistribution:
     """The average of n rows of each candidate with weights [candidates, n], over the union of their ids, most likely first.
 
@@ -27,22 +22,23 @@ def mix(candidates: Sequence[SparseDistribution], weights: np.ndarray) -> Sparse
     alone = share.max(axis=0) == 1.0
     chosen = share.argmax(axis=0)
     mixed = np.flatnonzero((total > 0) & ~alone)
-    union = _union([one.take(mixed) for one in candidates], share[:, mixed])
-    width = max(*(one.ids.shape[1] for one in candidates), union.ids.shape[1])
+    union_ids, union_logprobs = _union([one.take(mixed) for one in candidates], share[:, mixed])
+    width = max(*(one.ids.shape[1] for one in candidates), union_ids.shape[1])
     n = weights.shape[1]
     ids, logprobs = np.full((n, width), -1, np.int32), np.full((n, width), -np.inf, np.float32)
+    tail = np.where(total > 0, sum(one.tail * by for one, by in zip(candidates, share, strict=True)), 1.0)
     for index, one in enumerate(candidates):
         rows = np.flatnonzero(alone & (chosen == index))
         ids[rows, : one.ids.shape[1]], logprobs[rows, : one.ids.shape[1]] = one.ids[rows], one.logprobs[rows]
-    ids[mixed, : union.ids.shape[1]], logprobs[mixed, : union.ids.shape[1]] = union.ids, union.logprobs
-    return SparseDistribution(ids, logprobs, _NO_NLL)
+    ids[mixed, : union_ids.shape[1]], logprobs[mixed, : union_ids.shape[1]] = union_ids, union_logprobs
+    return SparseDistribution(ids, logprobs, _NO_NLL, tail)
 
 
-def _union(candidates: Sequence[SparseDistribution], share: np.ndarray) -> SparseDistribution:
-    """Σ share·P over the ids of all candidates; the probabilities of an id that several have are summed."""
+def _union(candidates: Sequence[SparseDistribution], share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Σ share·P over the ids of all candidates, as ids and log-probabilities; those of an id that several have are summed."""
     n = share.shape[1]
     if not n:
-        return nothing(0)
+        return np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)
     ids = np.concatenate([one.ids for one in candidates], axis=1)
     mass = np.concatenate([one.probabilities * by[:, None] for one, by in zip(candidates, share, strict=True)], axis=1)
     order = np.argsort(ids, axis=1, kind="stable")
@@ -57,4 +53,4 @@ def _union(candidates: Sequence[SparseDistribution], share: np.ndarray) -> Spars
     ids, summed = np.take_along_axis(ids, order, 1), np.take_along_axis(summed, order, 1)
     with np.errstate(divide="ignore"):
         logprobs = np.log(summed).astype(np.float32)
-    return SparseDistribution(np.where(summed > 0, ids, -1).astype(np.int32), logprobs, _NO_NLL)
+    return np.where(summed > 0, ids, -1).astype(np.int32), logprobs

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from fusechat.fuse.divergences import DIVERGENCES, target_outcomes
+from fusechat.fuse.divergences import DIVERGENCES, left_over, target_outcomes
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 19}  # elements worked on at once: float32 that stays in a core's cache …
 _CHUNK_ELEMENTS_ELSEWHERE = 1 << 24  # … or, where starting a kernel costs more than memory does, 64 MiB
@@ -28,6 +28,7 @@ def row_losses(
     target_ids: torch.Tensor | None,
     target_logprobs: torch.Tensor | None,
     *,
+    target_tail: torch.Tensor | None = None,
     kind: str = "cross_entropy",
     tail: str = "renormalise",
     temperature: float = 1.0,
@@ -49,17 +50,23 @@ def row_losses(
     if target_ids is None or target_logprobs is None or target_ids.shape[1:] == (0,):
         nll: torch.Tensor = _Nll.apply(logits, labels)
         return nll, torch.zeros_like(nll)
-    _check_targets(target_ids, target_logprobs, len(logits))
-    logprobs = target_logprobs.detach().to(_precise(logits))
-    log_p = target_outcomes(target_ids, logprobs, tail=tail, temperature=temperature)
+    _check_targets(target_ids, target_logprobs, target_tail, len(logits))
+    precise, rest = _precise(logits), None
+    if tail == "bucket" and target_tail is None:
+        rest = left_over(target_ids, target_logprobs.detach(), precise)
+    elif tail == "bucket" and target_tail is not None:
+        rest = target_tail.detach().to(precise).clamp(0.0, 1.0)
+    log_p = target_outcomes(target_ids, target_logprobs.detach().to(precise), rest, temperature=temperature)
     nll, divergence = _NllAndDivergence.apply(logits, labels, target_ids, log_p, kind, temperature)
     return nll, divergence
 
 
-def _check_targets(ids: torch.Tensor, logprobs: torch.Tensor, rows: int) -> None:
+def _check_targets(ids: torch.Tensor, logprobs: torch.Tensor, tail: torch.Tensor | None, rows: int) -> None:
     if ids.ndim != 2 or len(ids) != rows or logprobs.shape != ids.shape:
         shapes = f"{tuple(ids.shape)} and {tuple(logprobs.shape)}"
         raise ValueError(f"target_ids and target_logprobs are [{rows}, k], not {shapes}")
+    if tail is not None and tail.shape != (rows,):
+        raise ValueError(f"target_tail is [{rows}], not {tuple(tail.shape)}")
     ordered = ids.sort(dim=1).values
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         raise ValueError("target_ids: a row names a token twice")

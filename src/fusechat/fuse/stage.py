@@ -173,17 +173,23 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
     from fusechat.fuse.choice import Rule
     from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
 
-    def teacher(steps: SourceSteps) -> Teacher:
-        stores = (open_distributions(one.directory, verify=ranks.is_first()) for one in (steps.captured, steps.aligned))
-        return Teacher(PreparedSet(steps.prepared.directory), *stores)
-
     fuse = recipe.fuse
+
+    def store(step: Step) -> Any:
+        found = open_distributions(step.directory, verify=ranks.is_first())
+        if fuse.tail == "bucket" and not found.has_tails and ranks.is_first():
+            log.warning("%s: of an older version, without tails; one below 0.001 counts as none", step.directory)
+        return found
+
+    def teacher(steps: SourceSteps) -> Teacher:
+        return Teacher(PreparedSet(steps.prepared.directory), store(steps.captured), store(steps.aligned))
+
     return FusionData(
         [
             TeachingSet(
                 one.name,
                 PreparedSet(one.pivot.directory),
-                open_distributions(one.captured.directory, verify=ranks.is_first()) if one.captured else None,
+                store(one.captured) if one.captured else None,
                 {name: teacher(steps) for name, steps in one.sources.items()},
                 one.weight,
             )

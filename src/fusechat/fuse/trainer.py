@@ -76,6 +76,7 @@ class FusionTrainer(Trainer):
             inputs["labels"],
             inputs["target_ids"],
             inputs["target_logprobs"],
+            target_tail=inputs["target_tail"],
             sft_weight=self._sft_weight(),
             num_items=num_items_in_batch,
             gate=None if comparison is None else lambda nll: self._gate(nll, comparison),

@@ -9,10 +9,10 @@ import torch
 from torch.utils.data import Dataset
 
 from fusechat.core import ranks
+from fusechat.core.distributions import nothing
 from fusechat.core.forward import Batch, response_logits
 from fusechat.core.prepared import PreparedSet
 from fusechat.fuse.dataset import EMPTY, NOBODY
-from fusechat.fuse.mixture import nothing
 from fusechat.fuse.row_losses import row_losses
 
 

@@ -14,7 +14,7 @@ from fusechat.plan.sampling import Counted, padded
 from fusechat.plan.shapes import Shape
 
 MANIFEST = 1_250  # bytes of a step's manifest
-_IDS, _LOGPROBS, _NLL, _RECORD = (2, 4), 2, 4, 58  # bytes of a stored row: core/distributions.py
+_IDS, _LOGPROBS, _NLL, _TAIL, _RECORD = (2, 4), 2, 4, 4, 62  # bytes of a stored row: core/distributions.py
 _PAGE = 2_440_000  # bytes of a report, nearly all of them its figures' program
 _ENTRY = 32  # bytes of an entry of a token map
 # Seconds on a CPU core as there are many, whatever the device: reading and writing do not depend on it, nor does starting up.
@@ -97,7 +97,7 @@ def capture(name: str, model: Model, data: Counted, capture: Any, device: Device
     """`capture`: the recipe's settings for this model."""
     shape = model.shape
     k = min(capture.top_k, shape.vocabulary)
-    row = k * (_IDS[shape.vocabulary > 1 << 16] + _LOGPROBS) + _NLL
+    row = k * (_IDS[shape.vocabulary > 1 << 16] + _LOGPROBS) + _NLL + _TAIL
     shards = max(1, math.ceil(data.conversations / capture.shard_conversations))
     alone = capture.backend == "vllm" or capture.device_map is not None  # one process runs the model
     spread = spread_over(capture, device)
@@ -130,7 +130,7 @@ def align(name: str, models: tuple[Model, Model], sets: list[Counted], k: int, k
     entries = min(models[1].shape.vocabulary, 1.5 * kinds**1.3 * (k / 10) ** 0.6)
     return Estimate(
         *("align", name, conversations, tokens, rows),
-        disk=rows * k * (_IDS[1] + _LOGPROBS) + conversations * _RECORD + entries * _ENTRY + 3 * MANIFEST,
+        disk=rows * (k * (_IDS[1] + _LOGPROBS) + _TAIL) + conversations * _RECORD + entries * _ENTRY + 3 * MANIFEST,
         memory=memory.aligning([model.tokenizer for model in models], conversations),
         seconds=rows / _ALIGNED * math.sqrt(k / 10) + (_STARTING["align"] if first else 0),
     )
