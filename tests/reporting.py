@@ -1,8 +1,10 @@
 """A report's contents by hand, and text that would run if it were taken for markup."""
 
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+from fusechat.core.left_out import LeftOut
 from fusechat.report.answers import cards
 from fusechat.report.choices import ChoiceRow
 from fusechat.report.costs import Cost, StageCost
@@ -95,6 +97,8 @@ def contents(text: str = "text", **changes: Any) -> Contents:
         "costs": [StageCost(Cost("fuse", 61.2, 10**9, None, 10**6), (Cost(text, 61.2, 10**9, None, 10**6),))],
         "recipe": text,
         "seed": 7,
+        "left_out": [LeftOut(text, text, 3, {text: 1}, Path(text))],
+        "notes": [(text, text)],
         "versions": {"fusechat": "0.1.0", text: text},
     }
     return Contents(**{**given, **changes})

@@ -145,7 +145,7 @@ BAD_LINES = {
 }
 
 
-def one_source(directory: Path, models: dict[str, Path], data: str, **settings: str) -> Path:
+def one_source(directory: Path, models: dict[str, Path], data: str, **settings: Any) -> Path:
     """A recipe with one source, and `data` as its data file, with lone surrogates as raw bytes."""
     recipe = runs.write_recipe(
         directory, models, sources={"mistral": str(models["mistral"])}, data={"train": "train.jsonl", **settings}
@@ -175,7 +175,7 @@ def test_a_process_that_meets_a_malformed_line_ends_with_2(tmp_path: Path, model
 
 def test_malformed_lines_are_counted_where_the_recipe_says_skip(tmp_path: Path, models: dict[str, Path]) -> None:
     lines = [GOOD, *(line for line, _ in BAD_LINES.values())]
-    recipe = one_source(tmp_path, models, "\n".join(lines) + "\n", on_error="skip")
+    recipe = one_source(tmp_path, models, "\n".join(lines) + "\n", on_error="skip", max_rejected=1.0)
     assert run(load_recipe(recipe), tmp_path / "work", until="prepare") == 2
     for model in ("pivot", "mistral"):
         step = tmp_path / "work" / "prepare" / model / "data"

@@ -81,7 +81,8 @@ def test_responses_that_cannot_be_found(recipe: Path) -> None:
 
 def test_some_left_out_and_some_too_long_are_notes(recipe: Path, models: dict[str, Path]) -> None:
     short = changed_model(recipe.parent, models["llama"], max_position_embeddings=60)
-    shown = runs.here("plan", recipe, "--device", "h100", "--set", f"pivot={short}", "--set", "data.max_length=80")
+    changes = (f"pivot={short}", "data.max_length=80", "data.max_rejected=1")
+    shown = runs.here("plan", recipe, "--device", "h100", *(word for change in changes for word in ("--set", change)))
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"pivot: .*% of the conversations of gemma are left out: its first response ends", shown.stdout)
     assert re.search(r"pivot: is made for 60 tokens, and .*% of the conversations of data have more", shown.stdout)

@@ -156,15 +156,16 @@ def test_a_template_that_drops_or_repeats_an_answer_is_a_reason(tokenizers: dict
         template_of(tokenizers, "llama", repeating).render(chat(("u", "a"), ("a", "b"), ("u", "c"), ("a", "d")))
 
 
-def test_a_template_whose_own_text_depends_on_the_contents_is_a_reason(tokenizers: dict[str, Any]) -> None:
+def test_a_template_whose_own_text_depends_on_the_contents_is_compared(tokenizers: dict[str, Any]) -> None:
     ending = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if messages[-1].content|length > 9 %}!{% endif %}"
     template = template_of(tokenizers, "llama", ending)
     assert contents(template.render(chat(("u", "a"), ("a", "short")))) == ["short"]
-    with pytest.raises(UnrenderableError, match="rewrites a message"):
-        template.render(chat(("u", "a"), ("a", "a long answer")))
+    rendered = template.render(chat(("u", "a"), ("a", "a long answer")))
+    assert rendered.text == "[a][a long answer]!"
+    assert contents(rendered) == ["a long answer"]
 
 
-def test_a_template_that_cuts_reasoning_out_of_earlier_turns_is_a_reason(tokenizers: dict[str, Any]) -> None:
+def test_of_a_template_that_cuts_reasoning_out_of_earlier_turns_the_rest_is_found(tokenizers: dict[str, Any]) -> None:
     cutting = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if loop.last %}{{ m.content }}{% else %}{{ m.content.split('</think>')[-1] }}{% endif %}<|im_end|>\n"
@@ -173,8 +174,10 @@ def test_a_template_that_cuts_reasoning_out_of_earlier_turns_is_a_reason(tokeniz
     template = template_of(tokenizers, "llama", cutting)
     kept = chat(("u", "a"), ("a", "<think>b</think>c"))
     assert contents(template.render(kept)) == ["<think>b</think>c"]
-    with pytest.raises(UnrenderableError, match="rewrites a message"):
-        template.render([*kept, *chat(("u", "d"), ("a", "e"))])
+    rendered = template.render([*kept, *chat(("u", "d"), ("a", "<think>f</think>e"))])
+    assert contents(rendered) == ["c", "<think>f</think>e"]
+    assert rendered.responses[0].skipped == len("<think>b</think>")
+    assert "reasoning_dropped" in rendered.marks
 
 
 def test_the_end_of_turn_is_the_token_that_the_template_writes(tokenizers: dict[str, Any]) -> None:

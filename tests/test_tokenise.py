@@ -113,6 +113,7 @@ def test_rows_are_those_that_a_search_over_all_tokens_finds(tokenizers: dict[str
         assert rows_of(prepared) == rows
         assert prepared.gold.tolist() == [ids[row[0]] for row in rows]
         assert prepared.content_bytes.tolist() == [end - begin for _, begin, end, _ in naive_text(kind, turns)[1]]
+        done.pop("control_tokens", None)  # some texts have names of such tokens
         assert done == {"truncated": False, "system_folded": False, "offsets": False}
 
 

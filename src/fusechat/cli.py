@@ -89,6 +89,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show what is done, running, stale or damaged, and why."""
+    from fusechat.core.left_out import LeftOut, left_out
     from fusechat.errors import WorkdirError
     from fusechat.pipeline import RECIPE, build_steps, check_workdir
     from fusechat.recipe_file import load_recipe
@@ -97,19 +98,27 @@ def status(
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
     loaded = load_recipe(recipe or workdir / RECIPE, set_)
     check_workdir(loaded, workdir)
-    states: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, str, str, LeftOut | None]] = []
     for step in build_steps(loaded, workdir):
         state, why = step.state()
-        states.append((step.label, "running", "") if step.running else (step.label, state, why))
+        lost = left_out(step) if state in ("done", "freed") else None
+        rows.append((step.label, "running", "", None) if step.running else (step.label, state, why, lost))
     if as_json:
-        print(json.dumps([{"step": label, "state": state, "why": why} for label, state, why in states], indent=1))
+        found = [
+            {
+                **dict(zip(("step", "state", "why"), row, strict=False)),
+                **({"left_out": row[3].reasons} if row[3] else {}),
+            }
+            for row in rows
+        ]
+        print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     from rich.console import Console
     from rich.table import Table
 
     table = Table("step", "state", "why")
-    for row in states:
-        table.add_row(*row)
+    for label, now, reason, lost in rows:
+        table.add_row(label, now, reason or (lost.sentence if lost else ""))
     Console().print(table)
 
 

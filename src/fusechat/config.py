@@ -145,7 +145,7 @@ class Recipe(Section):
         return self.merge.targets or list(self.sources)
 
     def _data_set(self, name: str, where: DataPath) -> DataSet:
-        return DataSet(name, where.path, self.data.on_error, where.split, where.limit)
+        return DataSet(name, where.path, self.data.on_error, where.split, where.limit, self.data.join_turns)
 
     def _training(self) -> Iterator[tuple[tuple[str, ...], str, TrainingSets]]:
         """What is trained on: its place in the recipe, what it is called if it is one set without a name, the sets."""

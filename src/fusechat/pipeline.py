@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 from fusechat.align import stage as align
@@ -18,6 +20,7 @@ from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet, Questions
 from fusechat.core.gguf import convert_together
+from fusechat.core.left_out import tell
 from fusechat.core.lock import in_turn, only_one, together
 from fusechat.core.progress import log
 from fusechat.core.references import Reference
@@ -181,7 +184,11 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
     with beside_others(recipe, workdir, until=until, only=only):
         ranks.on_every_machine(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
-        done_now = sum(step.run(needed=step.stage == until) for step in steps)
+        done_now = 0
+        for stage, group in groupby(steps, key=lambda step: step.stage):
+            members = list(group)
+            done_now += sum(step.run(needed=stage == until) for step in members)
+            ranks.from_first(partial(tell, members, recipe.data.max_rejected))
         log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
     ranks.leave()
     return done_now

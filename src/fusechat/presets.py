@@ -7,7 +7,7 @@ from typing import Any
 # tokens where nothing is aligned, cross-entropies per token, the published training, SCE's τ of the 7B models.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
-        "data": {"max_length": 2048},
+        "data": {"max_length": 2048, "truncate": "token"},
         "capture": {"top_k": 10},
         "align": {
             "sequence": "dtw",

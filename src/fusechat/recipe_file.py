@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fusechat.config import Recipe, is_template_file
+from fusechat.core.data_files import suffix_of
 from fusechat.core.files import write_text
 from fusechat.core.yaml_file import Document, Loader, kind, parse, read_text, suggestion
 from fusechat.errors import RecipeError
@@ -183,5 +184,5 @@ def _absolute(text: str, base: Path) -> str:
         return text
     path = Path(text).expanduser()
     local = path if path.is_absolute() else base / path
-    looks_local = text.startswith((".", "~", "/")) or path.suffix in (".jsonl", ".json", ".parquet", ".gguf")
+    looks_local = text.startswith((".", "~", "/")) or path.suffix == ".gguf" or suffix_of(path)
     return str(local.resolve()) if looks_local or local.exists() else text

@@ -149,6 +149,9 @@ class Data(Section):
     train: TrainingSets | None = None
     validation: DataPath | None = None
     max_length: int = Field(default=2048, ge=8)
+    max_rejected: float = Field(default=0.1, ge=0, le=1)
+    truncate: Literal["response", "token"] = "response"
+    join_turns: bool = False
     on_error: Literal["stop", "skip"] = "stop"
     on_overlap: Literal["warn", "stop"] = "warn"
 

@@ -1,95 +1,108 @@
-"""Chat templates: a conversation as one model sees it, and where in that text its responses are.
+"""Chat templates: a conversation as one model sees it, and where in that text its responses are (`responses.py`)."""
 
-Responses are found by rendering the conversation a second time with every content replaced by a marker: what stands
-between the markers is the template's own text, and between those pieces the contents must follow, as they are or stripped.
-"""
-
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fusechat.core.conversations import Message
+from fusechat.core.dates import dated
+from fusechat.core.messages import Conversation, Message
+from fusechat.core.responses import OPEN, REASONING, Place, UnrenderableError, places, response_places, words_offset
 from fusechat.core.spans import encode_with_spans
 from fusechat.core.token_bytes import token_bytes
 from fusechat.errors import ModelError
 
-_OPEN, _CLOSE = "\ue1a7", "\ue1a8"  # private use: in no text that one would train on
-_STRIPPED = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to a content, the commonest first
-
-
-class UnrenderableError(Exception):
-    """Why a conversation cannot be used with this template; the conversation is rejected and the reason counted."""
+__all__ = ["ChatTemplate", "Rendered", "Response", "UnrenderableError", "choose_template"]
+_TOLD_BY_ROLE = ("tool_calls", "tool_call_id", *REASONING)  # keys of messages of which something else is said
 
 
 @dataclass(frozen=True)
 class Response:
     """Characters of the rendered text. `asked`: where the asked prompt ends, the text after which a model is asked for this
     response; `begin`, `end`: the content; `gap_end`: where the template's text after it ends. `skipped`: how many characters
-    of the original content the template stripped from the front."""
+    of the original content the template stripped from the front. `own`: how many characters of the content are the message's
+    own, as it has them; those after them are in the template's words, and counted from the byte `offset` on."""
 
     asked: int
     begin: int
     end: int
     gap_end: int
     skipped: int
+    own: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
 class Rendered:
     text: str
-    responses: tuple[Response, ...]  # one for each assistant message, in order
+    responses: tuple[Response, ...]  # one for each assistant message that is learnt, in order
     system_folded: bool = False  # the template refuses the system message: it went in front of the first user message
+    marks: frozenset[str] = frozenset()  # what the template leaves out, by the names of `left_out.py`
 
 
 class ChatTemplate:
     """One model's chat template: its own, or the one that the recipe gives.
 
-    `end_of_turn` is the id of the token that the template writes after a response, or None where it writes none. `by_class`: the
-    tokenizer that Transformers' class for the model is, where that differs from `tokenizer.json`.
+    `variables` are given to it at every rendering; those of a conversation come before them. `date` (year-month-day): what it
+    is told of the day, None for today. `end_of_turn` is the id of the token that the template writes after a response, or None
+    where it writes none. `by_class`: the tokenizer that Transformers' class for the model is, where that differs from
+    `tokenizer.json`.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None, model: str, *, by_class: Any | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None,
+        model: str,
+        *,
+        variables: Mapping[str, Any] | None = None,
+        date: str | None = None,
+        by_class: Any | None = None,
+    ) -> None:
         self.tokenizer, self._by_class = tokenizer, by_class
-        self.template = template or tokenizer.chat_template
-        if not self.template:
-            raise ModelError(f"{model}: has no chat template; a recipe can give it one: set chat_template for it")
-        if not isinstance(self.template, str):
-            raise ModelError(f"{model}: has several chat templates; choose one by chat_template in the recipe")
+        self.template = choose_template(template or tokenizer.chat_template, None, model)
+        self._dated = dated(self.template, date)
+        self._variables = dict(variables or {})
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
+        self.end_of_turn: int | None = None
         try:
             self.end_of_turn = self._find_end_of_turn()
         except UnrenderableError as error:
             raise ModelError(f"{model}: its chat template fails on a plain question and answer: {error}") from None
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
-        """The conversation's text and where its responses are. Raises UnrenderableError with the reason.
+    def render(self, messages: Sequence[Message], about: Conversation | None = None) -> Rendered:
+        """The conversation's text and where its responses are. `about`: the conversation that the messages are of, whose tools and
+        variables the template is given. Raises UnrenderableError with the reason.
 
         A system message that the template refuses, or leaves out, goes in front of the first user message.
         """
         try:
-            return self._locate(messages)
+            return self._locate(messages, about)
         except UnrenderableError:
             folded = _fold_system(messages)
             if folded is None:
                 raise
-            return replace(self._locate(folded), system_folded=True)
+            return replace(self._locate(folded, about), system_folded=True)
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The asked prompt: the conversation's text up to where the model answers, as training has it. Raises
         UnrenderableError with the reason."""
         folded = _fold_system(messages)
         try:
-            answered = self._apply([*messages, Message("assistant", _OPEN)])
+            answered = self._apply([*messages, Message("assistant", OPEN)])
             if folded is not None and messages[0].content.strip() not in answered:
                 raise UnrenderableError("the template leaves out the system message")
-            if _OPEN not in answered:
+            if OPEN not in answered:
                 raise UnrenderableError("the template leaves out the assistant message")
         except UnrenderableError:
             if folded is None:
                 raise
             return self.prompt(folded)
-        return answered[: self._asked(messages, answered, answered.rindex(_OPEN))]
+        return answered[: self._asked(messages, answered, answered.rindex(OPEN))]
 
     def text(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         """What the template writes for these messages, with its own generation prompt where `ask` is set. Raises UnrenderableError
@@ -105,62 +118,102 @@ class ChatTemplate:
         except Exception:  # a class for another kind of vocabulary may fail on any text
             return True
 
-    def _asked(self, before: Sequence[Message], text: str, begin: int) -> int:
+    def _asked(self, before: Sequence[Message], text: str, begin: int, about: Conversation | None = None) -> int:
         """Where in the rendered `text` the asked prompt of the response to the messages `before` ends; its content begins at
         `begin`.
 
         It is the template's generation prompt, if only white space stands between that and the content; else all text
         before the content: some templates write more there (an empty block of thoughts) or know no generation prompt. Never
         a space at its end: tokens begin with their space, so that the first token of an answer would be another one."""
-        end = begin
-        try:
-            own = self._apply(before, ask=True)
-        except UnrenderableError:  # of no messages, or of ones that it refuses without an answer
-            own = None
-        if own and len(own) <= begin and text.startswith(own) and not text[len(own) : begin].strip():
-            end = len(own)
+        own = self._own_prompt(before, text, about)
+        end = own if own is not None and own <= begin and not text[own:begin].strip() else begin
         return len(text[:end].rstrip(" "))
 
-    def _locate(self, messages: Sequence[Message]) -> Rendered:
-        text = self._apply(messages)
-        marks = [f"{_OPEN}{index}{_CLOSE}" for index in range(len(messages))]
-        marked = self._apply([Message(message.role, mark) for message, mark in zip(messages, marks, strict=True)])
-        cursor, read = 0, 0
-        found: list[tuple[int, int, int]] = []  # begin, end and skipped characters of each content
-        for message, mark in zip(messages, marks, strict=True):
-            if marked.count(mark) != 1:
-                times = "leaves out" if mark not in marked else "repeats"
-                raise UnrenderableError(f"the template {times} the {message.role} message")
-            at = marked.find(mark, read)
-            if at < 0:
-                raise UnrenderableError("the template changes the order of the messages")
-            piece = marked[read:at]
-            if not text.startswith(piece, cursor):
-                raise UnrenderableError("the template rewrites a message")
-            cursor, read = cursor + len(piece), at + len(mark)
-            rest = marked[read:]
-            following = rest[: rest.find(_OPEN)] if _OPEN in rest else rest
-            content = _content_at(text, cursor, message.content, following)
-            if content is None:
-                raise UnrenderableError("the template rewrites a message")
-            found.append((cursor, cursor + len(content), message.content.find(content)))
-            cursor += len(content)
-        if text[cursor:] != marked[read:]:
-            raise UnrenderableError("the template rewrites a message")
-        ends = [begin for begin, _, _ in found[1:]] + [len(text)]
-        responses = tuple(
-            Response(self._asked(messages[:index], text, begin), begin, end, gap_end, skipped)
-            for index, ((begin, end, skipped), gap_end) in enumerate(zip(found, ends, strict=True))
-            if messages[index].role == "assistant"
-        )
-        return Rendered(text, responses)
-
-    def _apply(self, messages: Sequence[Message], *, ask: bool = False) -> str:
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        options = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": ask}
+    def _own_prompt(self, before: Sequence[Message], text: str, about: Conversation | None) -> int | None:
+        """Where the template's generation prompt after these messages ends in `text`, None where that does not begin with it."""
         try:
-            return str(self.tokenizer.apply_chat_template(turns, **options))
+            own = self._apply(before, about, ask=True)
+        except UnrenderableError:  # of no messages, or of ones that it refuses without an answer
+            return None
+        return len(own) if own and text.startswith(own) else None
+
+    def _before_answer(self, before: Sequence[Message], text: str, about: Conversation | None) -> int | None:
+        """As `_own_prompt`; else where a plain answer to these messages would begin, if that is so in `text` too."""
+        end = self._own_prompt(before, text, about)
+        if end is not None:
+            return end
+        plain = self._apply([*before, Message("assistant", OPEN)], about)
+        prefix = plain[: plain.rfind(OPEN)]
+        return len(prefix) if OPEN in plain and text.startswith(prefix) else None
+
+    def _locate(self, messages: Sequence[Message], about: Conversation | None) -> Rendered:
+        text = self._apply(messages, about)
+
+        def apply(changed: Sequence[Message]) -> str:
+            return self._apply(changed, about)
+
+        learnt = [index for index, message in enumerate(messages) if message.is_response]
+        try:
+            if any(message.more for message in messages if message.role == "assistant"):
+                raise UnrenderableError("the template rewrites a message")
+            every = places(messages, text, apply)
+            found = {index: every[index] for index in learnt}
+        except UnrenderableError as error:
+            found = self._compared(messages, text, about, error)
+        responses = tuple(
+            self._response(place, self._asked(messages[:index], text, place.begin, about), text)
+            for index, place in found.items()
+        )
+        return Rendered(text, responses, marks=frozenset(self._marks(messages, text, about, found)))
+
+    def _compared(
+        self, messages: Sequence[Message], text: str, about: Conversation | None, error: UnrenderableError
+    ) -> dict[int, Place]:
+        """Places of the responses where marks for all contents do not tell them. Raises `error` where nothing does."""
+        end = None if self.end_of_turn is None else self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
+        try:
+            return response_places(
+                messages,
+                text,
+                lambda changed: self._apply(changed, about),
+                asked=lambda index: self._before_answer(messages[:index], text, about),
+                end_text=end,
+            )
+        except UnrenderableError as other:
+            raise (other if any(message.more for message in messages) else error) from None
+
+    def _response(self, place: Place, asked: int, text: str) -> Response:
+        words = text[place.begin + place.own : place.end]
+        offset = words_offset(words) if words else 0
+        return Response(asked, place.begin, place.end, place.gap_end, place.skipped, place.own, offset)
+
+    def _marks(
+        self, messages: Sequence[Message], text: str, about: Conversation | None, found: Mapping[int, Place]
+    ) -> list[str]:
+        """What the template makes nothing of, and control tokens that are in texts."""
+        marks = ["reasoning_dropped"] if any(place.dropped for place in found.values()) else []
+        if about is not None and about.tools and self._apply(messages, replace(about, tools=())) == text:
+            marks.append("tools_dropped")
+        keys = {key for message in messages for key in message.more if key not in _TOLD_BY_ROLE}
+        if any(not re.search(rf"\b{re.escape(key)}\b", self.template) for key in keys):
+            marks.append("keys_dropped")
+        if any(self._control.search(message.content) for message in messages):
+            marks.append("control_tokens")
+        return marks
+
+    def _apply(self, messages: Sequence[Message], about: Conversation | None = None, *, ask: bool = False) -> str:
+        turns = [{"role": message.role, "content": message.content, **message.more} for message in messages]
+        options = {**self._variables, **(about.variables if about else {})}
+        options |= {"chat_template": self._dated, "tokenize": False, "add_generation_prompt": ask}
+        tools = list(about.tools) if about and about.tools else None
+        try:
+            return str(self.tokenizer.apply_chat_template(turns, tools=tools, **options))
         except Exception as error:  # a template is a program of the user's: it may raise whatever Python can
+            if not any(message.more.get("tool_calls") for message in messages):
+                raise UnrenderableError(f"the template refuses it: {error}") from None
+        try:  # some templates write a call's arguments as the text that OpenAI's form has
+            return str(self.tokenizer.apply_chat_template([_as_text(turn) for turn in turns], tools=tools, **options))
+        except Exception as error:
             raise UnrenderableError(f"the template refuses it: {error}") from None
 
     def _find_end_of_turn(self) -> int | None:
@@ -175,13 +228,29 @@ class ChatTemplate:
         return None
 
 
-def _content_at(text: str, cursor: int, content: str, following: str) -> str | None:
-    """`content` as it stands at `cursor`, whole or stripped, with the template's `following` text after it."""
-    for strip in _STRIPPED:
-        candidate = strip(content)
-        if text.startswith(candidate + following, cursor):
-            return candidate
-    return None
+def choose_template(given: Any, name: str | None, model: str) -> str:
+    """The template of that name among a model's own, `default` without one. Raises ModelError, which names them."""
+    if not given:
+        raise ModelError(f"{model}: has no chat template; a recipe can give it one: set chat_template for it")
+    if isinstance(given, str):
+        if name in (None, "default"):
+            return given
+        raise ModelError(f"{model}: has one chat template without a name, none called {name}")
+    names = ", ".join(sorted(given))
+    if (name or "default") not in given:
+        raise ModelError(
+            f"{model}: has no chat template {name or 'default'}; it has {names}: choose one by chat_template: {{name: …}}"
+        )
+    return str(given[name or "default"])
+
+
+def _as_text(turn: dict[str, Any]) -> dict[str, Any]:
+    """A message with the arguments of its calls as JSON."""
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        for call in turn.get("tool_calls", ())
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn
 
 
 def _fold_system(messages: Sequence[Message]) -> list[Message] | None:

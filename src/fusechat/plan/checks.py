@@ -11,6 +11,7 @@ import torch
 from fusechat.core.cache import cache_directory
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import Message
+from fusechat.core.left_out import advice
 from fusechat.core.models import is_slow, without_embedding
 from fusechat.core.references import Reference
 from fusechat.fuse import stage as fuse
@@ -41,19 +42,26 @@ def of_records(texts: Texts) -> tuple[list[str], list[str]]:
     return problems, notes
 
 
-def of_conversations(
-    who: str, data: str, counted: Counted, model: Model, max_length: int
-) -> tuple[list[str], list[str]]:
-    """Problems and notes of a data set as one model sees it."""
+def of_conversations(who: str, data: str, counted: Counted, model: Model, settings: Any) -> tuple[list[str], list[str]]:
+    """Problems and notes of a data set as one model sees it. `settings`: the recipe's `data`."""
+    max_length = settings.max_length
     shape, left_out = model.shape, sum(counted.rejected.values())
     if not len(counted.lengths):
         why = next(iter(counted.rejected), "it holds no records")
         return [f"{who}: no conversation of {data} can be used: {why}"], []
-    notes = []
+    problems, notes = [], []
     if left_out:
         share = left_out / (left_out + counted.conversations)
         reasons = "; ".join(list(counted.rejected)[:_SHOWN])
-        notes.append(f"{who}: {percent(share)} of the conversations of {data} are left out: {reasons}")
+        line, say = (
+            f"{who}: {percent(share)} of the conversations of {data} are left out: {reasons}",
+            advice(counted.rejected),
+        )
+        if share > settings.max_rejected:
+            more = f"{f'{say}; ' if say else ''}a larger data.max_rejected goes on without them"
+            problems.append(f"{line}: more than data.max_rejected allows ({settings.max_rejected:g}); {more}")
+        else:
+            notes.append(f"{line}; {say}" if say else line)
     longest = int(counted.lengths.max())
     if shape.positions and longest > shape.positions:
         long = float((counted.lengths > shape.positions).mean())
@@ -63,7 +71,7 @@ def of_conversations(
         )
     elif shape.positions and max_length > shape.positions:
         notes.append(f"{who}: is made for {shape.positions} tokens, less than data.max_length, {max_length}")
-    return [], notes
+    return problems, notes
 
 
 def of_vocabulary(who: str, data: str, tokenizer: Any, counted: Counted, rows: int) -> list[str]:

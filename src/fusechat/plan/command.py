@@ -24,7 +24,7 @@ from fusechat.plan.shapes import shape_of
 from fusechat.plan.table import totals
 from fusechat.plan.unread import Unread
 from fusechat.prepare.overlap import Overlap, find_overlap
-from fusechat.prepare.stage import OVERLAP
+from fusechat.prepare.stage import OVERLAP, rules
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -113,9 +113,8 @@ class _Planner:
         if step.name == OVERLAP:
             return self._overlap()
         who, _, data = step.name.partition("/")
-        limit = self.recipe.data.max_length
         texts = self.texts[data]
-        found = count(texts, self.templates[who], max_length=limit, times=self.times.get(data, 1.0))
+        found = count(texts, self.templates[who], times=self.times.get(data, 1.0), **rules(self.recipe, texts.data))
         self.counted[step.name] = found
         return estimate.prepare(step.name, self.models[who], found, first=self._first("prepare", who))
 
@@ -197,9 +196,10 @@ class _Planner:
     def _found(self, steps: list[Estimate]) -> tuple[list[str], list[str]]:
         """Problems and notes."""
         recipe, pairs = self.recipe, [checks.of_records(texts) for texts in self.texts.values()]
-        limit = recipe.data.max_length
         pairs += [
-            checks.of_conversations(name.partition("/")[0], name.partition("/")[2], counted, self._of(name), limit)
+            checks.of_conversations(
+                name.partition("/")[0], name.partition("/")[2], counted, self._of(name), recipe.data
+            )
             for name, counted in self.counted.items()
         ]
         pairs.append(checks.of_disk(self.workdir, totals(steps)["fullest"], self._to_fetch(), self.device))

@@ -89,14 +89,15 @@ def read_texts(data: DataSet, *, seed: int = 0, sample: int = SAMPLE) -> Texts:
     return Texts(data, len(seen), chosen, tuple(malformed), repeated)
 
 
-def count(texts: Texts, template: Any, *, max_length: int, times: float = 1.0) -> Counted:
-    """Prepares the sample for one model. `times`: how often the set is to be thought of, for a plan of more data of its kind."""
+def count(texts: Texts, template: Any, *, times: float = 1.0, **rules: Any) -> Counted:
+    """Prepares the sample for one model, by the `rules` of `prepare_conversation`. `times`: how often the set
+    is to be thought of, for a plan of more data of its kind."""
     scale = times * texts.conversations / max(1, len(texts.sample))
     began, reasons = time.perf_counter(), Counter[str]()
     kept: list[Prepared] = []
     for conversation in texts.sample:
         try:
-            kept.append(prepare_conversation(conversation, template, max_length=max_length)[0])
+            kept.append(prepare_conversation(conversation, template, **rules)[0])
         except RejectedError as error:
             reasons[str(error)] += 1
     gold = [one.gold for one in kept]

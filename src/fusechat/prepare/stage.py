@@ -8,36 +8,50 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusechat.config import Recipe
+from fusechat.config import PIVOT, Recipe
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import Conversation, DataSet, Malformed, Questions, read_conversations
 from fusechat.core.files import write_text
-from fusechat.core.prepared import FILE, Prepared, write_prepared
+from fusechat.core.left_out import BY_PIVOT, MALFORMED, REJECTED, REPEATED, advice
+from fusechat.core.prepared import FILE, Prepared, PreparedSet, write_prepared
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
 from fusechat.errors import DataError, ModelError
 
 FORMAT = 3  # 3: rows between the asked prompt and the content; 2: spans are exact in more tokenizers
+_USUAL = {"join_turns": False, "truncate": "response"}  # what fingerprints say nothing of
 OVERLAP, HITS = "overlap", "overlap.jsonl"
 
 
 def step(recipe: Recipe, workdir: Path, chatter: Chatter, data: DataSet) -> Step:
-    """Renders and tokenises one data set for one model."""
+    """Renders and tokenises one data set for one model: for a source, what the pivot could use of it."""
+    how = rules(recipe, data)
     settings = {
         "model": chatter.tokenizer_identity,
         "data": data.identity(),
         "on_error": data.on_error,
-        "max_length": recipe.data.max_length,
+        **{key: value for key, value in how.items() if key == "max_length" or value != _USUAL[key]},
     }
+    before = {} if chatter.name == PIVOT else {PIVOT: step(recipe, workdir, recipe.chatter(PIVOT), data)}
 
     def work(directory: Path) -> dict[str, Any]:
-        return _prepare(directory, chatter, data, recipe.data.max_length)
+        usable = set(PreparedSet(before[PIVOT].directory).ids) if before else None
+        return _prepare(directory, chatter, data, usable, how)
 
     directory = workdir / "prepare" / chatter.name / data.name
-    return Step("prepare", f"{chatter.name}/{data.name}", directory, settings, work, format=FORMAT)
+    return Step("prepare", f"{chatter.name}/{data.name}", directory, settings, work, before, format=FORMAT)
 
 
-def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) -> dict[str, Any]:
+def rules(recipe: Recipe, data: DataSet) -> dict[str, Any]:
+    """What `prepare_conversation` is told. A response that models are measured on is whole for all of them, or left out."""
+    found = recipe.data.model_dump(include={"max_length", *_USUAL})
+    return found if data in recipe.all_training_sets() else {**found, "truncate": _USUAL["truncate"]}
+
+
+def _prepare(
+    directory: Path, chatter: Chatter, data: DataSet, usable: set[str] | None, how: dict[str, Any]
+) -> dict[str, Any]:
+    """`usable`: ids of what the pivot could use, None where this is the pivot."""
     from fusechat.core.models import without_embedding
     from fusechat.prepare.tokenise import RejectedError, prepare_conversation
 
@@ -46,6 +60,7 @@ def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) 
     reasons: Counter[str] = Counter()
     rejected: list[str] = []
     seen: set[str] = set()
+    unused: dict[str, None] = {}
 
     def reject(where: str, reason: str) -> None:
         reasons[reason] += 1
@@ -58,19 +73,23 @@ def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) 
                 if isinstance(conversation, Malformed):
                     if data.on_error == "stop":
                         raise DataError(f"{conversation.where}: {conversation.reason}")
-                    reject(conversation.where, f"malformed: {conversation.reason}")
+                    reject(conversation.where, f"{MALFORMED}{conversation.reason}")
                     continue
+                unused.update(dict.fromkeys(conversation.unused))
                 kept = one(conversation)
                 if kept is not None:
                     yield kept
 
     def one(conversation: Conversation) -> Prepared | None:
         if conversation.id in seen:
-            reject(conversation.where, "the same conversation came before")
+            reject(conversation.where, REPEATED)
             return None
         seen.add(conversation.id)
+        if usable is not None and conversation.id not in usable:
+            reject(conversation.where, BY_PIVOT)
+            return None
         try:
-            result, marks = prepare_conversation(conversation, template, max_length=max_length)
+            result, marks = prepare_conversation(conversation, template, **how)
         except RejectedError as error:
             reject(conversation.where, str(error))
             return None
@@ -87,15 +106,17 @@ def _prepare(directory: Path, chatter: Chatter, data: DataSet, max_length: int) 
     kept = write_prepared(directory / FILE, prepared())
     if not kept:
         why = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3)) or "it holds no records"
-        raise DataError(f"{data.path}: no usable conversation for {chatter.name}: {why}")
+        say = advice(reason for reason, _ in reasons.most_common())
+        raise DataError(f"{data.path}: no usable conversation for {chatter.name}: {why}{f'; {say}' if say else ''}")
     if counts["other_class"]:
         log.warning(
             "prepare %s/%s: the class that Transformers takes for this tokenizer would make other tokens of %d conversations; "
             "tokenizer.json decides",
             *(chatter.name, data.name, counts["other_class"]),
         )
-    write_text(directory / "rejected.jsonl", "".join(line + "\n" for line in rejected))
-    return {"conversations": kept, "rejected": dict(sorted(reasons.items())), **dict(sorted(counts.items()))}
+    write_text(directory / REJECTED, "".join(line + "\n" for line in rejected))
+    more = {"unused_keys": sorted(unused)} if unused else {}
+    return {"conversations": kept, "rejected": dict(sorted(reasons.items())), **more, **dict(sorted(counts.items()))}
 
 
 def overlap_step(

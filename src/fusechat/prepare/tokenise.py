@@ -2,12 +2,17 @@
 
 A response is everything after the text that a model is asked by, up to the end of turn; see `Prepared` for its rows."""
 
+from contextlib import suppress
+from dataclasses import dataclass
+
 import numpy as np
 
 from fusechat.core.conversations import Conversation
+from fusechat.core.left_out import IN_A_ROW, TOO_LONG
+from fusechat.core.messages import join_turns as join
 from fusechat.core.prepared import ROWS, Prepared
-from fusechat.core.spans import encode_with_spans
-from fusechat.core.templates import ChatTemplate, UnrenderableError
+from fusechat.core.spans import Encoded, encode_with_spans
+from fusechat.core.templates import ChatTemplate, Rendered, Response, UnrenderableError
 
 
 class RejectedError(Exception):
@@ -15,66 +20,122 @@ class RejectedError(Exception):
 
 
 def prepare_conversation(
-    conversation: Conversation, template: ChatTemplate, *, max_length: int
+    conversation: Conversation,
+    template: ChatTemplate,
+    *,
+    max_length: int,
+    join_turns: bool = False,
+    truncate: str = "response",
 ) -> tuple[Prepared, dict[str, bool]]:
     """Tokens and rows of a conversation, and what had to be done to it: `truncated` (responses that end after `max_length`
-    tokens are gone), `system_folded` (into the first user message, by a template that refuses it), `offsets` (the tokenizer
-    changes the text, so that spans come from its character offsets), `other_class` (Transformers' class for the model would make
-    other tokens of it).
+    tokens are gone; with `truncate` "token" the first of them is cut there, and has no end of turn), `system_folded` (into the
+    first user message, by a template that refuses it), `joined` (turns of one role in a row, where `join_turns` allows it),
+    `offsets` (the tokenizer changes the text, so that spans come from its character offsets), `other_class`
+    (Transformers' class for the model would make other tokens of it), and what the template leaves out.
 
     Raises RejectedError with the reason where nothing is left to learn from.
     """
     _check(conversation)
-    try:
-        rendered = template.render(conversation.messages)
-    except UnrenderableError as error:
-        raise RejectedError(str(error)) from None
+    rendered, joined_now = _render(conversation, template, join_turns=join_turns)
     encoded = encode_with_spans(template.tokenizer, rendered.text)
     at = np.concatenate([[0], np.cumsum([len(character.encode()) for character in rendered.text], dtype=np.int64)])
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ROWS}
-    content_bytes: list[int] = []
-    tokens = len(encoded.ids)
-    for index, (response, content) in enumerate(zip(rendered.responses, conversation.responses, strict=True)):
-        places = response.asked, response.begin, response.end, response.gap_end
-        asked, begin, end, gap_end = (int(at[character]) for character in places)
-        lead, own = _lead_rows(encoded.spans, asked, begin), _content_rows(encoded.spans, begin, end)
-        rows = np.concatenate([lead, own])
-        closing = _end_of_turn(encoded.ids, encoded.spans, end, gap_end, template.end_of_turn)
-        positions = np.append(rows, closing) if closing is not None else rows
-        if not len(own):
-            raise RejectedError("a response has no tokens of its own")
-        if rows[0] == 0:
-            raise RejectedError("a response begins the text, so that nothing predicts its first token")
-        if positions[-1] >= max_length:
-            tokens = int(columns["position"][-1][-1]) + 1 if content_bytes else 0
+    kept: list[_Rows] = []
+    for response, content in zip(rendered.responses, conversation.responses, strict=True):
+        rows = _rows(response, encoded, at, template.end_of_turn, skipped=len(content[: response.skipped].encode()))
+        if rows.position[-1] >= max_length:
+            if truncate == "token" and (fits := rows.up_to(max_length)) is not None:
+                kept.append(fits)
             break
-        skipped = len(content[: response.skipped].encode())
-        spans = encoded.spans[rows] - begin
-        width = end - begin
-        columns["position"].append(positions)
-        columns["response"].append(np.full(len(positions), index))
-        columns["begin"].append(_with_end(spans[:, 0], width, closing) + skipped)
-        columns["end"].append(_with_end(np.minimum(spans[:, 1], width), width, closing) + skipped)
-        columns["end_of_turn"].append(np.arange(len(positions)) >= len(rows))
-        columns["lead"].append(np.arange(len(positions)) < len(lead))
-        content_bytes.append(width)
-    if not content_bytes:
-        raise RejectedError(f"its first response ends after max_length ({max_length} tokens)")
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+        kept.append(rows)
+    if not kept:
+        raise RejectedError(f"{TOO_LONG} ({max_length} tokens)")
+    truncated = len(kept) < len(rendered.responses) or kept[-1].cut
+    columns = {name: np.concatenate([getattr(rows, name) for rows in kept]) for name in ROWS if name != "response"}
+    columns["response"] = np.repeat(np.arange(len(kept)), [len(rows.position) for rows in kept])
+    last = int(kept[-1].position[-1]) + 1
     return (
         Prepared(
             id=conversation.id,
-            input_ids=encoded.ids[: min(tokens, max_length)],
-            **{name: joined[name].astype(kind) for name, kind in ROWS.items()},
-            content_bytes=np.asarray(content_bytes, dtype=np.int32),
+            input_ids=encoded.ids[: last if truncated else max_length],
+            **{name: columns[name].astype(kind) for name, kind in ROWS.items()},
+            content_bytes=np.asarray([rows.width for rows in kept], dtype=np.int32),
         ),
         {
-            "truncated": len(content_bytes) < len(rendered.responses),
+            "truncated": truncated,
             "system_folded": rendered.system_folded,
+            **({"joined": True} if joined_now or conversation.joined else {}),
+            **dict.fromkeys(rendered.marks, True),
             "offsets": not encoded.exact,
             "other_class": template.makes_other_tokens(rendered.text, encoded.ids),
         },
     )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of one response, as `Prepared` has them. `width`: bytes of its content. `cut`: its end is missing."""
+
+    position: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    end_of_turn: np.ndarray
+    lead: np.ndarray
+    width: int
+    cut: bool = False
+
+    def up_to(self, length: int) -> "_Rows | None":
+        """Without tokens from index `length` on, and without end of turn; None where no content is left."""
+        keep = (self.position < length) & ~self.end_of_turn
+        if not (keep & ~self.lead).any():
+            return None
+        position, begin, end, closing, lead = (
+            each[keep] for each in (self.position, self.begin, self.end, self.end_of_turn, self.lead)
+        )
+        lost = self.end[~keep & ~self.end_of_turn]
+        width = self.width - (int(lost[-1]) - int(end[-1]) if len(lost) else 0)
+        return _Rows(position, begin, end, closing, lead, width, cut=True)
+
+
+def _rows(response: Response, encoded: Encoded, at: np.ndarray, end_token: int | None, *, skipped: int) -> _Rows:
+    """`at`: the byte of each character of the rendered text; `skipped`: bytes of the content that the template left out."""
+    places = response.asked, response.begin, response.end, response.gap_end, response.begin + response.own
+    asked, begin, end, gap_end, own_end = (int(at[character]) for character in places)
+    lead, own = _lead_rows(encoded.spans, asked, begin), _content_rows(encoded.spans, begin, end)
+    rows = np.concatenate([lead, own])
+    if not len(own):
+        raise RejectedError("a response has no tokens of its own")
+    if rows[0] == 0:
+        raise RejectedError("a response begins the text, so that nothing predicts its first token")
+    closing = _end_of_turn(encoded.ids, encoded.spans, end, gap_end, end_token)
+    width = end - begin
+    spans = encoded.spans[rows] - begin
+    spans[:, 1] = np.minimum(spans[:, 1], width)
+    spans[spans[:, 0] >= own_end - begin] += response.offset
+    positions = np.append(rows, closing) if closing is not None else rows
+    return _Rows(
+        position=positions,
+        begin=_with_end(spans[:, 0], width, closing) + skipped,
+        end=_with_end(spans[:, 1], width, closing) + skipped,
+        end_of_turn=np.arange(len(positions)) >= len(rows),
+        lead=np.arange(len(positions)) < len(lead),
+        width=width,
+    )
+
+
+def _render(conversation: Conversation, template: ChatTemplate, *, join_turns: bool) -> tuple[Rendered, bool]:
+    """The conversation as the template has it, and whether turns in a row had to be joined for that."""
+    try:
+        return template.render(conversation.messages, conversation), False
+    except UnrenderableError as error:
+        reason = str(error)
+    together = join(conversation.messages, roles=("system", "user", "assistant", "tool"))
+    if len(together) < len(conversation.messages):
+        with suppress(UnrenderableError):
+            rendered = template.render(together, conversation)
+            if join_turns and len(rendered.responses) == len(conversation.responses):
+                return rendered, True
+            reason = f"{IN_A_ROW}{reason}"
+    raise RejectedError(reason)
 
 
 def _check(conversation: Conversation) -> None:
@@ -82,7 +143,10 @@ def _check(conversation: Conversation) -> None:
         raise RejectedError("it is empty")
     if not conversation.responses:
         raise RejectedError("no assistant turn")
-    if any(not response.strip() for response in conversation.responses):
+    if any(
+        message.is_response and not message.content.strip() and not message.more.get("tool_calls")
+        for message in conversation.messages
+    ):
         raise RejectedError("an assistant turn is empty")
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 
+from fusechat.core.left_out import LeftOut
 from fusechat.report import numbers
 from fusechat.report.answers import Card
 from fusechat.report.choices import ChoiceRow
@@ -39,7 +40,8 @@ _ALIGNMENT = {
 
 @dataclass(frozen=True)
 class Contents:
-    """All that the page tells. `overlap`: what of each evaluation set is in each training set; `losses`, `alignment` and `samples`
+    """All that the page tells. `left_out`: conversations that models leave out; `notes`: name and line of what was done to
+    those that they use; `overlap`: what of each evaluation set is in each training set; `losses`, `alignment` and `samples`
     by target or source; `merged`: merge_report.json; `answers` is empty where nobody was asked, `tables` where nothing was
     measured."""
 
@@ -58,6 +60,8 @@ class Contents:
     recipe: str
     seed: int
     versions: dict[str, str]
+    left_out: Sequence[LeftOut] = ()
+    notes: Sequence[tuple[str, str]] = ()
     how_to_ask: str | None = None  # the fused model, where its template alone does not see to it
 
 

@@ -31,6 +31,7 @@ def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
 
 
 def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[str, Any]:
+    from fusechat.core.left_out import left_out, notes
     from fusechat.report.answers import cards
     from fusechat.report.choices import choice_rows
     from fusechat.report.costs import stage_costs
@@ -47,6 +48,8 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
             tables=result_tables(read_json(evaluated.directory / "results.json")) if evaluated else [],
             models=_models(recipe, fused, upstream["merge"]),
             data=_data(recipe, every),
+            left_out=[found for step in every if (found := left_out(step)) is not None],
+            notes=[(step.name, line) for step in every for line in notes(step)],
             overlap=(upstream["overlap"].manifest() or {})["counts"]["pairs"] if "overlap" in upstream else [],
             losses={name: _losses(step) for name, step in fused.items()},
             alignment={name: _alignment(step) for name, step in aligned.items()},

@@ -1,0 +1,77 @@
+"""What a conversation is: messages, what templates may be told beside them, and an id that tells its content."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+Keys = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Message:
+    """`taught`: False for an assistant message that is context only: no response, nothing is learnt of it. `more`: what else a
+    template may read of it, by its own key: tool_calls, reasoning_content, name, …"""
+
+    role: str  # system, user, assistant or tool
+    content: str
+    taught: bool = True
+    more: Keys = field(default_factory=dict, hash=False)
+
+    @property
+    def is_response(self) -> bool:
+        return self.role == "assistant" and self.taught
+
+    @property
+    def is_plain(self) -> bool:
+        return self.taught and not self.more
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """`id` is a hash of the content: equal conversations have equal ids, wherever they come from. `tools` and `variables` go
+    to the template; `unused`: keys of the record that nothing reads, with digests of their values; `joined`: answers in a row
+    were made one."""
+
+    messages: tuple[Message, ...]
+    where: str  # file and line, for a person
+    tools: Sequence[Any] = field(default=(), hash=False)
+    variables: Keys = field(default_factory=dict, hash=False)
+    unused: Keys = field(default_factory=dict, hash=False)
+    joined: bool = False
+
+    @property
+    def id(self) -> str:
+        """Of plain messages a hash of roles and contents alone; else of all that is said beside them too."""
+        plain: Any = [[message.role, message.content] for message in self.messages]
+        beside = self.tools, self.variables, self.unused
+        if any(beside) or not all(message.is_plain for message in self.messages):
+            told = [[message.taught, message.more] for message in self.messages]
+            plain = [plain, told, [self.tools, self.variables, self.unused]]
+        text = json.dumps(plain, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+    @property
+    def responses(self) -> list[str]:
+        return [message.content for message in self.messages if message.is_response]
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """A record that is no conversation."""
+
+    where: str
+    reason: str
+
+
+def join_turns(messages: Sequence[Message], *, roles: tuple[str, ...]) -> tuple[Message, ...]:
+    """Plain messages of one of these roles in a row as one, a blank line between their contents."""
+    found: list[Message] = []
+    for role, turns in groupby(messages, key=lambda message: message.role if message.is_plain else None):
+        group = list(turns)
+        if role in roles and len(group) > 1:
+            group = [replace(group[0], content="\n\n".join(message.content for message in group))]
+        found += group
+    return tuple(found)
