@@ -138,7 +138,10 @@ def test_parts_survive_while_what_they_rest_on_is_the_same(tmp_path: Path) -> No
         return {"made": "".join(made)}
 
     def scored(names: str, changed: str = "", settings: dict[str, Any] | None = None) -> Step:
-        above = {name: step(tmp_path / name, {"k": int(name == changed)}) for name in names}
+        above = {
+            name: step(tmp_path / name, {"k": int(name == changed)}, work=writing(text=f"{name == changed}"))
+            for name in names
+        }
         for one in above.values():
             one.run()
         parts = {f"{name}.json": [name] for name in names}
@@ -316,6 +319,31 @@ def telling(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(logging.getLogger("fusechat"), "propagate", True)
     caplog.set_level(logging.INFO, logger="fusechat")
     return caplog
+
+
+def test_a_step_done_anew_with_the_same_files_makes_nothing_after_it_stale(tmp_path: Path) -> None:
+    """Another setting, or format, of the first; while it is not done anew, nobody knows."""
+    calls: list[str] = []
+
+    def noted(directory: Path) -> dict[str, Any]:
+        calls.append(directory.name)
+        return writing()(directory)
+
+    def chain(text: str = "whole", **changes: Any) -> list[Step]:
+        above = step(tmp_path / "a", work=writing(text=text), **changes)
+        between = step(tmp_path / "b", work=noted, upstream={"above": above})
+        return [above, between, step(tmp_path / "c", work=noted, upstream={"between": between, "above": above})]
+
+    for each in chain():
+        each.run()
+    again = chain(format=7)
+    assert [each.state()[0] for each in again] == ["stale", "stale", "stale"]
+    assert [each.run() for each in again] == [True, False, False]
+    assert [each.state()[0] for each in chain(format=7)] == ["done", "done", "done"]
+    assert calls == ["b", "c"]
+    other = chain("other", format=8)
+    assert [each.run() for each in other] == [True, True, True]
+    assert calls == ["b", "c", "b", "c"]
 
 
 def test_settings_that_do_not_count_make_nothing_stale(tmp_path: Path) -> None:

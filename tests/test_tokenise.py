@@ -114,7 +114,7 @@ def test_rows_are_those_that_a_search_over_all_tokens_finds(tokenizers: dict[str
         assert prepared.gold.tolist() == [ids[row[0]] for row in rows]
         assert prepared.content_bytes.tolist() == [end - begin for _, begin, end, _ in naive_text(kind, turns)[1]]
         done.pop("control_tokens", None)  # some texts have names of such tokens
-        assert done == {"truncated": False, "system_folded": False, "offsets": False}
+        assert done == {"truncated": False, "system_folded": False, "offsets": False, "other_class": False}
 
 
 def test_a_token_that_takes_the_templates_space_begins_before_the_content(tokenizers: dict[str, Any]) -> None:
@@ -215,7 +215,7 @@ def test_a_tokenizer_that_changes_the_text_is_reported(answer: str, changed: boo
     tokenizer = tiny.tokenizer_of("llama")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     _, done = prepare_conversation(conversation("Hi", answer), ChatTemplate(tokenizer, None, "llama"), max_length=99)
-    assert done == {"truncated": False, "system_folded": False, "offsets": changed}
+    assert done == {"truncated": False, "system_folded": False, "offsets": changed, "other_class": False}
 
 
 def test_prepared_conversations_survive_their_file(tokenizers: dict[str, Any], tmp_path: Any) -> None:

@@ -13,7 +13,7 @@ Format of `conversations.arrow` (Arrow IPC file, one record a conversation; all 
   bytes of the template before the content. End-of-turn rows have an empty span after the content.
 - `end_of_turn` list<bool>
 - `lead` list<bool>: tokens of the template's text between what the model is asked by and the content (a `▁` before a digit): learnt
-  like all rows, but of no bytes of the content. Older files have no such column, and no such rows.
+  like all rows, but of no bytes of the content. A file without such rows has no such column.
 - `content_bytes` list<int32>: UTF-8 bytes of each response's rendered content, indexed by response
 """
 
@@ -27,13 +27,13 @@ import pyarrow as pa
 from fusechat.core.tables import Table, write_table
 
 FILE = "conversations.arrow"
-ROWS: dict[str, type] = {
-    **dict.fromkeys(("position", "response", "begin", "end"), np.int32),
-    **dict.fromkeys(("end_of_turn", "lead"), np.bool_),
-}
+_NUMBERS, _MARKS = ("position", "response", "begin", "end"), ("end_of_turn", "lead")
+ROWS: dict[str, type] = dict.fromkeys(_NUMBERS, np.int32) | dict.fromkeys(_MARKS, np.bool_)
 _LISTS = {
-    **{name: pa.from_numpy_dtype(kind) for name, kind in ROWS.items()},
-    **dict.fromkeys(("input_ids", "content_bytes"), pa.int32()),
+    **dict.fromkeys(("input_ids", *_NUMBERS), pa.int32()),
+    "end_of_turn": pa.bool_(),
+    "content_bytes": pa.int32(),
+    "lead": pa.bool_(),
 }
 SCHEMA = pa.schema([("id", pa.string()), *((name, pa.list_(kind)) for name, kind in _LISTS.items())])
 
@@ -66,7 +66,8 @@ class Prepared:
 
 
 def write_prepared(path: Path, conversations: Iterable[Prepared]) -> int:
-    return write_table(path, SCHEMA, ({f.name: getattr(c, f.name) for f in fields(c)} for c in conversations))
+    records = ({f.name: getattr(c, f.name) for f in fields(c)} for c in conversations)
+    return write_table(path, SCHEMA, records, optional="lead")
 
 
 class PreparedSet:

@@ -111,7 +111,7 @@ class Step:
     def _changed(self, earlier: Mapping[str, Any]) -> str:
         """What is another now than what a manifest, or a beginning, was made of; nothing where all that counts is as it was."""
         if earlier.get("fingerprint") != self.fingerprint:
-            why = difference(self._as_now(earlier.get("inputs", {})), self._counting)
+            why = difference(self._as_now(earlier), self._counting)
             if why:
                 return why
         built_from = earlier.get("built_from", {})
@@ -120,11 +120,16 @@ class Step:
                 return f"{self.upstream[key].label} was made again and came out different"
         return ""
 
-    def _as_now(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs that were written down, maybe by another version, with the settings that count today, and with today's
-        fingerprints of upstream steps that are what they were."""
+    def _as_now(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a manifest, or a beginning, maybe of another version, with the settings that count today, and with today's
+        fingerprints of upstream steps that are what they were, or that were done anew and wrote the same files."""
+        inputs, built = earlier.get("inputs", {}), earlier.get("built_from", {})
         above = dict(inputs.get("upstream", {}))
-        above |= {key: step.fingerprint for key, step in self.upstream.items() if step.is_known_as(above.get(key))}
+        above |= {
+            key: step.fingerprint
+            for key, step in self.upstream.items()
+            if step.is_known_as(above.get(key)) or (key in above and step.wrote(built.get(key)))
+        }
         return {**inputs, "settings": dict(self.counted(inputs.get("settings", {}))), "upstream": above}
 
     def is_known_as(self, fingerprint: str | None) -> bool:
@@ -132,7 +137,11 @@ class Step:
         manifest = self.manifest() if fingerprint != self.fingerprint else None
         if manifest is None or manifest.get("fingerprint") != fingerprint:
             return fingerprint == self.fingerprint
-        return not difference(self._as_now(manifest.get("inputs", {})), self._counting)
+        return not difference(self._as_now(manifest), self._counting)
+
+    def wrote(self, contents: str | None) -> bool:
+        """Whether the step is finished, and that is the digest of its files."""
+        return contents is not None and self._contents(self.manifest()) == contents and self.finished
 
     @property
     def finished(self) -> bool:
@@ -142,8 +151,11 @@ class Step:
     def _upstream_contents(self) -> dict[str, str | None]:
         """A digest of what each upstream step wrote, None where it is not finished. With one fingerprint contents may still
         differ: a GPU does not give the same bits twice."""
-        manifests = {key: step.manifest() for key, step in self.upstream.items()}
-        return {key: digest_json(found.get("outputs")) if found else None for key, found in manifests.items()}
+        return {key: self._contents(step.manifest()) for key, step in self.upstream.items()}
+
+    @staticmethod
+    def _contents(manifest: Mapping[str, Any] | None) -> str | None:
+        return digest_json(manifest.get("outputs")) if manifest else None
 
     def run(self, *, needed: bool = False) -> bool:
         """Does the work unless it is done; returns whether there was anything to do. `needed`: its files are, cleared away or
@@ -256,7 +268,7 @@ class Step:
     def _unchanged(self) -> list[str]:
         """Which `parts` of an earlier run are what they would become again."""
         earlier = self.manifest() or {}
-        before, now = self._as_now(earlier.get("inputs", {})), self._counting
+        before, now = self._as_now(earlier), self._counting
         if any(before.get(key) != now[key] for key in ("format", "settings")):
             return []
         built, contents = earlier.get("built_from", {}), self._upstream_contents()

@@ -14,9 +14,10 @@ from fusechat.errors import WorkdirError
 _BATCH = 512  # records a batch
 
 
-def write_table(path: Path, schema: pa.Schema, records: Iterable[Mapping[str, Any]]) -> int:
-    """Writes `records` as they come, atomically; returns how many there were."""
-    count = 0
+def write_table(path: Path, schema: pa.Schema, records: Iterable[Mapping[str, Any]], *, optional: str = "") -> int:
+    """Writes `records` as they come, atomically; returns how many there were. `optional`: a column of lists of bool that is left
+    out where all of it is false."""
+    count, needed = 0, not optional
     with (
         atomic_file(path) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,
@@ -25,13 +26,25 @@ def write_table(path: Path, schema: pa.Schema, records: Iterable[Mapping[str, An
         waiting: list[Mapping[str, Any]] = []
         for record in records:
             waiting.append(record)
-            count += 1
+            count, needed = count + 1, needed or bool(record[optional].any())
             if len(waiting) == _BATCH:
                 writer.write_batch(_batch(schema, waiting))
                 waiting.clear()
         if waiting:
             writer.write_batch(_batch(schema, waiting))
+    if not needed:
+        _leave_out(optional, path)
     return count
+
+
+def _leave_out(column: str, path: Path) -> None:
+    """Writes a table anew, batch by batch, without a column."""
+    with pa.memory_map(str(path)) as source, atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        table = pa.ipc.open_file(source)
+        kept = [name for name in table.schema.names if name != column]
+        with pa.ipc.new_file(sink, pa.schema([table.schema.field(name) for name in kept])) as writer:
+            for index in range(table.num_record_batches):
+                writer.write_batch(table.get_batch(index).select(kept))
 
 
 def _batch(schema: pa.Schema, records: list[Mapping[str, Any]]) -> pa.RecordBatch:
