@@ -71,6 +71,22 @@ def test_a_program_may_still_ask_for_thoughts(models: dict[str, Path]) -> None:
     assert texts[0] == texts[1] == texts[2] + "<think>\n\n</think>\n\n"
 
 
+def test_variables_of_the_recipe_are_the_saved_templates_defaults(models: dict[str, Path]) -> None:
+    """What a recipe gave its template is what programs that set nothing ask with."""
+    template = "{% if style is defined %}{{ 'Style: ' + style + '\n' }}{% endif %}" + families.CHATML
+    tokenizer = AutoTokenizer.from_pretrained(models["llama"])
+    own = ChatTemplate(tokenizer, template, "x", variables={"style": "long"})
+    found = asking(own)
+    assert found.exact
+    assert 'style = "long"' in (found.note or "")
+    tokenizer.chat_template = found.template
+    turns = [{"role": "user", "content": "a"}]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    assert tokenizer.apply_chat_template(turns, **options) == own.prompt([Message("user", "a")])
+    assert tokenizer.apply_chat_template(turns, **options).startswith("Style: long\n<|im_start|>")
+    assert tokenizer.apply_chat_template(turns, style="short", **options).startswith("Style: short\n<|im_start|>")
+
+
 def test_where_no_template_asks_so_a_note_says_what_to_ask_by(
     models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,12 +4,12 @@ Some templates write text between their generation prompt and the answer of a wh
 whole conversations is asked in a form that it never saw. What is saved with such a model is a template that asks as it was taught.
 """
 
-import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from fusechat.core.conversations import Message
+from fusechat.core.messages import Message
 from fusechat.core.templates import ChatTemplate, UnrenderableError
 
 _SWITCHES = ("enable_thinking", "thinking")  # variables that templates of reasoning models ask for
@@ -29,15 +29,15 @@ class Asking:
 
 def asking(template: ChatTemplate) -> Asking:
     """The template itself if it asks as it teaches, else with as little changed as makes it do so and leaves conversations as they
-    are; where nothing does, the template itself and a note."""
+    are; where nothing does, the template itself and a note. Other programs set no variables of a recipe."""
     pairs = [(probe, prompt) for probe in _PROBES if (prompt := _prompt(template, probe)) is not None]
-    texts = [_render(template, template.template, probe) for probe, _ in pairs]
+    texts = [_render(template, probe) for probe, _ in pairs]
     for changed, note in _candidates(template, pairs):
-        asks = all(_render(template, changed, probe, ask=True) == prompt for probe, prompt in pairs)
-        if asks and [_render(template, changed, probe) for probe, _ in pairs] == texts:
+        other = template.elsewhere(changed)
+        asks = all(_render(other, probe, ask=True) == prompt for probe, prompt in pairs)
+        if asks and [_render(other, probe) for probe, _ in pairs] == texts:
             return Asking(changed, note)
-    prompt = pairs[0][1] if pairs else ""
-    shown = json.dumps(prompt, ensure_ascii=False)
+    shown = json.dumps(pairs[0][1] if pairs else "", ensure_ascii=False)
     return Asking(
         template.template,
         f"its chat template's own generation prompt is not what it was trained after; ask it after the text {shown}, "
@@ -48,26 +48,27 @@ def asking(template: ChatTemplate) -> Asking:
 
 def _candidates(template: ChatTemplate, pairs: Sequence[tuple[list[Message], str]]) -> Iterator[tuple[str, str | None]]:
     """Templates to try, the least changed first, each with its note."""
-    own = template.template
-    yield own, None
+    yield template.template, None
+    own = _with_defaults(template.template, template.variables)
+    if template.variables:
+        given = ", ".join(f"{name} = {json.dumps(value)}" for name, value in template.variables.items())
+        yield own, f"its chat template has {given} unless a program sets it: so it was trained"
     for name in _SWITCHES:
         yield (
-            f"{{%- if {name} is not defined %}}{{%- set {name} = false %}}{{%- endif %}}{own}",
-            (
-                f"its chat template has {name} set to false unless a program sets it: it was trained on answers without reasoning"
-            ),
+            _with_defaults(own, {name: False}),
+            f"its chat template has {name} set to false unless a program sets it: it was trained on answers without reasoning",
         )
     for probe, prompt in pairs[:1]:
-        text = _render(template, own, probe, ask=True) or ""
-        note = "its chat template's generation prompt ends with what stood before the answers that it was trained on"
+        text = _render(template.elsewhere(own), probe, ask=True) or ""
         if prompt.startswith(text):
-            yield f"{own}{{% if add_generation_prompt %}}{{{{ {json.dumps(prompt[len(text) :])} }}}}{{% endif %}}", note
+            yield (
+                f"{own}{{% if add_generation_prompt %}}{{{{ {json.dumps(prompt[len(text) :])} }}}}{{% endif %}}",
+                "its chat template's generation prompt ends with what stood before the answers that it was trained on",
+            )
         if text.rstrip(" ") == prompt:
             yield (
-                (
-                    f"{{% set fusechat_text %}}{own}{{% endset %}}"
-                    "{{ fusechat_text.rstrip(' ') if add_generation_prompt else fusechat_text }}"
-                ),
+                f"{{% set fusechat_text %}}{own}{{% endset %}}"
+                "{{ fusechat_text.rstrip(' ') if add_generation_prompt else fusechat_text }}",
                 "its chat template's generation prompt ends without a space: tokens begin with theirs",
             )
 
@@ -78,14 +79,25 @@ def _prompt(template: ChatTemplate, probe: Sequence[Message]) -> str | None:
         prompt = template.prompt(probe)
     except UnrenderableError:
         return None
-    answered = _render(template, template.template, [*probe, _ANSWER])
+    answered = _render(template, [*probe, _ANSWER])
     return prompt if answered is not None and answered.startswith(prompt) else None
 
 
-def _render(template: ChatTemplate, text: str, probe: Sequence[Message], *, ask: bool = False) -> str | None:
-    other = copy.copy(template)
-    other.template = text
+def _render(template: ChatTemplate, probe: Sequence[Message], *, ask: bool = False) -> str | None:
     try:
-        return other.text(probe, ask=ask)
+        return template.text(probe, ask=ask)
     except UnrenderableError:
         return None
+
+
+def _with_defaults(template: str, variables: Mapping[str, Any]) -> str:
+    """The template with values for variables that a program does not set."""
+    lines = [
+        f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
+        for name, value in variables.items()
+    ]
+    return "".join(lines) + template
+
+
+def _literal(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,5 +1,6 @@
 """Chat templates: a conversation as one model sees it, and where in that text its responses are (`responses.py`)."""
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -63,9 +64,9 @@ class ChatTemplate:
         by_class: Any | None = None,
     ) -> None:
         self.tokenizer, self._by_class = tokenizer, by_class
-        self.template = choose_template(template or tokenizer.chat_template, None, model)
+        self.template, self.date = choose_template(template or tokenizer.chat_template, None, model), date
         self._dated = dated(self.template, date)
-        self._variables = dict(variables or {})
+        self.variables = dict(variables or {})
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._control = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
         self.end_of_turn: int | None = None
@@ -108,6 +109,12 @@ class ChatTemplate:
         """What the template writes for these messages, with its own generation prompt where `ask` is set. Raises UnrenderableError
         with the reason."""
         return self._apply(messages, ask=ask)
+
+    def elsewhere(self, template: str) -> "ChatTemplate":
+        """As other programs use a template with this tokenizer: without the variables that are set here."""
+        other = copy.copy(self)
+        other.template, other._dated, other.variables = template, dated(template, self.date), {}
+        return other
 
     def makes_other_tokens(self, text: str, ids: np.ndarray) -> bool:
         """Whether the tokenizer that Transformers takes by itself makes other tokens of a text than `ids`."""
@@ -203,7 +210,7 @@ class ChatTemplate:
 
     def _apply(self, messages: Sequence[Message], about: Conversation | None = None, *, ask: bool = False) -> str:
         turns = [{"role": message.role, "content": message.content, **message.more} for message in messages]
-        options = {**self._variables, **(about.variables if about else {})}
+        options = {**self.variables, **(about.variables if about else {})}
         options |= {"chat_template": self._dated, "tokenize": False, "add_generation_prompt": ask}
         tools = list(about.tools) if about and about.tools else None
         try:
