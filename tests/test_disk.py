@@ -1,12 +1,14 @@
 """Work directories that are another's, in use or no directories at all; disks that are full or read-only."""
 
 import contextlib
+import ctypes
 import fcntl
 import gc
 import hashlib
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -144,6 +146,53 @@ def test_a_directory_without_permission(recipe: Path, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     [line] = complaints("run", recipe, "--workdir", tmp_path / "work")
     assert line.startswith(f"Permission denied ({tmp_path / 'work'}")
+
+
+def without_rights() -> None:
+    """For root too, what may not be read or written cannot be, in the program that the process becomes."""
+    if os.geteuid() == 0:
+        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+def test_an_input_that_may_not_be_read_is_named_as_such(models: dict[str, Path], tmp_path: Path) -> None:
+    """It is no fault of the work directory's."""
+    here = {name: shutil.copytree(models[name], tmp_path / name) for name in ("llama", "mistral", "gemma")}
+    recipe, work, closed = runs.write_recipe(tmp_path, here), tmp_path / "work", tmp_path / "closed"
+    for directory in (work, closed):
+        directory.mkdir()
+    file = Path(shutil.copyfile(tmp_path / "train.jsonl", closed / "train.jsonl"))
+
+    def refusal(*arguments: str | Path) -> str:
+        ended = subprocess.run(
+            [sys.executable, "-m", "fusechat", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"FUSECHAT_CACHE": str(tmp_path / "cache")},
+            preexec_fn=without_rights,
+        )
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.startswith(PREFIX)
+        return ended.stderr.removeprefix(PREFIX)
+
+    run_it = ("run", recipe, "--workdir", work / "w", "--until", "prepare")
+    tokenizer = here["llama"] / "tokenizer.json"
+    for unread, command in (
+        (tmp_path / "train.jsonl", run_it),
+        (here["gemma"] / "model.safetensors", run_it),
+        (tokenizer, ("chat", here["llama"])),
+    ):
+        unread.chmod(0)
+        assert refusal(*command) == f"{unread}: cannot be read (Permission denied): make it readable\n"
+        unread.chmod(0o644)
+    closed.chmod(0o600)
+    said = f"{file}: cannot be read (Permission denied): {closed} may not be entered\n"
+    assert refusal(*run_it, "--set", f"data.train={file}") == said
+    closed.chmod(0o700)
+    work.chmod(0o555)
+    said = f"Permission denied ({work / 'new'}); make it writable or choose another --workdir, then run again to resume\n"
+    assert refusal("run", recipe, "--workdir", work / "new") == said
 
 
 def test_a_limit_on_the_size_of_files(recipe: Path, tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ FuseChatError
 ├── ModelError      a model reference, its weights, tokenizer or chat template
 ├── WorkdirError    a work directory: of another recipe, in use, damaged
 ├── TrainingError   fine-tuning that cannot go on (a loss that is not finite)
-└── StorageError    no space left, no permission, a file that cannot be written
+└── StorageError    no space left, no permission, a file that cannot be written, or read
 
 Everything else that escapes is a defect of FuseChat, and ends it with status 1 and a traceback.
 """
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,16 +75,20 @@ _STORAGE_TEXT = {
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ADVICE = "free some room or choose another {place}, then run again to resume"
 _OTHER_ADVICE = "make it writable or choose another {place}, then run again to resume"
+_REFUSED = (errno.EACCES, errno.EPERM)  # of reading as well as of writing
 
 
 def storage_error(error: BaseException, place: str = "--workdir", where: Path | None = None) -> str | None:
-    """What to tell the user where `error` (or what caused it) says that the disk cannot be written; else None.
+    """What to tell the user where `error` (or what caused it) says that the disk cannot be written, or a file not read; else None.
 
     `place`: how the user says where to write. `where`: what was being written, for errors that do not name their file."""
     advice, other = _ADVICE.format(place=place), _OTHER_ADVICE.format(place=place)
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRNO:
+            unread = unreadable(Path(seen.filename)) if seen.errno in _REFUSED and seen.filename else None
+            if unread:
+                return unread
             said, named = str(seen.strerror or seen), seen.filename or where
             at = f" ({named})" if named and str(named) not in said else ""
             return f"{said}{at}; {advice if seen.errno in _NO_ROOM else other}"
@@ -93,6 +98,22 @@ def storage_error(error: BaseException, place: str = "--workdir", where: Path | 
                 at = f" ({where})" if where and str(where) not in said else ""
                 return f"{said}{at}; {advice}"
         seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def unreadable(path: Path) -> str | None:
+    """What to tell the user where a file or directory is there and may not be read; else None."""
+    try:
+        if path.is_dir():
+            os.listdir(path)
+        else:
+            path.open("rb").close()
+    except PermissionError as error:
+        closed = next((above for above in reversed(path.absolute().parents) if not os.access(above, os.X_OK)), None)
+        advice = "make it readable" if closed is None else f"{closed} may not be entered"
+        return f"{path}: cannot be read ({error.strerror}): {advice}"
+    except OSError:
+        pass  # not there, or broken in another way
     return None
 
 

