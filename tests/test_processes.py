@@ -185,6 +185,49 @@ def test_with_weights_too(models: dict[str, Path], data: FusionData, together: P
         assert right == pytest.approx(left, rel=1e-5)
 
 
+def test_without_the_last_batch_both_are_in_the_epoch_that_one_process_is_in(
+    models: dict[str, Path], together: Path, place: Path, data: FusionData, tmp_path: Path
+) -> None:
+    """Ten conversations in batches of four: two steps an epoch, and two are left out. All five held-out ones count."""
+    from fusechat.core.prepared import PreparedSet
+    from fusechat.fuse.validation import Validation
+
+    held_out = {"data": Validation(PreparedSet(place / "one" / "prepare" / "pivot" / "data-held-out"))}
+    few = {"per_device_train_batch_size": 4, "max_steps": 6, "dataloader_drop_last": True}
+    measured = {"held_out": held_out, "eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 3}
+    log, _ = fine_tune(models["llama"], data, tmp_path, **few, **measured)
+    both = json.loads((together / "found.json").read_text())["dropped"]
+    assert [entry["epoch"] for entry in both] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.0]
+    assert "eval_loss" in both[-1]
+    for left, right in zip(log, both, strict=True):
+        assert right == pytest.approx(left, rel=1e-3)
+
+
+def test_divided_by_its_own_tokens_the_loss_is_the_mean_over_processes(
+    models: dict[str, Path], data: FusionData, together: Path
+) -> None:
+    """Against each process's own batch. In the second step one of the two has no conversation at all, and does not count."""
+    from fusechat.fuse.loss import fusion_loss_parts
+    from training import SETTINGS
+
+    log = json.loads((together / "found.json").read_text())["own tokens"]
+    gradients = load_file(together / "own.safetensors")
+    for step, batches in enumerate(((range(4), range(4, 8)), (range(8, 10),))):
+        model = fresh(models)
+        terms = []
+        for batch in batches:
+            inputs = collate_fusion([data[index] for index in batch], pad=0)
+            logits = response_logits(model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"]))
+            targets = (inputs["labels"], inputs["target_ids"], inputs["target_logprobs"])
+            parts = fusion_loss_parts(logits, *targets, sft_weight=0.5, **SETTINGS)
+            (parts.total / len(batches)).backward()
+            terms.append([float(term) for term in (parts.total, parts.sft, parts.fusion)])
+        expected = dict(zip(("loss", "sft_loss", "fusion_loss"), torch.tensor(terms).mean(0).tolist(), strict=True))
+        assert {key: log[step][key] for key in expected} == pytest.approx(expected, rel=1e-4)
+        own = {name: parameter.grad for name, parameter in model.named_parameters()}
+        assert_close(own, {name: gradients[f"{step}/{name}"] for name in own}, atol=1e-6)
+
+
 def test_fully_sharded_the_loss_and_the_gradients_are_the_same(
     models: dict[str, Path], data: FusionData, together: Path
 ) -> None:
@@ -299,4 +342,7 @@ def test_batches_are_filled_up_in_the_order_of_one_process(data: FusionData) -> 
         alone.set_epoch(epoch)
         assert list(filled) == [*alone, NOBODY, NOBODY]
     assert len(filled) == 12
+    cut = FilledSampler(RandomSampler(data), 4, seed=7, epoch=lambda: epoch, drop_last=True)
+    assert list(cut) == list(alone)[:8]
+    assert len(cut) == 8
     assert list(FilledSampler(SequentialSampler(data), 5, seed=None, epoch=lambda: epoch)) == list(range(10))

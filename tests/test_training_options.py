@@ -7,16 +7,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import runs
 from fusechat.core.prepared import PreparedSet
-from fusechat.errors import RecipeError
+from fusechat.errors import RecipeError, TrainingError
 from fusechat.evaluate.bits_per_byte import compare, score_responses
 from fusechat.fuse.dataset import FusionData
+from fusechat.fuse.epochs import steps_an_epoch
+from fusechat.fuse.trainer import FusionTrainer
+from fusechat.fuse.training import make_trainer, total_steps, training_arguments
 from fusechat.fuse.validation import Validation
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
-from training import fine_tune, fusion_data
+from training import SETTINGS, fine_tune, fusion_data, silent
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
@@ -144,6 +148,110 @@ def test_validation_loss_is_that_of_the_evaluation(
         logprobs = logits.log_softmax(-1)
         losses += [-float(logprobs[at - 1, conversation.input_ids[at]]) for at in conversation.position.tolist()]
     assert found["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_validation_is_of_every_set_and_all_of_it(
+    models: dict[str, Path], data: FusionData, place: Path, tmp_path: Path
+) -> None:
+    """Whatever training does with its last batch, and with workers that are kept."""
+    run(load_recipe(place / "recipe.yaml"), place / "work", until="prepare")
+    prepared = {name: place / "work" / "prepare" / "pivot" / f"{name}-held-out" for name in ("data", "gemma")}
+    found = []
+    for number, changes in enumerate(
+        (
+            {},
+            {"dataloader_drop_last": True},
+            {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+            {"dataloader_drop_last": True, "train_sampling_strategy": "group_by_length"},
+        )
+    ):
+        log, _ = fine_tune(
+            models["llama"],
+            data,
+            tmp_path / str(number),
+            held_out={name: Validation(PreparedSet(directory)) for name, directory in prepared.items()},
+            per_device_eval_batch_size=3,
+            eval_strategy="steps",
+            eval_steps=2,
+            max_steps=2,
+            learning_rate=0.0,
+            **changes,
+        )
+        found.append({key: value for key, value in log[-1].items() if key.startswith("eval_")})
+    assert len(found[0]) == 6
+    assert all(other == pytest.approx(found[0], rel=1e-6) for other in found[1:])
+
+
+def test_an_epoch_without_a_whole_batch_teaches_nothing_and_is_refused(
+    models: dict[str, Path], data: FusionData, tmp_path: Path, heard: list[str]
+) -> None:
+    changes = {"dataloader_drop_last": True, "max_steps": 2}
+    with pytest.raises(TrainingError, match=r"^fuse\.training\.dataloader_drop_last: the 10 conversations"):
+        fine_tune(models["llama"], data, tmp_path, per_device_train_batch_size=16, **changes)
+    fine_tune(models["llama"], data, tmp_path, per_device_train_batch_size=4, **changes)
+    assert heard == ["fuse: dataloader_drop_last leaves 2 of 10 conversations out of every epoch"]
+
+
+@pytest.mark.parametrize("strategy", ["random", "batch_rebalance"])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_steps_an_epoch_are_the_trainers(
+    models: dict[str, Path], data: FusionData, tmp_path: Path, strategy: str, drop_last: bool
+) -> None:
+    """With four batches of two a step, ten conversations are two steps, of which one may be left out wholly or in part."""
+    changes = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "num_train_epochs": 3,
+        "max_steps": -1,
+    }
+    log, _ = fine_tune(
+        models["llama"],
+        data,
+        tmp_path,
+        train_sampling_strategy=strategy,
+        dataloader_drop_last=drop_last,
+        **changes,
+    )
+    arguments = training_arguments(
+        {**changes, "train_sampling_strategy": strategy, "dataloader_drop_last": drop_last},
+        output=tmp_path,
+        seed=0,
+        device="cpu",
+    )
+    assert len(log) == total_steps(arguments, len(data)) == 3 * steps_an_epoch(arguments, len(data))
+
+
+@pytest.mark.parametrize(("named", "index"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0)])
+def test_a_single_process_trains_on_the_gpu_that_is_named(
+    models: dict[str, Path],
+    data: FusionData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    named: str,
+    index: int,
+) -> None:
+    """As far as can be seen without one: where the model is moved to, where batches go, and PyTorch's present GPU."""
+    present: list[Any] = []
+    moved: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", present.append)
+    monkeypatch.setattr(FusionTrainer, "_move_model_to_device", lambda self, model, device: moved.append(device))
+    arguments = training_arguments({}, output=tmp_path, seed=0, device=named)
+    trainer = make_trainer(
+        AutoModelForCausalLM.from_pretrained(models["llama"]),
+        data,
+        arguments,
+        sft_weight=(1.0, 1.0),
+        loss_settings=SETTINGS,
+        pad=0,
+        advance=silent,
+    )
+    wanted = torch.device("cuda", index)
+    assert (trainer.args.device, trainer.args.n_gpu, trainer.args.train_batch_size) == (wanted, 1, 8)
+    assert trainer.accelerator.device == wanted
+    assert present[-1] == wanted
+    assert moved == [wanted]
 
 
 def test_the_best_checkpoint_becomes_the_target(place: Path) -> None:

@@ -107,6 +107,11 @@ def main() -> None:
 
     found["log"], by_step = gradients(fresh(), data, out / "ddp", per_device_train_batch_size=4)
     found["weighted log"], _ = gradients(fresh(), weighted(data, 0.5), out / "weighted", per_device_train_batch_size=2)
+    few = {"per_device_train_batch_size": 2, "max_steps": 6, "dataloader_drop_last": True}
+    measured = {"eval_strategy": "steps", "eval_steps": 6, "per_device_eval_batch_size": 3}
+    found["dropped"] = train(trainer_of(fresh(), data, out / "dropped", held_out=held_out, **few, **measured), silent)
+    own = {"average_tokens_across_devices": False, "train_sampling_strategy": "sequential"}
+    found["own tokens"], own_gradients = gradients(fresh(), data, out / "own", per_device_train_batch_size=4, **own)
     found["resumed"] = {strategy: resumed(fresh, data, out, strategy) for strategy in STRATEGIES}
     found["sharded loss"], sharded = sharded_gradients(fresh(), data)
     broken = fresh()
@@ -129,6 +134,7 @@ def main() -> None:
     found["fsdp"] = records
     if ranks.is_first():
         save_file(by_step, out / "ddp.safetensors")
+        save_file(own_gradients, out / "own.safetensors")
         save_file({name: g.contiguous() for name, g in sharded.items()}, out / "sharded.safetensors")
         write_json(out / "found.json", found)
     ranks.leave()

@@ -177,7 +177,8 @@ def _say_slow(device: str) -> None:
 def computes_bfloat16(device: torch.device) -> bool:
     """Whether a device multiplies matrices in bfloat16 without converting them. Of Apple's some do: that is not relied on."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return False

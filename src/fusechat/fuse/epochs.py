@@ -1,8 +1,9 @@
-"""Which conversations of a set an epoch holds, where the set has a weight."""
+"""Which conversations of a set an epoch holds, where the set has a weight; how many steps it has."""
 
 import hashlib
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def epoch_size(conversations: int, weight: float) -> int:
@@ -27,3 +28,18 @@ def epoch_members(ids: Sequence[str], weight: float, *, epoch: int, seed: int) -
         return [index for _ in rounds for index in range(n)]
     order = sorted(range(n), key=lambda index: hashlib.sha256(f"{seed} {ids[index]}".encode()).digest())
     return [index for first, last in rounds for index in sorted(order[first:last])]
+
+
+def left_out(arguments: Any, conversations: int) -> int:
+    """How many of so many conversations an epoch leaves out, since they make no whole batch (`dataloader_drop_last`)."""
+    size = arguments.train_batch_size * max(1, arguments.world_size)
+    if arguments.train_sampling_strategy == "batch_rebalance":  # by the step
+        size *= arguments.gradient_accumulation_steps
+    return conversations % size if arguments.dataloader_drop_last else 0
+
+
+def steps_an_epoch(arguments: Any, conversations: int) -> int:
+    """Optimiser steps of an epoch of so many conversations."""
+    size = arguments.train_batch_size * max(1, arguments.world_size)
+    batches = math.ceil((conversations - left_out(arguments, conversations)) / size)
+    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))

@@ -2,6 +2,7 @@
 filled up to whole batches."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -49,18 +50,21 @@ class WeightedSampler(Sampler[int]):
 
 
 class FilledSampler(Sampler[int]):
-    """`sampler`'s indices, then as many of `NOBODY` as make their number a multiple of `multiple`.
+    """`sampler`'s indices, then as many of `NOBODY` as make their number a multiple of `multiple`; or, where `drop_last` says so,
+    without the last ones that are no such multiple.
 
     Accelerate would fill up with conversations from the beginning of the epoch, which then counted twice; nor does it tell the
     epoch to samplers of several processes that go on in the middle of one.
     """
 
-    def __init__(self, sampler: Any, multiple: int, *, seed: int | None, epoch: Epoch) -> None:
+    def __init__(self, sampler: Any, multiple: int, *, seed: int | None, epoch: Epoch, drop_last: bool = False) -> None:
         self.sampler, self.multiple, self.seed, self.epoch = _seeded(sampler, seed), multiple, seed, epoch
+        self.drop_last = drop_last
 
     def __len__(self) -> int:
-        return -(-len(self.sampler) // self.multiple) * self.multiple
+        whole, left = divmod(len(self.sampler), self.multiple)
+        return (whole + (left > 0 and not self.drop_last)) * self.multiple
 
     def __iter__(self) -> Iterator[int]:
-        yield from _at(self.sampler, self.epoch(), self.seed)
+        yield from islice(_at(self.sampler, self.epoch(), self.seed), len(self))
         yield from [NOBODY] * (len(self) - len(self.sampler))

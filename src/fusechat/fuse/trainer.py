@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from fusechat.core import ranks
@@ -19,6 +20,7 @@ from fusechat.core.progress import log
 from fusechat.core.seals import read_sealed, write_sealed
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData
+from fusechat.fuse.epochs import steps_an_epoch
 from fusechat.fuse.loss import fusion_loss_parts
 from fusechat.fuse.sampler import FilledSampler, WeightedSampler
 from fusechat.fuse.student import source_is_better
@@ -27,13 +29,6 @@ from fusechat.fuse.validation import Validation, bits_per_byte
 # In a checkpoint directory: everything is written. How many processes wrote it, checksums of all files.
 COMPLETE = "COMPLETE"
 STUDENT = "student"
-
-
-def steps_an_epoch(arguments: TrainingArguments, conversations: int) -> int:
-    """Optimiser steps of an epoch of so many conversations."""
-    size = arguments.train_batch_size * max(1, arguments.world_size)
-    batches = conversations // size if arguments.dataloader_drop_last else math.ceil(conversations / size)
-    return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
 
 
 class FusionTrainer(Trainer):
@@ -90,6 +85,15 @@ class FusionTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # what averages the gradients divides by it
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """The rows that the loss of a step is divided by. Where each process divides by its own, the mean is over those that have
+        some: at the end of an epoch a process may have none."""
+        found = super()._get_num_items_in_batch(batch_samples, device)
+        if self.args.average_tokens_across_devices or self.args.world_size == 1 or found is None:
+            return found
+        having = (self.accelerator.gather(found) > 0).sum()
+        return (found * having / self.args.world_size).clamp(min=torch.finfo(torch.float32).tiny)
+
     def _sft_weight(self) -> float:
         first, last = self.sft_weight
         steps = max(self.state.max_steps - 1, 1)
@@ -125,6 +129,10 @@ class FusionTrainer(Trainer):
         steps = self.state.global_step - self._logged_at
         if "loss" in logs and steps > 0:
             sums, taught = (sum(parts) for parts in zip(*ranks.gather((self._sums, self._taught)), strict=True))
+            if not self.args.average_tokens_across_devices:
+                sums /= (
+                    self.args.world_size
+                )  # each process has divided by its own tokens alone, so that theirs is a mean
             terms = ("sft_loss", "fusion_loss") if min(self.sft_weight) < 1 else ("sft_loss",)
             logs.update(zip(terms, (sums / steps).tolist(), strict=False))
             if self.train_dataset.rule.compares_with_student:
@@ -166,8 +174,16 @@ class FusionTrainer(Trainer):
             return sampler
         if processes == 1 and strategy != "group_by_length":
             return sampler
-        multiple = self.args.train_batch_size * processes if processes > 1 else 1
-        return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=self._epoch)
+        multiple, drop_last = self.args.train_batch_size * processes, self.args.dataloader_drop_last
+        multiple = multiple if processes > 1 else 1
+        return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=self._epoch, drop_last=drop_last)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """All of a set, each conversation once: what fills up the last batches, of all processes the same number, is nothing."""
+        sampler = super()._get_eval_sampler(eval_dataset) or SequentialSampler(eval_dataset)
+        whole = self.args.world_size > 1 or self.args.dataloader_drop_last
+        multiple = self.args.eval_batch_size * self.args.world_size if whole else 1
+        return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=lambda: 0)
 
     def _epoch(self) -> int:
         """Which epoch the next step is of, from 0 on."""

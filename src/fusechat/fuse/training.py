@@ -14,9 +14,10 @@ from transformers.training_args import ParallelMode
 
 from fusechat.core import ranks
 from fusechat.core.progress import Advance, log
-from fusechat.errors import RecipeError, first_line
+from fusechat.errors import RecipeError, TrainingError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
-from fusechat.fuse.trainer import FusionTrainer, best_of, last_checkpoint, steps_an_epoch
+from fusechat.fuse.epochs import left_out, steps_an_epoch
+from fusechat.fuse.trainer import FusionTrainer, best_of, last_checkpoint
 from fusechat.fuse.validation import Validation
 
 _PROJECT = "fusechat"  # of Weights & Biases, where the user names none
@@ -61,7 +62,7 @@ def training_arguments(
     if str(given.get("metric_for_best_model")).endswith("bits_per_byte"):
         given.setdefault("greater_is_better", False)
     try:
-        return TrainingArguments(
+        found = TrainingArguments(
             output_dir=str(output),
             seed=seed,
             data_seed=seed,
@@ -72,6 +73,22 @@ def training_arguments(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"fuse.training: {first_line(error)}") from error
+    _put_on(found, torch.device(device))
+    return found
+
+
+def _put_on(arguments: TrainingArguments, place: torch.device) -> None:
+    """Lets a single process train on `place`: without a word Transformers takes the first GPU, and DataParallel all of them, which
+    would split rows and labels as if they were batches. Of several processes each has a GPU of its own."""
+    if arguments.parallel_mode == ParallelMode.DISTRIBUTED or place.type == "cpu":
+        return
+    if place.type == "cuda":
+        place = torch.device("cuda", place.index or 0)
+        torch.cuda.set_device(place)
+    arguments._n_gpu = 1
+    arguments.__dict__["_setup_devices"] = place  # what `arguments.device` was found out to be
+    if arguments.distributed_state is not None:
+        arguments.distributed_state.device = place  # Accelerate's
 
 
 def is_sharded_alone(arguments: TrainingArguments) -> bool:
@@ -104,8 +121,14 @@ def make_trainer(
     logs: Path | None = None,
 ) -> FusionTrainer:
     """A trainer of `model` on `data`. `logs` is where TensorBoard and W&B write, if the arguments report to them."""
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # DataParallel would split rows and labels as if they were batches
+    lost = left_out(arguments, data.an_epoch)
+    if lost == data.an_epoch:
+        raise TrainingError(
+            f"fuse.training.dataloader_drop_last: the {lost} conversations of an epoch make no whole batch, so that nothing would "
+            "be learnt: leave it out, or set a smaller per_device_train_batch_size"
+        )
+    if lost:
+        log.warning("fuse: dataloader_drop_last leaves %d of %d conversations out of every epoch", lost, data.an_epoch)
     with _logging_to(logs):
         trainer = FusionTrainer(
             model=model,

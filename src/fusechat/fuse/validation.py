@@ -42,7 +42,7 @@ def bits_per_byte(trainer: Any, sets: Mapping[str, Validation], prefix: str) -> 
     of several sets also `<prefix>_<set>_…`."""
     trainer.model.eval()
     with torch.random.fork_rng(devices=[]):  # a data loader draws: training goes on as if nobody had measured
-        sums = {name: _sums(trainer, data) for name, data in sets.items()}
+        sums = {name: _sums(trainer, name, data) for name, data in sets.items()}
     found = _figures(prefix, np.sum(list(sums.values()), axis=0))
     if len(sums) > 1:
         for name, values in sums.items():
@@ -56,11 +56,11 @@ def _figures(prefix: str, sums: np.ndarray) -> dict[str, float]:
     return {f"{prefix}_loss": nll / tokens, f"{prefix}_bits_per_byte": content_nll / size / math.log(2)}
 
 
-def _sums(trainer: Any, data: Validation) -> np.ndarray:
+def _sums(trainer: Any, name: str, data: Validation) -> np.ndarray:
     """float64 [4]: nll (nats) and number of all response tokens, nll and bytes of their content. Every process takes its batches,
     as many as the others; what fills them up is counted once, by the conversation's id."""
     mine: dict[str, list[float]] = {}
-    for inputs in trainer.get_eval_dataloader(data):
+    for inputs in trainer.get_eval_dataloader(name):  # by name, as the trainer keeps it with its workers
         identities = inputs["conversation_ids"]
         with trainer.compute_loss_context_manager():
             logits = response_logits(

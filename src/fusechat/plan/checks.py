@@ -134,7 +134,7 @@ def of_backend(recipe: Any, names: Iterable[str], *, devices: int | None, here: 
             )
         if here and not _is_installed("vllm"):
             found.append(f"{who}: capture.backend: vllm, which is not installed; run pip install 'fusechat[vllm]'")
-        if here and devices is not None and recipe.device not in (None, "cuda"):
+        if here and devices is not None and recipe.device not in (None, "cuda", "cuda:0"):
             found.append(
                 f"{who}: capture.backend: vllm takes the GPUs from the first on, whatever device: {recipe.device} says; choose "
                 "them by CUDA_VISIBLE_DEVICES, without device"
