@@ -15,6 +15,7 @@ from typing import Any
 import alpaca_evaluating
 import mt_benching
 from judging import GRADES, Misbehaving, Remembered, canned, journal_keys, misbehaving, real_server
+from reporting import students_t
 from runs import fusechat
 
 KEY = "sk-open-sesame-0123456789"
@@ -110,9 +111,9 @@ def mean(clusters: list[list[float]]) -> tuple[float, float]:
     return found, math.sqrt(n / (n - 1) * squares) / len(everything)
 
 
-def shows(ended: Ended, model: str, value: float, error: float) -> bool:
+def shows(ended: Ended, model: str, value: float, error: float, items: int) -> bool:
     """The table names the model and has the value with half of its 95% interval."""
-    return f" {model} " in ended.stdout and f" {value:.2f} ± {1.96 * error:.2f} " in ended.stdout
+    return f" {model} " in ended.stdout and f" {value:.2f} ± {students_t(items) * error:.2f} " in ended.stdout
 
 
 def refused(ended: Ended, line: str) -> None:

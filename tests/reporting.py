@@ -18,6 +18,13 @@ HOSTILE = (
 )
 
 
+def students_t(items: int) -> float:
+    """Standard errors in half of a 95% interval over so many items, by SciPy."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, items - 1))
+
+
 def record(**changes: Any) -> dict[str, Any]:
     """A record of results.json in schema 2."""
     return {

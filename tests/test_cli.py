@@ -10,6 +10,7 @@ import pytest
 import runs
 from fusechat import __version__
 from fusechat.report.results import result_tables
+from reporting import students_t
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_the_page_says_the_same_numbers_as_the_terminal(recipe: Path) -> None:
                 assert text in printed
                 assert f">{text}<" in page
     for score in results["scores"]:
-        assert f"<td>{score['value']:.4f} ± {1.96 * score['standard_error']:.4f}<" in page
+        assert f"<td>{score['value']:.4f} ± {students_t(score['items']) * score['standard_error']:.4f}<" in page
 
 
 def test_status_says_what_is_done_and_what_is_stale(recipe: Path) -> None:

@@ -24,6 +24,7 @@ from fusechat.cli import app
 from fusechat.errors import ModelError, RecipeError
 from judged import JUDGEMENTS, KEY, LIMITS, RUNS, Place, Scored, lines, mean, records, refused, shows, tells_no_key
 from judging import journal_keys
+from reporting import students_t
 from runs import fusechat
 
 alpaca_evaluating.needs_the_library()
@@ -61,7 +62,8 @@ def test_scores_are_means_of_what_the_judge_said(scored: Scored) -> None:
         record = found[model, "all", "score"]
         assert (record["value"], record["standard_error"]) == (pytest.approx(value), pytest.approx(error))
         assert record["n"] == sum(map(len, scores.values())) == JUDGEMENTS - record["missing"]
-        assert shows(scored.ended, model, value, error)
+        assert record["items"] == len(scores)
+        assert shows(scored.ended, model, value, error, len(scores))
         assert {data for name, data, _ in found if name == model} == {
             "all",
             "turn 1",
@@ -73,7 +75,8 @@ def test_scores_are_means_of_what_the_judge_said(scored: Scored) -> None:
             ours, theirs = (mean([of[key] for key in common])[0] for of in (scores, questions["one"]))
             assert record["difference_to_pivot"] == pytest.approx(ours - theirs)
             assert (record["compared_with"], record["difference_n"]) == ("one", len(common))
-            assert f"{ours - theirs:+.2f} ± {1.96 * record['difference_standard_error']:.2f}" in scored.ended.stdout
+            half = students_t(len(common)) * record["difference_standard_error"]
+            assert f"{ours - theirs:+.2f} ± {half:.2f}" in scored.ended.stdout
 
 
 def test_the_key_goes_to_the_judge_and_nowhere_else(place: Place, scored: Scored, compared: Scored) -> None:
@@ -127,7 +130,7 @@ def test_pairs_count_where_both_orders_agree(place: Place, scored: Scored) -> No
     assert (record["n"], record["missing"]) == (len(known), JUDGEMENTS - len(known))
     shares = [found["one", "all", name]["value"] for name in ("wins", "ties", "losses")]
     assert shares == [pytest.approx(100 * wins.count(kind) / len(wins)) for kind in (100.0, 50.0, 0.0)]
-    assert shows(ended, "one", record["value"], record["standard_error"])
+    assert shows(ended, "one", record["value"], record["standard_error"], record["items"])
     assert ("two", "all", "win_rate") not in found
     assert found["one", "all", "score"]["n"] > 0  # of the other mode, still there
 
@@ -145,7 +148,7 @@ def test_win_rates_are_means_of_the_written_preferences(compared: Scored) -> Non
         record = found[model, "all", "win_rate"]
         assert (record["value"], record["standard_error"]) == (pytest.approx(value), pytest.approx(error))
         assert (record["n"], record["missing"]) == (len(had), len(told) - len(had))
-        assert shows(compared.ended, model, value, error)
+        assert shows(compared.ended, model, value, error, len(had))
         controlled = found[model, "all", "length_controlled_win_rate"]
         assert controlled["value"] is None
         assert controlled["why"] == "needs AlpacaEval's 805 instructions, all of them and in their order"

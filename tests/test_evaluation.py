@@ -19,6 +19,7 @@ from fusechat.core.steps import Step
 from fusechat.evaluate.records import Measurement, gather, keep, records, write_results
 from fusechat.pipeline import run, run_models
 from fusechat.recipe_file import load_recipe
+from reporting import students_t
 
 LENGTH = ("--max-length", "256", "--dtype", "float32", "--device", "cpu")
 Copy = Callable[[], Path]
@@ -110,7 +111,7 @@ def test_models_by_themselves_are_compared_with_the_first(
     assert (first["model"], first["compared_with"], first["difference_to_pivot"]) == ("one", None, None)
     assert second["compared_with"] == "one"
     assert second["difference_to_pivot"] == pytest.approx(second["value"] - first["value"])
-    assert f"{second['value']:.4f} ± {1.959964 * second['standard_error']:.4f}" in ended.stdout
+    assert f"{second['value']:.4f} ± {students_t(second['items']) * second['standard_error']:.4f}" in ended.stdout
     assert first["settings"]["dtype"] == "float32"
     assert {"fusechat", "torch", "transformers"} <= first["versions"].keys()
     three = f"three={models['llama']}"

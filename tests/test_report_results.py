@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from fusechat.core.intervals import half_width
 from fusechat.errors import WorkdirError
 from fusechat.report.page import render_page
 from fusechat.report.results import MISSING, Cell, result_tables, terminal_tables
@@ -18,9 +19,26 @@ def only(*scores: dict[str, Any]) -> list[Cell]:
     return list(table.rows[1].cells)
 
 
+def test_half_an_interval_is_students_t() -> None:
+    """Against a printed table of t at 0.975, by degrees of freedom, one fewer than items; and against SciPy's, where that is."""
+    printed = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 19: 2.093, 30: 2.042, 60: 2.000}
+    for freedom, value in (printed | {120: 1.980, 10**9: 1.960}).items():
+        assert half_width(freedom + 1) == pytest.approx(value, abs=6e-4)
+    assert half_width(None) == half_width(0) == pytest.approx(1.96, abs=1e-4)
+    student_t = pytest.importorskip("scipy.stats").t
+    for items in (*range(2, 200), 1001, 5000):
+        assert half_width(items) == pytest.approx(student_t.ppf(0.975, items - 1), rel=1e-9)
+
+
+def test_an_interval_is_of_what_was_drawn() -> None:
+    """Four conversations with 20 responses are four; of older results, which do not say so, what they say is taken."""
+    (cell,) = only(record(), compared(-0.25, 0.01, items=4, difference_n=4))
+    assert cell == Cell("1.2500 ± 0.3182", "-0.2500 ± 0.0318", better=True)
+
+
 def test_a_value_has_its_interval_and_its_difference_to_the_pivot() -> None:
     (cell,) = only(record(), compared(-0.25, 0.01))
-    assert cell == Cell("1.2500 ± 0.1960", "-0.2500 ± 0.0196", better=True)
+    assert cell == Cell("1.2500 ± 0.2093", "-0.2500 ± 0.0209", better=True)
     (cell,) = only(record(), compared(-0.25, 0.01, standard_error=None))
     assert cell.value == "1.2500"
 
@@ -28,10 +46,10 @@ def test_a_value_has_its_interval_and_its_difference_to_the_pivot() -> None:
 @pytest.mark.parametrize(
     ("difference", "error", "higher", "better"),
     [
-        (-0.1, 0.05, False, True),
-        (-0.1, 0.05, True, False),
-        (0.1, 0.05, False, False),
-        (0.1, 0.052, False, None),
+        (-0.1, 0.047, False, True),
+        (-0.1, 0.047, True, False),
+        (0.1, 0.047, False, False),
+        (0.1, 0.05, False, None),
         (-0.1, 0.06, True, None),
         (0.1, None, True, None),
         (0.1, 0.01, None, None),
@@ -51,7 +69,7 @@ def test_what_is_missing_is_counted_and_never_0() -> None:
     (cell,) = only(record(), compared(-0.5, 0.1, missing=2, n=18))
     assert cell.note == "n=18, 2 missing"
     assert [cell.value for cell in only(record(), record(data="b-held-out"), compared(-0.5, 0.1))] == [
-        "1.0000 ± 0.1960",
+        "1.0000 ± 0.2093",
         MISSING,
     ]
 
@@ -70,11 +88,11 @@ def test_each_suite_has_its_table_and_its_decimals() -> None:
     )
     assert [table.title for table in tables] == ["Bits per byte", "MT-Bench", "AlpacaEval", "Evaluation harness"]
     assert [cell.value for table in tables for cell in table.rows[0].cells] == [
-        "1.5000 ± 0.1960",
-        "6.54 ± 0.20",
+        "1.5000 ± 0.2093",
+        "6.54 ± 0.21",
         "50.00",
-        "12.35 ± 1.96",
-        "0.1250 ± 0.1960",
+        "12.35 ± 2.09",
+        "0.1250 ± 0.2093",
     ]
     assert [column.metric for table in tables for column in table.columns][-1] == "exact match"
     assert "Less is better." in tables[0].caption
@@ -129,7 +147,7 @@ def test_many_columns_are_turned_on_their_side() -> None:
     console.print(table)
     text = console.export_text()
     assert all(name in text for name in names)
-    assert text.count("-0.5000 ± 0.1960") == 11
+    assert text.count("-0.5000 ± 0.2093") == 11
     assert max(map(len, text.splitlines())) <= 80
 
 

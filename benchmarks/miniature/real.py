@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from fusechat.core.files import write_json
+from fusechat.core.intervals import half_width
 from fusechat.evaluate.bits_per_byte import compare
 from fusechat.evaluate.statistics import Estimate, paired_difference, ratio
 from fusechat.pipeline import run
@@ -164,7 +165,7 @@ def _cells(model: str, compared: Mapping[str, Any]) -> str:
 
 
 def _text(found: Estimate, sign: str = "") -> str:
-    return f"{found.value:{sign}.4f} ± {1.96 * (found.standard_error or 0):.4f}"
+    return f"{found.value:{sign}.4f} ± {half_width(found.n) * (found.standard_error or 0):.4f}"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ Schema 2: `{"schema": 2, "scores": [record, …]}`, a record for each model, dat
 - `suite`, `data`, `metric`; `role` (pivot, source, target, fused; empty for a model given by itself) and `model`
 - `identity`: a fingerprint of the model's weights, tokenizer and template; of a server, the model's name there
 - `value`, `standard_error`: null where there is none, with `why`
-- `n`: judgements, responses or samples measured; `missing`: how many of them there are none of
+- `n`: judgements, responses or samples measured; `missing`: how many of them there are none of; `items`: how many were drawn
+  independently, which an interval rests on
 - `higher_is_better`: null where neither
 - `compared_with`: the pivot's name, null where there is none, and its fingerprint `pivot_identity`
 - `difference_to_pivot`, `difference_standard_error`: over the `difference_n` items that both have
@@ -44,6 +45,11 @@ class Measurement:
     higher_is_better: bool | None = True
     n: int | None = None  # judgements, responses or samples, where these are not the items
     more: Mapping[str, Any] | None = None  # what else a record of this suite holds
+
+    @property
+    def drawn(self) -> int:
+        """How many independent items the value is of, as far as that is known."""
+        return ratio(self.items).n or self.n or 0
 
     @property
     def estimate(self) -> Estimate:
@@ -87,6 +93,7 @@ def records(
                     "value": estimate.value,
                     "standard_error": estimate.standard_error,
                     "n": estimate.n,
+                    "items": one.drawn,
                     "missing": one.missing,
                     "why": one.why if estimate.value is None else None,
                     "higher_is_better": one.higher_is_better,

@@ -8,12 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from fusechat.core.intervals import half_width
 from fusechat.errors import WorkdirError
 
 SCHEMA = 2
 MISSING = "missing"
-INTERVAL = "± is half of the 95% interval; the second line is the difference to the pivot, over what both have"
-_HALF = 1.96  # standard errors in half of a 95% interval
+INTERVAL = (
+    "± is half of the 95% interval (Student's t); the second line is the difference to the pivot, over what both have"
+)
 _TITLES = {
     "bits-per-byte": "Bits per byte",
     "mt-bench": "MT-Bench",
@@ -130,18 +132,20 @@ def _cell(score: Mapping[str, Any] | None, most: int) -> Cell:
         return Cell(f"{gone} {MISSING}" if gone else MISSING, why=score["why"] or "")
     notes = [f"n={score['n']}"] if score["n"] != most else []
     notes += [f"{gone} missing"] if gone else []
-    text = _with_interval(value, score["standard_error"], f".{decimals}f", decimals)
+    width = half_width(score.get("items") or score["n"])  # results of older versions do not say of how many items
+    text = _with_interval(value, score["standard_error"], width, f".{decimals}f", decimals)
     difference, error = score["difference_to_pivot"], score["difference_standard_error"]
+    width = half_width(score["difference_n"])
     if score["role"] == "pivot" or difference is None:
         return Cell(text, note=", ".join(notes))
     better = None
-    if error is not None and score["higher_is_better"] is not None and abs(difference) > _HALF * error:
+    if error is not None and score["higher_is_better"] is not None and abs(difference) > width * error:
         better = (difference > 0) == score["higher_is_better"]
-    return Cell(text, _with_interval(difference, error, f"+.{decimals}f", decimals), better, ", ".join(notes))
+    return Cell(text, _with_interval(difference, error, width, f"+.{decimals}f", decimals), better, ", ".join(notes))
 
 
-def _with_interval(value: float, error: float | None, form: str, decimals: int) -> str:
-    half = f" ± {_HALF * error:.{decimals}f}" if error is not None else ""
+def _with_interval(value: float, error: float | None, width: float, form: str, decimals: int) -> str:
+    half = f" ± {width * error:.{decimals}f}" if error is not None else ""
     return f"{value:{form}}{half}"
 
 
