@@ -123,6 +123,23 @@ def naive_cross_entropies(candidates: Sequence[Candidate], pivot: Prepared, rule
     ]
 
 
+def naive_shares(candidates: Sequence[Candidate], pivot: Prepared, rule: Rule) -> list[list[float]]:
+    """The weights [candidates][groups]; of AvgCE by cross-entropies per token of the pivot, whatever they are compared by."""
+    found = naive_cross_entropies(candidates, pivot, rule)
+    if rule.function != "avgce" or rule.unit == "token" or rule.level == "position":
+        return naive_weights(found, rule.function)
+    number = len(pivot.content_bytes)
+    common = range(min(number, *(len(one.rows.content_bytes) for one in candidates)))
+    groups = [common] if rule.level == "conversation" else [range(at, at + 1) for at in range(number)]
+    for group, responses in enumerate(groups):
+        tokens = sum(
+            pivot.response[row] in responses and not pivot.end_of_turn[row] for row in range(len(pivot.position))
+        )
+        for values in found:
+            values[group] *= sum(int(pivot.content_bytes[one]) for one in responses) / tokens
+    return naive_weights(found, rule.function)
+
+
 def naive_weights(found: Sequence[Sequence[float]], function: str) -> list[list[float]]:
     """[candidates][groups], as `fusechat.fuse.choice.weights`."""
     weights = [[0.0] * len(found[0]) for _ in found]

@@ -1,5 +1,7 @@
 """What the trainer reads: whose distributions each conversation of a target's sets has, how often who teaches, batches."""
 
+import itertools
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from fusing import (
     naive_cross_entropies,
     naive_groups,
     naive_mix,
-    naive_weights,
+    naive_shares,
     nll,
     prepared,
     prepared_set,
@@ -147,7 +149,7 @@ def naive_counts(rule: Rule) -> dict[str, dict[str, float]]:
             count[NONE] += number
             continue
         found = naive_cross_entropies(list(several.values()), rows, rule)
-        share = naive_weights(found, rule.function)
+        share = naive_shares(list(several.values()), rows, rule)
         for group in range(number):
             values = [of_one[group] for of_one in found]
             known = [value for value in values if value < np.inf]
@@ -180,9 +182,7 @@ def test_the_targets_of_every_row(tmp_path: Path, rule: Rule) -> None:
         assert item["input_ids"].tolist() == rows.input_ids.tolist()
         several = SETS[place].candidates(identity, with_pivot=rule.compares_with_pivot)
         targets = [rows_of(one.targets) for one in several.values()]
-        share = (
-            naive_weights(naive_cross_entropies(list(several.values()), rows, rule), rule.function) if several else []
-        )
+        share = naive_shares(list(several.values()), rows, rule) if several else []
         found = rows_of(item["targets"])
         assert len(found) == len(rows)
         for row, group in enumerate(naive_groups(rows, rule.level)):
@@ -243,6 +243,25 @@ def test_a_conversation_that_one_model_lacks_is_the_others(tmp_path: Path) -> No
         "sources": [74] * 3,
         "nobodys": [-1] * 3,
     }
+
+
+def test_avgce_weighs_by_nats_a_token_whatever_they_are_compared_by(tmp_path: Path) -> None:
+    """Ten tokens of 40 bytes, 0.5 nats a byte against 0.3: 2 nats a token against 1.2, so the weights are 1 / (1 + e^0.8) = 0.31
+    and 0.69 (of 0.5 and 0.3 they would be 0.45 and 0.55)."""
+    pivot, source = Model(), Model()
+    pivot.rows["a"] = prepared("a", [(10, 40)])
+    pivot.nll["a"], pivot.targets["a"] = nll(*[2.0] * 10, 9), sparse([{50: 1.0}] * 11, 2, np.float16)
+    source.rows["a"] = prepared("a", [(4, 40)], first=1000)  # cut by another tokenizer: 3 nats a token of its own
+    source.nll["a"], source.targets["a"] = nll(*[3.0] * 4, 9), sparse([{70: 1.0}] * 11, 2, np.float16)
+    own = {}
+    for unit, level in itertools.product(UNITS, LEVELS):
+        data = fusion_data(
+            tmp_path / unit / level, Rule("avgce", unit, level), [Talks("data", pivot, {"source": source})]
+        )
+        own[unit, level] = rows_of(data[0]["targets"])[0][50]
+    expected = {"byte": 1 / (1 + math.exp(0.8)), "token": 1 / (1 + math.exp(-1.0))}
+    for (unit, level), found in own.items():
+        assert found == pytest.approx(0.5 if level == "position" else expected[unit], rel=1e-3), (unit, level)
 
 
 def test_without_teachers_there_are_no_targets(tmp_path: Path) -> None:

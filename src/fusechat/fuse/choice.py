@@ -95,13 +95,27 @@ def position_cross_entropy(targets: SparseDistribution, gold: np.ndarray) -> np.
     return np.where(empty, np.inf, -np.log(np.maximum(probability, FLOOR)))
 
 
-def weights(cross_entropies: np.ndarray, function: str) -> np.ndarray:
-    """float64 [candidates, groups] from cross-entropies of that shape: `avgce` gives softmax(-ce), the others all to the lowest,
-    of equal ones to the first (the pivot). A group that no candidate speaks of has zeros."""
+def token_sizes(candidates: Sequence[Candidate], pivot: Prepared, *, unit: str, level: str) -> np.ndarray:
+    """float64 [groups], or [1] for all: how many units of the cross-entropies a token of the pivot has, by which AvgCE weighs
+    them: with `unit: byte` the bytes a token of what is compared. Nats per byte alone are so small that weights would be alike."""
+    if unit == "token" or level == "position":
+        return np.ones(1)
+    if level == "conversation":
+        parts = [common_responses([pivot, *(candidate.rows for candidate in candidates)])]
+    else:
+        parts = [np.array([response]) for response in range(len(pivot.content_bytes))]
+    sizes = [(content_size(pivot, part, "byte"), content_size(pivot, part, "token")) for part in parts]
+    return np.array([size / max(tokens, 1) for size, tokens in sizes])
+
+
+def weights(cross_entropies: np.ndarray, function: str, sizes: np.ndarray | float = 1.0) -> np.ndarray:
+    """float64 [candidates, groups] from cross-entropies of that shape: `avgce` gives softmax(-sizes · ce), the others all to the
+    lowest, of equal ones to the first (the pivot). `sizes` [groups]: see `token_sizes`. A group that no candidate speaks of has
+    zeros."""
     lowest = cross_entropies.min(axis=0)
     known = np.isfinite(lowest)
     if function == "avgce":
-        share = np.exp(np.where(known, lowest, 0.0) - cross_entropies)
+        share = np.exp(sizes * (np.where(known, lowest, 0.0) - cross_entropies))
         return np.where(known, share / np.where(known, share.sum(axis=0), 1.0), 0.0)
     first = cross_entropies.argmin(axis=0)
     return np.where(known, np.arange(len(cross_entropies))[:, None] == first, 0.0)

@@ -92,8 +92,7 @@ class FusionData(Dataset[dict[str, Any]]):
         candidates = self._candidates(self.sets[place], conversation)
         if not candidates:
             return _item(conversation, nothing(len(conversation)), self._alone(conversation), place)
-        found = self._compare(candidates, conversation)
-        share = choice.weights(found, self.rule.function)
+        found, share = self._compare(candidates, conversation)
         groups = choice.groups_of(conversation, self.rule.level)
         targets = mix([one.targets for one in candidates.values()], share[:, groups])
         comparison = None
@@ -118,9 +117,11 @@ class FusionData(Dataset[dict[str, Any]]):
                 found[name] = Candidate(rows, teacher.captured[identity].nll, teacher.aligned[identity])
         return found
 
-    def _compare(self, candidates: Mapping[str, Candidate], conversation: Prepared) -> np.ndarray:
-        each = list(candidates.values())
-        return choice.cross_entropies(each, conversation, unit=self.rule.unit, level=self.rule.level)
+    def _compare(self, candidates: Mapping[str, Candidate], conversation: Prepared) -> tuple[np.ndarray, np.ndarray]:
+        """The candidates' cross-entropies and weights [candidates, groups]."""
+        each, how = list(candidates.values()), {"unit": self.rule.unit, "level": self.rule.level}
+        found = choice.cross_entropies(each, conversation, **how)
+        return found, choice.weights(found, self.rule.function, choice.token_sizes(each, conversation, **how))
 
     @cached_property
     def chosen(self) -> dict[str, dict[str, float]]:
@@ -134,8 +135,7 @@ class FusionData(Dataset[dict[str, Any]]):
             if not candidates:
                 count[NONE] += len(np.unique(choice.groups_of(conversation, self.rule.level)))
                 continue
-            found = self._compare(candidates, conversation)
-            share = choice.weights(found, self.rule.function)
+            found, share = self._compare(candidates, conversation)
             for name, weight in zip(candidates, share.sum(axis=1).tolist(), strict=True):
                 count[name] += weight
             count[NONE] += int(np.count_nonzero(share.sum(axis=0) == 0))

@@ -86,6 +86,8 @@ def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], h
         "device": recipe.device,
         "teachers": recipe.teachers()[target] if is_taught(recipe, target) else [],
     }
+    if is_taught(recipe, target) and (recipe.fuse.function, recipe.fuse.unit) == ("avgce", "byte"):
+        settings["weights"] = "per token of the pivot"  # those of older versions were per byte
     several = any(len(recipe.sets_of(name)) > 1 for name in recipe.teachers()[target] or recipe.sources)
     if several or any(one.weight != 1 for one in sets):
         settings["sets"] = [[one.name, one.weight] for one in sets]
