@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.errors import ModelError, first_line
+from fusechat.merge.architecture import Architecture, architecture_of
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
 from fusechat.merge.tensor import Stored
+from fusechat.merge.values import stack_of
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
+COMPARED = 1 << 24  # bytes of two tensors that are compared at once
 SPARE = 64  # files that may be open beside models: libraries', the output's
 FLOATS = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
 BYTES = {
@@ -112,8 +117,34 @@ class Checkpoint:
     def files(self) -> list[Path]:
         return list(self._handles)
 
+    @cached_property
+    def architecture(self) -> Architecture | None:
+        """What the class that the configuration names says of the tensors; None where it cannot be asked."""
+        return architecture_of(self.directory)
+
+    @cached_property
+    def modules(self) -> set[str]:
+        """The modules that the model has a tensor in, by their names."""
+        return {name[: match.start()] for name in self.entries for match in re.finditer(r"\.", name)}
+
+    @cached_property
+    def stacks(self) -> dict[str, int]:
+        """How many layers each stack of them has, by the names of the tensors."""
+        found: dict[str, int] = {}
+        for stack, layer in filter(None, map(stack_of, self.entries)):
+            found[stack] = max(found.get(stack, 0), layer + 1)
+        return found
+
+    def same(self, name: str, other: str) -> bool:
+        """Whether two of its tensors hold the same values, bit for bit; reads them as far as they do."""
+        one, two = self.entries[name], self.entries[other]
+        if (one.shape, one.dtype) != (two.shape, two.dtype):
+            return False
+        starts = range(0, one.bytes, COMPARED)
+        return all(self.bytes(name, start, COMPARED) == self.bytes(other, start, COMPARED) for start in starts)
+
     def is_tied(self) -> bool:
-        """Whether the output embedding is the input embedding, by the configuration."""
+        """Whether the output embedding is the input embedding, by the configuration; for a class that cannot be asked."""
         for config in (self.config.get("text_config"), self.config):
             if isinstance(config, dict) and "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
@@ -157,10 +188,19 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _without_index(directory: Path) -> list[str]:
-    """The file that Transformers reads, whatever stands beside it; else all."""
+    """The file that Transformers reads, whatever stands beside it; else the shards, by their names; else all. Raises ModelError
+    for shards of which one is not there."""
     if (directory / WHOLE).is_file():
         return [WHOLE]
-    return sorted(file.name for file in directory.glob("*.safetensors"))
+    names = sorted(file.name for file in directory.glob("*.safetensors"))
+    shards = [match for match in map(_SHARD.fullmatch, names) if match]
+    usual = [match for match in shards if match[1] == "model"] or shards  # some models have their weights a second time
+    for wanted in range(1, int(usual[0][3]) + 1 if usual else 0):
+        name, number, total = usual[0].groups()
+        shard = f"{name}-{wanted:0{len(number)}d}-of-{total}.safetensors"
+        if shard not in names:
+            raise ModelError(f"{directory}: has {usual[0].string}, and neither {shard} nor {INDEX}")
+    return [match.string for match in usual] or names
 
 
 def _allow_open_files(more: int) -> None:

@@ -23,7 +23,7 @@ from fusechat.merge.parameters import Values
 from fusechat.merge.plan import WIDEST, Plan, make_plan
 from fusechat.merge.report import make_report
 from fusechat.merge.tensor import Workers
-from fusechat.merge.values import layer_of
+from fusechat.merge.values import stack_of
 
 REPORT, BEGUN, FORMAT = "merge_report.json", "begun.json", 1
 
@@ -115,7 +115,7 @@ def open_job(
     per_model = {parameter.name for parameter in load_method(settings.method).PARAMETERS if parameter.per_model}
 
     def values(tensor: str) -> Values:
-        found = settings.values(tensor, layers)
+        found = settings.values(tensor, layers.get((stack_of(tensor) or ("", 0))[0], 0))
         return {name: [value[i] for i in order] if name in per_model else value for name, value in found.items()}
 
     for piece in plan.pieces:
@@ -127,12 +127,15 @@ def open_job(
     )
 
 
-def _layers(donor: Checkpoint, plan: Plan) -> int:
-    """How many layers the model has: by its configuration, else by the names of its tensors."""
-    for config in (donor.config, donor.config.get("text_config")):
+def _layers(donor: Checkpoint, plan: Plan) -> dict[str, int]:
+    """How many layers each stack of the model has: an only one by the configuration, else by the names of the tensors."""
+    counts: dict[str, int] = {}
+    for stack, layer in filter(None, (stack_of(piece.name) for piece in plan.pieces)):
+        counts[stack] = max(counts.get(stack, 0), layer + 1)
+    for config in (donor.config, donor.config.get("text_config")) if len(counts) == 1 else ():
         if isinstance(config, dict) and isinstance(config.get("num_hidden_layers"), int):
-            return int(config["num_hidden_layers"])
-    return 1 + max((layer_of(piece.name) or 0 for piece in plan.pieces), default=0)
+            return dict.fromkeys(counts, int(config["num_hidden_layers"]))
+    return counts
 
 
 def _names(targets: list[Reference]) -> list[str]:
@@ -214,7 +217,7 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
         workers.close()
     report = make_report(job, tensors) | {"identity": identity}
     donor = job.inputs[0].directory
-    copy_files(donor, building, job.plan.pieces)
+    copy_files(donor, building, job.plan)
     card = merge_card(
         settings.name or building.name.removeprefix(".").removesuffix(".merging"),
         base=str(settings.base) if settings.base else None,

@@ -6,7 +6,6 @@ Beside a block of each input a thread there is what `selection.py` gathers: no t
 """
 
 import itertools
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from fusechat.merge.parameters import Values
 from fusechat.merge.plan import Piece, Plan
 from fusechat.merge.shard import Shard, new_shard
 from fusechat.merge.tensor import Tensor, Workers, scratch
-from fusechat.merge.values import layer_of
+from fusechat.merge.values import stack_of
 
 SHARD_BYTES = 5_000_000_000
 SQUARES = "squares.json"
@@ -270,10 +269,10 @@ def _pooled(job: Job, output: Path, workers: Workers) -> dict[str, list[float]]:
     by_tensor = {name: np.array(squares) for name, squares in found.items()}
 
     def group(name: str) -> str:
-        layer = layer_of(name)
+        found = stack_of(name)
         if job.granularity == "model":
             return ""
-        return name if layer is None else re.split(rf"\.{layer}\.", name)[0] + f".{layer}"
+        return name if found is None else f"{found[0]}.{found[1]}"
 
     total: dict[str, np.ndarray] = {}
     for name, squares in by_tensor.items():

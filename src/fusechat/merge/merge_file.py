@@ -54,7 +54,7 @@ class MergeFile:
     _own: list[Scope] = field(repr=False)  # of each target
 
     def values(self, tensor_name: str, layer_count: int) -> Values:
-        """Every parameter of the method for one tensor of a model of `layer_count` layers; of `per_model` ones a list in the
+        """Every parameter of the method for one tensor, whose stack has `layer_count` layers; of `per_model` ones a list in the
         targets' order. Raises RecipeError where filters leave the tensor without a value that it needs."""
         at = position(tensor_name, layer_count)
         values: Values = {}

@@ -12,7 +12,7 @@ import yaml
 from fusechat.core.files import atomic_file, write_text
 from fusechat.merge.card import portable
 from fusechat.merge.checkpoint import read_config
-from fusechat.merge.plan import CODES, Piece
+from fusechat.merge.plan import CODES, Piece, Plan
 
 FILES = (
     *(
@@ -46,18 +46,20 @@ def files_to_copy(donor: Path) -> list[Path]:
     return sorted({file for pattern in patterns for file in donor.glob(pattern) if file.is_file()})
 
 
-def copy_files(donor: Path, output: Path, pieces: list[Piece]) -> None:
-    """Copies files, and writes the configuration, which says the type that most of the weights have."""
+def copy_files(donor: Path, output: Path, plan: Plan) -> None:
+    """Copies files, and writes the configuration, which says the type that most of the weights have, and what is not tied."""
     for file in files_to_copy(donor):
         (output / file.relative_to(donor)).parent.mkdir(exist_ok=True)
         with atomic_file(output / file.relative_to(donor)) as temporary:
             temporary.write_bytes(file.read_bytes())
     config = read_config(donor)
-    dtype = _main_dtype(pieces) or config.get("dtype", config.get("torch_dtype"))
+    dtype = _main_dtype(plan.pieces) or config.get("dtype", config.get("torch_dtype"))
     for part in (config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))):
         for key in ("torch_dtype", "dtype"):
             if key in part:
                 part[key] = dtype
+        if plan.untied:
+            part["tie_word_embeddings"] = False
     if dtype and "torch_dtype" not in config:
         config["dtype"] = dtype
     write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from fusechat.core.progress import log
 from fusechat.errors import ModelError
 from fusechat.merge.checkpoint import BYTES, FLOATS, Checkpoint, Entry
+from fusechat.merge.misfits import Missing, is_buffer, missing_lines, quantised, shortened, should_have
+from fusechat.merge.ties import Ties, find_ties
 from fusechat.merge.values import layer_of
 
-HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")  # output embeddings, as architectures call them
-EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BASE, WIDEST = "base", "widest"  # types of the output: as the base has each tensor; as holds what every input has
-_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -34,11 +33,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class Plan:
-    """`left_out`: output embeddings, where the output ties them to the input's. `only_base`: copied since no target has them."""
+    """`left_out`: copies of tied tensors, and buffers that the class does not read. `only_base`: copied since no target has them.
+    `untied`: embeddings are merged apart, though the donor's configuration ties them."""
 
     pieces: list[Piece]
     left_out: list[str]
     only_base: list[str]
+    untied: bool = False
 
     def shards(self, limit: int) -> list[tuple[str, list[Piece]]]:
         """(file name, pieces) of the output: at most `limit` bytes of tensors a file, and at least one tensor."""
@@ -59,42 +60,86 @@ def make_plan(
     inputs: list[Checkpoint], donor: Checkpoint, *, dtype: str, has_base: bool, allow_vocab_resize: bool
 ) -> Plan:
     """`donor`: the model whose configuration the output has. With `has_base` the first input is the base, and tensors that it
-    alone has are copied. Raises ModelError with everything that does not fit."""
-    problems = [problem for checkpoint in inputs for problem in _quantised(checkpoint)]
+    alone has, and no target should have, are copied. Raises ModelError with everything that does not fit."""
+    problems = [problem for checkpoint in inputs for problem in quantised(checkpoint)]
+    if problems:
+        raise ModelError(*problems)
+    names = _in_order(name for checkpoint in inputs for name in checkpoint.entries)
+    ask = _in_question(inputs)
+    ties = find_ties(inputs, donor, names) if ask else Ties()
+    unread = _unread(inputs, donor, names) if ask else set()
     pieces: list[Piece] = []
+    missing: list[Missing] = []
     left_out, only_base = [], []
-    everywhere = _in_order(name for checkpoint in inputs for name in checkpoint.entries)
-    both = any(_is(name, HEADS) for name in everywhere) and any(_is(name, EMBEDDINGS) for name in everywhere)
-    tied = both and donor.is_tied()
-    for name in everywhere:
-        if tied and _is(name, HEADS):
+    for name in names:
+        if name in ties.left_out or name in unread:
             left_out.append(name)
-            for checkpoint in inputs:
-                if name in checkpoint.entries and not checkpoint.is_tied():
-                    log.warning("%s: is not tied in %s as in %s; left out", name, checkpoint.label, donor.label)
             continue
-        sources = {checkpoint.label: _source(checkpoint, name) for checkpoint in inputs}
-        has = [label for label, source in sources.items() if source is not None]
-        if has_base and has == [inputs[0].label]:
+        found = [ties.source(inputs, number, name) for number in range(len(inputs))]
+        sources = [source for source in found if source is not None]
+        if has_base and sources == found[:1] and _is_the_bases(name, inputs, donor):
             only_base.append(name)
-            sources = {has[0]: name}
+        elif None in found:
+            lacking = [number for number, source in enumerate(found) if source is None]
+            missing.append(Missing(name, lacking, next(n for n, source in enumerate(found) if source is not None)))
+            continue
         try:
-            if None in sources.values():
-                lacking = [label for label, source in sources.items() if source is None]
-                raise ModelError(f"{name}: is missing from {_list(lacking)}, and {has[0]} has it")
-            names = tuple(map(str, sources.values()))
-            entries = [checkpoint.entries[source] for checkpoint, source in zip(inputs, names, strict=False)]
+            entries = [checkpoint.entries[source] for checkpoint, source in zip(inputs, sources, strict=False)]
             merged = _merged(name, inputs, entries, allow_vocab_resize)
             merged = 0 if name in only_base else merged
             like = donor.entries.get(name, entries[0])
             code = _output(dtype, like, entries)
-            pieces.append(Piece(name, entries[0].shape, code, names, entries[0].size, merged))
+            pieces.append(Piece(name, entries[0].shape, code, tuple(sources), entries[0].size, merged))
         except ModelError as error:
             problems += error.messages
+    problems = [*missing_lines(inputs, missing), *problems]
     if problems:
         more = [f"and {len(problems) - 20} more of this kind"] if len(problems) > 20 else []
         raise ModelError(*problems[:20], *more)
-    return Plan(pieces, left_out, only_base)
+    return Plan(pieces, left_out, only_base, ties.untie)
+
+
+def _in_question(inputs: list[Checkpoint]) -> bool:
+    """Whether the models' classes have something to say: of tensors that not all have, of two that may be one, of buffers.
+    Otherwise they are not asked, which takes seconds, and memory."""
+    if any(checkpoint.entries.keys() != inputs[0].entries.keys() for checkpoint in inputs):
+        return True
+    matrices = {name: entry.shape for name, entry in inputs[0].entries.items() if len(entry.shape) > 1}
+    outer = [shape for name, shape in matrices.items() if layer_of(name) is None]
+    plainly_untied = all(_is_plainly_untied(checkpoint) for checkpoint in inputs)
+    if len(set(outer)) < len(outer) and not plainly_untied:
+        return True
+    return any(is_buffer(name, entry) for name, entry in inputs[0].entries.items())
+
+
+def _is_plainly_untied(checkpoint: Checkpoint) -> bool:
+    """A decoder with one configuration, which says so."""
+    config = checkpoint.config
+    composed = any(isinstance(part, dict) and key.endswith("config") for key, part in config.items())
+    return config.get("tie_word_embeddings") is False and not composed and not config.get("is_encoder_decoder")
+
+
+def _unread(inputs: list[Checkpoint], donor: Checkpoint, names: list[str]) -> set[str]:
+    """Buffers within the model that older versions wrote and the class does not read."""
+    architecture = donor.architecture
+    if architecture is None:
+        return set()
+    entries = {name: entry for checkpoint in inputs for name, entry in checkpoint.entries.items()}
+    buffers = [name for name in names if is_buffer(name, entries[name]) and not architecture.reads(name)]
+    found = [name for name in buffers if architecture.has_part_of(name)]
+    if found:
+        log.warning("left out are buffers that %s does not read: %s", architecture.name, shortened(found))
+    return set(found)
+
+
+def _is_the_bases(name: str, inputs: list[Checkpoint], donor: Checkpoint) -> bool:
+    """Whether a tensor that only the base has is no sign of damage in the targets: a head, a module of another kind, or something
+    that the model is not made of."""
+    if donor.architecture is not None and not donor.architecture.reads(name):
+        return True
+    if donor.architecture is None and is_buffer(name, inputs[0].entries[name]):
+        return True
+    return not any(should_have(target, name) for target in inputs[1:])
 
 
 def _merged(name: str, inputs: list[Checkpoint], entries: list[Entry], resize: bool) -> int:
@@ -135,31 +180,6 @@ def _output(dtype: str, like: Entry, entries: list[Entry]) -> str:
     return CODES[dtype]
 
 
-def _source(checkpoint: Checkpoint, name: str) -> str | None:
-    """Under which name the model has the tensor: where embeddings are tied, one stands for the other."""
-    if name in checkpoint.entries:
-        return name
-    for these, others in ((HEADS, EMBEDDINGS), (EMBEDDINGS, HEADS)):
-        if _is(name, these) and checkpoint.is_tied():
-            return next((other for other in checkpoint.entries if _is(other, others)), None)
-    return None
-
-
-def _quantised(checkpoint: Checkpoint) -> list[str]:
-    found = checkpoint.config.get("quantization_config")
-    kind = f" ({found['quant_method']})" if isinstance(found, dict) and "quant_method" in found else ""
-    return (
-        [f"{checkpoint.label}: its weights are quantised{kind} and cannot be merged; dequantise it first"]
-        if found
-        else []
-    )
-
-
-def _is(name: str, endings: tuple[str, ...]) -> bool:
-    """Whether it is such an embedding, and no part of a layer: `layers.0.attention.output.weight` is no output embedding."""
-    return any(f".{name}".endswith(f".{ending}") for ending in endings) and layer_of(name) is None
-
-
 def _in_order(names: Iterable[str]) -> list[str]:
     """Sorted, with layer 2 before layer 10."""
 
@@ -167,9 +187,3 @@ def _in_order(names: Iterable[str]) -> list[str]:
         return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
 
     return sorted(set(names), key=key)
-
-
-def _list(items: Iterable[str]) -> str:
-    found = list(items)
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return ", ".join(found[:_SHOWN]) + more

@@ -61,7 +61,7 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
             workers.close()
         report = make_report(job, tensors)
         write_json(directory / REPORT, report)
-        copy_files(pivot.directory, building, job.plan.pieces)
+        copy_files(pivot.directory, building, job.plan)
         write_chat_files(pivot, building, name="merge")
         (building / "README.md").write_text(_card(recipe, pivot, report), encoding="utf-8")
         forget_parts(job, building)

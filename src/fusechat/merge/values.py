@@ -34,12 +34,20 @@ class Rule:
 Setting = tuple[Rule, ...]  # the first that holds is taken
 
 
-def layer_of(tensor_name: str) -> int | None:
-    """The number of the layer that a tensor belongs to: `model.layers.3.mlp.experts.7.w1.weight` is in layer 3."""
-    for above, number in itertools.pairwise(tensor_name.split(".")):
+def stack_of(tensor_name: str) -> tuple[str, int] | None:
+    """The stack of layers that a tensor belongs to, and the number of its layer there: `model.layers.3.mlp.experts.7.w1.weight`
+    is in layer 3 of `model.layers`."""
+    parts = tensor_name.split(".")
+    for place, (above, number) in enumerate(itertools.pairwise(parts), 1):
         if above in _LAYERS and number.isdecimal():
-            return int(number)
+            return ".".join(parts[:place]), int(number)
     return None
+
+
+def layer_of(tensor_name: str) -> int | None:
+    """The number of the layer that a tensor belongs to."""
+    found = stack_of(tensor_name)
+    return None if found is None else found[1]
 
 
 def position(tensor_name: str, layer_count: int) -> float:

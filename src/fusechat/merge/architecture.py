@@ -1,0 +1,61 @@
+"""What the class of a model says of the tensors in its files: which it reads, and which it takes for copies of others."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`copies`: tensors that the class ties to others, copy → original. These are the class's own names, which `known_as`
+    gives for a file's: files of older versions, and of the model without its head, have others."""
+
+    name: str
+    copies: dict[str, str]
+    _state: dict[str, Any]
+    _changes: tuple[list[Any], list[Any], str]
+
+    def known_as(self, tensor: str) -> str:
+        """What the class calls a tensor of a file, as Transformers finds it when it loads the file."""
+        from transformers.core_model_loading import rename_source_key
+
+        renamings, converters, prefix = self._changes
+        found = rename_source_key(tensor, renamings, converters, prefix, self._state)[0]
+        if found not in self._state and tensor in self._state:
+            return tensor
+        return str(found)
+
+    def reads(self, tensor: str) -> bool:
+        """Whether the class has a weight or a buffer for a tensor of a file."""
+        return self.known_as(tensor) in self._state
+
+    def has_part_of(self, tensor: str) -> bool:
+        """Whether the tensor stands within a module that the class has, and not beside all of them."""
+        parts = self.known_as(tensor).split(".")
+        within = [f"{'.'.join(parts[:cut])}." for cut in range(1, len(parts))]
+        return any(name.startswith(module) for module in within for name in self._state)
+
+
+def architecture_of(directory: Path) -> Architecture | None:
+    """The class that config.json names, made without any weights; None where it is not one of Transformers' own."""
+    from fusechat.core.models import quiet_transformers
+
+    quiet_transformers()
+    import torch
+    import transformers
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        name = config.architectures[0]
+        with torch.device("meta"):
+            model = getattr(transformers, name)(config)
+        changes = get_model_conversion_mapping(model)
+    except MemoryError:
+        raise
+    except Exception:  # of many kinds: no such class, code of its own, a configuration that it does not take
+        return None
+    kinds = [[change for change in changes if isinstance(change, kind)] for kind in (WeightRenaming, WeightConverter)]
+    ties = {str(copy): str(original) for copy, original in model.all_tied_weights_keys.items()}
+    return Architecture(name, ties, dict(model.state_dict()), (kinds[0], kinds[1], model.base_model_prefix))
