@@ -174,7 +174,7 @@ def _finished(out: Path, job: Job, identity: str) -> dict[str, Any] | None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     report = _report(out, identity)
-    if report is None:
+    if report is None or report["tensors"].keys() != {piece.name for piece in job.plan.pieces}:
         raise WorkdirError(
             f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
         )

@@ -55,7 +55,7 @@ def merge_tensors(job: Job, output: Path, workers: Workers, advance: Callable[[i
     """
     remove_partial(output)
     shards = job.plan.shards(job.shard_bytes)
-    parts = {file: part for file, _ in shards if (part := _sound_part(output, file)) is not None}
+    parts = {file: part for file, pieces in shards if (part := _sound_part(output, file, pieces)) is not None}
     missing = [(file, pieces) for file, pieces in shards if file not in parts]
     _check_room(output, sum(piece.bytes for _, pieces in missing for piece in pieces))
     pooled = _pooled(job, output, workers) if job.granularity != "tensor" and missing else {}
@@ -86,10 +86,12 @@ def _part(output: Path, file: str) -> Path:
     return output / f"{file}.report.json"
 
 
-def _sound_part(output: Path, file: str) -> dict[str, Any] | None:
-    """The report's part of a shard that is whole and as it was written; nothing is read to see that."""
+def _sound_part(output: Path, file: str, pieces: list[Piece]) -> dict[str, Any] | None:
+    """The report's part of a shard that is whole and as it was written, and has these pieces; nothing is read to see that."""
     part = read_sealed(_part(output, file))
     if part is None or not (output / file).is_file() or part["shard"] != seen(output / file):
+        return None
+    if part["tensors"].keys() != {piece.name for piece in pieces}:
         return None
     return dict(part["tensors"])
 
