@@ -174,7 +174,7 @@ def starts(rows: Prepared) -> dict[tuple[int, int | str], int]:
     """Which row starts at which byte of which response, or ends its turn; of several the first with a width."""
     found: dict[tuple[int, int | str], int] = {}
     for row, (response, begin, end, closing) in enumerate(
-        zip(*(column.tolist() for column in (rows.response, rows.begin, rows.end, rows.end_of_turn)), strict=True)
+        zip(*(c.tolist() for c in (rows.response, rows.begin, np.where(rows.lead, 0, rows.end), rows.end_of_turn)), strict=True)
     ):
         if closing or end > max(begin, 0):
             found.setdefault((response, "end" if closing else max(begin, 0)), row)
@@ -244,11 +244,12 @@ def test_rows_that_the_source_says_nothing_about_are_filled_as_asked_and_no_othe
                 there, here = starts(theirs), starts(ours)
                 naive = np.full(len(ours), -1)
                 naive[list(here.values())] = [there.get(key, -1) for key in here]
-                assert alignment.source_row.tolist() == naive.tolist()
+                assert alignment.source_row[~ours.lead].tolist() == naive[~ours.lead].tolist()
             conditioned = (alignment.source_row < 0) & (result.mapped > 0)
             assert strategy.unaligned == "condition" or not conditioned.any()
             bare = (alignment.source_row < 0) & ~conditioned
-            assert (bare == ~covered(alignment, result)).all()
+            assert (bare == ~covered(alignment, result))[~ours.lead].all()
+            bare |= ours.lead & (result.mapped == 0)
             assert rows.ids[~bare].tolist() == result.rows.ids[~bare].tolist()
         expected = SparseDistribution(np.full((len(ours), KEPT), -1), np.full((len(ours), KEPT), -np.inf), np.zeros(0))
         if strategy.unaligned in ("label", "condition"):
@@ -256,6 +257,8 @@ def test_rows_that_the_source_says_nothing_about_are_filled_as_asked_and_no_othe
         elif strategy.unaligned == "pivot":
             own = room.fill[identity]
             expected.ids[:], expected.logprobs[:] = own.ids[:, :KEPT], own.logprobs[:, :KEPT]
+            expected.ids[ours.lead], expected.logprobs[ours.lead] = -1, -np.inf
+            expected.ids[ours.lead, 0], expected.logprobs[ours.lead, 0] = ours.gold[ours.lead], 0.0
         assert rows.ids[bare].tolist() == expected.ids[bare].tolist()
         assert rows.logprobs[bare].tolist() == expected.logprobs[bare].tolist()
         filled += int(bare.sum())
