@@ -12,7 +12,7 @@ from fusechat.merge.parameters import Parameter
 
 ROOT = Path(fusechat.__file__).parent
 STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
-KNOW_CONFIG = {"cli", "pipeline", "alignment", "evaluation", "recipe_file", "config"}
+KNOW_CONFIG = {"cli", "pipeline", "alignment", "evaluation", "recipe_file", "config", "settle"}
 ALSO_KNOW_CONFIG = (".stage", "plan.command", "plan.before")
 
 

@@ -17,6 +17,7 @@ from fusechat.core.steps import Step
 from fusechat.pipeline import RECIPE, lock
 from fusechat.prepare import stage as prepare
 from fusechat.recipe_file import save_recipe
+from fusechat.settle import settled
 
 STRATEGIES = (
     Strategy("dtw", "exact"),
@@ -53,6 +54,7 @@ def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> l
     held_out = {source: recipe.validation_set(source) for source in recipe.sources}
     records = []
     with lock(recipe, workdir):
+        recipe = settled(recipe, workdir, begin=True)
         save_recipe(recipe, workdir / RECIPE)
         for source in recipe.sources:
             data = _conversations(recipe, workdir, source, held_out[source], k=max(top_ks))

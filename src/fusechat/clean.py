@@ -11,7 +11,7 @@ from pathlib import Path
 from fusechat.core.steps import MANIFEST, STARTED, Step
 from fusechat.errors import WorkdirError
 from fusechat.pipeline import RECIPE, build_steps, lock
-from fusechat.recipe_file import load_recipe
+from fusechat.settle import recipe_of
 
 STAGES = ("capture", "align")  # whose artifacts are large, and only there for the fine-tuning
 
@@ -29,7 +29,7 @@ def parts(workdir: Path) -> list[Part]:
     """All that can go. Raises WorkdirError where the run is not finished."""
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    steps = build_steps(load_recipe(workdir / RECIPE), workdir)
+    steps = build_steps(recipe_of(workdir), workdir)
     for step in steps:
         if not step.finished:
             raise WorkdirError(f"{workdir}: not finished: {step.label} is {step.state()[0]}; run the recipe first")
@@ -67,6 +67,6 @@ def summary(found: list[Part]) -> list[str]:
 
 def free(workdir: Path) -> None:
     """Removes all of it. Raises WorkdirError where a run uses the work directory."""
-    with lock(load_recipe(workdir / RECIPE), workdir):
+    with lock(recipe_of(workdir), workdir):
         for part in parts(workdir):
             part.remove()

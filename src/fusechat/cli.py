@@ -69,9 +69,11 @@ def plan(
     from fusechat.plan.table import as_json as in_json
     from fusechat.plan.table import show
     from fusechat.recipe_file import load_recipe
+    from fusechat.settle import settled
 
     loaded = load_recipe(recipe, set_, dtype=dtype_on(device))
     workdir = workdir or Path("runs") / loaded.name
+    loaded = settled(loaded, workdir, automatic=device is None)
     made = make_plan(loaded, workdir, choose(device, loaded.device, workdir), conversations=conversations)
     if as_json:
         print(json.dumps(in_json(made), indent=1))
@@ -93,10 +95,11 @@ def status(
     from fusechat.errors import WorkdirError
     from fusechat.pipeline import RECIPE, build_steps, check_workdir
     from fusechat.recipe_file import load_recipe
+    from fusechat.settle import settled
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    loaded = load_recipe(recipe or workdir / RECIPE, set_)
+    loaded = settled(load_recipe(recipe or workdir / RECIPE, set_), workdir)
     check_workdir(loaded, workdir)
     rows: list[tuple[str, str, str, LeftOut | None]] = []
     for step in build_steps(loaded, workdir):
@@ -145,11 +148,11 @@ def report(workdir: WorkDirectory) -> None:
     """Write the report of a finished run again, and print its table."""
     from fusechat.errors import WorkdirError
     from fusechat.pipeline import RECIPE, build_steps
-    from fusechat.recipe_file import load_recipe
+    from fusechat.settle import recipe_of
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    recipe = load_recipe(workdir / RECIPE)
+    recipe = recipe_of(workdir)
     *before, page = build_steps(recipe, workdir)
     unfinished = [f"{step.label} is {step.state()[0]}" for step in before if not step.finished]
     if unfinished:

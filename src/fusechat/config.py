@@ -4,12 +4,12 @@
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet
 from fusechat.errors import RecipeError
-from fusechat.precision import with_dtypes
+from fusechat.precision import Place, automatic, with_dtypes
 from fusechat.presets import with_preset
 from fusechat.sections import (
     COMMON,
@@ -51,10 +51,24 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0)
     device: str | None = None
 
-    @model_validator(mode="before")
+    _automatic: tuple[Place, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _filled_in(cls, raw: Any, info: ValidationInfo) -> Any:
-        return with_dtypes(with_preset(raw), (info.context or {}).get("dtype"))
+    def _filled_in(cls, raw: Any, check: ModelWrapValidatorHandler["Recipe"], info: ValidationInfo) -> "Recipe":
+        raw = with_preset(raw)
+        recipe = check(with_dtypes(raw, (info.context or {}).get("dtype")))
+        recipe._automatic = automatic(raw)
+        return recipe
+
+    def __eq__(self, other: object) -> bool:
+        """By what it says, whether `auto` was said for that or not."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    @property
+    def automatic(self) -> tuple[Place, ...]:
+        """The keys that were `auto`: what they became here may be settled otherwise for a work directory."""
+        return self._automatic
 
     @field_validator("sources")
     @classmethod
@@ -145,7 +159,9 @@ class Recipe(Section):
         return self.merge.targets or list(self.sources)
 
     def _data_set(self, name: str, where: DataPath) -> DataSet:
-        return DataSet(name, where.path, self.data.on_error, where.split, where.limit, self.data.join_turns)
+        return DataSet(
+            name, where.path, self.data.on_error, where.split, where.limit, self.data.join_turns, where.commit
+        )
 
     def _training(self) -> Iterator[tuple[tuple[str, ...], str, TrainingSets]]:
         """What is trained on: its place in the recipe, what it is called if it is one set without a name, the sets."""

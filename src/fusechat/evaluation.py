@@ -30,7 +30,7 @@ from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep
 from fusechat.evaluate.subjects import Subject, check_labels, parse_model
 from fusechat.pipeline import RECIPE, build_steps, lock, run_models
 from fusechat.prepare.tokenise import RejectedError, prepare_conversation
-from fusechat.recipe_file import load_recipe
+from fusechat.settle import recipe_of
 
 Measured = Mapping[str, Sequence[Measurement]]
 _LIBRARIES = {"alpaca-eval": ("alpaca-eval",), "harness": ("lm-eval",), "mt-bench": ("openai",)}
@@ -166,7 +166,7 @@ def _make(file: Path) -> None:
 def _recipe(workdir: Path) -> Recipe:
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    return load_recipe(workdir / RECIPE)
+    return recipe_of(workdir)
 
 
 def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject]:

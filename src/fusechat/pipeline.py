@@ -34,8 +34,10 @@ from fusechat.plan import before
 from fusechat.prepare import stage as prepare
 from fusechat.recipe_file import is_saved, recipe_identity, save_recipe
 from fusechat.report import stage as report
+from fusechat.settle import RECIPE, settled
 
-RECIPE, LOCK, STARTING = "recipe.yaml", ".lock", ".starting.lock"
+__all__ = ["RECIPE", "build_steps", "run"]
+LOCK, STARTING = ".lock", ".starting.lock"
 
 
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
@@ -181,7 +183,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
 
     Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `core/ranks.py`.
     """
-    with beside_others(recipe, workdir, until=until, only=only):
+    with beside_others(recipe, workdir, until=until, only=only) as recipe:
         ranks.on_every_machine(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
         done_now = 0
@@ -238,22 +240,24 @@ def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def beside_others(recipe: Recipe, workdir: Path, *, until: str | None, only: str | None) -> Iterator[None]:
-    """A work directory that is this recipe's, together with other runs of the very same recipe. Writes the recipe down."""
+def beside_others(recipe: Recipe, workdir: Path, *, until: str | None, only: str | None) -> Iterator[Recipe]:
+    """A work directory that is this recipe's, together with other runs of the very same recipe. Writes the recipe down, and gives
+    it as it is written: with all that is settled."""
 
-    def take() -> None:
+    def take() -> Recipe:
         check_workdir(recipe, workdir)
         with in_turn(workdir / STARTING, f"beginning in {workdir}"):
             first = held.enter_context(together(workdir / LOCK, workdir))
             check_workdir(recipe, workdir)  # another one may have begun meanwhile
-            select_steps(build_steps(recipe, workdir), until=until, only=only)
+            whole = settled(recipe, workdir, begin=first)
+            select_steps(build_steps(whole, workdir), until=until, only=only)
             if first:
-                save_recipe(recipe, workdir / RECIPE)
-            elif not is_saved(recipe, workdir / RECIPE):
+                save_recipe(whole, workdir / RECIPE)
+            elif not is_saved(whole, workdir / RECIPE):
                 raise WorkdirError(
                     f"{workdir}: another recipe is being run in it; wait for that, or choose another --workdir"
                 )
+        return whole
 
     with ExitStack() as held:
-        ranks.from_first(take)
-        yield
+        yield ranks.from_first(take)

@@ -55,6 +55,11 @@ def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:
     return str(raw.get("name")), (pivot["model"],) if pivot.get("model") else tuple(wheels)
 
 
+def raw_recipe(path: Path) -> dict[str, Any]:
+    """A saved recipe as it is written, without asking whether its models and data are still there."""
+    return _parse(path).content
+
+
 def _parse(path: Path) -> Document:
     return parse(read_text(path), path, what="a recipe")
 

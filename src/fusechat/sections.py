@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from fusechat.core.references import Reference
+from fusechat.core.references import COMMIT, Reference
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -50,6 +50,9 @@ def _device_map(value: Any) -> Any:
 DeviceMap = Annotated[Any, AfterValidator(_device_map)]
 
 
+Commit = Annotated[str, StringConstraints(pattern=f"^{COMMIT}$")]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -62,6 +65,7 @@ class ModelSpec(Section):
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
+    commit: Commit | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -87,6 +91,8 @@ class ModelSpec(Section):
             raise ValueError(f"chat_template: {self.chat_template}: no such file")
         if self.sha256 and not self.reference.is_wheel:
             raise ValueError("sha256 goes with a wheel: reference")
+        if self.commit and not self.reference.is_hub:
+            raise ValueError("commit goes with a model of the hub")
         return self
 
     @property
@@ -96,13 +102,14 @@ class ModelSpec(Section):
             if self.model
             else tuple(part if part.startswith("wheel:") else f"wheel:{part}" for part in self.wheel or ())
         )
-        return Reference(parts, self.sha256, self.trust_remote_code)
+        return Reference(parts, self.sha256, self.trust_remote_code, self.commit)
 
 
 class DataPath(Section):
     path: str
     split: Annotated[str, StringConstraints(pattern=r"^\w[\w.]*$")] | None = None
     limit: int | None = Field(default=None, ge=1)
+    commit: Commit | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -29,11 +29,17 @@ class DataSet:
     split: str | None = None
     limit: int | None = None
     join_turns: bool = False
+    commit: str | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        path = Path(self.path)
+        return not path.exists() and not suffix_of(path) and _HUB_ID.fullmatch(self.path) is not None
 
     def identity(self) -> str:
         """What changes when the content does: the SHA-256 of a file, the commit of a hub data set; and what is taken of it."""
-        path = self.local()
-        whole = f"hub:{self.path}@{path.name}" if path.is_dir() else f"sha256:{known_digest(path)}"
+        commit = (self.commit or self.local().name) if self.is_hub else None
+        whole = f"hub:{self.path}@{commit}" if commit else f"sha256:{known_digest(self.local())}"
         taken = (("split", self.split), ("limit", self.limit))
         return " ".join([whole, *(f"{key}={value}" for key, value in taken if value is not None)])
 
@@ -45,12 +51,14 @@ class DataSet:
                 raise DataError(f"{self.path}: unknown kind of data file; use {', '.join(SUFFIXES)}")
             if self.split is not None:
                 raise DataError(f"{self.path}: is a file, which has no split {self.split}")
+            if self.commit is not None:
+                raise DataError(f"{self.path}: is a file, which has no commit")
             return path
         if path.is_dir():
             raise DataError(f"{self.path}: is a directory; name the file of conversations in it")
         if suffix_of(path) or not _HUB_ID.fullmatch(self.path):
             raise DataError(f"{self.path}: no such file")
-        return _fetch_hub_data(self.path)
+        return _fetch_hub_data(self.path, self.commit)
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,12 @@ def _records(data: DataSet) -> Iterator[tuple[str, Any]]:
     yield from hub_records(data.path, path, data.split or "train") if path.is_dir() else file_records(path)
 
 
-def _fetch_hub_data(reference: str) -> Path:
+def _fetch_hub_data(reference: str, commit: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = reference.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, repo_type="dataset"))
+        return Path(snapshot_download(name, revision=commit or revision or None, repo_type="dataset"))
     except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
         raise DataError(
             f"{reference}: no such file, and no data set of that name could be fetched ({first_line(error)})"

@@ -13,17 +13,21 @@ from fusechat.errors import ModelError, first_line, unreadable
 
 WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
+COMMIT = r"[0-9a-f]{40}"
+_ASKED = 10.0  # seconds that the hub may take to say which commit is the newest
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")  # what makes a model directory what it is
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A model as a recipe names it. `parts` are joined in order where it is a file in several wheels."""
+    """A model as a recipe names it. `parts` are joined in order where it is a file in several wheels. `commit`: what an id of the
+    hub stands for, where that is settled."""
 
     parts: tuple[str, ...]
     sha256: str | None = None
     trust_remote_code: bool = False
+    commit: str | None = None
 
     def __str__(self) -> str:
         return self.parts[0] if len(self.parts) == 1 else f"{self.parts[0]} (and {len(self.parts) - 1} more)"
@@ -46,6 +50,10 @@ class Reference:
     @property
     def is_directory(self) -> bool:
         return not self.is_file and Path(self.parts[0]).is_dir()
+
+    @property
+    def is_hub(self) -> bool:
+        return not self.is_file and not Path(self.parts[0]).is_dir()
 
     def check(self) -> str | None:
         """What is wrong with the reference, as far as can be seen without fetching anything."""
@@ -71,7 +79,7 @@ def identity(reference: Reference) -> str:
     path = _existing(reference)
     if path.is_dir():
         return f"dir:{_directory_digest(path)}"
-    return f"hub:{reference.parts[0]}@{_hub_snapshot(reference, weights=False).name}"
+    return f"hub:{reference.parts[0]}@{reference.commit or _hub_snapshot(reference, weights=False).name}"
 
 
 def local_directory(reference: Reference) -> Path:
@@ -107,8 +115,32 @@ def at_hand(reference: Reference) -> Path | None:
 
     name, _, revision = reference.parts[0].partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, local_files_only=True))
+        return Path(snapshot_download(name, revision=reference.commit or revision or None, local_files_only=True))
     except Exception:  # of many kinds; all mean that it is not here
+        return None
+
+
+def resolve(kind: str, asked: str) -> str:
+    """The commit that an id of the hub stands for today, with or without a revision. `kind`: `model` or `dataset`. Raises
+    ModelError or DataError for one that cannot be had."""
+    revision = asked.partition("@")[2]
+    if re.fullmatch(COMMIT, revision):
+        return revision
+    if kind == "model":
+        return _hub_snapshot(Reference((asked,)), weights=False).name
+    from fusechat.core.conversations import DataSet
+
+    return DataSet("", asked).local().name
+
+
+def newest_commit(kind: str, asked: str) -> str | None:
+    """As `resolve`, by the hub itself, which is asked for nothing else; None where it gives no answer."""
+    from huggingface_hub import HfApi
+
+    name, _, revision = asked.partition("@")
+    try:
+        return HfApi().repo_info(name, repo_type=kind, revision=revision or None, timeout=_ASKED).sha
+    except Exception:  # of many kinds: no network, no such branch any more
         return None
 
 
@@ -142,7 +174,7 @@ def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
     if reference.trust_remote_code:
         patterns.append("*.py")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=reference.commit or revision or None, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
         reason = first_line(error)
         raise ModelError(f"{reference}: no such directory, and the hub gave no such model ({reason})") from error

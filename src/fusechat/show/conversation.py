@@ -26,13 +26,13 @@ PIVOT = "pivot"
 def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Shown:
     """One conversation that `source` taught in the run; `conversation` is its number from 0 on, its id or how that begins."""
     from fusechat.pipeline import RECIPE, build_steps
-    from fusechat.recipe_file import load_recipe
+    from fusechat.settle import recipe_of
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
     if pivot != PIVOT:
         raise RecipeError(f"{pivot}: with --workdir the first argument is {PIVOT}, the second a source of the run")
-    recipe = load_recipe(workdir / RECIPE)
+    recipe = recipe_of(workdir)
     step = _align_step(build_steps(recipe, workdir), source, workdir)
     branch = Branch(step, recipe.chatter(PIVOT), recipe.chatter(source))
     identity = _find(conversation, branch.ids, source)
