@@ -21,7 +21,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 class DataSet:
     """A file of conversations, or a data set of the hub. `name` is unique in a recipe; `on_error` is `stop` or `skip`. `split`: of
     a hub data set, None for `train`. `limit`: so many of the conversations at most, a sample: those whose ids come first. It is the
-    same in any order of the records, and a larger one contains it. `join_turns`: answers in a row are one, for every model."""
+    same in any order of the records, and a larger one contains it. `join_turns`: answers in a row are one, for every model.
+    `commit`: of a hub data set, None for its newest."""
 
     name: str
     path: str

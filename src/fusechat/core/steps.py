@@ -214,8 +214,8 @@ class Step:
             self._clear(state, why)
         self.directory.mkdir(parents=True, exist_ok=True)
         remove_partial(self.directory)
-        above = self._upstream_contents()
-        begin(self.directory, fingerprint=self.fingerprint, inputs=self.inputs, built_from=above, spent=spent)
+        content = {"fingerprint": self.fingerprint, "inputs": self.inputs, "built_from": self._upstream_contents()}
+        begin(self.directory, spent=spent, versions=manifests.versions(), **content)
         (self.directory / MANIFEST).unlink(missing_ok=True)
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat import __version__
+from fusechat.core.beginnings import lost, seconds_spent
 from fusechat.core.files import digest_json, read_json, write_json, write_text
 from fusechat.core.lock import only_one
 from fusechat.core.progress import BYTES, log, progress
@@ -206,6 +207,9 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
     if report is not None:  # killed when all was done but tidying up
         return _tidied(job, building, report)
     if building.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == identity):
+        since = {"spent": 0, "began": begun.stat().st_mtime} if begun.is_file() else {}
+        what = lost(sorted(building.iterdir()), seconds_spent(since, [building]))
+        log.info("%s: begun by another configuration, or with other models: merging anew, without %s", building, what)
         shutil.rmtree(building)
     building.mkdir(parents=True, exist_ok=True)
     write_text(begun, identity)

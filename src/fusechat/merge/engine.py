@@ -89,11 +89,12 @@ def _part(output: Path, file: str) -> Path:
 def _sound_part(output: Path, file: str, pieces: list[Piece]) -> dict[str, Any] | None:
     """The report's part of a shard that is whole and as it was written, and has these pieces; nothing is read to see that."""
     part = read_sealed(_part(output, file))
-    if part is None or not (output / file).is_file() or part["shard"] != seen(output / file):
-        return None
-    if part["tensors"].keys() != {piece.name for piece in pieces}:
-        return None
-    return dict(part["tensors"])
+    whole = part is not None and (output / file).is_file() and part["shard"] == seen(output / file)
+    if part is not None and whole and part["tensors"].keys() == {piece.name for piece in pieces}:
+        return dict(part["tensors"])
+    if _part(output, file).exists():
+        log.warning("%s: is not what was written, or its report is not: merged again", output / file)
+    return None
 
 
 def _write_shard(

@@ -8,7 +8,7 @@ from fusechat.config import PIVOT, Recipe
 from fusechat.core.chat_files import how_to_ask, write_chat_files
 from fusechat.core.chatters import Chatter
 from fusechat.core.files import write_json
-from fusechat.core.progress import BYTES, progress
+from fusechat.core.progress import BYTES, log, progress
 from fusechat.core.seals import is_sealed, seal
 from fusechat.core.steps import SEALED, Step
 
@@ -50,8 +50,12 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
     )
     job = open_job(read_merge_file(settings), pivot.directory, dtype=recipe.merge.dtype or BASE, names=list(targets))
     model, building = directory / MODEL, directory / "model.building"  # kept by a killed run: finished shards count
+    if is_sealed(directory / SEALED, building, directory / REPORT):  # killed before it got its name
+        building.rename(model)
     if not is_sealed(directory / SEALED, model, directory / REPORT):
-        shutil.rmtree(model, ignore_errors=True)
+        if model.exists():
+            log.warning("merge: %s is not what was written, or not all of it: merged again", model)
+            shutil.rmtree(model)
         building.mkdir(exist_ok=True)
         workers = Workers()
         try:
