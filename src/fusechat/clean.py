@@ -2,13 +2,15 @@
 names any more. Models, results and the report stay, and the run stays finished; a step that needs distributions after all has
 them made again."""
 
+import fnmatch
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fusechat.core.steps import MANIFEST, STARTED, Step
+from fusechat.core.seals import write_checked
+from fusechat.core.steps import FREED, MANIFEST, STARTED, Step
 from fusechat.errors import WorkdirError
 from fusechat.pipeline import RECIPE, build_steps, lock
 from fusechat.settle import recipe_of
@@ -33,12 +35,26 @@ def parts(workdir: Path) -> list[Part]:
     for step in steps:
         if not step.finished:
             raise WorkdirError(f"{workdir}: not finished: {step.label} is {step.state()[0]}; run the recipe first")
-    found = [Part(step.label, sum(step.bulk_files().values()), step.free) for step in steps]
+    found = [Part(step.label, sum(_bulk(step).values()), partial(_free, step)) for step in steps]
     left = [*_left_over(workdir, steps), *sorted((workdir / "fuse").glob("*/checkpoints"))]
     found += [
         Part(f"{path.relative_to(workdir)} (left over)", _size(path), partial(shutil.rmtree, path)) for path in left
     ]
     return [part for part in found if part.size]
+
+
+def _bulk(step: Step) -> dict[str, int]:
+    """Names and sizes of the files that can go and are there."""
+    names = fnmatch.filter((step.manifest() or {}).get("outputs", ()), step.bulk)
+    return {name: file.stat().st_size for name in names if (file := step.directory / name).is_file()}
+
+
+def _free(step: Step) -> None:
+    """Removes these of a finished step. Its manifest says so before a file goes."""
+    names, manifest = _bulk(step), step.manifest() or {}
+    write_checked(step.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
+    for name in names:
+        (step.directory / name).unlink(missing_ok=True)
 
 
 def _left_over(workdir: Path, steps: list[Step]) -> Iterator[Path]:

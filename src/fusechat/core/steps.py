@@ -5,7 +5,6 @@ pipeline are known before anything runs. `manifest.json` is the last file writte
 which a run with the same fingerprint, and with the same files above it, may go on where a killed one stopped.
 """
 
-import fnmatch
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -222,18 +221,6 @@ class Step:
     def freed(self) -> list[str]:
         """Names of files that were cleared away."""
         return list((self.manifest() or {}).get(FREED, ()))
-
-    def bulk_files(self) -> dict[str, int]:
-        """Names and sizes of the files that can go and are there."""
-        names = fnmatch.filter((self.manifest() or {}).get("outputs", ()), self.bulk)
-        return {name: file.stat().st_size for name in names if (file := self.directory / name).is_file()}
-
-    def free(self) -> None:
-        """Removes these of a finished step. Its manifest says so before a file goes."""
-        names, manifest = self.bulk_files(), self.manifest() or {}
-        write_checked(self.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
-        for name in names:
-            (self.directory / name).unlink(missing_ok=True)
 
     def redo(self) -> None:
         """Does the work again, done or not."""
