@@ -191,7 +191,9 @@ def test_an_input_that_may_not_be_read_is_named_as_such(models: dict[str, Path],
     assert refusal(*run_it, "--set", f"data.train={file}") == said
     closed.chmod(0o700)
     work.chmod(0o555)
-    said = f"Permission denied ({work / 'new'}); make it writable or choose another --workdir, then run again to resume\n"
+    said = (
+        f"Permission denied ({work / 'new'}); make it writable or choose another --workdir, then run again to resume\n"
+    )
     assert refusal("run", recipe, "--workdir", work / "new") == said
 
 

@@ -221,7 +221,7 @@ def test_divided_by_its_own_tokens_the_loss_is_the_mean_over_processes(
             targets = (inputs["labels"], inputs["target_ids"], inputs["target_logprobs"])
             parts = fusion_loss_parts(logits, *targets, sft_weight=0.5, **SETTINGS)
             (parts.total / len(batches)).backward()
-            terms.append([float(term) for term in (parts.total, parts.sft, parts.fusion)])
+            terms.append([term.item() for term in (parts.total, parts.sft, parts.fusion)])
         expected = dict(zip(("loss", "sft_loss", "fusion_loss"), torch.tensor(terms).mean(0).tolist(), strict=True))
         assert {key: log[step][key] for key in expected} == pytest.approx(expected, rel=1e-4)
         own = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -342,6 +342,7 @@ def test_batches_are_filled_up_in_the_order_of_one_process(data: FusionData) -> 
         alone.set_epoch(epoch)
         assert list(filled) == [*alone, NOBODY, NOBODY]
     assert len(filled) == 12
+    alone.set_epoch(epoch)
     cut = FilledSampler(RandomSampler(data), 4, seed=7, epoch=lambda: epoch, drop_last=True)
     assert list(cut) == list(alone)[:8]
     assert len(cut) == 8

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 import tiny
-from fusechat.core.gguf import convert_together, converted
+from fusechat.core.gguf import converted
+from fusechat.core.gguf_together import convert_together
 from fusechat.core.references import Reference, at_hand, identity
 from fusechat.errors import ModelError
 from fusechat.pipeline import run

