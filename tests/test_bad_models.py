@@ -1,6 +1,7 @@
 """Models that are not there, damaged, dangerous or without a template: one line that names them, and nothing marked done."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import runs
 import tiny
+from fusechat.core.chatters import Chatter
+from fusechat.core.references import Reference
+from fusechat.errors import ModelError
 from test_bad_input import complaints, done
 
 FAILS = "its chat template fails on a plain question and answer: "
@@ -127,7 +131,7 @@ def change_config(directory: Path, **changes: Any) -> None:
         (without_config, "prepare", "{model}: no config.json in {model}"),
         (without_weights, "prepare", "{model}: no safetensors weights in {model}"),
         (pickled, "prepare", "{model}: has pickled weights only (pytorch_model.bin), which can run code"),
-        (config_cut, "prepare", "{model}: its tokenizer cannot be loaded: "),
+        (config_cut, "prepare", "{model}: its configuration cannot be loaded: "),
         (without_tokenizer, "prepare", "{model}: its tokenizer cannot be loaded: Couldn't instantiate the backend"),
         (tokenizer_cut, "prepare", "{model}: its tokenizer cannot be loaded: "),
         (cut, "capture", "{model}: the model cannot be loaded: Error while deserializing header"),
@@ -185,11 +189,15 @@ def test_code_of_a_model_does_not_run_without_trust(tmp_path: Path, models: dict
             json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}})
         )
     recipe = with_source(tmp_path, models, str(model))
-    what = "its configuration" if part == "model" else "its tokenizer"
+    needs = (
+        "cannot be loaded: it needs code of its own to run; set trust_remote_code: true for it if you trust that code"
+    )
     assert complaints("run", recipe, "--workdir", tmp_path / "work", "--until", "capture") == [
-        f"{model}: {what} cannot be loaded: it needs code of its own to run; set trust_remote_code: true for it if you "
-        "trust that code"
+        f"{model}: its configuration {needs}"
     ]
+    if part == "tokenizer":
+        with pytest.raises(ModelError, match=f"^{re.escape(f'{model}: its tokenizer {needs}')}$"):
+            Chatter("teacher", Reference((str(model),))).tokenizer()
     assert not (tmp_path / "ran").exists()
     assert not any("capture/teacher" in step for step in done(tmp_path / "work"))
 

@@ -21,7 +21,7 @@ def weights(file: Path) -> int:
     try:
         with file.open("rb") as handle:
             return 4 * _count(handle)
-    except (struct.error, KeyError, OverflowError, OSError):  # the last two: a place that no file has
+    except (struct.error, KeyError, OverflowError, ValueError, OSError):  # the last: a place that no file has
         return _MOST * file.stat().st_size
 
 

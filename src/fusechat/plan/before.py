@@ -52,10 +52,10 @@ def _check_model(recipe: Any, name: str) -> None:
     chatter = recipe.chatter(name)
     if not chatter.reference.is_directory:
         chatter = Unread.of(chatter)
-    template = chatter.template()
+    rows = chatter.vocabulary_size()
     if name == PIVOT or recipe.capture_for(name).backend == "transformers":  # vLLM has models of its own
         check_causal(chatter.directory, trust_remote_code=chatter.reference.trust_remote_code)
-    _refuse(checks.of_template(name, template, chatter.vocabulary_size()))
+    _refuse(checks.of_template(name, chatter.template(), rows))
 
 
 def _check_lora(recipe: Any) -> None:
