@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 import runs
 from fusechat.align.back_off import BackOff
 from fusechat.chat import talk
+from fusechat.core.prepared import PreparedSet
 from fusechat.core.token_bytes import token_bytes
 from fusechat.errors import FuseChatError, ModelError
 from fusechat.pipeline import build_steps, run, select_steps
@@ -225,6 +226,22 @@ def test_a_question_with_a_token_without_an_embedding(
         ModelError, match=r"the question has token 400 \(zyzzyva\), and its configuration 400 embeddings"
     ):
         talk(str(model), system=None, max_new_tokens=2, temperature=0.0, seed=0, device="cpu")
+
+
+def test_more_tokens_than_a_model_is_made_for_are_told_by_a_run_too(
+    models: dict[str, Path], tmp_path: Path, heard: list[str]
+) -> None:
+    model = copy_of(models["mistral"], tmp_path / "model")
+    change_config(model, max_position_embeddings=100)
+    recipe = load_recipe(with_source(tmp_path, models, str(model)))
+    run(recipe, tmp_path / "work", until="prepare")
+    lengths = PreparedSet(tmp_path / "work" / "prepare" / "teacher" / "data").lengths()
+    many = int((lengths > 100).sum())
+    assert 0 < many < len(lengths)
+    assert [line for line in heard if "made for" in line] == [
+        f"prepare teacher/data: {many} of {len(lengths)} conversations have more than the 100 tokens that the model is made for: "
+        "set data.max_length to 100"
+    ]
 
 
 def test_only_waiting_steps_are_checked(models: dict[str, Path], tmp_path: Path) -> None:

@@ -311,6 +311,16 @@ def test_a_mistake_is_told_by_one_process(place: Path) -> None:
     assert not (place / "no").exists()
 
 
+def test_vllm_in_this_process_is_refused_before_any_work_and_told_once(place: Path) -> None:
+    inside = ("--set", "sources.mistral.capture={backend: vllm}")
+    done = launch("-m", "fusechat", "run", place / "recipe.yaml", "--workdir", place / "inside", *inside)
+    assert done.returncode == 1, "torchrun's own"
+    told = [line for line in done.stderr.splitlines() if "starts the processes for its GPUs itself" in line]
+    assert len(told) == 1
+    assert "fusechat: error: mistral: capture.backend: vllm" in told[0]
+    assert not list((place / "inside").rglob("manifest.json"))
+
+
 def test_another_number_of_processes_does_not_go_on_where_the_steps_would_mean_something_else(
     models: dict[str, Path], data: FusionData, tmp_path: Path
 ) -> None:

@@ -55,6 +55,14 @@ class Chatter:
 
         return vocabulary_size(self.directory, trust_remote_code=self.reference.trust_remote_code)
 
+    def positions(self) -> int | None:
+        """How many tokens the model is made for, as far as its configuration says so."""
+        from fusechat.core.models import read_configuration
+
+        trust = self.reference.trust_remote_code
+        text = read_configuration(self.directory, trust_remote_code=trust).get_text_config()
+        return getattr(text, "max_position_embeddings", None)
+
     def model(self, *, dtype: str, device: Any, **spread: Any) -> Any:
         """`spread`: `device_map` and `offload` of `load_model`."""
         from fusechat.core.models import load_model

@@ -55,7 +55,7 @@ def _prepare(
     from fusechat.core.models import without_embedding
     from fusechat.prepare.tokenise import RejectedError, prepare_conversation
 
-    template, rows = chatter.template(), chatter.vocabulary_size()
+    template, rows, positions = chatter.template(), chatter.vocabulary_size(), chatter.positions()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     rejected: list[str] = []
@@ -97,6 +97,8 @@ def _prepare(
         if wrong:
             raise ModelError(f"{chatter.name} ({chatter.reference}): {conversation.where} has {wrong}")
         counts.update({mark: 1 for mark, happened in marks.items() if happened})
+        if positions is not None and len(result.input_ids) > positions:
+            counts["past_positions"] += 1
         counts["tokens"] += len(result.input_ids)
         counts["response_tokens"] += len(result)
         counts["responses"] += len(result.content_bytes)
@@ -113,6 +115,12 @@ def _prepare(
             "prepare %s/%s: the class that Transformers takes for this tokenizer would make other tokens of %d conversations; "
             "tokenizer.json decides",
             *(chatter.name, data.name, counts["other_class"]),
+        )
+    if counts["past_positions"]:
+        log.warning(
+            "prepare %s/%s: %d of %d conversations have more than the %d tokens that the model is made for: set data.max_length to "
+            "%d",
+            *(chatter.name, data.name, counts["past_positions"], kept, positions, positions),
         )
     write_text(directory / REJECTED, "".join(line + "\n" for line in rejected))
     more = {"unused_keys": sorted(unused)} if unused else {}
