@@ -63,7 +63,7 @@ def direction(name: str, pivot: dict[str, Any], source: dict[str, Any]) -> list[
         each: {**source, "data": {"train": f"{each}.train.jsonl", "validation": f"{each}.held-out.jsonl"}}
         for each in SETS
     }
-    raw = {"name": name, "pivot": pivot, "sources": sources}
+    raw = {"name": name, "pivot": pivot, "sources": sources, "align": {"min_mass": 0.0}}
     recipe.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
     records = evaluate_alignment(load_recipe(recipe), ROOM / name, top_ks=TOP_KS)
     (ROOM / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")

@@ -67,6 +67,7 @@ def write_recipe(directory: Path, models: dict[str, Path], **changes: Any) -> Pa
         },
         "data": {"train": "train.jsonl", "validation": "held-out.jsonl", "max_length": 256},
         "capture": {"top_k": 6, "dtype": "float32", "shard_conversations": 4, "batch_tokens": 300},
+        "align": {"min_mass": 0.0},  # untrained models are sure of nothing
         "fuse": {"sft_weight": 0.5, "training": TRAINING},
         "merge": {"method": "sce", "select_topk": 0.5},
         "evaluate": {"dtype": "float32", "answers": 3, "answer_tokens": 12},

@@ -27,7 +27,7 @@ from test_bad_align import rewrite
 from test_bad_input import PREFIX
 
 KEYS = {field.name for field in fields(Strategy)}
-SHARES = ("coverage_of_positions", "coverage_of_mass", "coverage_of_bytes", "rarely_cut")
+SHARES = ("coverage_of_positions", "coverage_of_mass", "coverage_of_bytes", "rarely_cut", "little_mass")
 BITS = ("own", "common", "transferred", "own_there", "own_kept_there")
 OTHERS = ("ratio", "ratio_to_kept", "nats_where_rarely_cut")
 
@@ -121,12 +121,20 @@ def test_the_table_has_every_number_whole_at_80_columns(evaluated: Path, figures
             few = [each for each in figures if (each["source"], each["k"]) == (source, k)]
             assert f"{few[0]['own']:.3f} bits per byte" in lines[begin]
             heading = next(at for at in range(begin, len(lines)) if lines[at].split()[:1] == ["strategy"])
-            assert lines[heading].split() == ["strategy", "rows", "mass", "common", "there", "own", "ratio"]
+            assert lines[heading].split() == ["strategy", "rows", "mass", "little", "common", "there", "own", "ratio"]
             end = next(at for at in range(heading, len(lines)) if not lines[at].strip())
             rows = [line for line in lines[heading + 2 : end] if "." in line]  # names may go on below
-            columns = ("coverage_of_positions", "coverage_of_mass", "common", "transferred", "own_there", "ratio")
+            columns = (
+                "coverage_of_positions",
+                "coverage_of_mass",
+                "little_mass",
+                "common",
+                "transferred",
+                "own_there",
+                "ratio",
+            )
             for row, each in zip(rows, few, strict=True):
-                assert row.split()[-6:] == [f"{each[key]:.3f}" for key in columns]
+                assert row.split()[-7:] == [f"{each[key]:.3f}" for key in columns]
                 assert row.split()[0] == f"{each['sequence']},"
 
 

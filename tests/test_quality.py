@@ -138,6 +138,7 @@ def test_sums_are_those_made_by_hand() -> None:
         rows=rows,
         mapped=np.array([0.75, 0.5, 1.0, 0.5, 0.9, 1.0]),
         covered=np.array([True, True, True, True, False, True]),
+        little=np.array([False, False, False, False, True, False]),
         common=np.array([True, False, True, True, False, True]),
         rare=np.array([False, True, False, False, False, True]),
     )
@@ -145,6 +146,7 @@ def test_sums_are_those_made_by_hand() -> None:
     kept = np.log(2) + np.log(4) + np.log(1e4)  # of `a`, `b` and `c` under what was captured
     own = 0.75 + 1.5 + 3.0
     assert quality.summary() == {
+        "little_mass": pytest.approx(1 / 6, abs=1e-6),
         "coverage_of_positions": pytest.approx(5 / 6, abs=1e-6),
         "coverage_of_mass": pytest.approx((0.75 + 0.5 + 1.0 + 0.5 + 1.0) / 5),
         "coverage_of_bytes": pytest.approx(3 / 5),
@@ -168,7 +170,7 @@ def test_conversations_add_up() -> None:
     one, two = Quality(), Quality()
     source = conversation(TOKENS, [A, B])
     every = np.ones(2, dtype=bool)
-    given = {"mapped": np.ones(2), "covered": every, "common": every, "rare": ~every}
+    given = {"mapped": np.ones(2), "covered": every, "little": ~every, "common": every, "rare": ~every}
     captured, rows = sparse([{A: 0.5}, {B: 0.5}], nll=[0.5, 0.5]), sparse([{A: 0.5}, {B: 0.25}])
     one.add(source, source, captured, rows=rows, **given)
     two.add(source, source, captured, rows=rows, **given)
@@ -206,9 +208,8 @@ def test_identical_tokenizers_transfer_the_sources_own(tokenizers: dict[str, Any
     for rows, captured in sides:
         alignment, _, result = aligner.transferred(rows, rows, captured, k=5)
         every = covered(alignment, result)
-        quality.add(
-            rows, rows, captured, rows=result.rows, mapped=result.mapped, covered=every, common=every, rare=~every
-        )
+        where = {"covered": every, "little": ~every, "common": every, "rare": ~every}
+        quality.add(rows, rows, captured, rows=result.rows, mapped=result.mapped, **where)
     found = quality.summary()
     assert found["ratio"] == pytest.approx(1.0, abs=2e-6)
     assert found["coverage_of_bytes"] == 1.0
@@ -237,7 +238,7 @@ def test_figures_count_rows_and_share_out_mass() -> None:
     aligner = Aligner(pair, pair.build_map(survey.seen(), BackOff(other)), np.zeros(5, dtype=bool))
     alignment, candidates, result = aligner.transferred(pivot, source, captured, k=2)
     figures = Figures()
-    figures.add(alignment, candidates, result, aligner.map)
+    figures.add(alignment, candidates, result, aligner.map, little=np.zeros(6, dtype=bool))
     figures.add_without_source(6)
     assert figures.summary() == {
         "conversations": 1,
@@ -252,12 +253,37 @@ def test_figures_count_rows_and_share_out_mass() -> None:
         "lead_positions": 0,
         "lead_positions_aligned": 0,
         "positions_without_candidate": 3,  # `ab` and `c` are no tokens of the pivot's
+        "positions_of_little_mass": 0,
         "coverage_of_positions": round(5 / 12, 6),
         "coverage_of_mass": 0.4,
         "kept_mass": 0.4,
         # 0.5, 0.25, 0.75 and 0.5 are nothing's, 1 is `b`'s, 1 the end of turn's
         "mass_by_origin": {"same bytes": 0.25, "special": 0.25, "tail": 0.5},
     }
+
+
+@pytest.mark.parametrize("unaligned", ["label", "condition", "skip"])
+def test_a_row_of_which_little_is_mapped_has_no_target(unaligned: Any) -> None:
+    """`c` is no token of the pivot's: of the first row 0.4 arrives, of the second 0.6, of the end of turn 1; of what is nowhere
+    aligned the gold token may stand in, of this not."""
+    pivot, source = conversation(toy("a", "b"), [0, 1], ends=2), conversation(TOKENS, [A, B], ends=END)
+    captured = sparse([{C: 0.5, A: 0.4}, {B: 0.6, C: 0.3}, {END: 1.0}])
+    for least, taught in ((0.0, 3), (0.4, 3), (0.5, 2), (0.7, 1)):
+        strategy = Strategy(vocabulary="exact", unaligned=unaligned, min_mass=least)
+        pair = Pair(Side.of(toy("a", "b"), 2), Side.of(TOKENS, END), strategy)
+        survey = Survey(pair)
+        survey.need(pivot, source, captured)
+        aligner = Aligner(pair, pair.build_map(survey.seen(), BackOff(pair.pivot.tokens)), np.zeros(5, dtype=bool))
+        found = aligner.align(pivot, source, captured, k=2)
+        assert (
+            found.ids.tolist()
+            == [[-1, -1], [-1, -1], [2, -1]][: 3 - taught] + [[0, -1], [1, -1], [2, -1]][3 - taught :]
+        )
+        assert found.tail == pytest.approx([1.0] * (3 - taught) + [0.6, 0.4, 0.0][3 - taught :])
+        summary = aligner.figures.summary()
+        assert (summary["positions_aligned"], summary["positions_of_little_mass"]) == (3, 3 - taught)
+        assert summary["coverage_of_positions"] == round(taught / 3, 6)
+        assert summary["coverage_of_mass"] == round(sum([0.4, 0.6, 1.0][3 - taught :]) / taught, 6)
 
 
 def test_figures_of_nothing_are_undefined_and_not_zero() -> None:

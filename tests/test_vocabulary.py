@@ -1,5 +1,6 @@
 """The vocabulary map W: stochastic rows, strategies, special tokens by role, rows for bytes, and what is written to disk."""
 
+import copy
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from hypothesis import strategies as st
 
 import tiny
 from aligning import rows_of
-from fusechat.align.back_off import ORIGINS, SEEN, TAIL, BackOff
+from fusechat.align.back_off import ORIGINS, SAME_TOKEN, SEEN, SPECIAL, TAIL, BackOff
 from fusechat.align.counts import Seen, count_pairs
-from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map
+from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map, same_tokens
 from fusechat.core.token_bytes import TokenBytes
 
 Batches = list[list[tuple[int, int]]]
@@ -89,6 +90,43 @@ def test_special_tokens_correspond_by_role_whatever_was_counted(table: dict[str,
         found = build_map(everything, source=llama, back_off=BackOff(mistral), roles={end: eos}, vocabulary=vocabulary)
         assert rows_of(found) == {end: {eos: 1.0}, pad: {}}  # a special token without a role goes to the tail
         assert found.rows_by_origin() == {"special": 1, "tail": 1}
+
+
+@pytest.mark.parametrize("vocabulary", ["exact", "edit", "statistics"])
+def test_of_one_tokenizer_every_token_is_itself_whatever_was_counted(
+    table: dict[str, TokenBytes], tokenizers: dict[str, Any], vocabulary: str
+) -> None:
+    """Tokens of the same bytes, of which the lower id would be taken for both, and unknown ones too; but for a role of another."""
+    llama, (a, b, c) = table["llama"], letters(table["llama"], "abc")
+    double, unknown = len(llama), next(iter(llama.special))
+    twin = copy.copy(TokenBytes(tokenizers["llama"]))
+    llama, twin = (copy.copy(each) for each in (llama, twin))
+    for each in (llama, twin):
+        each.__dict__["pieces"] = [*each.pieces, b"a"]
+    assert same_tokens(llama, twin)
+    special = sorted(llama.special)
+    everything = seen([[(a, b), (b, b), (c, a)]], tokens=[double, *special])
+    found = build_map(
+        everything,
+        source=twin,
+        back_off=BackOff(llama),
+        roles={unknown: b},
+        vocabulary=vocabulary,
+        same_tokens=True,
+    )
+    tokens = sorted({a, b, c, double, *special})
+    assert rows_of(found) == {token: {b if token == unknown else token: 1.0} for token in tokens}
+    assert set(origins(found)) == {SAME_TOKEN, SPECIAL}
+    few = build_map(everything, source=twin, back_off=BackOff(llama, double), roles={}, same_tokens=True)
+    assert rows_of(few)[double] == {a: 1.0}, "one that the pivot has no embedding for is looked up"
+
+
+def test_other_vocabularies_are_not_the_same(table: dict[str, TokenBytes], tokenizers: dict[str, Any]) -> None:
+    assert not same_tokens(table["llama"], table["gemma"])
+    for change in ({"special": frozenset()}, {"pieces": [*table["llama"].pieces[:-1], b"?"]}, {"added": {}}):
+        other = TokenBytes(tokenizers["llama"])
+        other.__dict__.update(change)
+        assert same_tokens(table["llama"], other) == (not change), change
 
 
 def test_roles_pair_what_tokens_do_and_end_of_turn_goes_last() -> None:

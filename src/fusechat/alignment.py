@@ -1,10 +1,10 @@
 """`fusechat eval alignment`: strategies of alignment side by side, on conversations that their maps were not counted on."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fusechat.align.aligner import Aligner, Pair, Strategy, covered, with_strategy
+from fusechat.align.aligner import Aligner, Pair, Strategy, with_strategy
 from fusechat.align.back_off import BackOff
 from fusechat.align.bias import RARELY, cut_share
 from fusechat.align.blocks import Blocks, Conversations
@@ -36,13 +36,15 @@ STRATEGIES = (
 _COLUMNS = (
     ("coverage_of_positions", "rows"),
     ("coverage_of_mass", "mass"),
+    ("little_mass", "little"),
     ("common", "common"),
     ("transferred", "there"),
     ("own_there", "own"),
     ("ratio", "ratio"),
 )
 _CAPTION = (
-    "rows, mass: covered. common: bits per byte of the gold tokens on the rows that all have, less is better; "
+    "rows, mass: covered; little: rows left out for less mass than align.min_mass. "
+    "common: bits per byte of the gold tokens on the rows that all have, less is better; "
     "there: on all that is covered; own: the source's own on the same bytes; ratio: of the two before."
 )
 _MORE = (("unaligned", "condition", "condition"), ("look_ahead", True, "ahead"), ("chain_rule", True, "chain"))
@@ -91,9 +93,9 @@ def _compare(recipe: Recipe, source: str, training: Any, measured: Any, top_ks: 
     with progress(f"compare {source}", total, "conversations") as advance:
         Blocks(with_strategy(pair, Strategy()), held_out, processes=1).count(advance)  # checks what is stored
         for strategy in STRATEGIES:
-            compared = with_strategy(pair, strategy)
+            compared = with_strategy(pair, replace(strategy, min_mass=recipe.align.min_mass))
             for k, quality in _measure(compared, back_off, data, held_out, top_ks, advance, recipe.align.processes):
-                records.append({"k": k, **asdict(strategy), **quality.summary()})
+                records.append({"k": k, **asdict(compared.strategy), **quality.summary()})
     return records
 
 
@@ -127,13 +129,15 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
         alignment, _, result = aligner.transferred(pivot, source, captured, k=k)
         common = boundary.align(pivot, source).aligned & warped.align(pivot, source).aligned
         share = cut_share(source, captured, aligner.pair.source.spelling)[alignment.source_row]
+        covered, little = aligner.taught(alignment, result)
         quality.add(
             pivot,
             source,
             captured,
             rows=result.rows,
             mapped=result.mapped,
-            covered=covered(alignment, result),
+            covered=covered & ~pivot.lead,
+            little=little,
             common=common,
             rare=alignment.aligned & (share < RARELY),
         )

@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "unaligned": "label",
             "look_ahead": False,
             "chain_rule": False,
+            "min_mass": 0.0,
         },
         "fuse": {
             "function": "mince",

@@ -198,6 +198,7 @@ class Align(Section):
     unaligned: Literal["label", "skip", "pivot", "condition"] = "condition"
     look_ahead: bool | None = None
     chain_rule: bool = False
+    min_mass: float = Field(default=0.5, ge=0, le=1)
     top_k: int | None = Field(default=None, ge=1)
     processes: int | None = Field(default=None, ge=1)
 
@@ -219,6 +220,7 @@ class Align(Section):
             unaligned=self.unaligned,
             look_ahead=look_ahead,
             chain_rule=self.chain_rule,
+            min_mass=self.min_mass,
         )
 
 

@@ -36,6 +36,7 @@ class Strategy:
     unaligned: Literal["label", "skip", "pivot", "condition"] = "label"
     look_ahead: bool = False
     chain_rule: bool = False
+    min_mass: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,11 +59,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pivot and a source, and how the second is aligned to the first."""
+    """A pivot and a source, and how the second is aligned to the first. `same_tokens`: the two have one tokenizer."""
 
     pivot: Side
     source: Side
     strategy: Strategy
+    same_tokens: bool = False
 
     def align(self, pivot: Prepared, source: Prepared) -> Alignment:
         """Which source row each pivot row corresponds to."""
@@ -88,6 +90,8 @@ class Pair:
 
     def open_tokens(self, counts: Counts) -> np.ndarray:
         """bool [source tokens]: which of them longer pivot tokens start with."""
+        if self.same_tokens:
+            return np.zeros(len(self.source.tokens), dtype=bool)
         return open_tokens(counts, self.pivot.tokens, self.source.tokens)
 
     def build_map(self, seen: Seen, back_off: BackOff) -> VocabularyMap:
@@ -98,6 +102,7 @@ class Pair:
             roles=role_map(self.pivot.roles, self.source.roles),
             vocabulary=self.strategy.vocabulary,
             top_1=self.strategy.top_1,
+            same_tokens=self.same_tokens,
         )
 
 
@@ -170,11 +175,19 @@ class Aligner:
         """Targets for the pivot's rows of a conversation, or of several joined, [n_pivot, k]. `fill` [n_pivot, k]: the pivot's own
         distributions."""
         alignment, candidates, result = self.transferred(pivot, source, captured, k=k)
-        self.figures.add(alignment, candidates, result, self.map)
+        has_source, little = self.taught(alignment, result)
+        self.figures.add(alignment, candidates, result, self.map, little=little)
         share = cut_share(source, captured, self.pair.source.spelling)[alignment.source_row]
         self.figures.rarely_cut += int((alignment.aligned & (share < RARELY)).sum())
-        has_source = covered(alignment, result) | _covered_leads(alignment, result)
-        return self._fill(pivot, has_source, result.rows, fill)
+        result.rows.ids[little], result.rows.logprobs[little], result.rows.tail[little] = -1, -np.inf, 1.0
+        return self._fill(pivot, has_source | little, result.rows, fill)
+
+    def taught(self, alignment: Alignment, result: Transferred) -> tuple[np.ndarray, np.ndarray]:
+        """bool [n_pivot] each: rows for which enough of the source's mass arrived, and those for which less than `min_mass` did,
+        which have no target. Of lead rows the latter are none: there the gold token stands in."""
+        enough = result.mapped >= self.pair.strategy.min_mass
+        content = covered(alignment, result)
+        return (content | _covered_leads(alignment, result)) & enough, content & ~enough
 
     def transferred(
         self, pivot: Prepared, source: Prepared, captured: SparseDistribution, *, k: int

@@ -8,7 +8,7 @@ from fusechat.align.dtw import surface
 from fusechat.core.token_bytes import TokenBytes
 
 TAIL = -1  # what corresponds to no pivot token: its mass joins the tail
-SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL = ORIGINS = (
+SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL, SAME_TOKEN = ORIGINS = (
     "seen",
     "special",
     "same bytes",
@@ -16,6 +16,7 @@ SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL = ORIGINS 
     "longest prefix",
     "edit distance",
     "tail",
+    "same token",
 )
 _CELLS = 1 << 25  # distances computed at a time
 
@@ -27,10 +28,10 @@ class BackOff:
 
     def __init__(self, pivot: TokenBytes, rows: int | None = None) -> None:
         self.pivot = pivot
-        self._size = len(pivot) if rows is None else min(rows, len(pivot))
+        self.size = len(pivot) if rows is None else min(rows, len(pivot))
         self._by_bytes: dict[bytes, int] = {}
         # A byte's own token comes last: it is written only where no other spells the byte.
-        for token in sorted(range(self._size), key=pivot.is_byte):
+        for token in sorted(range(self.size), key=pivot.is_byte):
             data = pivot.pieces[token]
             if data and token not in pivot.special:
                 self._by_bytes.setdefault(data, token)  # of equal spellings the lowest id
@@ -84,7 +85,7 @@ class BackOff:
         """The first token of a word in the tokenizer's own alphabet, where the text begins with it."""
         pieces = self.pivot.tokenizer.backend_tokenizer.model.tokenize(word)
         token = int(pieces[0].id) if pieces else TAIL
-        data = self.pivot.pieces[token] if 0 <= token < self._size and token not in self.pivot.special else b""
+        data = self.pivot.pieces[token] if 0 <= token < self.size and token not in self.pivot.special else b""
         return token if data and text.encode().startswith(data) else None
 
     def _longest_prefix(self, data: bytes) -> tuple[int, str]:

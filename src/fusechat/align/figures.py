@@ -26,6 +26,7 @@ class Figures:
     chained: int = 0  # pivot tokens whose probability the chain rule gave
     rarely_cut: int = 0  # aligned where the source itself would rarely have cut
     empty: int = 0  # aligned, but no candidate corresponds to a pivot token
+    little: int = 0  # aligned or conditioned, but too little mass reached pivot tokens: no target
     mapped_mass: float = 0.0
     kept_mass: float = 0.0
     lead: int = 0  # tokens before the content, which no other count has
@@ -33,11 +34,19 @@ class Figures:
     mass_by_origin: Counter[str] = field(default_factory=Counter)
 
     def add(
-        self, alignment: Alignment, candidates: Candidates, result: Transferred, vocabulary_map: VocabularyMap
+        self,
+        alignment: Alignment,
+        candidates: Candidates,
+        result: Transferred,
+        vocabulary_map: VocabularyMap,
+        *,
+        little: np.ndarray,
     ) -> None:
+        """Adds a conversation; `little` bool [n_pivot]: its rows that have too little mass for a target."""
         aligned = alignment.aligned
         conditioned = alignment.inside & (result.mapped > 0)
-        covered = aligned | conditioned
+        covered = (aligned | conditioned) & ~little
+        self.little += int(little.sum())
         self.positions += int((~alignment.lead).sum())
         self.lead += int(alignment.lead.sum())
         self.lead_aligned += int((alignment.lead & (alignment.source_row >= 0)).sum())
@@ -61,7 +70,7 @@ class Figures:
 
     def summary(self) -> dict[str, object]:
         captured = sum(self.mass_by_origin.values())
-        covered = self.aligned + self.conditioned
+        covered = self.aligned + self.conditioned - self.little
         return {
             "conversations": self.conversations,
             "conversations_without_source": self.without_source,
@@ -73,6 +82,7 @@ class Figures:
             "positions_by_the_chain_rule": self.chained,
             "positions_where_the_source_rarely_cuts": self.rarely_cut,
             "positions_without_candidate": self.empty,
+            "positions_of_little_mass": self.little,
             "lead_positions": self.lead,
             "lead_positions_aligned": self.lead_aligned,
             "coverage_of_positions": _share(covered, self.positions),

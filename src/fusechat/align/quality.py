@@ -22,6 +22,7 @@ class Quality:
 
     positions: int = 0
     covered: int = 0
+    little: int = 0
     mapped: float = 0.0
     common_nll: float = 0.0  # transferred, on positions that all strategies compared have
     common_bytes: int = 0
@@ -43,16 +44,19 @@ class Quality:
         rows: SparseDistribution,
         mapped: np.ndarray,
         covered: np.ndarray,
+        little: np.ndarray,
         common: np.ndarray,
         rare: np.ndarray,
     ) -> None:
-        """Adds a conversation: the stored `rows` [n_pivot, k] and their `mapped` mass, where they are `covered`, where all
-        strategies have a distribution (`common`), where the source would rarely have cut (`rare`); bool [n_pivot] each."""
+        """Adds a conversation: the stored `rows` [n_pivot, k] and their `mapped` mass, where they are `covered`, where that mass is
+        too `little`, where all strategies have a distribution (`common`), where the source would rarely have cut (`rare`); bool
+        [n_pivot] each."""
         nll = gold_nll(rows, pivot.gold)
         content = _content(pivot)
         width = (pivot.end - np.maximum(pivot.begin, 0)).astype(np.int64)
         self.positions += int((~pivot.lead).sum())
         self.covered += int(covered.sum())
+        self.little += int(little.sum())
         self.mapped += float(mapped[covered].sum())
         both = common & content
         self.common_nll += float(nll[both].sum())
@@ -74,6 +78,7 @@ class Quality:
         return {
             "coverage_of_positions": _ratio(self.covered, self.positions),
             "coverage_of_mass": _ratio(self.mapped, self.covered),
+            "little_mass": _ratio(self.little, self.positions),
             "coverage_of_bytes": _ratio(self.segment_bytes, self.bytes),
             "own": _bits(self.own, self.bytes),
             "common": _bits(self.common_nll, self.common_bytes),

@@ -33,7 +33,13 @@ def step(
     def work(directory: Path) -> dict[str, Any]:
         return _align(directory, {part: _directories(upstream, part) for part in read}, recipe, source)
 
-    return Step("align", source, workdir / "align" / source, settings, work, upstream, FORMAT, bulk="aligned.arrow")
+    directory = workdir / "align" / source
+    return Step("align", source, directory, settings, work, upstream, FORMAT, counted=_counted, bulk="aligned.arrow")
+
+
+def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Before there was a `min_mass`, no row had too little."""
+    return {"min_mass": 0.0, **settings}
 
 
 def directories(step: Step, part: str) -> list[Path]:
@@ -49,6 +55,7 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     """The two models' tokens and how to align them; the pivot's back-off; how errors call the models, and their vocabularies."""
     from fusechat.align.aligner import Pair, Side
     from fusechat.align.back_off import BackOff
+    from fusechat.align.vocabulary import same_tokens
     from fusechat.core.token_bytes import token_bytes
 
     chatters: tuple[Chatter, Chatter] = (recipe.chatter(PIVOT), recipe.chatter(source))
@@ -58,7 +65,8 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
         for each, rows in zip(chatters, sizes, strict=True)
     )
     about = {"names": tuple(f"{each.name} ({each.reference})" for each in chatters), "sizes": sizes}
-    return Pair(pivot, teacher, recipe.align.strategy()), BackOff(pivot.tokens, sizes[0]), about
+    same = same_tokens(pivot.tokens, teacher.tokens)
+    return Pair(pivot, teacher, recipe.align.strategy(), same), BackOff(pivot.tokens, sizes[0]), about
 
 
 def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source: str) -> dict[str, Any]:
@@ -66,6 +74,8 @@ def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source
     from fusechat.align.figures import Figures
 
     pair, back_off, about = models(recipe, source)
+    if pair.same_tokens:
+        log.info("align %s: its tokenizer is the pivot's, so that every token is itself", source)
     data = Conversations(*(parts[part] for part in PARTS), fill=parts.get(FILL, []), **about)
     common, total = len(data.common()), len(data.ids)
     k = recipe.align.top_k or open_distributions(*parts["capture"], verify=False).k
@@ -80,6 +90,7 @@ def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source
     write_store(directory, k=k, files=TARGETS)
     figures = {
         **sums.summary(),
+        "same_tokenizer": pair.same_tokens,
         "map_rows": len(vocabulary_map.origin),
         "map_entries": len(vocabulary_map.pivot),
         "map_entropy_bits": round(vocabulary_map.entropy(), 6),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fusechat.align.back_off import ORIGINS, SEEN, SPECIAL, TAIL, TO_TAIL, BackOff
+from fusechat.align.back_off import ORIGINS, SAME_TOKEN, SEEN, SPECIAL, TAIL, TO_TAIL, BackOff
 from fusechat.align.counts import Counts, Seen
 from fusechat.core.files import atomic_file
 from fusechat.core.token_bytes import TokenBytes
@@ -28,6 +28,11 @@ class Roles:
     end_of_turn: int | None
     end_of_sequence: int | None
     begin_of_sequence: int | None
+
+
+def same_tokens(one: TokenBytes, other: TokenBytes) -> bool:
+    """Whether two tokenizers have the same vocabulary: every id the same bytes, and the same ids for special and added tokens."""
+    return one.pieces == other.pieces and one.special == other.special and one.added.keys() == other.added.keys()
 
 
 def role_map(pivot: Roles, source: Roles) -> dict[int, int]:
@@ -121,11 +126,15 @@ def build_map(
     roles: dict[int, int],
     vocabulary: str = "statistics",
     top_1: bool = False,
+    same_tokens: bool = False,
 ) -> VocabularyMap:
     """W for all source tokens and bytes of `seen`. `vocabulary`: `exact`, `edit` or `statistics` ("EM", "MinED", "MS" in the
-    paper); `top_1` keeps the most frequent pivot token of a counted row only, of equals the lowest id."""
-    counts = seen.pairs if vocabulary == "statistics" else Counts(*(np.zeros(0, dtype=np.int64),) * 3)
-    tokens = np.union1d(counts.source, seen.tokens)
+    paper); `top_1` keeps the most frequent pivot token of a counted row only, of equals the lowest id. With `same_tokens` every
+    token is itself, unless its role is another token's, and only bytes are counted or looked up."""
+    counts = (
+        seen.pairs if vocabulary == "statistics" and not same_tokens else Counts(*(np.zeros(0, dtype=np.int64),) * 3)
+    )
+    tokens = np.union1d(seen.pairs.source if same_tokens else counts.source, seen.tokens)
     special = np.array(sorted(source.special | roles.keys()), dtype=np.int64)
     # A special token of either side that is written in a text is that text, and no other token's correspondence.
     counts = _without(counts, special, back_off.pivot.special)
@@ -140,7 +149,9 @@ def build_map(
     length = np.bincount(counts.source, minlength=rows)
     origin = np.full(rows, ORIGINS.index(SEEN), dtype=np.int8)
     single = np.full(rows, TAIL, dtype=np.int64)
-    unseen = np.flatnonzero(length == 0)
+    own = np.flatnonzero(tokens < back_off.size) if same_tokens else np.zeros(0, dtype=np.int64)
+    single[own], origin[own] = tokens[own], ORIGINS.index(SAME_TOKEN)
+    unseen = np.flatnonzero((length == 0) & (single == TAIL))
     data = [source[int(tokens[row])] if row < len(tokens) else rests[row - len(tokens)] for row in unseen.tolist()]
     lookups: dict[str, Lookup] = {
         "exact": lambda several: [back_off.same_bytes(data) for data in several],
@@ -151,7 +162,7 @@ def build_map(
     for row, (target, how) in zip(unseen.tolist(), found, strict=True):
         single[row], origin[row] = target, ORIGINS.index(how)
     for row in np.flatnonzero(np.isin(tokens, special)).tolist():
-        single[row] = roles.get(int(tokens[row]), TAIL)
+        single[row] = roles.get(int(tokens[row]), int(single[row]) if same_tokens else TAIL)
         origin[row] = ORIGINS.index(SPECIAL if single[row] != TAIL else TO_TAIL)
     return _assemble(tokens, rests, counts, length, single, origin)
 

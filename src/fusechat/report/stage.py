@@ -180,4 +180,5 @@ def _alignment(step: Step) -> dict[str, Any]:
     origins = figures["mass_by_origin"]
     kinds = ("same bytes", "first token", "longest prefix", "edit distance", "tail")
     figures["back_off_mass"] = ", ".join(f"{kind} {origins[kind]:.4f}" for kind in kinds if origins.get(kind))
+    figures["tokenizer"] = "the pivot's: W is the identity" if figures.get("same_tokenizer") else "its own"
     return dict(figures)
