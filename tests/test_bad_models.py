@@ -33,7 +33,7 @@ def with_source(directory: Path, models: dict[str, Path], source: Any) -> Path:
         ("/nowhere/at/all", "'/nowhere/at/all' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
         ("train.jsonl", "'{here}/train.jsonl' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
         ("a/b/c", "'a/b/c' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
-        ("gpt2", "'gpt2' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
+        ("gpt3", "'gpt3' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
         ("nowhere.gguf", "{here}/nowhere.gguf: no such file"),
         ("wheel:tiny/model.gguf", "'wheel:tiny/model.gguf' is not of the form wheel:DIST==VERSION/path/in/wheel"),
         ("wheel:tiny==1.0", "'wheel:tiny==1.0' is not of the form wheel:DIST==VERSION/path/in/wheel"),
@@ -52,10 +52,12 @@ def test_a_reference_that_can_be_none(tmp_path: Path, models: dict[str, Path], s
 
 
 def test_a_hub_id_that_the_hub_does_not_give(tmp_path: Path, models: dict[str, Path]) -> None:
-    recipe = with_source(tmp_path, models, "org/nothing@v2")
-    [line] = complaints("run", recipe, "--workdir", tmp_path / "work")
-    assert line.startswith("org/nothing@v2: no such directory, and the hub gave no such model (")
-    assert done(tmp_path) == []
+    """The oldest ids have no owner before a slash."""
+    for name in ("org/nothing@v2", "gpt2", "bert-base-uncased", "t5-small@main"):
+        recipe = with_source(tmp_path, models, name)
+        [line] = complaints("run", recipe, "--workdir", tmp_path / "work")
+        assert line.startswith(f"{name}: no such directory, and the hub gave no such model (")
+        assert done(tmp_path) == []
 
 
 # -- damaged directories ------------------------------------------------------------------------------------------------

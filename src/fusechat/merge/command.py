@@ -10,6 +10,7 @@ from typing import Any
 
 from fusechat import __version__
 from fusechat.core.beginnings import lost, seconds_spent
+from fusechat.core.beside import beside
 from fusechat.core.files import digest_json, read_json, write_json, write_text
 from fusechat.core.lock import only_one
 from fusechat.core.progress import BYTES, log, progress
@@ -19,7 +20,7 @@ from fusechat.merge.checkpoint import INDEX, Checkpoint
 from fusechat.merge.engine import SHARD_BYTES, Job, forget_parts, merge_tensors
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import load_method
-from fusechat.merge.output import copy_files, files_to_copy, merge_card
+from fusechat.merge.output import copy_files, merge_card
 from fusechat.merge.parameters import Values
 from fusechat.merge.plan import WIDEST, Plan, make_plan
 from fusechat.merge.report import make_report
@@ -149,7 +150,7 @@ def _identity(settings: MergeFile, job: Job, resize: bool) -> str:
     """Changes with whatever changes the output. Of the models' files, size and time of change: terabytes are not read for it."""
     donor = job.inputs[0].directory
     files = [file for checkpoint in job.inputs for file in (checkpoint.directory / "config.json", *checkpoint.files)]
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, *files_to_copy(donor))]
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, *beside(donor))]
     return digest_json([FORMAT, __version__, json.dumps(_plain(settings.source)), stats, resize, job.shard_bytes])
 
 
@@ -180,7 +181,7 @@ def _finished(out: Path, job: Job, identity: str) -> dict[str, Any] | None:
             f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
         )
     shards = [file for file, _ in job.plan.shards(job.shard_bytes)]
-    copied = [str(file.relative_to(job.inputs[0].directory)) for file in files_to_copy(job.inputs[0].directory)]
+    copied = [str(file.relative_to(job.inputs[0].directory)) for file in beside(job.inputs[0].directory)]
     for name in ("config.json", *shards, *([INDEX] if len(shards) > 1 else []), *copied):
         if not (out / name).is_file():
             raise WorkdirError(f"{out}: {name} is not there any more; delete the directory to merge again")

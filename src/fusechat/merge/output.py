@@ -9,49 +9,22 @@ from typing import Any
 import jinja2
 import yaml
 
+from fusechat.core.beside import beside
 from fusechat.core.files import atomic_file, write_text
+from fusechat.core.progress import log
 from fusechat.merge.card import portable
 from fusechat.merge.checkpoint import read_config
 from fusechat.merge.plan import CODES, Piece, Plan
 
-FILES = (
-    *(
-        "generation_config.json",
-        "tokenizer*.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-    ),
-    *(
-        "merges.txt",
-        "*.model",
-        "*.tiktoken",
-        "chat_template*.json",
-        "*.jinja",
-        "*processor_config.json",
-        "LICENSE*",
-        "NOTICE*",
-        "additional_chat_templates/*.jinja",
-    ),
-)
-CODE = "*.py"  # copied where a configuration names code of its own; nothing runs it here
-
-
-def files_to_copy(donor: Path) -> list[Path]:
-    """What a merged model has of another, as it is."""
-    configurations = [file for file in (donor / "config.json", donor / "tokenizer_config.json") if file.is_file()]
-    own_code = any(b'"auto_map"' in file.read_bytes() for file in configurations)
-    patterns = (*FILES, CODE) if own_code else FILES
-    return sorted({file for pattern in patterns for file in donor.glob(pattern) if file.is_file()})
-
 
 def copy_files(donor: Path, output: Path, plan: Plan) -> None:
     """Copies files, and writes the configuration, which says the type that most of the weights have, and what is not tied."""
-    for file in files_to_copy(donor):
-        (output / file.relative_to(donor)).parent.mkdir(exist_ok=True)
+    for file in beside(donor):
+        (output / file.relative_to(donor)).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(output / file.relative_to(donor)) as temporary:
             temporary.write_bytes(file.read_bytes())
+        if file.suffix in (".safetensors", ".bin"):  # of sentence-transformers' further modules
+            log.warning("%s: is copied from %s as it is, and not merged", file.relative_to(donor), donor)
     config = read_config(donor)
     dtype = _main_dtype(plan.pieces) or config.get("dtype", config.get("torch_dtype"))
     for part in (config, *(config[key] for key in ("text_config",) if isinstance(config.get(key), dict))):
