@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from checkpoints import configuration, read, relative, write
+from fusechat.merge import merge
 from test_bad_input import complaints
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
@@ -142,6 +143,20 @@ def test_everything_that_does_not_fit_is_said_at_once(trio: list[Path]) -> None:
 def test_a_tensor_of_the_base_alone_in_a_type_that_is_not_known(trio: list[Path]) -> None:
     put("score.weight", torch.ones(2, dtype=torch.float64))(trio[0])
     assert refused(trio) == ["score.weight: is stored as F64 in base; convert that model first"]
+
+
+def test_weights_that_add_up_to_zero_are_found_before_anything_is_merged(trio: list[Path]) -> None:
+    """Of one tensor only, the last; not where nothing is divided by their sum."""
+    weights = [[{"filter": "model.norm", "value": value}, {"value": 1}] for value in (1, -1)]
+    own = [{"weight": 0}, *({"weight": weight} for weight in weights)]
+    expected = f"weight: the weights of {NORM} add up to zero, and normalize divides by their sum"
+    parts = ("--shard-size", "0.00001")
+    assert refused([trio[0], *trio], *parts, method="linear", own=own) == [expected]
+    assert not list(trio[0].parent.glob(".out*"))
+    config = configuration("linear", [trio[0], *trio], {"normalize": False}, own=own)
+    merge(config, trio[0].parent / "out")
+    one, two = read(trio[1])[NORM], read(trio[2])[NORM]
+    torch.testing.assert_close(read(trio[0].parent / "out")[NORM], one - two)
 
 
 def test_vocabularies_of_different_sizes(trio: list[Path]) -> None:

@@ -1,5 +1,6 @@
 """Where a merged model is written to: what is there already is kept, disks may be full or read-only."""
 
+import logging
 import os
 import resource
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import runs
@@ -209,6 +211,31 @@ def test_a_limit_on_the_size_of_files(config: Config, tmp_path: Path) -> None:
     what = "free some room or choose another OUT, then run again to resume"
     assert error == f"{PREFIX}File too large ({tmp_path}/.out.merging/model.safetensors); {what}"
     assert not out.exists()
+
+
+def test_a_merge_that_ends_with_an_error_says_what_it_left(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished shards, by number and size, or nothing; the same command goes on from them."""
+    monkeypatch.setattr(logging.getLogger("fusechat"), "propagate", True)
+    norm = "model.norm.weight"  # in the last shard
+    one = Path(config["models"][0]["model"])
+    write(one, {**read(one), norm: torch.full((32,), 80_000.0)}, one)
+    narrow = {**config, "merge_method": "linear", "parameters": {"weight": 1, "normalize": False}, "dtype": "float16"}
+    hidden, out = tmp_path / ".out.merging", tmp_path / "out"
+    with pytest.raises(FuseChatError, match=f"{norm}: 32 merged values"):
+        merge(narrow, out, shard_bytes=SHARD)
+    files = list(hidden.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    what = f"has {len(files)} finished files of {len(files) + 1} ({size / 1e9:.2f} GB), from which the same command goes on"
+    assert len(files) >= 3
+    assert caplog.messages[-1] == f"{hidden}: {what}; delete it if none shall"
+    shutil.rmtree(hidden)
+    caplog.clear()
+    with pytest.raises(FuseChatError, match=f"{norm}: 32 merged values"):
+        merge(narrow, out)
+    assert not hidden.exists(), "of one file nothing is left to go on from"
+    assert not [line for line in caplog.messages if "finished" in line]
 
 
 def test_errors_that_are_no_ones_fault_are_not_hidden(config: Config, tmp_path: Path) -> None:

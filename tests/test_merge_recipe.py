@@ -160,6 +160,9 @@ def test_granularity(tmp_path: Path) -> None:
         ({"method": "ties", "weight": {"math": 1, "code": [1, "x"]}}, ["8: merge.weight.code.1: should be a number, not 'x'"]),
         ({"method": "ties", "weight": 1, "density": {"code": [{"filter": 3, "value": 1}]}},
          ["7: merge.density.code.0.filter: should be a part of a tensor's name, not 3"]),
+        ({"method": "linear", "weight": 0}, ["4: merge.weight: add up to zero, and normalize divides by their sum"]),
+        ({"method": "linear", "weight": {"math": 1, "code": -1}},
+         ["4: merge.weight: add up to zero, and normalize divides by their sum"]),
         ({"method": "task_arithmetic", "weight": 1, "lambda": []}, ["5: merge.lambda: is an empty list"]),
     ],
 )  # fmt: skip

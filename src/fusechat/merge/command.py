@@ -15,9 +15,9 @@ from fusechat.core.files import digest_json, read_json, write_json, write_text
 from fusechat.core.lock import only_one
 from fusechat.core.progress import BYTES, log, progress
 from fusechat.core.references import Reference, local_directory
-from fusechat.errors import ModelError, StorageError, WorkdirError, storage_error
+from fusechat.errors import FuseChatError, ModelError, StorageError, WorkdirError, storage_error
 from fusechat.merge.checkpoint import INDEX, Checkpoint
-from fusechat.merge.engine import SHARD_BYTES, Job, forget_parts, merge_tensors
+from fusechat.merge.engine import PART, SHARD_BYTES, SQUARES, Job, forget_parts, merge_tensors
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import load_method
 from fusechat.merge.output import copy_files, merge_card
@@ -73,7 +73,11 @@ def run(
             began = time.monotonic()
             report, seconds = _finished(place, job, identity), None
             if report is None:
-                report = _build(settings, job, hidden, identity, threads)
+                try:
+                    report = _build(settings, job, hidden, identity, threads)
+                except (FuseChatError, OSError):
+                    _tell_rest(job, hidden)
+                    raise
                 hidden.rename(place)
                 seconds = time.monotonic() - began
             else:
@@ -120,9 +124,12 @@ def open_job(
         found = settings.values(tensor, layers.get((stack_of(tensor) or ("", 0))[0], 0))
         return {name: [value[i] for i in order] if name in per_model else value for name, value in found.items()}
 
+    check = getattr(load_method(settings.method), "check", None)
     for piece in plan.pieces:
         if piece.merged:
-            values(piece.name)  # raises for one without a value
+            found = values(piece.name)  # raises for one without a value
+            if check:
+                check(piece.name, found)
     names = names or _names(targets)
     return Job(
         settings.method, inputs, [names[index] for index in order], plan, values, settings.granularity, shard_bytes
@@ -235,6 +242,18 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
     write_text(building / "README.md", card)
     write_json(building / REPORT, report)
     return _tidied(job, building, report)
+
+
+def _tell_rest(job: Job, building: Path) -> None:
+    """What a merge that ended with an error leaves: what a further one can go on from, or nothing."""
+    files = [part.with_name(part.name.removesuffix(PART)) for part in building.glob(f"*{PART}")]
+    if not files and not (building / SQUARES).is_file():
+        shutil.rmtree(building, ignore_errors=True)
+        return
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    shards = len(job.plan.shards(job.shard_bytes))
+    what = f"has {len(files)} finished files of {shards} ({size / 1e9:.2f} GB), from which the same command goes on"
+    log.warning("%s: %s; delete it if none shall", building, what)
 
 
 def _tidied(job: Job, building: Path, report: dict[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from fusechat.merge.tensor import Tensor, Workers, scratch
 from fusechat.merge.values import stack_of
 
 SHARD_BYTES = 5_000_000_000
-SQUARES = "squares.json"
+SQUARES, PART = "squares.json", ".report.json"
 COPIED = 1 << 24  # bytes of a buffer that are copied at once
 
 
@@ -83,7 +83,7 @@ def forget_parts(job: Job, output: Path) -> None:
 
 
 def _part(output: Path, file: str) -> Path:
-    return output / f"{file}.report.json"
+    return output / f"{file}{PART}"
 
 
 def _sound_part(output: Path, file: str, pieces: list[Piece]) -> dict[str, Any] | None:

@@ -34,7 +34,21 @@ def problems(method: str, given: dict[str, Any], targets: list[str]) -> list[Wro
             wrong += [((name, *place), what) for place, what in _of(given[name], parameter, targets)]
         elif parameter.required and name not in DEFAULTS.get(method, {}):
             wrong.append(((name,), f"is missing: {method} has no default for it"))
+    if (
+        method == "linear"
+        and not wrong
+        and given.get("normalize", True)
+        and _add_up_to_zero(given.get("weight"), targets)
+    ):
+        wrong.append((("weight",), "add up to zero, and normalize divides by their sum"))
     return wrong
+
+
+def _add_up_to_zero(raw: Any, targets: list[str]) -> bool:
+    """Of plain numbers; lists and filters are looked at once the tensors are known."""
+    every = [raw.get(target) for target in targets] if isinstance(raw, dict) and "value" not in raw else [raw]
+    numbers = [float(value) for value in every if isinstance(value, int | float) and not isinstance(value, bool)]
+    return len(numbers) == len(every) and abs(sum(numbers)) < 1e-8
 
 
 def _of(raw: Any, parameter: Parameter, targets: list[str]) -> list[Wrong]:

@@ -8,7 +8,9 @@ A method's module has `PARAMETERS`, `BASE` (whether it works on updates from a b
   element is number `start` of the tensor, into `out` float32 [n]; it may overwrite the targets' rows. Of the targets' entries,
   `selected` were not dropped, `kept` of those took part (updates of zero do not, where signs are asked), `left` were not erased.
 
-A method whose coefficients are the targets' shares in the squared updates may have `GRANULARITIES`, over what they can be added up.
+One that does not take all values may have `check(name, values)`, which is asked of every tensor before anything is merged, and
+raises RecipeError. One whose coefficients are the targets' shares in the squared updates may have `GRANULARITIES`, over what they
+can be added up.
 """
 
 import importlib

@@ -13,11 +13,14 @@ BASE = False
 TARGETS = None
 
 
+def check(name: str, values: Values) -> None:
+    if values["normalize"] and abs(np.sum(values["weight"], dtype=np.float64)) < 1e-8:
+        raise RecipeError(f"weight: the weights of {name} add up to zero, and normalize divides by their sum")
+
+
 def measure(tensor: Tensor, values: Values) -> Measured:
-    weights = np.array(values["weight"], np.float64)
-    if values["normalize"] and abs(weights.sum()) < 1e-8:
-        raise RecipeError(f"weight: the weights of {tensor.name} add up to zero, and normalize divides by their sum")
-    return Measured(weights)
+    check(tensor.name, values)
+    return Measured(np.array(values["weight"], np.float64))
 
 
 def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
