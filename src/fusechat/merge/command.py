@@ -18,6 +18,7 @@ from fusechat.core.references import Reference, local_directory
 from fusechat.errors import FuseChatError, ModelError, StorageError, WorkdirError, storage_error
 from fusechat.merge.checkpoint import INDEX, Checkpoint
 from fusechat.merge.engine import PART, SHARD_BYTES, SQUARES, Job, forget_parts, merge_tensors
+from fusechat.merge.likeness import configuration_lines, token_lines
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import load_method
 from fusechat.merge.output import copy_files, merge_card
@@ -73,6 +74,8 @@ def run(
             began = time.monotonic()
             report, seconds = _finished(place, job, identity), None
             if report is None:
+                for difference in (*token_lines(job.inputs), *configuration_lines(job.inputs)):
+                    log.warning("%s", difference)
                 try:
                     report = _build(settings, job, hidden, identity, threads)
                 except (FuseChatError, OSError):
