@@ -89,15 +89,33 @@ def test_the_file_that_is_spoilt_below_is_good(tmp_path: Path) -> None:
         ),
         (
             "name: fused",
-            "tokenizer: {source: base}",
+            "tokenizer: {source: org/b}",
             [
                 "1: tokenizer: tokenizers are not merged: the base model's, or the first model's, is kept",
             ],
         ),
         (
             "name: fused",
-            "chat_template: auto",
+            "chat_template: chatml",
             ["1: chat_template: not supported: the base model's, or the first model's, is kept"],
+        ),
+        (
+            "name: fused",
+            "tokenizer: {source: base, pad_to_multiple_of: 8}",
+            [
+                "1: tokenizer: tokenizers are not merged: the base model's, or the first model's, is kept",
+            ],
+        ),
+        (
+            "name: fused",
+            "x: &w {weight: 1}",
+            ["1: x: unknown key; known here: name, merge_method, base_model, models, parameters, dtype, out_dtype"],
+        ),
+        ("name: fused", "normalize: false", ["1: normalize: belongs under parameters"]),
+        (
+            "merge_method: ties",
+            "merge_method: TIES",
+            [f"9: merge_method: no such method as 'TIES'; known here: {METHODS}; did you mean ties?"],
         ),
         # the method
         ("merge_method: ties\n", "", [f" merge_method: is missing; known here: {METHODS}"]),

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,14 @@ Place = tuple[str, ...]  # the keys and list indices that lead to a value
 
 @dataclass
 class Document:
-    """A mapping, from the file `name` or, without lines, from elsewhere. `wrong` collects a message for each mistake."""
+    """A mapping, from the file `name` or, without lines, from elsewhere. `wrong` collects a message for each mistake. `reused`:
+    keys of the outermost mapping of whose values a part stands elsewhere too, by an anchor and an alias."""
 
     name: str
     content: dict[str, Any]
     lines: dict[Place, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
+    reused: set[str] = field(default_factory=set)
 
     def at(self, place: Place, what: str) -> str:
         """`name:line: key: what`, with the line of the innermost part of `place` that stands in the file."""
@@ -59,6 +62,7 @@ def parse(text: str, path: Path, *, what: str) -> Document:
         node = yaml.compose(text, Loader=Loader)
         if node is not None:
             _walk(node, (), document)
+            document.reused = _reused(node)
         content = yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -99,6 +103,21 @@ def _walk(node: yaml.Node, at: Place, document: Document) -> None:
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
             _walk(value, (*at, str(index)), document)
+
+
+def _reused(node: yaml.Node) -> set[str]:
+    if not isinstance(node, yaml.MappingNode):
+        return set()
+    parts = [(str(key.value), _nodes(value)) for key, value in node.value]
+    count = Counter(part for _, within in parts for part in within)
+    return {name for name, within in parts if any(count[part] > 1 for part in within)}
+
+
+def _nodes(node: yaml.Node) -> set[int]:
+    """Of a node and all within it, which they are: an alias is the node of its anchor."""
+    inner = node.value if isinstance(node, yaml.SequenceNode) else ()
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return {id(node)}.union(*map(_nodes, inner), *(_nodes(part) for pair in pairs for part in pair))
 
 
 def kind(value: Any) -> str:

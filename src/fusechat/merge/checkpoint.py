@@ -136,6 +136,14 @@ class Checkpoint:
             found[stack] = max(found.get(stack, 0), layer + 1)
         return found
 
+    @property
+    def depth(self) -> int | None:
+        """How many layers the model has by its configuration, the text model's where it has several."""
+        for config in (self.config, self.config.get("text_config")):
+            if isinstance(config, dict) and isinstance(config.get("num_hidden_layers"), int):
+                return int(config["num_hidden_layers"])
+        return None
+
     def same(self, name: str, other: str) -> bool:
         """Whether two of its tensors hold the same values, bit for bit; reads them as far as they do."""
         one, two = self.entries[name], self.entries[other]

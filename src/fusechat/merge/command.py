@@ -113,6 +113,7 @@ def open_job(
     order = sorted(range(len(targets)), key=lambda index: targets[index] != settings.donor)  # the donor first
     references = [*([settings.base] if settings.base else []), *(targets[index] for index in order)]
     inputs = [Checkpoint.open(local_directory(reference), str(reference)) for reference in references]
+    settings.conditions.check(inputs)
     plan = make_plan(
         inputs,
         Checkpoint.open(donor, str(donor)) if donor else inputs[0],
@@ -144,16 +145,17 @@ def _layers(donor: Checkpoint, plan: Plan) -> dict[str, int]:
     counts: dict[str, int] = {}
     for stack, layer in filter(None, (stack_of(piece.name) for piece in plan.pieces)):
         counts[stack] = max(counts.get(stack, 0), layer + 1)
-    for config in (donor.config, donor.config.get("text_config")) if len(counts) == 1 else ():
-        if isinstance(config, dict) and isinstance(config.get("num_hidden_layers"), int):
-            return dict.fromkeys(counts, int(config["num_hidden_layers"]))
+    if len(counts) == 1 and donor.depth is not None:
+        return dict.fromkeys(counts, donor.depth)
     return counts
 
 
 def _names(targets: list[Reference]) -> list[str]:
     """The short names of models where they tell them apart, else the whole references."""
     short = [target.label for target in targets]
-    return short if len(set(short)) == len(short) else [str(target) for target in targets]
+    found = short if len(set(short)) == len(set(targets)) else [str(target) for target in targets]
+    before = [found[:number].count(name) for number, name in enumerate(found)]  # one may be listed twice
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(found, before, strict=True)]
 
 
 def _identity(settings: MergeFile, job: Job, resize: bool) -> str:

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusechat.core.progress import log
 from fusechat.core.references import Reference
 from fusechat.core.yaml_file import Document, Place, suggestion
 from fusechat.merge.mergekit_names import PARAMETERS
@@ -31,10 +32,14 @@ def read_inputs(document: Document) -> tuple[list[Input], Reference | None]:
     if isinstance(models, list) and models:
         for index, entry in enumerate(models):
             given = _entry(document, ("models", str(index)), entry)
-            if given and any(given.reference == other.reference for other in inputs):
+            twice = given and any(given.reference == other.reference for other in inputs)
+            if given and twice and document.content.get("merge_method") != "linear":
                 document.complain((*given.place, "model"), f"{given.reference} is listed twice")
             elif given:
                 inputs.append(given)
+                if twice:
+                    what = f"{given.reference} is listed twice, and the weights of both count"
+                    log.warning("%s", document.at((*given.place, "model"), what))
     elif models is not None:
         what = "lists no model" if models == [] else f"should be a list of models, not {shown(models)}"
         document.complain(("models",), what)

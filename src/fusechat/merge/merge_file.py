@@ -12,12 +12,12 @@ from fusechat.core.references import Reference
 from fusechat.core.yaml_file import Document, Place, kind, parse, read_text, second_document, suggestion
 from fusechat.errors import RecipeError
 from fusechat.merge import mergekit_names
+from fusechat.merge.accepted import Conditions, without_accepted
 from fusechat.merge.inputs import Input, read_inputs, read_mapping
 from fusechat.merge.methods import Method, load_method, method_names
 from fusechat.merge.parameters import Parameter, Values
 from fusechat.merge.values import Setting, position, read_setting, resolve, shown
 
-_KEYS = ("name", "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
 _DTYPES = ("float32", "bfloat16", "float16")
 _WHAT = "a merge configuration"
 
@@ -37,7 +37,8 @@ class MergeFile:
 
     `base`: what a method with `BASE` works on, None for the others. `targets`: what is merged, in the order listed, without that
     base. `donor`: the model whose configuration and tokenizer the merged one has. `dtype`: of the tensors written, None where
-    none is named. `name` is the title of the model's card, `source` the configuration as given. Local models are absolute paths.
+    none is named. `name` is the title of the model's card, `source` the configuration as given. `conditions`
+    are for the models to meet. Local models are absolute paths.
     """
 
     method: str
@@ -48,6 +49,7 @@ class MergeFile:
     dtype: str | None
     granularity: str
     source: dict[str, Any]
+    conditions: Conditions
     _document: Document = field(repr=False)
     _parameters: tuple[Parameter, ...] = field(repr=False)
     _shared: Scope = field(repr=False)
@@ -79,8 +81,10 @@ class MergeFile:
 def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
     """Checks all of it, and reads no model. Relative paths start at the current directory. Raises RecipeError."""
     document = _document(config)
+    source = document.content
     name, method = _name(document), _method(document)
     module = load_method(method) if method else None
+    document.content, conditions = without_accepted(document, module)
     _check_keys(document, module)
     dtypes = [_dtype(document, key) for key in ("out_dtype", "dtype")]
     faults = len(document.wrong)
@@ -91,9 +95,7 @@ def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
         raise RecipeError(*document.wrong)
     granularity = _granularity(document, module, raw)
     shared = _scope(document, module, ("parameters",), raw)
-    own = {
-        given.reference: _scope(document, module, (*given.place, "parameters"), given.parameters) for given in inputs
-    }
+    own = {given.place: _scope(document, module, (*given.place, "parameters"), given.parameters) for given in inputs}
     targets = [given for given in inputs if not (module.BASE and given.reference == base)]
     if named:  # else who is a target cannot be said
         _check_targets(document, module, targets)
@@ -109,11 +111,12 @@ def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
         donor=base or inputs[0].reference,
         dtype=dtypes[0] or dtypes[1],
         granularity=granularity,
-        source=document.content,
+        source=source,
+        conditions=conditions,
         _document=document,
         _parameters=module.PARAMETERS,
         _shared=shared,
-        _own=[own[target.reference] for target in targets],
+        _own=[own[target.place] for target in targets],
     )
 
 
@@ -150,7 +153,7 @@ def _method(document: Document) -> str | None:
     elif method in mergekit_names.METHODS:
         what = f"{method} is a method of mergekit that is not here{known}"
     else:
-        hint = suggestion(method, names)
+        hint = suggestion(method.lower(), names)
         what = f"no such method as {method!r}{known}{hint if hint != known else ''}"
     document.complain(("merge_method",), what)
     return None
@@ -159,7 +162,7 @@ def _method(document: Document) -> str | None:
 def _check_keys(document: Document, module: Method | None) -> None:
     parameters = {*mergekit_names.PARAMETERS, *(_known(module) if module else ())}
     for key, value in document.content.items():
-        if key in _KEYS:
+        if key in mergekit_names.KEYS:
             continue
         if key in mergekit_names.UNSUPPORTED:
             if value is not None:
@@ -167,7 +170,7 @@ def _check_keys(document: Document, module: Method | None) -> None:
         elif key in parameters:
             document.complain((key,), "belongs under parameters")
         else:
-            document.complain((key,), "unknown key" + suggestion(key, _KEYS))
+            document.complain((key,), "unknown key" + suggestion(key, mergekit_names.KEYS))
 
 
 def _known(module: Method) -> list[str]:
@@ -231,7 +234,7 @@ def _check_targets(document: Document, module: Method, targets: list[Input]) -> 
 
 
 def _check_required(
-    document: Document, module: Method, targets: list[Input], shared: Scope, own: dict[Reference, Scope]
+    document: Document, module: Method, targets: list[Input], shared: Scope, own: dict[Place, Scope]
 ) -> None:
     method = document.content["merge_method"]
     for parameter in module.PARAMETERS:
@@ -242,7 +245,7 @@ def _check_required(
             document.complain(("parameters", name), f"is missing: {method} has no default for it")
             continue
         for target in targets:
-            if name not in own[target.reference].settings:
+            if name not in own[target.place].settings:
                 what = f"{target.reference} has no {name}, for which {method} has no default"
                 also = "; merged by this method too, it should stand among the models"
                 document.complain(target.place, what + also * (target.place == ("base_model",)))

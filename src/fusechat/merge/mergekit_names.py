@@ -18,6 +18,9 @@ PARAMETERS = frozenset(
 )
 SILENT = frozenset({"int8_mask"})  # says how much memory a mask takes, and changes nothing in what is made
 
+# What is read of a configuration.
+KEYS = ("name", "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
+
 UNSUPPORTED = {
     "slices": "putting a model together from layers of others is not supported: list whole models under models",
     "modules": "merging the modules of a model apart is not supported: list whole models under models",
