@@ -174,7 +174,10 @@ def starts(rows: Prepared) -> dict[tuple[int, int | str], int]:
     """Which row starts at which byte of which response, or ends its turn; of several the first with a width."""
     found: dict[tuple[int, int | str], int] = {}
     for row, (response, begin, end, closing) in enumerate(
-        zip(*(c.tolist() for c in (rows.response, rows.begin, np.where(rows.lead, 0, rows.end), rows.end_of_turn)), strict=True)
+        zip(
+            *(c.tolist() for c in (rows.response, rows.begin, np.where(rows.lead, 0, rows.end), rows.end_of_turn)),
+            strict=True,
+        )
     ):
         if closing or end > max(begin, 0):
             found.setdefault((response, "end" if closing else max(begin, 0)), row)

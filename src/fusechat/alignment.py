@@ -14,7 +14,7 @@ from fusechat.capture import stage as capture
 from fusechat.config import PIVOT, Recipe
 from fusechat.core.progress import Advance, progress
 from fusechat.core.steps import Step
-from fusechat.pipeline import RECIPE, lock
+from fusechat.pipeline import RECIPE, lock, of_day
 from fusechat.prepare import stage as prepare
 from fusechat.recipe_file import save_recipe
 from fusechat.settle import settled
@@ -53,6 +53,7 @@ _MORE = (("unaligned", "condition", "condition"), ("look_ahead", True, "ahead"),
 def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> list[dict[str, Any]]:
     """A record for each source, k and strategy. Counts on the training set, measures on the held-out one, which the source is
     run over once. Raises RecipeError for a source without held-out conversations."""
+    recipe = of_day(recipe, workdir)
     held_out = {source: recipe.validation_set(source) for source in recipe.sources}
     records = []
     with lock(recipe, workdir):

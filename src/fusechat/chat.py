@@ -4,16 +4,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.chatters import Chatter
+from fusechat.core.chatters import Chatter, with_template
 from fusechat.core.conversations import Message
+from fusechat.core.dates import day_of
 from fusechat.core.references import Reference
 from fusechat.errors import ModelError
 
 
 def talk(
-    model: str, *, system: str | None, max_new_tokens: int, temperature: float, seed: int, device: str | None
+    model: str,
+    *,
+    system: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    device: str | None,
+    chat_template: str | None = None,
 ) -> None:
-    """Reads questions until the end of input and streams the answers to stdout, keeping the conversation."""
+    """Reads questions until the end of input and streams the answers to stdout, keeping the conversation. `chat_template`: the name
+    of one of the model's own, or a file."""
     import torch
     from transformers import TextStreamer
 
@@ -24,7 +33,7 @@ def talk(
     problem = reference.check()
     if problem:
         raise ModelError(problem)
-    chatter = Chatter(model, reference)
+    chatter = with_template(Chatter(model, reference, date=day_of(Path(model).resolve())), chat_template)
     template = chatter.template()
     tokenizer, place = template.tokenizer, choose_device(device)
     network = chatter.model(dtype=default_dtype(place), device=place)

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fusechat.cli_eval import Changes, RecipeFile, measure
+from fusechat.cli_eval import measure
+from fusechat.cli_options import Changes, RecipeFile, TemplateChoice
 from fusechat.core import ranks
 from fusechat.errors import FuseChatError, storage_error
 
@@ -169,11 +170,13 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the most likely token.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="For a temperature above 0.")] = 0,
     device: Annotated[str | None, typer.Option(help="[default: what is there]")] = None,
+    chat_template: TemplateChoice = None,
 ) -> None:
     """Talk to a model. Questions come from the terminal, or a line each from standard input."""
     from fusechat.chat import talk
 
-    talk(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, device=device)
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "device": device}
+    talk(model, system=system, chat_template=chat_template, **how)
 
 
 @app.command()

@@ -8,37 +8,28 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from fusechat.cli_options import (
+    AsJson,
+    BatchTokens,
+    Changes,
+    Concurrency,
+    Device,
+    Dtype,
+    EstimateOnly,
+    JudgeModel,
+    JudgeUrl,
+    Limit,
+    Models,
+    Out,
+    RecipeFile,
+    Seed,
+    TemplateChoice,
+    Timeout,
+    WorkDir,
+)
 from fusechat.errors import RecipeError
 
 measure = typer.Typer(no_args_is_help=True, help="Measure a model, or an alignment.")
-Models = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[MODEL]…",
-        help="A directory or other model reference, URL#NAME of a server, or with --workdir pivot, source-NAME, "
-        "target-NAME, fused. LABEL=MODEL gives it another name.",
-        show_default=False,
-    ),
-]
-WorkDir = Annotated[Path | None, typer.Option(help="A run: its models, all without MODEL, and its report.")]
-Out = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: evaluate/results.json]")]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="So many questions only, for a trial.")]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="[default: bfloat16 on a GPU, else float32]")
-]
-Device = Annotated[str | None, typer.Option(help="[default: what is there]")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a batch at most, with the room for answers.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of answers at a temperature above 0, and of few-shot examples.")]
-JudgeUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server: https://…/v1.", show_default=False)]
-JudgeModel = Annotated[str | None, typer.Option(help="The judge's name there.", show_default=False)]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")]
-EstimateOnly = Annotated[
-    bool, typer.Option("--estimate", help="Stop before the judge is asked; print what it would cost.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the records as JSON, for a script to read.")]
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
-Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe.")]
 
 
 @measure.command("mt-bench")
@@ -57,6 +48,7 @@ def mt_bench(
     limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 1024,
     judge_max_tokens: Annotated[int, typer.Option(min=1, help="The longest judgement.")] = 2048,
+    chat_template: TemplateChoice = None,
     workdir: WorkDir = None,
     out: Out = None,
     dtype: Dtype = None,
@@ -77,7 +69,10 @@ def mt_bench(
         raise RecipeError("--baseline: nothing is compared with it; --mode pairwise does")
     loaded = questions.load(data, reference=reference)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
-    with evaluation("mt-bench", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
+    with (
+        evaluation("mt-bench", models or [], workdir=workdir, out=out, chat_template=chat_template) as found,
+        _stopping() as announce,
+    ):
         how: dict[str, Any] = {**resolved(dtype, device), "batch_tokens": batch_tokens, "seed": seed}
         measured, settings = suite.run(
             found.subjects,
@@ -112,6 +107,7 @@ def alpaca_eval(
     limit: Limit = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 2048,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the answers.")] = 0.0,
+    chat_template: TemplateChoice = None,
     workdir: WorkDir = None,
     out: Out = None,
     dtype: Dtype = None,
@@ -129,7 +125,7 @@ def alpaca_eval(
     from fusechat.evaluation import evaluation, finish, resolved
 
     if annotations is not None:
-        if models or workdir or judge_url or judge_model or limit or estimate:
+        if models or workdir or judge_url or judge_model or limit or estimate or chat_template:
             raise RecipeError("--annotations: goes with --data and --out only, without MODEL and judge")
         with evaluation("alpaca-eval", [], workdir=None, out=out, needs_models=False) as found:
             gamed = None if data is None else data / "df_gamed.csv" if data.is_dir() else data
@@ -138,7 +134,10 @@ def alpaca_eval(
         return
     loaded = instructions.load(data)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
-    with evaluation("alpaca-eval", models or [], workdir=workdir, out=out) as found, _stopping() as announce:
+    with (
+        evaluation("alpaca-eval", models or [], workdir=workdir, out=out, chat_template=chat_template) as found,
+        _stopping() as announce,
+    ):
         how: dict[str, Any] = {**resolved(dtype, device), "batch_tokens": batch_tokens, "seed": seed}
         measured, settings = suite.run(
             found.subjects,
@@ -164,6 +163,7 @@ def harness(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of a batch.")] = 8,
     limit: Limit = None,
+    chat_template: TemplateChoice = None,
     workdir: WorkDir = None,
     out: Out = None,
     dtype: Dtype = None,
@@ -179,7 +179,8 @@ def harness(
     if not names:
         raise RecipeError("--tasks: names no task")
     manager = suite.check_tasks(names, include)
-    with evaluation("harness", models or [], workdir=workdir, out=out) as found:
+    places: dict[str, Any] = {"workdir": workdir, "out": out, "chat_template": chat_template}
+    with evaluation("harness", models or [], **places) as found:
         how: dict[str, Any] = {**resolved(dtype, device), "batch_size": batch_size, "limit": limit}
         how |= {"few_shot": few_shot, "seed": seed}
         options: dict[str, Any] = {"tasks": names, "manager": manager, "include": include, "directory": found.directory}
@@ -194,6 +195,7 @@ def bits_per_byte(
     limit: Limit = None,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens; responses that end later are left out.")] = 2048,
     on_error: Annotated[Literal["stop", "skip"], typer.Option(help="What to do about malformed lines.")] = "stop",
+    chat_template: TemplateChoice = None,
     workdir: WorkDir = None,
     out: Out = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
@@ -207,7 +209,8 @@ def bits_per_byte(
 
     if data is None:
         raise RecipeError("--data: names no file of conversations")
-    with evaluation("bits-per-byte", models or [], workdir=workdir, out=out) as found:
+    places: dict[str, Any] = {"workdir": workdir, "out": out, "chat_template": chat_template}
+    with evaluation("bits-per-byte", models or [], **places) as found:
         how: dict[str, Any] = {"limit": limit, "max_length": max_length, "dtype": dtype, "batch_tokens": batch_tokens}
         measured, settings = score(found.subjects, data=data, on_error=on_error, device=device, **how)
         _show(finish(found, measured, settings), found, as_json)

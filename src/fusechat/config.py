@@ -1,12 +1,22 @@
 """The recipe: what a user writes, checked as a whole before any work. Its sections are in `sections.py`, reading the file in
 `recipe_file.py`."""
 
+import datetime
+import json
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from fusechat.core.chatters import Chatter
+from fusechat.core.chatters import Chatter, is_template_file
 from fusechat.core.conversations import DataSet
 from fusechat.errors import RecipeError
 from fusechat.precision import Place, automatic, with_dtypes
@@ -29,7 +39,6 @@ from fusechat.sections import (
     SourceSpec,
     TrainingSet,
     TrainingSets,
-    is_template_file,
 )
 
 __all__ = ["COMMON", "FUSED", "PIVOT", "STAGES", "Recipe", "SourceSpec", "is_template_file"]
@@ -50,6 +59,12 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0)
     device: str | None = None
+    date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, value: Any) -> Any:
+        return value.isoformat() if type(value) is datetime.date else value
 
     _automatic: tuple[Place, ...] = PrivateAttr(())
 
@@ -149,7 +164,10 @@ class Recipe(Section):
 
     def chatter(self, name: str) -> Chatter:
         spec = self.pivot if name == PIVOT else self.sources[name]
-        return Chatter(name, spec.reference, spec.chat_template)
+        given = spec.chat_template
+        text, own = (given, None) if given is None or isinstance(given, str) else (None, given.name)
+        variables = json.dumps(spec.chat_template_kwargs, sort_keys=True) if spec.chat_template_kwargs else ""
+        return Chatter(name, spec.reference, text, own, variables, self.date)
 
     def teachers(self) -> dict[str, list[str]]:
         """Every target, and the sources that teach it: one of each source's name, then the recipe's own; none for plain SFT."""

@@ -68,19 +68,28 @@ class Evaluation:
 
 @contextmanager
 def evaluation(
-    suite: str, models: Sequence[str], *, workdir: Path | None, out: Path | None, needs_models: bool = True
+    suite: str,
+    models: Sequence[str],
+    *,
+    workdir: Path | None,
+    out: Path | None,
+    needs_models: bool = True,
+    chat_template: str | None = None,
 ) -> Iterator[Evaluation]:
     """Holds the directory of the results while the suite runs; see the module's docstring. Without `models` those of the run.
+    `chat_template`: of models given by themselves, the name of one of their own or a file.
 
     Raises RecipeError, ModelError and WorkdirError for what is not there.
     """
     if workdir is not None and out is not None:
         raise RecipeError("--out: the results of a run are kept in its --workdir; give one of the two")
+    if workdir is not None and chat_template is not None:
+        raise RecipeError("--chat-template: the recipe says which templates the models of a run have")
     with _told("--out" if workdir is None else "--workdir"), ExitStack() as held:
         if workdir is None:
             if not models and needs_models:
                 raise RecipeError("names no MODEL: give some, or the --workdir of a run")
-            subjects = [parse_model(text) for text in models]
+            subjects = [parse_model(text, chat_template) for text in models]
             check_labels(subjects)
             file = out or Path("evaluate") / RESULTS
             if file.is_dir():
@@ -188,7 +197,7 @@ def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject
         if model.made_by is not None:
             _refuse_unfinished(model.made_by, workdir)
         label = model.label if labels.count(model.label) == 1 else f"{model.label} ({model.role})"
-        chatter = Chatter(label, model.chatter.reference, model.chatter.chat_template)
+        chatter = replace(model.chatter, name=label)
         subjects.append(Subject(model.role, label, chatter, shown=model.label, name=name))
     if any(subject.role for subject in subjects) and not any(subject.role == PIVOT for subject in subjects):
         log.info("the pivot is measured as well: the others are compared with it")

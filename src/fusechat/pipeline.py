@@ -19,6 +19,7 @@ from fusechat.config import FUSED, PIVOT, STAGES, Recipe
 from fusechat.core import ranks
 from fusechat.core.chatters import Chatter
 from fusechat.core.conversations import DataSet, Questions
+from fusechat.core.dates import day_of, today
 from fusechat.core.gguf_together import convert_together
 from fusechat.core.left_out import tell
 from fusechat.core.lock import in_turn, only_one, together
@@ -40,8 +41,14 @@ __all__ = ["RECIPE", "build_steps", "run"]
 LOCK, STARTING = ".lock", ".starting.lock"
 
 
+def of_day(recipe: Recipe, workdir: Path) -> Recipe:
+    """The recipe with the day that chat templates are told: its own, else that on which the work directory was begun."""
+    return recipe if recipe.date else recipe.model_copy(update={"date": day_of(workdir) or today()})
+
+
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     """Every step of the recipe, upstream first. Raises DataError naming all data files that are not there."""
+    recipe = of_day(recipe, workdir)
     _check_files([*recipe.all_training_sets(), *_held_out(recipe)])
     targets = {target: _target(recipe, workdir, target) for target in recipe.teachers()}
     merged = merge.step(recipe, workdir, {name: targets[name] for name in recipe.merged_targets()})
@@ -142,7 +149,7 @@ def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[R
     ):
         trust = recipe.pivot.reference.trust_remote_code
         reference = Reference((str(step.directory / "model"),), trust_remote_code=trust)
-        models.append(RunModel(role, name, label, Chatter(name, reference), step))
+        models.append(RunModel(role, name, label, Chatter(name, reference, date=recipe.date), step))
     called = Counter((model.role, model.label) for model in models)
     return [replace(one, label=one.name) if called[one.role, one.label] > 1 else one for one in models]
 
@@ -183,6 +190,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
 
     Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `core/ranks.py`.
     """
+    recipe = ranks.from_first(partial(of_day, recipe, workdir))
     with beside_others(recipe, workdir, until=until, only=only) as recipe:
         ranks.on_every_machine(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)

@@ -8,7 +8,8 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fusechat.config import Recipe, is_template_file
+from fusechat.config import Recipe
+from fusechat.core.chatters import is_template_file
 from fusechat.core.data_files import suffix_of
 from fusechat.core.files import write_text
 from fusechat.core.yaml_file import Document, Loader, kind, parse, read_text, suggestion

@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from fusechat.core.chatters import is_template_file
+from fusechat.core.records import refuse_taken
 from fusechat.core.references import COMMIT, Reference
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -57,13 +59,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class TemplateName(Section):
+    name: str
+
+
 class ModelSpec(Section):
     """A chat LLM. In a recipe a bare reference stands for `{model: reference}`."""
 
     model: str | None = None
     wheel: list[str] | None = None
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
-    chat_template: str | None = None
+    chat_template: str | TemplateName | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     trust_remote_code: bool = False
     commit: Commit | None = None
 
@@ -87,7 +94,8 @@ class ModelSpec(Section):
         problem = self.reference.check()
         if problem:
             raise ValueError(problem)
-        if self.chat_template is not None and is_template_file(self.chat_template):
+        refuse_taken(self.chat_template_kwargs or {})
+        if isinstance(self.chat_template, str) and is_template_file(self.chat_template):
             raise ValueError(f"chat_template: {self.chat_template}: no such file")
         if self.sha256 and not self.reference.is_wheel:
             raise ValueError("sha256 goes with a wheel: reference")
@@ -295,8 +303,3 @@ class Evaluate(Section):
     batch_tokens: int = Field(default=2048, ge=1)
     answers: int = Field(default=4, ge=0)
     answer_tokens: int = Field(default=128, ge=1)
-
-
-def is_template_file(text: str) -> bool:
-    """Whether a chat template is given as the name of a file: `template.jinja`."""
-    return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text

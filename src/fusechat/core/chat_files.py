@@ -22,7 +22,7 @@ def write_chat_files(chatter: Chatter, directory: Path, *, name: str) -> None:
     tokenizer = copy.deepcopy(template.tokenizer)  # it is shared by all who load it
     tokenizer.chat_template = found.template
     ends = template.end_of_turn
-    if chatter.chat_template is not None and ends is not None:
+    if (chatter.chat_template is not None or chatter.template_name) and ends is not None:
         end = tokenizer.convert_ids_to_tokens(ends)
         if tokenizer.eos_token != end and "eos_token" in found.template:
             log.warning(

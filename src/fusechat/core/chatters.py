@@ -1,21 +1,29 @@
 """A chat LLM that takes part in a fusion: its reference, its name in the work directory, its template."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fusechat.core.dates import asks_for_the_day, is_dated
 from fusechat.core.files import digest_json
-from fusechat.core.references import Reference, identity, local_directory
+from fusechat.core.references import Reference, at_hand, configuration, identity, local_directory
+from fusechat.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class Chatter:
-    """`name` is `pivot` or the source's key in the recipe; `chat_template` overrides the model's own."""
+    """`name` is `pivot` or the source's key in the recipe; `chat_template` overrides the model's own, `template_name` says which
+    one of several; `variables`: what the template reads where a conversation says nothing, as JSON; `date`: what it is told of
+    the day."""
 
     name: str
     reference: Reference
     chat_template: str | None = None
+    template_name: str | None = None
+    variables: str = ""
+    date: str | None = None
 
     @cached_property
     def identity(self) -> str:
@@ -30,7 +38,27 @@ class Chatter:
     @property
     def tokenizer_identity(self) -> str:
         """What the tokens of a conversation depend on."""
-        return digest_json([self.identity, self.chat_template, self.reference.trust_remote_code])
+        day = [self.date] if self.date and self._is_dated else []
+        return digest_json([self.identity, self.chat_template, self.reference.trust_remote_code, *self._choices, *day])
+
+    @property
+    def template_key(self) -> Any:
+        """What is said of its template, as fingerprints have it."""
+        return [self.chat_template, *self._choices] if self._choices else self.chat_template
+
+    @property
+    def _choices(self) -> list[str | None]:
+        return [self.template_name, self.variables] if self.template_name or self.variables else []
+
+    @cached_property
+    def _is_dated(self) -> bool:
+        """Whether its template asks for the day. A wheel is looked into once it is here."""
+        if self.chat_template is not None:
+            return is_dated(self.chat_template)
+        if self.reference.is_file and not self.reference.is_wheel:
+            return asks_for_the_day(Path(self.reference.parts[0]))
+        path = at_hand(self.reference) if self.reference.is_wheel else configuration(self.reference)
+        return path is not None and asks_for_the_day(path)
 
     def tokenizer(self) -> Any:
         from fusechat.core.tokenizer import load_tokenizer
@@ -47,7 +75,15 @@ class Chatter:
         from fusechat.core.templates import ChatTemplate
 
         name = f"{self.name} ({self.reference})"
-        return ChatTemplate(self.tokenizer(), self.chat_template, name, by_class=self.class_tokenizer())
+        return ChatTemplate(
+            self.tokenizer(),
+            self.chat_template,
+            name,
+            name=self.template_name,
+            variables=json.loads(self.variables or "{}"),
+            date=self.date,
+            by_class=self.class_tokenizer(),
+        )
 
     def vocabulary_size(self) -> int:
         """How many tokens the model knows; a padded vocabulary has more than the tokenizer."""
@@ -69,3 +105,20 @@ class Chatter:
 
         trust = self.reference.trust_remote_code
         return load_model(self.directory, dtype=dtype, device=device, trust_remote_code=trust, **spread)
+
+
+def is_template_file(text: str) -> bool:
+    """Whether a chat template is given as the name of a file: `template.jinja`."""
+    return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text
+
+
+def with_template(chatter: Chatter, given: str | None) -> Chatter:
+    """With the chat template that a command line names: a file, or one of the model's own. Raises RecipeError."""
+    if given is None:
+        return chatter
+    if not is_template_file(given):
+        return replace(chatter, template_name=given)
+    try:
+        return replace(chatter, chat_template=Path(given).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--chat-template {given}: cannot be read ({error})") from None

@@ -24,6 +24,19 @@ _ROLES = {
 _KNOWN = "system, user, assistant, tool"
 _LISTS = ("messages", "conversations", "conversation")
 _SYSTEM = ("system", "system_prompt")
+_TAKEN = {
+    *(
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "continue_final_message",
+    ),
+    *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
+}
 # Names of a record or a message that tell it from others, and say nothing of what it holds.
 _LABELS = {
     *("id", "_id", "idx", "index", "uuid", "hash", "source", "dataset", "split", "timestamp"),
@@ -41,11 +54,19 @@ def conversation_of(record: Any, where: str) -> Conversation:
     variables = record.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         raise ValueError(f'"chat_template_kwargs" is {type(variables).__name__}, not an object')
+    refuse_taken(variables)
     read |= {"tools", "chat_template_kwargs"} | _LABELS
     unused = {key: _digest(value) for key, value in record.items() if key not in read and value is not None}
     for value in (tools, variables):
         _refuse_half_pairs(value, "the record")
     return Conversation(messages, where, tools, variables, unused)
+
+
+def refuse_taken(variables: dict[str, Any]) -> None:
+    """Raises ValueError for names that are no variables of a template, or not for a user to set."""
+    for key in variables:
+        if not key.isidentifier() or key in _TAKEN:
+            raise ValueError(f"chat_template_kwargs: {key} is no variable that a template could be given")
 
 
 def _turns(record: dict[str, Any]) -> tuple[tuple[Message, ...], set[str]]:

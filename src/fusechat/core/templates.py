@@ -5,12 +5,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from fusechat.core.dates import dated
 from fusechat.core.messages import Conversation, Message
+from fusechat.core.progress import log
 from fusechat.core.responses import OPEN, REASONING, Place, UnrenderableError, places, response_places, words_offset
 from fusechat.core.spans import encode_with_spans
 from fusechat.core.token_bytes import token_bytes
@@ -47,7 +49,8 @@ class Rendered:
 class ChatTemplate:
     """One model's chat template: its own, or the one that the recipe gives.
 
-    `variables` are given to it at every rendering; those of a conversation come before them. `date` (year-month-day): what it
+    `name`: which one of its own, of a model that has several. `variables` are given to it at every rendering; those of a
+    conversation come before them. `date` (year-month-day): what it
     is told of the day, None for today. `end_of_turn` is the id of the token that the template writes after a response, or None
     where it writes none. `by_class`: the tokenizer that Transformers' class for the model is, where that differs from
     `tokenizer.json`.
@@ -59,12 +62,13 @@ class ChatTemplate:
         template: str | None,
         model: str,
         *,
+        name: str | None = None,
         variables: Mapping[str, Any] | None = None,
         date: str | None = None,
         by_class: Any | None = None,
     ) -> None:
         self.tokenizer, self._by_class = tokenizer, by_class
-        self.template, self.date = choose_template(template or tokenizer.chat_template, None, model), date
+        self.template, self.date = template or choose_template(tokenizer.chat_template, name, model), date
         self._dated = dated(self.template, date)
         self.variables = dict(variables or {})
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -104,6 +108,10 @@ class ChatTemplate:
                 raise
             return self.prompt(folded)
         return answered[: self._asked(messages, answered, answered.rindex(OPEN))]
+
+    def on_its_day(self, template: str) -> str:
+        """The text of a template, which asks for today, with the day that this one is told."""
+        return dated(template, self.date)
 
     def text(self, messages: Sequence[Message], *, ask: bool = False) -> str:
         """What the template writes for these messages, with its own generation prompt where `ask` is set. Raises UnrenderableError
@@ -244,11 +252,21 @@ def choose_template(given: Any, name: str | None, model: str) -> str:
             return given
         raise ModelError(f"{model}: has one chat template without a name, none called {name}")
     names = ", ".join(sorted(given))
+    if name is None and "default" in given:
+        _tell_names(model, names)
     if (name or "default") not in given:
         raise ModelError(
             f"{model}: has no chat template {name or 'default'}; it has {names}: choose one by chat_template: {{name: …}}"
         )
     return str(given[name or "default"])
+
+
+@cache
+def _tell_names(model: str, names: str) -> None:
+    """Once for each model."""
+    log.warning(
+        "%s: has several chat templates (%s); default is used: chat_template: {name: …} takes another", model, names
+    )
 
 
 def _as_text(turn: dict[str, Any]) -> dict[str, Any]:

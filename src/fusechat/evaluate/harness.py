@@ -145,7 +145,7 @@ def _measure(
     asks = asking(template)
     if not asks.exact:
         log.warning("harness: %s: %s", chatter.name, asks.note)
-    tokenizer.chat_template = asks.template
+    tokenizer.chat_template = template.on_its_day(asks.template)
     if pad is not None:
         tokenizer.pad_token_id = padding(tokenizer, chatter.vocabulary_size())
     try:

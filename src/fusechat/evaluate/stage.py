@@ -91,7 +91,7 @@ def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: lis
     chatter, made_by = subject.chatter, subject.made_by
     settings = {
         "model": None if made_by else chatter.identity,
-        "template": chatter.chat_template,
+        "template": chatter.template_key,
         "data": {data.name: data.identity() for data in held_out},
         "answers": recipe.evaluate.answers,
         "tokens": recipe.evaluate.answer_tokens,

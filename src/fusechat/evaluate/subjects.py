@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.core.chatters import Chatter
+from fusechat.core.chatters import Chatter, with_template
+from fusechat.core.dates import day_of
 from fusechat.core.references import Reference
 from fusechat.errors import ModelError, RecipeError
 
@@ -58,8 +59,9 @@ class Subject:
         return self.chatter
 
 
-def parse_model(text: str) -> Subject:
-    """A subject without a role. Raises ModelError where nothing is of that name, RecipeError for half of one."""
+def parse_model(text: str, chat_template: str | None = None) -> Subject:
+    """A subject without a role. `chat_template`: the name of one of its own, or a file.
+    Raises ModelError where nothing is of that name, RecipeError for half of one."""
     labelled = None if Path(text).exists() else _LABELLED.fullmatch(text)
     label, model = (labelled["label"], labelled["model"]) if labelled else (None, text)
     url = _URL.fullmatch(model)
@@ -78,7 +80,8 @@ def parse_model(text: str) -> Subject:
     if problem:
         raise ModelError(problem)
     name = label or (model.rstrip("/") if path.is_dir() else reference.label)
-    return Subject("", name, chatter=Chatter(name, reference))
+    chatter = Chatter(name, reference, date=day_of(path.resolve()))
+    return Subject("", name, chatter=with_template(chatter, chat_template))
 
 
 def check_labels(subjects: Sequence[Subject]) -> None:

@@ -81,7 +81,7 @@ def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], h
     settings = {
         **recipe.fuse.model_dump(exclude=unread),
         "pivot": pivot.identity,
-        "chat_template": pivot.chat_template,
+        "chat_template": pivot.template_key,
         "seed": recipe.seed,
         "device": recipe.device,
         "teachers": recipe.teachers()[target] if is_taught(recipe, target) else [],

@@ -22,7 +22,7 @@ def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
     settings = {
         **recipe.merge.model_dump(),
         "pivot": pivot.identity,
-        "chat_template": pivot.chat_template,
+        "chat_template": pivot.template_key,
         "name": recipe.name,
         "sources": {name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
         "seed": recipe.seed,

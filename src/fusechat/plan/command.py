@@ -14,7 +14,7 @@ from fusechat.core.gguf_together import convert_together
 from fusechat.core.steps import Step
 from fusechat.errors import FuseChatError
 from fusechat.fuse import stage as fuse
-from fusechat.pipeline import build_steps, evaluation_texts
+from fusechat.pipeline import build_steps, evaluation_texts, of_day
 from fusechat.plan import checks, estimate
 from fusechat.plan.arguments import training_of
 from fusechat.plan.devices import Device
@@ -52,6 +52,7 @@ _unread = lru_cache(maxsize=None)(Unread.of)
 def make_plan(recipe: Recipe, workdir: Path, device: Device, *, conversations: int | None = None) -> Plan:
     """What `recipe` takes on `device`. `conversations`: as if the training sets had so many together, of the same kind. Raises
     FuseChatError with all models and data sets of which nothing can be known."""
+    recipe = of_day(recipe, workdir)
     planned = _Planned.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
     return _Planner(planned, workdir, device, conversations).plan()
 

@@ -1,5 +1,6 @@
 """A model of which configuration and tokenizer are read, and neither weights nor their checksums."""
 
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
@@ -19,4 +20,4 @@ class Unread(Chatter):
 
     @classmethod
     def of(cls, chatter: Chatter) -> "Unread":
-        return cls(chatter.name, chatter.reference, chatter.chat_template)
+        return cls(*(getattr(chatter, field.name) for field in fields(chatter)))
