@@ -137,7 +137,7 @@ def resolved(dtype: str | None, device: str | None) -> dict[str, str]:
 
 def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any]) -> list[Record]:
     """Writes the records and the results, of a run its report too; returns the records of these models."""
-    used = {**versions(), **_library_versions(evaluated.suite)}
+    used = versions(*_LIBRARIES.get(evaluated.suite, ()))
     roles = {subject.label: subject.role for subject in evaluated.subjects}
     identities = {subject.label: subject.identity for subject in evaluated.subjects}
     new = records(
@@ -222,18 +222,6 @@ def _write_again(recipe: Recipe, workdir: Path) -> None:
         return
     results.run()
     page.run()
-
-
-def _library_versions(suite: str) -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in _LIBRARIES.get(suite, ()):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 def bits_per_byte(

@@ -16,9 +16,10 @@ BEFORE = "seconds_before"  # of timings: what killed runs had spent before the o
 _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
+    """Of this package, those that results rest on, and `more` of them."""
     found = {}
-    for name in _VERSIONS:
+    for name in (*_VERSIONS, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
