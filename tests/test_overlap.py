@@ -288,7 +288,8 @@ def test_it_is_told_before_any_capture(recipe: Path, heard: list[str]) -> None:
     ]
     assert [Path(hit["training"]).name for hit in hits] == ["train.jsonl:8", "train.jsonl:9", "train.jsonl:10"]
     told = "3 of 5 conversations of data-held-out are in the training data (3 same conversation)"
-    assert heard == [f"prepare overlap: {told}: see {work / 'prepare' / 'overlap' / 'overlap.jsonl'}"]
+    line = f"prepare overlap: {told}: see {work / 'prepare' / 'overlap' / 'overlap.jsonl'}"
+    assert [one for one in heard if one.startswith("prepare overlap")] == [line]
     pairs = json.loads((work / "prepare" / "overlap" / "manifest.json").read_text())["counts"]["pairs"]
     named = {(pair["evaluation"], pair["training"]): sum(pair["found"].values()) for pair in pairs}
     expected = {("data-held-out", "data"): 3, ("data-held-out", "gemma"): 0}
@@ -296,7 +297,7 @@ def test_it_is_told_before_any_capture(recipe: Path, heard: list[str]) -> None:
     assert {key: count for key, count in named.items() if key[0].endswith("held-out")} == expected
     heard.clear()
     run(load_recipe(recipe), work, until="prepare")
-    assert heard == []
+    assert not [one for one in heard if one.startswith("prepare overlap")]
 
 
 def test_it_stops_where_the_recipe_says_so(recipe: Path) -> None:

@@ -109,11 +109,8 @@ def status(
         rows.append((step.label, "running", "", None) if step.running else (step.label, state, why, lost))
     if as_json:
         found = [
-            {
-                **dict(zip(("step", "state", "why"), row, strict=False)),
-                **({"left_out": row[3].reasons} if row[3] else {}),
-            }
-            for row in rows
+            {"step": label, "state": now, "why": reason} | ({"left_out": lost.reasons} if lost else {})
+            for label, now, reason, lost in rows
         ]
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return

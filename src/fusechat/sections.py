@@ -50,8 +50,6 @@ def _device_map(value: Any) -> Any:
 
 
 DeviceMap = Annotated[Any, AfterValidator(_device_map)]
-
-
 Commit = Annotated[str, StringConstraints(pattern=f"^{COMMIT}$")]
 
 
@@ -105,11 +103,8 @@ class ModelSpec(Section):
 
     @property
     def reference(self) -> Reference:
-        parts = (
-            (self.model,)
-            if self.model
-            else tuple(part if part.startswith("wheel:") else f"wheel:{part}" for part in self.wheel or ())
-        )
+        wheels = (part if part.startswith("wheel:") else f"wheel:{part}" for part in self.wheel or ())
+        parts = (self.model,) if self.model else tuple(wheels)
         return Reference(parts, self.sha256, self.trust_remote_code, self.commit)
 
 
