@@ -60,7 +60,7 @@ def names(directory: Path) -> set[str]:
 
 
 def test_a_merge_by_hub_ids_gives_the_directory_that_local_copies_give(pair: list[Path], tmp_path: Path) -> None:
-    """One id has no owner. What is not read is not fetched, and again nothing is."""
+    """One id has no owner. What is not read is not fetched, and what was fetched serves without the hub."""
     merge(configuration("task_arithmetic", pair, HALF), tmp_path / "local")
     config = configuration("task_arithmetic", [Path("org/base"), Path("gpt2")], HALF)
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(config))
@@ -68,6 +68,12 @@ def test_a_merge_by_hub_ids_gives_the_directory_that_local_copies_give(pair: lis
         environment = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
         ended = runs.fusechat("merge", tmp_path / "merge.yaml", tmp_path / "out", **environment)
         assert ended.returncode == 0, ended.stderr
+    environment["HF_HUB_OFFLINE"] = "1"
+    offline = runs.fusechat("merge", tmp_path / "merge.yaml", tmp_path / "offline", **environment)
+    assert offline.returncode == 0, offline.stderr
+    environment["HF_HUB_OFFLINE"] = "0"  # and no hub is there any more
+    gone = runs.fusechat("merge", tmp_path / "merge.yaml", tmp_path / "gone", **environment)
+    assert gone.returncode == 0, gone.stderr
     for file in names(tmp_path / "local") - {"README.md", "merge_report.json"}:
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "local" / file).read_bytes(), file
     own = {"config.json", "README.md", "merge_report.json", "model.safetensors"}

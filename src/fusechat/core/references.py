@@ -123,13 +123,22 @@ def at_hand(reference: Reference) -> Path | None:
     path = Path(reference.parts[0])
     if path.is_dir():
         return path
-    from huggingface_hub import snapshot_download
+    return _fetched(reference)
+
+
+def _fetched(reference: Reference) -> Path | None:
+    """What has been fetched of a hub model before, which is not all that the hub has."""
+    from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = reference.parts[0].partition("@")
-    try:
-        return Path(snapshot_download(name, revision=reference.commit or revision or None, local_files_only=True))
-    except Exception:  # of many kinds; all mean that it is not here
-        return None
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            found = try_to_load_from_cache(name, file, revision=reference.commit or revision or None)
+        except Exception:  # no name that the hub could have
+            return None
+        if isinstance(found, str):
+            return Path(found).parent
+    return None
 
 
 def resolve(kind: str, asked: str) -> str:
@@ -190,18 +199,20 @@ def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     name, _, branch = reference.parts[0].partition("@")
-    revision = reference.commit or branch or None
+    at = reference.commit or branch or None
     try:
         try:
-            info = HfApi().model_info(name, revision=revision)
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except OSError:  # no network, or none wanted: what is at hand
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        files = [part.rfilename for part in info.siblings or ()]
-        snapshot = Path(snapshot_download(name, revision=info.sha, allow_patterns=_exactly(to_fetch(files))))
+            files = [part.rfilename for part in HfApi().model_info(name, revision=at).siblings or ()]
+        except Exception as error:  # of many kinds: no network, or none wanted; what is at hand is taken
+            gone = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
+            fetched = None if gone else _fetched(reference)
+            if fetched is None:
+                raise
+            return fetched
+        snapshot = Path(snapshot_download(name, revision=at, allow_patterns=_exactly(to_fetch(files))))
+        at = snapshot.name  # the same commit, should the branch move meanwhile
         wanted = [*to_fetch(files, snapshot), *(weight_files(files, snapshot) if weights else [])]
-        return Path(snapshot_download(name, revision=info.sha, allow_patterns=_exactly(wanted)))
+        return Path(snapshot_download(name, revision=at, allow_patterns=_exactly(wanted)))
     except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
         reason = first_line(error)
         raise ModelError(f"{reference}: no such directory, and the hub gave no such model ({reason})") from error
