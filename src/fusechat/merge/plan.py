@@ -84,12 +84,7 @@ def make_plan(
             missing.append(Missing(name, lacking, next(n for n, source in enumerate(found) if source is not None)))
             continue
         try:
-            entries = [checkpoint.entries[source] for checkpoint, source in zip(inputs, sources, strict=False)]
-            merged = _merged(name, inputs, entries, allow_vocab_resize)
-            merged = 0 if name in only_base else merged
-            like = donor.entries.get(name, entries[0])
-            code = _output(dtype, like, entries)
-            pieces.append(Piece(name, entries[0].shape, code, tuple(sources), entries[0].size, merged))
+            pieces.append(_piece(name, inputs, sources, donor, dtype=dtype, resize=allow_vocab_resize))
         except ModelError as error:
             problems += error.messages
     problems = [*missing_lines(inputs, missing), *problems]
@@ -97,6 +92,18 @@ def make_plan(
         more = [f"and {len(problems) - 20} more of this kind"] if len(problems) > 20 else []
         raise ModelError(*problems[:20], *more)
     return Plan(pieces, left_out, only_base, ties.untie)
+
+
+def _piece(
+    name: str, inputs: list[Checkpoint], sources: list[str], donor: Checkpoint, *, dtype: str, resize: bool
+) -> Piece:
+    """The tensor as the output has it; copied where only the first input has a source. Raises ModelError."""
+    entries = [checkpoint.entries[source] for checkpoint, source in zip(inputs, sources, strict=False)]
+    merged = _merged(name, inputs, entries, resize)
+    code = _output(dtype, donor.entries.get(name, entries[0]), entries)
+    return Piece(
+        name, entries[0].shape, code, tuple(sources), entries[0].size, merged if len(entries) == len(inputs) else 0
+    )
 
 
 def _in_question(inputs: list[Checkpoint]) -> bool:
