@@ -1,10 +1,10 @@
 """What a step's manifest says: what was written and whether it is still that, with which versions, how long it took, and how one's
 inputs differ from another's."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fusechat.core.beginnings import STARTED
 from fusechat.core.cache import fresh_digest, known_digest
@@ -13,6 +13,8 @@ MANIFEST, LOCK = "manifest.json", ".lock"
 FREED = "freed"  # a key: the files that were cleared away since
 BEFORE = "seconds_before"  # of timings: what killed runs had spent before the one that finished
 
+T = TypeVar("T")
+_answers: list[dict[Any, Any]] = []  # of the question that is open
 _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
 
 
@@ -37,6 +39,22 @@ def difference(old: Any, new: Any, path: str = "") -> str:
         one_sided = "" if key in old and key in new else "is new" if key in new else "is gone"
         found.append(f"{name} {one_sided}" if one_sided else difference(old[key], new[key], name))
     return "; ".join(found)
+
+
+def asked_once(key: Any, answer: Callable[[], T]) -> T:
+    """What a step answers about itself: while one question to a step leads to the same ones again and again, each is asked once."""
+    outermost = not _answers
+    answers = _answers[0] if _answers else {}
+    if outermost:
+        _answers.append(answers)
+    try:
+        if key not in answers:
+            answers[key] = answer()
+        found: T = answers[key]
+        return found
+    finally:
+        if outermost:
+            _answers.clear()
 
 
 def seconds_of(manifest: Mapping[str, Any]) -> float:

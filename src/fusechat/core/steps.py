@@ -18,7 +18,7 @@ from fusechat.core import manifests, ranks
 from fusechat.core.beginnings import STARTED, begin, beginning, lost, seconds_spent
 from fusechat.core.files import digest_json, remove, remove_partial
 from fusechat.core.lock import in_turn, is_held
-from fusechat.core.manifests import BEFORE, FREED, LOCK, MANIFEST, damaged, difference
+from fusechat.core.manifests import BEFORE, FREED, LOCK, MANIFEST, asked_once, damaged, difference
 from fusechat.core.progress import log
 from fusechat.core.seals import read_checked, write_checked
 from fusechat.core.usage import watch
@@ -84,6 +84,9 @@ class Step:
 
     def state(self) -> tuple[State, str]:
         """Where the step stands, and why."""
+        return asked_once((self.directory, self.fingerprint), self._state)
+
+    def _state(self) -> tuple[State, str]:
         manifest = self.manifest()
         if manifest is None:
             return self._begun()
@@ -136,7 +139,8 @@ class Step:
         manifest = self.manifest() if fingerprint != self.fingerprint else None
         if manifest is None or manifest.get("fingerprint") != fingerprint:
             return fingerprint == self.fingerprint
-        return not difference(self._as_now(manifest), self._counting)
+        key = self.directory, self.fingerprint, "known"
+        return asked_once(key, lambda: not difference(self._as_now(manifest), self._counting))
 
     def wrote(self, contents: str | None) -> bool:
         """Whether the step is finished, and that is the digest of its files."""
@@ -173,14 +177,11 @@ class Step:
                 above.run(needed=True)
         ranks.from_first(self._begin)
         began, peaks = time.monotonic(), watch()
-        counts = self.join(ranks.gather(self._work())) if self.join is not None else ranks.from_first(self._work)
+        work = naming_storage(self.directory)(partial(self.work, self.directory))
+        counts = self.join(ranks.gather(work())) if self.join is not None else ranks.from_first(work)
         timings = {"seconds": round(time.monotonic() - began, 3), **peaks()}  # of the last, completing run
         ranks.from_first(lambda: self._finish(counts, timings))
         return True
-
-    def _work(self) -> dict[str, Any]:
-        with naming_storage(self.directory):
-            return self.work(self.directory)
 
     def _settled(self, needed: bool) -> bool:
         state = self.state()[0]
