@@ -129,10 +129,8 @@ class FusionTrainer(Trainer):
         steps = self.state.global_step - self._logged_at
         if "loss" in logs and steps > 0:
             sums, taught = (sum(parts) for parts in zip(*ranks.gather((self._sums, self._taught)), strict=True))
-            if not self.args.average_tokens_across_devices:
-                sums /= (
-                    self.args.world_size
-                )  # each process has divided by its own tokens alone, so that theirs is a mean
+            if not self.args.average_tokens_across_devices:  # each has divided by its own tokens: theirs is a mean
+                sums /= self.args.world_size
             terms = ("sft_loss", "fusion_loss") if min(self.sft_weight) < 1 else ("sft_loss",)
             logs.update(zip(terms, (sums / steps).tolist(), strict=False))
             if self.train_dataset.rule.compares_with_student:
