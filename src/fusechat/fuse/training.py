@@ -127,7 +127,7 @@ def make_trainer(
             f"fuse.training.dataloader_drop_last: the {lost} conversations of an epoch make no whole batch, so that nothing would "
             "be learnt: leave it out, or set a smaller per_device_train_batch_size"
         )
-    if lost:
+    if lost and ranks.is_first():
         log.warning("fuse: dataloader_drop_last leaves %d of %d conversations out of every epoch", lost, data.an_epoch)
     with _logging_to(logs):
         trainer = FusionTrainer(
