@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import fusing
 import runs
 import tiny
 from fusechat.core.distributions import open_distributions
@@ -66,6 +67,40 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     before = runs.digests(finished / "work")
     assert run(load_recipe(finished / "recipe.yaml"), finished / "work") == 0
     assert runs.digests(finished / "work") == before
+
+
+def test_of_a_source_with_the_pivots_tokenizer_every_token_is_itself(
+    models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is aligned is then what was captured. Two templates: the end of turn of the one stands for the other's."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    twin = {"model": str(models["llama"]), "chat_template": template}
+    runs.write_recipe(tmp_path, models, sources={"twin": twin})
+    with caplog.at_level("INFO", logger="fusechat"):
+        run(load_recipe(tmp_path / "recipe.yaml"), tmp_path / "work", until="align")
+    counts = json.loads((tmp_path / "work/align/twin/manifest.json").read_text())["counts"]
+    assert counts["same_tokenizer"]
+    assert counts["map_rows_by_origin"]["same token"] > 0
+    assert "align twin: its tokenizer is the pivot's" in caplog.text
+    prepared = [PreparedSet(tmp_path / "work/prepare" / name / "data") for name in ("pivot", "twin")]
+    captured, aligned = (open_distributions(tmp_path / "work" / at) for at in ("capture/twin/data", "align/twin"))
+    for identity, number in prepared[0].row_of.items():
+        ours, theirs = prepared[0][number], prepared[1][prepared[1].row_of[identity]]
+        places = [
+            {
+                (int(each.response[row]), int(each.begin[row]), int(each.end[row])): row
+                for row in np.flatnonzero(~each.end_of_turn & ~each.lead & (each.begin > 0)).tolist()
+            }
+            for each in (ours, theirs)
+        ]
+        both = sorted(places[0].keys() & places[1].keys())
+        assert len(both) > 0.8 * len(places[0])
+        here, there = ([each[place] for place in both] for each in places)
+        rows, expected = aligned[identity].take(np.array(here)), captured[identity].take(np.array(there))
+        for one, other in zip(fusing.rows_of(rows), fusing.rows_of(expected), strict=True):
+            assert one == pytest.approx(other, rel=2e-3)
+        np.testing.assert_allclose(rows.tail, expected.tail, rtol=1e-4)
 
 
 def test_aligned_rows_conserve_mass_and_join_the_pivot_rows(finished: Path) -> None:
