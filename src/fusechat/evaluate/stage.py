@@ -185,17 +185,18 @@ def _answer(
 
 
 def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
-    """The first questions of the first conversations of every data set, in turn, with the answers that the data has."""
+    """The first questions of the first conversations of every data set, in turn, with the answers that the data has. Not of those
+    with tools, which a question alone would not tell of."""
     from fusechat.core.conversations import Conversation, read_conversations
 
     every = []
     for number, data in enumerate(held_out):
-        usable = (one for one in read_conversations(data) if isinstance(one, Conversation) and one.responses)
+        usable = (one for one in read_conversations(data) if isinstance(one, Conversation) and one.responses and not one.tools)
         every += [(place, number, data.name, one) for place, one in enumerate(islice(usable, count))]
     chosen = sorted(every, key=lambda one: one[:2])[:count]
     shown = []
     for _, _, name, one in sorted(chosen, key=lambda one: (one[1], one[0])):
-        end = next(place for place, message in enumerate(one.messages) if message.role == "assistant")
+        end = next(place for place, message in enumerate(one.messages) if message.is_response)
         asked = [{"role": message.role, "content": message.content} for message in one.messages[:end]]
         shown.append({"data": name, "id": one.id, "prompt": asked, "reference": one.messages[end].content})
     return shown

@@ -174,7 +174,7 @@ def _shown(messages: Conversation, pivot: _Row, source: _Row, *, labels: list[st
     asked: list[str] = []
     count = len(messages.responses)
     for message in messages.messages:
-        if message.role != "assistant":
+        if not message.is_response:
             asked.append(message.content)
             continue
         number, data = len(passages), message.content.encode()
