@@ -53,7 +53,7 @@ def work(captured: Path, tmp_path: Path) -> Path:
 
 
 def vouch(step: Path) -> None:
-    """Makes the manifest of a step, and those of the captures that rest on it, say that its files are as they should be."""
+    """Makes the manifest of a step, and those of the steps that rest on it, say that its files are as they should be."""
     manifest = json.loads((step / MANIFEST).read_text())
     manifest["outputs"] = {}
     for file in step.iterdir():
@@ -66,6 +66,12 @@ def vouch(step: Path) -> None:
         captured = json.loads(above.read_text())
         captured["built_from"] = {"prepare": digest_json(manifest["outputs"])}
         write_checked(above, captured)
+    if step.parents[1].name == "prepare" and step.parent.name == "pivot":  # sources prepare what the pivot can use
+        for other in step.parents[1].glob(f"*/{step.name}/{MANIFEST}"):
+            if other.parents[1].name != "pivot":
+                prepared = json.loads(other.read_text())
+                prepared["built_from"] = {"pivot": digest_json(manifest["outputs"])}
+                write_checked(other, prepared)
 
 
 def tamper_prepared(work: Path, name: str, change: Callable[[Prepared], Prepared]) -> str:

@@ -265,3 +265,37 @@ def test_what_fits_of_a_response_is_learnt_where_the_recipe_truncates_at_tokens(
         assert dropped.content_bytes.tolist() == [len("Short.")]
     all_of_it, _ = prepare_conversation(conversation, found, max_length=int(second[-1]), truncate="token")
     assert all_of_it.content_bytes.tolist() == [len("Short."), len(text.encode())], "only the end of turn is missing"
+
+
+def test_models_with_other_words_for_all_of_it_are_aligned(tmp_path: Path, models: dict[str, Path]) -> None:
+    """Calls, context, and reasoning that one template drops: what both write is compared, the rest with nothing."""
+    rows = []
+    for number in range(6):
+        asked = {"role": "user", "content": f"Weather in {number}?"}
+        call = answer(None if number % 2 else "Let me look.", tool_calls=[CALL])
+        told = answer(f"It is {number} C.", reasoning_content="Easy.")
+        last = answer(f"<think>\nSo {number}.\n</think>\n\nYes {number}.")
+        turns = [
+            asked,
+            call,
+            {"role": "tool", "content": f"{number} C"},
+            told,
+            asked,
+            answer("No.", weight=0),
+            asked,
+            last,
+        ]
+        rows.append({"tools": TOOLS, "messages": turns})
+    specs = {
+        "pivot": {"model": str(models["llama"]), "chat_template": QWEN_3},
+        "sources": {
+            "mistral": {"model": str(models["mistral"]), "chat_template": DEEPSEEK.replace("<|im_end|>", "</s>")}
+        },
+        "data": {"train": "train.jsonl", "max_length": 330, "truncate": "token"},
+    }
+    file = runs.write_recipe(tmp_path, models, **specs)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    run(load_recipe(file), tmp_path / "work", until="align")
+    figures = json.loads((tmp_path / "work" / "align" / "mistral" / "figures.json").read_text())
+    assert figures["conversations"] == 6
+    assert 0 < figures["positions_aligned"] < figures["positions"]

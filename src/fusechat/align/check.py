@@ -7,6 +7,7 @@ import numpy as np
 from fusechat.align.aligner import Pair, Side
 from fusechat.core.distributions import SparseDistribution
 from fusechat.core.prepared import Prepared
+from fusechat.core.responses import WORDS, is_dropped
 from fusechat.errors import WorkdirError
 
 
@@ -45,9 +46,11 @@ def _check_ids(ids: np.ndarray, size: int, where: str, what: str = "it holds") -
 
 def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool] | None:
     """The first byte of a response that a model has, the response from there on by its tokens' bytes, and whether that is all of
-    it: not where the last token goes on after the content. None where the tokens' bytes are not their spans (a tokenizer that
+    it: not where the last token goes on after the content, or the end was cut off. Without what is in the template's own words.
+    None where the tokens' bytes are not their spans (a tokenizer that
     changes the text, a dummy prefix), or where one is special."""
-    which = np.flatnonzero((rows.response == response) & ~rows.end_of_turn & ~rows.lead)
+    mine = rows.response == response
+    which = np.flatnonzero(mine & ~rows.end_of_turn & ~rows.lead & (rows.begin < WORDS))
     tokens, begin, end = rows.gold[which], rows.begin[which], rows.end[which]
     lengths = side.spelling.lengths
     width = np.where(tokens < len(lengths), lengths[np.minimum(tokens, len(lengths) - 1)], 0)
@@ -55,17 +58,19 @@ def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool
     if not len(which) or not exact[:-1].all():
         return None
     data = b"".join([side.tokens[token] for token in tokens[: None if exact[-1] else -1].tolist()])
-    return max(int(begin[0]), 0), data[max(-int(begin[0]), 0) :], bool(exact[-1])
+    is_whole = bool(exact[-1]) and bool((mine & rows.end_of_turn).any())
+    return max(int(begin[0]), 0), data[max(-int(begin[0]), 0) :], is_whole
 
 
 def _agree(one: tuple[int, bytes, bool], other: tuple[int, bytes, bool]) -> bool:
-    """Whether two parts of a response are the same text where both have any, and elsewhere the space that templates strip."""
+    """Whether two parts of a response are the same text where both have any, and elsewhere the space that templates strip, or the
+    reasoning before it."""
     first = max(one[0], other[0])
     last = max(min(one[0] + len(one[1]), other[0] + len(other[1])), first)
     parts = [(data[: first - at], data[first - at : last - at], data[last - at :]) for at, data, _ in (one, other)]
     alone = [before for before, _, _ in parts] + [after for _, _, after in parts if one[2] and other[2]]
     same = parts[0][1] == parts[1][1] or _plain(parts[0][1]) == _plain(parts[1][1])
-    return same and not any(data.decode(errors="replace").strip() for data in alone)
+    return same and all(is_dropped(data.decode(errors="replace")) for data in alone)
 
 
 def _plain(data: bytes) -> str:

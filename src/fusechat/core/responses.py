@@ -16,6 +16,7 @@ OPEN, CLOSE = "\ue1a7", "\ue1a8"  # private use: in no text that one would train
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _STRIPPED = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to a content, the commonest first
 _TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]")
+WORDS = 1 << 24  # bytes from here on are in a template's own words
 Apply = Callable[[Sequence[Message]], str]
 
 
@@ -192,7 +193,13 @@ def _without(message: Message, key: str) -> dict[str, object]:
     return {name: value for name, value in message.more.items() if name != key}
 
 
+def is_dropped(text: str) -> bool:
+    """Whether a part of a content is such as templates leave out: white space, or reasoning with the tag that ends it."""
+    closed = [found.end() for found in _TAGS.finditer(text) if "/" in found[0]]
+    return not text[closed[-1] if closed else 0 :].strip()
+
+
 def words_offset(words: str) -> int:
     """Where bytes that are in a template's own words are counted from: a place far after any content, and another one for other
     words, so that two models' tokens there correspond only where both templates write the same."""
-    return (1 << 24) + crc32(words.encode()) % (1 << 12) * (1 << 18)
+    return WORDS + crc32(words.encode()) % (1 << 12) * (1 << 18)

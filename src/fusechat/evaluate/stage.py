@@ -191,7 +191,9 @@ def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
 
     every = []
     for number, data in enumerate(held_out):
-        usable = (one for one in read_conversations(data) if isinstance(one, Conversation) and one.responses and not one.tools)
+        usable = (
+            one for one in read_conversations(data) if isinstance(one, Conversation) and one.responses and not one.tools
+        )
         every += [(place, number, data.name, one) for place, one in enumerate(islice(usable, count))]
     chosen = sorted(every, key=lambda one: one[:2])[:count]
     shown = []
