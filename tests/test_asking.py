@@ -43,7 +43,7 @@ def test_the_saved_template_asks_as_training_did(models: dict[str, Path], tmp_pa
         directory = tmp_path / str(number)
         shutil.copytree(models[kind], directory)
         chatter = Chatter("pivot", Reference((str(models[kind]),)), template)
-        write_chat_files(chatter, directory, name="x")
+        write_chat_files(chatter, directory, own_prompt=False, name="x")
         own, saved = chatter.template(), AutoTokenizer.from_pretrained(directory)
         found = asking(own)
         assert found.exact
@@ -92,11 +92,47 @@ def test_where_no_template_asks_so_a_note_says_what_to_ask_by(
 ) -> None:
     shutil.copytree(models["mistral"], tmp_path / "model")
     chatter = Chatter("pivot", Reference((str(models["mistral"]),)), TWO_TEXTS)
-    write_chat_files(chatter, tmp_path / "model", name="merge")
+    write_chat_files(chatter, tmp_path / "model", own_prompt=False, name="merge")
     (line,) = [line for line in caplog.messages if "generation prompt" in line]
     assert line.startswith("merge: its chat template's own generation prompt is not what it was trained after")
     assert '"<U>Why?<A></think>"' in line
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == TWO_TEXTS
+
+
+def test_a_model_that_learned_to_reason_is_asked_by_the_templates_own_prompt(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """The template writes an empty block of thoughts before answers that have none; the training data has thoughts."""
+    template = families.QWEN_3.replace(
+        "{% if m.role == 'assistant' and loop.last %}",
+        "{% if m.role == 'assistant' and loop.last and '</think>' in m.content %}{% set text = m.content %}"
+        "{% elif m.role == 'assistant' and loop.last %}",
+    )
+    lines = [{"role": "assistant", "content": f"<think>\nIt is {n}.\n</think>\n\n{n}" if n else "0"} for n in range(4)]
+    text = "\n".join(
+        json.dumps({"messages": [{"role": "user", "content": f"What is {n}?"}, one]}) for n, one in enumerate(lines)
+    )
+    recipe = runs.write_recipe(
+        tmp_path,
+        models,
+        pivot={"model": str(models["llama"]), "chat_template": template},
+        sources={"gemma": {"model": str(models["gemma"]), "chat_template": tiny.TEMPLATE}},
+        targets={"plain": []},
+        data={"train": "thoughts.jsonl", "max_length": 256},
+        fuse={"training": {"max_steps": 1}},
+    )
+    (tmp_path / "thoughts.jsonl").write_text(text, encoding="utf-8")
+    run(load_recipe(recipe), tmp_path / "work", until="merge")
+    counts = json.loads((tmp_path / "work" / "prepare" / "pivot" / "data" / "manifest.json").read_text())["counts"]
+    assert counts["own_prompt"] == 3
+    for directory in (tmp_path / "work" / "fuse" / "plain" / "model", tmp_path / "work" / "merge" / "model"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        turns = [{"role": "user", "content": "What is 9?"}]
+        own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert own.endswith("What is 9?<|im_end|>\n<|im_start|>assistant\n")
+        chatter = Chatter("fused", Reference((str(directory),)))
+        assert chatter.template().prompt([Message("user", "What is 9?")]) == own
+    assert "answers that begin with reasoning" in (tmp_path / "work" / "merge" / "model" / "README.md").read_text()
 
 
 # -- where answers end ----------------------------------------------------------------------------------------------------
@@ -160,7 +196,7 @@ def test_what_ends_generation_already_stays(models: dict[str, Path], tmp_path: P
             (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": before, "top_k": 7}))
         config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": None}
         (directory / "config.json").write_text(json.dumps(config))
-        write_chat_files(Chatter("pivot", Reference((str(models["llama"]),))), directory, name="x")
+        write_chat_files(Chatter("pivot", Reference((str(models["llama"]),))), directory, own_prompt=False, name="x")
         settings = GenerationConfig.from_pretrained(directory)
         assert settings.eos_token_id == expected
         assert settings.top_k == (7 if before is not None else settings.top_k)

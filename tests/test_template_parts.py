@@ -62,7 +62,7 @@ def template(tokenizers: dict[str, Any], text: str | None, **more: Any) -> ChatT
 def learnt(found: ChatTemplate, conversation: Conversation) -> tuple[list[str], frozenset[str]]:
     """What follows each asked prompt, up to the end of turn."""
     rendered = found.render(conversation.messages, conversation)
-    return [rendered.text[one.asked : one.end] for one in rendered.responses], rendered.marks
+    return [rendered.text[one.asked : one.end] for one in rendered.responses], rendered.marks - {"own_prompt"}
 
 
 def talk(*turns: dict[str, Any], **record: Any) -> Conversation:

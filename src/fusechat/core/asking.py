@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusechat.core.messages import Message
-from fusechat.core.templates import ChatTemplate, UnrenderableError
+from fusechat.core.templates import OWN_PROMPT, ChatTemplate, UnrenderableError
 
 _SWITCHES = ("enable_thinking", "thinking")  # variables that templates of reasoning models ask for
 _USER, _ANSWER = Message("user", "Why?"), Message("assistant", "So it is.")
@@ -27,9 +27,15 @@ class Asking:
     exact: bool = True
 
 
-def asking(template: ChatTemplate) -> Asking:
+def asking(template: ChatTemplate, *, own_prompt: bool = False) -> Asking:
     """The template itself if it asks as it teaches, else with as little changed as makes it do so and leaves conversations as they
-    are; where nothing does, the template itself and a note. Other programs set no variables of a recipe."""
+    are; where nothing does, the template itself and a note. Other programs set no variables of a recipe. `own_prompt`: the model
+    learned most of its answers after the template's own generation prompt, though plain answers stand elsewhere."""
+    if own_prompt and template.is_ambiguous:
+        return Asking(
+            OWN_PROMPT + _with_defaults(template.template, template.variables),
+            "it was trained on answers that begin with reasoning, right after its chat template's generation prompt",
+        )
     pairs = [(probe, prompt) for probe in _PROBES if (prompt := _prompt(template, probe)) is not None]
     texts = [_render(template, probe) for probe, _ in pairs]
     for changed, note in _candidates(template, pairs):

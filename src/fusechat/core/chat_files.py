@@ -9,16 +9,17 @@ from fusechat.core.files import read_json, write_json
 from fusechat.core.progress import log
 
 
-def how_to_ask(chatter: Chatter) -> str | None:
+def how_to_ask(chatter: Chatter, *, own_prompt: bool) -> str | None:
     """What a user of a model that learned from this one's conversations should know of how to ask it; mostly nothing."""
-    return asking(chatter.template()).note
+    return asking(chatter.template(), own_prompt=own_prompt).note
 
 
-def write_chat_files(chatter: Chatter, directory: Path, *, name: str) -> None:
+def write_chat_files(chatter: Chatter, directory: Path, *, own_prompt: bool, name: str) -> None:
     """Writes the tokenizer of `chatter` to the directory of a model that learned from its conversations, with a chat template that
-    asks as it was taught, and adds what ends a turn to what ends generation. `name`: what messages call the model."""
+    asks as it was taught, and adds what ends a turn to what ends generation. `own_prompt`: as `asking` has it; `name`: what
+    messages call the model."""
     template = chatter.template()
-    found = asking(template)
+    found = asking(template, own_prompt=own_prompt)
     tokenizer = copy.deepcopy(template.tokenizer)  # it is shared by all who load it
     tokenizer.chat_template = found.template
     ends = template.end_of_turn

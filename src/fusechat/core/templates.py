@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from fusechat.core.token_bytes import token_bytes
 from fusechat.errors import ModelError
 
 __all__ = ["ChatTemplate", "Rendered", "Response", "UnrenderableError", "choose_template"]
+OWN_PROMPT = "{#- a model that was trained with this template is asked by its generation prompt -#}"
 _TOLD_BY_ROLE = ("tool_calls", "tool_call_id", *REASONING)  # keys of messages of which something else is said
 
 
@@ -98,6 +99,8 @@ class ChatTemplate:
         UnrenderableError with the reason."""
         folded = _fold_system(messages)
         try:
+            if OWN_PROMPT in self.template:
+                return self._apply(messages, ask=True).rstrip(" ")
             answered = self._apply([*messages, Message("assistant", OPEN)])
             if folded is not None and messages[0].content.strip() not in answered:
                 raise UnrenderableError("the template leaves out the system message")
@@ -122,7 +125,18 @@ class ChatTemplate:
         """As other programs use a template with this tokenizer: without the variables that are set here."""
         other = copy.copy(self)
         other.template, other._dated, other.variables = template, dated(template, self.date), {}
+        other.__dict__.pop("is_ambiguous", None)
         return other
+
+    @cached_property
+    def is_ambiguous(self) -> bool:
+        """Whether the template's generation prompt is not what stands before a plain answer, so that what a model learns after
+        depends on its answers: with reasoning, or without."""
+        question = [Message("user", "Hello.")]
+        try:
+            return self._apply(question, ask=True).rstrip(" ") != self.prompt(question)
+        except UnrenderableError:
+            return False
 
     def makes_other_tokens(self, text: str, ids: np.ndarray) -> bool:
         """Whether the tokenizer that Transformers takes by itself makes other tokens of a text than `ids`."""
@@ -205,8 +219,16 @@ class ChatTemplate:
     def _marks(
         self, messages: Sequence[Message], text: str, about: Conversation | None, found: Mapping[int, Place]
     ) -> list[str]:
-        """What the template makes nothing of, and control tokens that are in texts."""
+        """What the template makes nothing of, control tokens that are in texts, and whether the last response is learnt after the
+        template's own generation prompt, where that says something."""
         marks = ["reasoning_dropped"] if any(place.dropped for place in found.values()) else []
+        if self.is_ambiguous and found:
+            last = max(found)
+            own = self._own_prompt(messages[:last], text, about)
+            if own is not None and self._asked(messages[:last], text, found[last].begin, about) == len(
+                text[:own].rstrip(" ")
+            ):
+                marks.append("own_prompt")
         if about is not None and about.tools and self._apply(messages, replace(about, tools=())) == text:
             marks.append("tools_dropped")
         keys = {key for message in messages for key in message.more if key not in _TOLD_BY_ROLE}

@@ -145,17 +145,24 @@ def check_pivot(recipe: Recipe) -> None:
         )
 
 
+def _learns_after_own_prompt(sets: Sequence[SetSteps]) -> bool:
+    """Whether most conversations are learnt after the template's own generation prompt, where plain answers stand elsewhere."""
+    counts = [(one.pivot.manifest() or {}).get("counts", {}) for one in sets]
+    own, every = (sum(found.get(key, 0) for found in counts) for key in ("own_prompt", "conversations"))
+    return bool(2 * own > every)
+
+
 def _fuse(
     directory: Path, logs: Path, target: str, sets: Sequence[SetSteps], held_out: Mapping[str, Step], recipe: Recipe
 ) -> dict[str, Any]:
-    data = _data(sets, recipe, target)
+    data, own_prompt = _data(sets, recipe, target), _learns_after_own_prompt(sets)
     chosen = ranks.from_first(lambda: data.chosen)
     for name, counts in chosen.items():
         log.info("fuse %s: on %s %s", target, name, ", ".join(f"{who} {count:g}" for who, count in counts.items()))
     if data.is_weighted:
         log.info("fuse %s: %d conversations an epoch, of %d", target, data.an_epoch, len(data))
     if not ranks.from_first(lambda: is_sealed(directory / SEALED, directory / MODEL, directory / LOSSES)):
-        _train(directory, logs, target, data, held_out, recipe)
+        _train(directory, logs, target, data, held_out, recipe, own_prompt=own_prompt)
     if not ranks.is_first():  # what was written and counted, the first one tells
         return {}
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
@@ -167,6 +174,7 @@ def _fuse(
         "steps": steps,
         "level": data.rule.level,
         "chosen": _against_student(chosen, entries),
+        **({"own_prompt": True} if own_prompt else {}),
     }
 
 
@@ -203,7 +211,16 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
     )
 
 
-def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mapping[str, Step], recipe: Recipe) -> None:
+def _train(
+    directory: Path,
+    logs: Path,
+    target: str,
+    data: Any,
+    held_out: Mapping[str, Step],
+    recipe: Recipe,
+    *,
+    own_prompt: bool,
+) -> None:
     import torch
 
     from fusechat.core.models import choose_device, padding
@@ -254,7 +271,7 @@ def _train(directory: Path, logs: Path, target: str, data: Any, held_out: Mappin
     write_text(directory / LOSSES, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
     with atomic_directory(directory / MODEL) as saved:
         model.save_pretrained(saved)
-        write_chat_files(pivot, saved, name=f"fuse {target}")
+        write_chat_files(pivot, saved, own_prompt=own_prompt, name=f"fuse {target}")
         seal(directory / SEALED, saved, directory / LOSSES)
 
 

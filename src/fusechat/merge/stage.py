@@ -44,6 +44,8 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
     from fusechat.merge.settings import configuration
     from fusechat.merge.tensor import Workers
 
+    own_prompt = 2 * sum(_counts(target).get("own_prompt", False) for target in targets.values()) > len(targets)
+    note = how_to_ask(pivot, own_prompt=own_prompt)
     directories = {name: target.directory / "model" for name, target in targets.items()}
     settings = configuration(
         recipe.merge.method, recipe.merge.parameters(), pivot=pivot.directory, targets=directories, seed=recipe.seed
@@ -66,14 +68,17 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
         report = make_report(job, tensors)
         write_json(directory / REPORT, report)
         copy_files(pivot.directory, building, job.plan)
-        write_chat_files(pivot, building, name="merge")
-        (building / "README.md").write_text(_card(recipe, pivot, report), encoding="utf-8")
+        write_chat_files(pivot, building, own_prompt=own_prompt, name="merge")
+        (building / "README.md").write_text(_card(recipe, pivot, report, note), encoding="utf-8")
         forget_parts(job, building)
         seal(directory / SEALED, building, directory / REPORT)
         building.rename(model)
-    note = how_to_ask(pivot)
     found = {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
     return found | ({"how_to_ask": note} if note else {})
+
+
+def _counts(step: Step) -> dict[str, Any]:
+    return dict((step.manifest() or {}).get("counts", {}))
 
 
 def _sources(recipe: Recipe) -> list[str]:
@@ -82,7 +87,7 @@ def _sources(recipe: Recipe) -> list[str]:
     return [name for name in recipe.sources if name in merged]
 
 
-def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
+def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any], note: str | None) -> str:
     from fusechat.merge.card import model_card
 
     return model_card(
@@ -90,7 +95,7 @@ def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any]) -> str:
         method=recipe.merge.method,
         pivot=str(pivot.reference),
         sources={name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
-        how_to_ask=how_to_ask(pivot),
+        how_to_ask=note,
         data={name: ", ".join(Path(data.path).name for data in recipe.sets_of(name)) for name in _sources(recipe)},
         coefficients=report["mean_coefficients"],
         recipe=recipe.model_dump(exclude_none=True, by_alias=True),
