@@ -275,7 +275,7 @@ def test_a_run_that_goes_on_takes_no_shard_on_trust(
     assert again(captured, work) == 1
     assert runs.digests(work) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "the others are left as they are"
-    (line,) = heard
+    (line,) = [line for line in heard if "prepare" not in line]
     assert "shard-00001-" in line
     assert str(directory) in line
 
@@ -288,7 +288,7 @@ def test_a_shard_that_is_there_twice(captured: Path, work: Path, heard: list[str
     twice.write_bytes(b"something else")
     assert again(captured, work) == 1
     assert runs.digests(work) == before
-    assert [str(twice) in line for line in heard] == [True]
+    assert [str(twice) in line for line in heard if "prepare" not in line] == [True]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

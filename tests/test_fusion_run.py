@@ -12,7 +12,7 @@ from fusechat.fuse.choice import Candidate, Rule
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet, collate_fusion
 from fusechat.pipeline import run
 from fusechat.recipe_file import load_recipe
-from fusing import FUNCTIONS, LEVELS, UNITS, naive_cross_entropies, naive_groups, naive_mix, naive_weights, rows_of
+from fusing import FUNCTIONS, LEVELS, UNITS, naive_cross_entropies, naive_groups, naive_mix, naive_shares, rows_of
 
 SOURCES = {"data": "mistral", "gemma": "gemma"}  # of each set
 RULES = [
@@ -77,7 +77,7 @@ def test_targets_and_counts_are_those_of_plain_loops(workdir: Path, rule: Rule) 
         item = data[index]
         rows, several = item["conversation"], candidates(sets[item["set"]], item["conversation"].id)
         found = naive_cross_entropies(list(several.values()), rows, rule)
-        share = naive_weights(found, rule.function)
+        share = naive_shares(list(several.values()), rows, rule)
         targets = [rows_of(one.targets) for one in several.values()]
         for row, group in enumerate(naive_groups(rows, rule.level)):
             expected = naive_mix([each[row] for each in targets], [weights[group] for weights in share])
