@@ -75,3 +75,11 @@ def join_turns(messages: Sequence[Message], *, roles: tuple[str, ...]) -> tuple[
             group = [replace(group[0], content="\n\n".join(message.content for message in group))]
         found += group
     return tuple(found)
+
+
+def fold_system(messages: Sequence[Message]) -> list[Message] | None:
+    """The system message put in front of the first user message; None where there is nothing to fold."""
+    if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
+        return None
+    first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
+    return [first, *messages[2:]]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusechat.core.dates import dated
-from fusechat.core.messages import Conversation, Message
+from fusechat.core.messages import Conversation, Message, fold_system
 from fusechat.core.progress import log
 from fusechat.core.responses import OPEN, REASONING, Place, UnrenderableError, places, response_places, words_offset
 from fusechat.core.spans import encode_with_spans
@@ -89,7 +89,7 @@ class ChatTemplate:
         try:
             return self._locate(messages, about)
         except UnrenderableError:
-            folded = _fold_system(messages)
+            folded = fold_system(messages)
             if folded is None:
                 raise
             return replace(self._locate(folded, about), system_folded=True)
@@ -97,7 +97,7 @@ class ChatTemplate:
     def prompt(self, messages: Sequence[Message]) -> str:
         """The asked prompt: the conversation's text up to where the model answers, as training has it. Raises
         UnrenderableError with the reason."""
-        folded = _fold_system(messages)
+        folded = fold_system(messages)
         try:
             if OWN_PROMPT in self.template:
                 return self._apply(messages, ask=True).rstrip(" ")
@@ -298,11 +298,3 @@ def _as_text(turn: dict[str, Any]) -> dict[str, Any]:
         for call in turn.get("tool_calls", ())
     ]
     return {**turn, "tool_calls": calls} if calls else turn
-
-
-def _fold_system(messages: Sequence[Message]) -> list[Message] | None:
-    """The system message put in front of the first user message; None where there is nothing to fold."""
-    if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
-        return None
-    first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
-    return [first, *messages[2:]]
