@@ -7,7 +7,7 @@ import numpy as np
 from fusechat.align.candidates import Candidates
 from fusechat.align.vocabulary import VocabularyMap
 from fusechat.core.compiled import compiled
-from fusechat.core.distributions import SparseDistribution
+from fusechat.core.distributions import SparseDistribution, left_over
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class Transfer:
         )
         logprobs = np.full(mass.shape, -np.inf)
         np.log(mass, out=logprobs, where=ids >= 0)
-        tail = np.clip(1.0 - mass.sum(axis=1), 0.0, 1.0)
-        rows = SparseDistribution(ids, logprobs, np.zeros(0, dtype=np.float32), tail)
+        rows = SparseDistribution(ids, logprobs, np.zeros(0, dtype=np.float32), left_over(mass))
         return Transferred(rows=rows, mapped=np.minimum(mapped, 1.0))
 
 

@@ -40,6 +40,7 @@ STORE, FORMAT = "store.json", 3
 _TAILS = 3  # from this format on a record has its tails
 SHARDS = "shard-*.arrow"
 _ROUNDING = 1e-3  # a tail below it may be no more than what float16 makes of log-probabilities
+_NO_TAIL = 1e-12  # the same of float64 sums
 _SCALED = 1e-3  # what was kept is better known from a float32 tail than from float16 logarithms from here on
 _CHECKSUM = 16  # hexadecimal digits of a shard's SHA-256 that its name ends with
 
@@ -65,7 +66,7 @@ class SparseDistribution:
 
     def __post_init__(self) -> None:
         if self.tail is None:
-            object.__setattr__(self, "tail", np.clip(1.0 - self.probabilities.sum(axis=1), 0.0, 1.0))
+            object.__setattr__(self, "tail", left_over(self.probabilities))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,6 +85,12 @@ class SparseDistribution:
     def probabilities(self) -> np.ndarray:
         """float64 [n, k], 0 where padded."""
         return np.where(self.ids >= 0, np.exp(self.logprobs.astype(np.float64)), 0.0)
+
+
+def left_over(kept: np.ndarray) -> np.ndarray:
+    """float64 [n]: what probabilities [n, k] in float64 leave of 1; none where that may be the rounding of their sum."""
+    tail = np.clip(1.0 - kept.sum(axis=1), 0.0, 1.0)
+    return np.where(tail < _NO_TAIL, 0.0, tail)
 
 
 def nothing(n: int, k: int = 1) -> SparseDistribution:
