@@ -236,9 +236,9 @@ def test_a_model_with_several_templates(tmp_path: Path, models: dict[str, Path])
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings["chat_template"] = [{"name": "default", "template": tiny.TEMPLATE}, {"name": "tools", "template": "x"}]
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    recipe = with_source(tmp_path, models, str(model))
+    recipe = with_source(tmp_path, models, {"model": str(model), "chat_template": {"name": "rag"}})
     assert complaints("run", recipe, "--workdir", tmp_path / "work") == [
-        f"teacher ({model}): has several chat templates; choose one by chat_template in the recipe"
+        f"teacher ({model}): has no chat template rag; it has default, tools: choose one by chat_template: {{name: …}}"
     ]
 
 
