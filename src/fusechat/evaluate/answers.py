@@ -10,6 +10,7 @@ from fusechat.core.files import digest_json
 from fusechat.core.progress import log, progress
 from fusechat.evaluate.client import MODEL_KEY, Client, Missing, Request, model_key
 from fusechat.evaluate.journal import Journal
+from fusechat.evaluate.records import ASKED
 from fusechat.evaluate.subjects import Subject
 
 FILE = "answers.jsonl"
@@ -71,7 +72,7 @@ class Answering:
         self, subject: Subject, prompts: Sequence[Prompt], file: Path, loaded: list[Any]
     ) -> list[Answer | Missing]:
         assert subject.chatter is not None
-        settings = [subject.identity, self.dtype, self.device, self.batch_tokens, self.seed, len(prompts)]
+        settings = [ASKED, subject.identity, self.dtype, self.device, self.batch_tokens, self.seed, len(prompts)]
         batches = digest_json([*settings, [_as_json(prompt) for prompt in prompts]])  # one batch draws together
         keys = [digest_json([batches, prompt.key]) for prompt in prompts]
         with Journal(file) as journal:

@@ -18,7 +18,7 @@ from fusechat.core.memory import free_memory, out_of_memory
 from fusechat.core.models import choose_device, padding
 from fusechat.core.progress import log
 from fusechat.errors import FuseChatError, ModelError, RecipeError, first_line, storage_error
-from fusechat.evaluate.records import Measurement
+from fusechat.evaluate.records import ASKED, Measurement
 from fusechat.evaluate.subjects import Subject
 
 SUITE, SAMPLES, INTERRUPTED = "harness", "samples.jsonl", "measured.json"
@@ -112,7 +112,7 @@ def _kept(file: Path, key: str) -> list[Measurement] | None:
 
 def _key(subject: Subject, include: Path | None, settings: Mapping[str, Any]) -> str:
     files = sorted(file for file in include.rglob("*") if file.is_file()) if include else []
-    return digest_json([subject.identity, {str(file): digest(file) for file in files}, dict(settings)])
+    return digest_json([ASKED, subject.identity, {str(file): digest(file) for file in files}, dict(settings)])
 
 
 def _lines(results: Mapping[str, Any]) -> Iterator[str]:

@@ -27,6 +27,7 @@ from fusechat.errors import WorkdirError
 from fusechat.evaluate.statistics import Estimate, Items, paired_difference, ratio
 
 SCHEMA, RECORDS, RESULTS = 2, "records.json", "results.json"
+ASKED = 2  # raised when models are asked by another text, so that older answers do not count; 2: by what they are taught after
 Record = dict[str, Any]
 
 

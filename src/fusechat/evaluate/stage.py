@@ -18,7 +18,7 @@ from fusechat.core.files import PARTIAL, read_json, write_json
 from fusechat.core.manifests import versions, which_device
 from fusechat.core.progress import log, progress
 from fusechat.core.steps import Step
-from fusechat.evaluate.records import RECORDS, RESULTS
+from fusechat.evaluate.records import ASKED, RECORDS, RESULTS
 
 ANSWERS = "answers.json"
 ANSWER_BATCH = 4096  # tokens of a batch at most, with the room for answers
@@ -105,7 +105,7 @@ def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: lis
     name = subject.step.name
     upstream = {"model": made_by} if made_by else {}
     directory = workdir / "evaluate" / f"answers-{name}"
-    return Step("evaluate", f"answers {name}", directory, settings, work, upstream, counted=_counted)
+    return Step("evaluate", f"answers {name}", directory, settings, work, upstream, ASKED, counted=_counted)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
