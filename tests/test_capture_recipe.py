@@ -42,7 +42,8 @@ def test_top_k(directory: Path, usual: DistributionSet) -> None:
     assert (usual.k, found.k) == (6, 3)
     for identity in usual.index:
         np.testing.assert_array_equal(found[identity].ids, usual[identity].ids[:, :3])
-        np.testing.assert_array_equal(found[identity].logprobs, usual[identity].logprobs[:, :3])
+        # float16 as stored, and scaled to what the float32 tail leaves, which is of other tokens in each
+        np.testing.assert_allclose(found[identity].logprobs, usual[identity].logprobs[:, :3], atol=2e-3)
 
 
 def test_more_than_the_vocabulary_is_all_of_it(directory: Path, usual: DistributionSet) -> None:
@@ -101,7 +102,11 @@ def test_rejected_conversations_are_named_in_the_order_of_the_data(
         return [None if one.id in bad else rows for one, rows in zip(members, found, strict=True)]
 
     monkeypatch.setattr(local, "split_batch", some_not_finite)
-    place = capture(directory, "top_k=4")
+    with pytest.raises(DataError, match=r"3 of the 10 conversations of data are left out.*its values are not finite"):
+        capture(directory, "top_k=4")
+    recipe = load_recipe(directory / "recipe.yaml", ["capture.top_k=4", "data.max_rejected=0.5"])
+    run(recipe, directory / "work top_k=4", until="capture", only="mistral")
+    place = directory / "work top_k=4" / "capture/mistral/data"
     counts = json.loads((place / MANIFEST).read_text())["counts"]
     assert counts["rejected_not_finite"] == [ids[1], ids[5], ids[8]]
     assert counts["conversations"] == 7
