@@ -263,7 +263,9 @@ def test_rows_that_the_source_says_nothing_about_are_filled_as_asked_and_no_othe
             expected.ids[ours.lead], expected.logprobs[ours.lead] = -1, -np.inf
             expected.ids[ours.lead, 0], expected.logprobs[ours.lead, 0] = ours.gold[ours.lead], 0.0
         assert rows.ids[bare].tolist() == expected.ids[bare].tolist()
-        assert rows.logprobs[bare].tolist() == expected.logprobs[bare].tolist()
+        np.testing.assert_allclose(
+            rows.logprobs[bare], expected.logprobs[bare], atol=1e-3
+        )  # float16, scaled to the tail
         filled += int(bare.sum())
     lacking = sum(len(rows) for identity, rows in room.ours.items() if identity not in room.captured)
     assert filled >= lacking > 0
