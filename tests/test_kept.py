@@ -124,7 +124,7 @@ def test_a_change_that_counts_begins_anew_and_says_what_goes(
     heard.clear()
     run(changed, work, until="fuse")
     [line] = [line for line in heard if "doing it again" in line]
-    assert line.startswith(f"fuse mistral cannot be gone on from ({why}): doing it again, without checkpoints (")
+    assert line.startswith(f"fuse mistral cannot be gone on from ({why}): doing it again; removed: checkpoints (")
     assert line.endswith(" s)")
     run(load_recipe(file, changes), tmp_path / "anew", until="fuse")
     assert weights(work) == weights(tmp_path / "anew")
@@ -211,7 +211,7 @@ def test_a_merge_that_was_killed_does_not_mix_targets(
     heard.clear()
     run(recipe, work, until="merge")
     assert any(
-        line.startswith(f"merge cannot be gone on from ({why}): doing it again, without model.") for line in heard
+        line.startswith(f"merge cannot be gone on from ({why}): doing it again; removed: model.") for line in heard
     )
     after = weights(work / "merge")
     assert len(after) > 4

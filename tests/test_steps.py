@@ -403,8 +403,8 @@ def test_what_was_begun_from_other_contents_is_not_gone_on_from(
     assert read() == ["second", "second"]
     [line] = heard(telling)
     assert re.sub(r"[\d.]+ s", "0 s", line) == (
-        f"capture pivot cannot be gone on from (begun, not finished; since then {why}): doing it again, "
-        "without shard-0 (5 bytes, of 0 s)"
+        f"capture pivot cannot be gone on from (begun, not finished; since then {why}): doing it again"
+        "; removed: shard-0 (5 bytes, of 0 s)"
     )
     again()
     (tmp_path / "s" / "shard-1").unlink()
@@ -447,11 +447,11 @@ def test_what_is_done_again_is_told_with_how_long_it_took(tmp_path: Path, tellin
     [line] = heard(telling)
     names = "out.txt, shard-120, shard-3600"
     assert (
-        line == f"capture pivot is stale (settings.k changed): doing it again, without {names} (15 bytes, of 1 h 2 min)"
+        line == f"capture pivot is stale (settings.k changed): doing it again; removed: {names} (15 bytes, of 1 h 2 min)"
     )
     (directory / MANIFEST).write_text("{")
     step(directory, {"k": 2}).run()
     [line] = heard(telling)
     assert line.startswith(
-        "capture pivot cannot be gone on from (its manifest is damaged): doing it again, without out.txt"
+        "capture pivot cannot be gone on from (its manifest is damaged): doing it again; removed: out.txt"
     )

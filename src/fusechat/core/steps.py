@@ -276,9 +276,9 @@ class Step:
         if why != "not begun":
             manifest, found = self.manifest() or {}, beginning(self.directory) or {}
             seconds = manifests.seconds_of(manifest) or seconds_spent(found, made)
-            without = f", without {lost(made, seconds)}" if made and state != "freed" else ""
+            removed = f"; removed: {lost(made, seconds)}" if made and state != "freed" else ""
             said = "cannot be gone on from" if state == "absent" else f"is {state}"
-            log.info("%s %s (%s): doing it again%s", self.label, said, why, without)
+            log.info("%s %s (%s): doing it again%s", self.label, said, why, removed)
         for path in gone:
             remove(path)
 
