@@ -447,7 +447,8 @@ def test_what_is_done_again_is_told_with_how_long_it_took(tmp_path: Path, tellin
     [line] = heard(telling)
     names = "out.txt, shard-120, shard-3600"
     assert (
-        line == f"capture pivot is stale (settings.k changed): doing it again; removed: {names} (15 bytes, of 1 h 2 min)"
+        line
+        == f"capture pivot is stale (settings.k changed): doing it again; removed: {names} (15 bytes, of 1 h 2 min)"
     )
     (directory / MANIFEST).write_text("{")
     step(directory, {"k": 2}).run()

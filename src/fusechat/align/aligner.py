@@ -179,7 +179,9 @@ class Aligner:
         self.figures.add(alignment, candidates, result, self.map, little=little)
         share = cut_share(source, captured, self.pair.source.spelling)[alignment.source_row]
         self.figures.rarely_cut += int((alignment.aligned & (share < RARELY)).sum())
-        result.rows.ids[little], result.rows.logprobs[little], result.rows.tail[little] = -1, -np.inf, 1.0
+        nothing_left = little | (pivot.lead & ~has_source)
+        result.rows.ids[nothing_left], result.rows.logprobs[nothing_left] = -1, -np.inf
+        result.rows.tail[nothing_left] = 1.0
         return self._fill(pivot, has_source | little, result.rows, fill)
 
     def taught(self, alignment: Alignment, result: Transferred) -> tuple[np.ndarray, np.ndarray]:

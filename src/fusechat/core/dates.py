@@ -36,7 +36,7 @@ def dated(template: str, day: str | None) -> str:
         "{%- elif part == '' -%}{%- set read.after = true -%}"
         "{%- else -%}{%- set size = 2 if part[0] == '-' else 1 -%}"
         "{{- codes.get('%' ~ part[:size], '%' ~ part[:size]) ~ part[size:] -}}{%- endif -%}"
-        "{%- endfor -%}{%- endmacro -%}"
+        "{%- endfor -%}{%- endmacro +%}"
     ) + template
 
 

@@ -2,7 +2,7 @@
 terminal, and in status and report; more of them than `data.max_rejected` end the run."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fusechat.core.progress import log
@@ -46,6 +46,7 @@ class LeftOut:
     kept: int
     reasons: dict[str, int]
     where: Path
+    sample: bool = False  # `limit` took some of the records
 
     @property
     def number(self) -> int:
@@ -69,9 +70,11 @@ class LeftOut:
 
     @property
     def counted(self) -> "LeftOut":
-        """Without records that came before: they are used."""
-        reasons = {reason: number for reason, number in self.reasons.items() if reason != REPEATED}
-        return LeftOut(self.model, self.data, self.kept, reasons, self.where)
+        """Without records that came before, which are used, and of a sample without malformed ones, which are the whole file's."""
+        own = {reason: n for reason, n in self.reasons.items() if reason != REPEATED}
+        if self.sample:
+            own = {reason: n for reason, n in own.items() if not reason.startswith(MALFORMED)}
+        return replace(self, reasons=own)
 
     @property
     def share(self) -> float:
@@ -94,7 +97,8 @@ def left_out(step: Step) -> LeftOut | None:
     if not own:
         return None
     ranked = dict(sorted(own.items(), key=lambda each: -each[1]))
-    return LeftOut(model, data, int(counts["conversations"]), ranked, step.directory / file)
+    sample = " limit=" in str(step.settings.get("data", ""))
+    return LeftOut(model, data, int(counts["conversations"]), ranked, step.directory / file, sample)
 
 
 def notes(step: Step) -> list[str]:

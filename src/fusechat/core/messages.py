@@ -78,8 +78,10 @@ def join_turns(messages: Sequence[Message], *, roles: tuple[str, ...]) -> tuple[
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message] | None:
-    """The system message put in front of the first user message; None where there is nothing to fold."""
+    """The system message put in front of the first user message, an empty one left out; None where there is nothing to fold."""
     if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
         return None
+    if not messages[0].content.strip():
+        return list(messages[1:])
     first = Message("user", f"{messages[0].content}\n\n{messages[1].content}")
     return [first, *messages[2:]]

@@ -39,6 +39,30 @@ class Place:
     dropped: bool = False
 
 
+@dataclass(frozen=True)
+class Response:
+    """Characters of the rendered text. `asked`: where the asked prompt ends, the text after which a model is asked for this
+    response; `begin`, `end`: the content; `gap_end`: where the template's text after it ends. `skipped`: how many characters
+    of the original content the template stripped from the front. `own`: how many characters of the content are the message's
+    own, as it has them; those after them are in the template's words, and counted from the byte `offset` on."""
+
+    asked: int
+    begin: int
+    end: int
+    gap_end: int
+    skipped: int
+    own: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Rendered:
+    text: str
+    responses: tuple[Response, ...]  # one for each assistant message that is learnt, in order
+    system_folded: bool = False  # the template refuses the system message: it went in front of the first user message
+    marks: frozenset[str] = frozenset()  # what the template leaves out, by the names of `left_out.py`
+
+
 def places(messages: Sequence[Message], text: str, apply: Apply) -> list[Place]:
     """One for each message. Raises UnrenderableError unless each stands in the text once, in order, as it is or stripped."""
     return _marked(messages, text, apply, range(len(messages)))
@@ -99,12 +123,23 @@ def response_places(
         if not message.is_response:
             continue
         limit = next((known[later].begin for later in others if later > index), len(text))
+        limit = min(limit, _written(messages[: index + 1], text, apply))
         found[index] = _response(messages, index, text, apply, asked(index), limit, end_text)
     bounds = [*sorted(place.begin for place in (*known.values(), *found.values())), len(text)]
     return {
         index: replace(place, gap_end=next(bound for bound in bounds if bound >= place.end and bound > place.begin))
         for index, place in found.items()
     }
+
+
+def _written(messages: Sequence[Message], text: str, apply: Apply) -> int:
+    """How much of the text a template writes for the first messages: what follows is of those after them, their headers too. All
+    of it where the text does not begin so."""
+    try:
+        found = apply(messages)
+    except UnrenderableError:
+        return len(text)
+    return len(found) if text.startswith(found) else len(text)
 
 
 def _response(
@@ -129,7 +164,8 @@ def _response(
     else:
         raise UnrenderableError("where the template writes a call is not to be found")
     if told:
-        kept = told in text[asked or 0 : place.begin] if asked is not None else told in text[: place.begin]
+        before = limit if not message.content.strip() else place.begin  # of a call alone nothing says where it begins
+        kept = told in text[asked or 0 : before]
         place = _from_reasoning(place, text, told, asked) if kept else replace(place, dropped=True)
     if has_calls:
         at = text.find(end_text, place.end, limit) if end_text else -1

@@ -4,7 +4,8 @@ import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -13,7 +14,17 @@ import numpy as np
 from fusechat.core.dates import dated
 from fusechat.core.messages import Conversation, Message, fold_system
 from fusechat.core.progress import log
-from fusechat.core.responses import OPEN, REASONING, Place, UnrenderableError, places, response_places, words_offset
+from fusechat.core.responses import (
+    OPEN,
+    REASONING,
+    Place,
+    Rendered,
+    Response,
+    UnrenderableError,
+    places,
+    response_places,
+    words_offset,
+)
 from fusechat.core.spans import encode_with_spans
 from fusechat.core.token_bytes import token_bytes
 from fusechat.errors import ModelError
@@ -21,30 +32,6 @@ from fusechat.errors import ModelError
 __all__ = ["ChatTemplate", "Rendered", "Response", "UnrenderableError", "choose_template"]
 OWN_PROMPT = "{#- a model that was trained with this template is asked by its generation prompt -#}"
 _TOLD_BY_ROLE = ("tool_calls", "tool_call_id", *REASONING)  # keys of messages of which something else is said
-
-
-@dataclass(frozen=True)
-class Response:
-    """Characters of the rendered text. `asked`: where the asked prompt ends, the text after which a model is asked for this
-    response; `begin`, `end`: the content; `gap_end`: where the template's text after it ends. `skipped`: how many characters
-    of the original content the template stripped from the front. `own`: how many characters of the content are the message's
-    own, as it has them; those after them are in the template's words, and counted from the byte `offset` on."""
-
-    asked: int
-    begin: int
-    end: int
-    gap_end: int
-    skipped: int
-    own: int
-    offset: int = 0
-
-
-@dataclass(frozen=True)
-class Rendered:
-    text: str
-    responses: tuple[Response, ...]  # one for each assistant message that is learnt, in order
-    system_folded: bool = False  # the template refuses the system message: it went in front of the first user message
-    marks: frozenset[str] = frozenset()  # what the template leaves out, by the names of `left_out.py`
 
 
 class ChatTemplate:
@@ -92,18 +79,18 @@ class ChatTemplate:
             folded = fold_system(messages)
             if folded is None:
                 raise
-            return replace(self._locate(folded, about), system_folded=True)
+            return replace(self._locate(folded, about), system_folded=bool(messages[0].content.strip()))
 
     def prompt(self, messages: Sequence[Message]) -> str:
         """The asked prompt: the conversation's text up to where the model answers, as training has it. Raises
         UnrenderableError with the reason."""
         folded = fold_system(messages)
+        if folded is not None and self._folds(messages):
+            return self.prompt(folded)
         try:
             if OWN_PROMPT in self.template:
                 return self._apply(messages, ask=True).rstrip(" ")
             answered = self._apply([*messages, Message("assistant", OPEN)])
-            if folded is not None and messages[0].content.strip() not in answered:
-                raise UnrenderableError("the template leaves out the system message")
             if OPEN not in answered:
                 raise UnrenderableError("the template leaves out the assistant message")
         except UnrenderableError:
@@ -111,6 +98,15 @@ class ChatTemplate:
                 raise
             return self.prompt(folded)
         return answered[: self._asked(messages, answered, answered.rindex(OPEN))]
+
+    def _folds(self, messages: Sequence[Message]) -> bool:
+        """Whether a conversation that begins so is rendered with its system message in front of the first question."""
+        answered = [*messages, Message("assistant", "Hello!")]
+        for each, folded in ((answered, False), (fold_system(answered) or answered, True)):
+            with suppress(UnrenderableError):
+                self._locate(each, None)
+                return folded
+        return False
 
     def on_its_day(self, template: str) -> str:
         """The text of a template, which asks for today, with the day that this one is told."""

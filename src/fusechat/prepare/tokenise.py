@@ -73,13 +73,15 @@ def prepare_conversation(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one response, as `Prepared` has them. `width`: bytes of its content. `cut`: its end is missing."""
+    """The rows of one response, as `Prepared` has them. `reach`: bytes of the rendered content up to the end of each row, wherever
+    its span is counted from; `width`: of all of it. `cut`: its end is missing."""
 
     position: np.ndarray
     begin: np.ndarray
     end: np.ndarray
     end_of_turn: np.ndarray
     lead: np.ndarray
+    reach: np.ndarray
     width: int
     cut: bool = False
 
@@ -88,12 +90,9 @@ class _Rows:
         keep = (self.position < length) & ~self.end_of_turn
         if not (keep & ~self.lead).any():
             return None
-        position, begin, end, closing, lead = (
-            each[keep] for each in (self.position, self.begin, self.end, self.end_of_turn, self.lead)
-        )
-        lost = self.end[~keep & ~self.end_of_turn]
-        width = self.width - (int(lost[-1]) - int(end[-1]) if len(lost) else 0)
-        return _Rows(position, begin, end, closing, lead, width, cut=True)
+        columns = self.position, self.begin, self.end, self.end_of_turn, self.lead, self.reach
+        position, begin, end, closing, lead, reach = (each[keep] for each in columns)
+        return _Rows(position, begin, end, closing, lead, reach, width=int(reach[-1]), cut=True)
 
 
 def _rows(response: Response, encoded: Encoded, at: np.ndarray, end_token: int | None, *, skipped: int) -> _Rows:
@@ -110,6 +109,7 @@ def _rows(response: Response, encoded: Encoded, at: np.ndarray, end_token: int |
     width = end - begin
     spans = encoded.spans[rows] - begin
     spans[:, 1] = np.minimum(spans[:, 1], width)
+    reach = _with_end(spans[:, 1], width, closing)
     spans[spans[:, 0] >= own_end - begin] += response.offset
     positions = np.append(rows, closing) if closing is not None else rows
     return _Rows(
@@ -118,6 +118,7 @@ def _rows(response: Response, encoded: Encoded, at: np.ndarray, end_token: int |
         end=_with_end(spans[:, 1], width, closing) + skipped,
         end_of_turn=np.arange(len(positions)) >= len(rows),
         lead=np.arange(len(positions)) < len(lead),
+        reach=reach,
         width=width,
     )
 
