@@ -43,6 +43,7 @@ def test_a_conversion_that_memory_has_no_room_for_waits(
     sizes = {"small": 400_000_000, "other": 500_000_000, "large": 1_400_000_000}
     code = (
         "import json, sys, time; (name,), _ = json.loads(sys.argv[1]);"
+        "print('a library says something');"
         f"print({sizes}[name.rpartition('/')[2][:5]], flush=True); sys.stdin.readline(); time.sleep(0.3)"
     )
     running: list[str] = []

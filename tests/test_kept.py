@@ -228,3 +228,8 @@ def test_training_arguments_that_count() -> None:
     assert counted(best) == {key: value for key, value in best.items() if key != "logging_steps"}
     plateau = plain | {"lr_scheduler_type": "reduce_lr_on_plateau"}
     assert counted(plateau).keys() == plateau.keys() - {"logging_steps"}
+    assert counted(plain | {"lr_scheduler_type": "greedy"}).keys() == plateau.keys() - {"logging_steps"}
+    # Transformers measures as often as it logs, where nothing else is said.
+    often, seldom = ({"load_best_model_at_end": True, "eval_strategy": "steps", "logging_steps": n} for n in (10, 50))
+    assert counted(often) != counted(seldom)
+    assert counted(often | {"eval_steps": 5}) == counted(seldom | {"eval_steps": 5})

@@ -191,6 +191,21 @@ def test_buffers_that_the_class_does_not_read_are_left_out(pair: list[Path], tmp
             warnings.clear()
 
 
+def test_buffers_of_files_without_the_models_prefix(tokenizers: Any, tmp_path: Path, warnings: Any) -> None:
+    """As the hub's own gpt2 is stored: without `transformer.`, its causal masks beside the weights."""
+    gpt2(tokenizers["llama"]).save_pretrained(tmp_path / "long")
+    short = {
+        name.removeprefix("transformer."): tensor for name, tensor in read(tmp_path / "long").items() if name != HEAD
+    }
+    masks = {f"h.{layer}.attn.bias": torch.tril(torch.ones(1, 1, 8, 8)) for layer in range(2)}
+    old = write(tmp_path / "old", short | masks, tmp_path / "long")
+    new = write(tmp_path / "new", short, tmp_path / "long")
+    for number, pair in enumerate(([old, new], [new, old], [old, old])):
+        merge(configuration("linear", pair, {"weight": 0.5}), tmp_path / f"out{number}")
+        assert read(tmp_path / f"out{number}").keys() == short.keys()
+    assert len(warnings.messages) == 3
+
+
 def test_position_ids_of_an_older_bert(tmp_path: Path) -> None:
     config = transformers.BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1)
     config.num_attention_heads = 4

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from checkpoints import configuration, read, write
+from fusechat.errors import ModelError
 from fusechat.merge import merge
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -155,3 +156,12 @@ def test_one_tensor_gets_one_value_whatever_its_names(tmp_path: Path) -> None:
     model = type(t5()).from_pretrained(tmp_path / "out")
     tables = [model.shared, model.encoder.embed_tokens, model.decoder.embed_tokens, model.lm_head]
     assert all(table.weight is model.shared.weight for table in tables)
+
+
+def test_copies_of_a_type_that_is_not_merged_are_named(tmp_path: Path) -> None:
+    """A tied embedding beside its copy, both in float64, which are compared before anything is merged."""
+    one = saved(qwen2, tmp_path / "one", 1)
+    wide = {name: tensor.double() for name, tensor in read(one).items()}
+    base = write(tmp_path / "base", wide | {HEAD: wide[EMBEDDING].clone()}, one)
+    with pytest.raises(ModelError, match="is stored as F64 in base; convert that model first"):
+        merge(configuration("task_arithmetic", [base, one], {"weight": 0.5}), tmp_path / "out")

@@ -135,6 +135,32 @@ def test_a_second_process_and_a_machine_without_a_network(models: dict[str, Path
     assert {state for step, state in found.items() if step.startswith("prepare")} == {"done"}
 
 
+def test_one_id_in_two_places_of_a_recipe(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One commit for both where none is named, though the branch moves; a commit that one names is not the other's."""
+    from fusechat import settle
+
+    moved = iter([NEW, OTHER])
+    monkeypatch.setattr(settle, "resolve", lambda kind, asked: next(moved))
+    monkeypatch.setattr(settle, "newest_commit", lambda kind, asked: None)
+    named = {"model": "org/name", "commit": OLD}
+    for sources in (
+        {"one": "org/name", "two": "org/name"},
+        {"one": "org/name", "old": named},
+        {"old": named, "one": "org/name"},
+    ):
+        moved = iter([NEW, OTHER])
+        recipe, work = runs.write_recipe(tmp_path, models, sources=sources), tmp_path / "-".join(sources)
+        work.mkdir()
+        found = settled(load_recipe(recipe), work, begin=True)
+        commits = {name: spec.commit for name, spec in found.sources.items()}
+        assert commits == {name: OLD if name == "old" else NEW for name in sources}
+        save_recipe(found, work / "recipe.yaml")
+        again = settled(load_recipe(recipe), work, begin=True)
+        assert {name: spec.commit for name, spec in again.sources.items()} == commits
+
+
 def test_a_commit_of_what_is_not_the_hubs_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
     from fusechat.errors import DataError, RecipeError
 
@@ -156,9 +182,7 @@ def test_what_auto_is_is_settled_once(
     assert load_recipe(recipe).capture.dtype == "float32"
     heard.clear()
     assert run(load_recipe(recipe), work, until="capture") == 0
-    said = (
-        "capture.dtype: auto is bfloat16 in this work directory, as when the run began; this machine would take float32"
-    )
+    said = "capture.dtype: auto is bfloat16 in this work directory, as its recipe.yaml says; this machine would take float32"
     assert said in heard
     assert settings(work, "capture/pivot/data")["dtype"] == "bfloat16"
     named = load_recipe(recipe, ["capture.dtype=float32"])

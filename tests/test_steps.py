@@ -341,6 +341,12 @@ def test_a_step_done_anew_with_the_same_files_makes_nothing_after_it_stale(tmp_p
     assert [each.run() for each in again] == [True, False, False]
     assert [each.state()[0] for each in chain(format=7)] == ["done", "done", "done"]
     assert calls == ["b", "c"]
+    reader = step(tmp_path / "r", upstream={"above": again[0]}, reads_bulk=False)
+    assert reader.run()
+    anew = chain(format=9)
+    anew[0].run()
+    reader = step(tmp_path / "r", upstream={"above": anew[0]}, reads_bulk=False)
+    assert reader.state()[0] == "stale", "who reads manifests reads other ones"
     other = chain("other", format=8)
     assert [each.run() for each in other] == [True, True, True]
     assert calls == ["b", "c", "b", "c"]

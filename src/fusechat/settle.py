@@ -3,7 +3,7 @@ machine: the commits that ids of the hub stand for, and what `auto` is."""
 
 import re
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from fusechat.core.manifests import MANIFEST
 from fusechat.core.progress import log
 from fusechat.core.references import COMMIT, newest_commit, resolve
 from fusechat.core.seals import read_checked
-from fusechat.precision import value_at
+from fusechat.precision import Place, value_at
 from fusechat.recipe_file import load_recipe, raw_recipe
 from fusechat.sections import DataPath, ModelSpec
 
@@ -33,6 +33,7 @@ def settled(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bo
     for place in recipe.automatic if automatic else ():
         recipe = _as_it_was(recipe, place, value_at(saved, place), tell=begin)
 
+    @cache
     def commit(kind: str, asked: str) -> str | None:
         found = known.get((kind, asked))
         if found is None:
@@ -41,7 +42,21 @@ def settled(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bo
             _tell_of_newer(kind, asked, found)
         return found
 
-    return _each(recipe, lambda spec: _pinned(spec, lru_cache(maxsize=None)(commit)))
+    def pinned(spec: Any, place: Place) -> Any:
+        """A model or data set; of the hub's, with its commit: the one that is written for it, else that of its id."""
+        kind, asked = _asked(spec)
+        if kind is None:
+            return spec
+        there = value_at(saved, place)
+        own = (
+            there.get("commit")
+            if isinstance(there, dict) and asked in (there.get("model"), there.get("path"))
+            else None
+        )
+        found = commit(kind, asked)
+        return spec.model_copy(update={"commit": own or found})
+
+    return _each(recipe, pinned)
 
 
 def recipe_of(workdir: Path) -> Recipe:
@@ -49,25 +64,25 @@ def recipe_of(workdir: Path) -> Recipe:
     return settled(load_recipe(workdir / RECIPE), workdir)
 
 
-def _pinned(spec: Any, commit: Callable[[str, str], str | None]) -> Any:
-    """A model or data set; of the hub's, with its commit."""
+def _asked(spec: Any) -> tuple[str | None, str]:
+    """`model` or `dataset`, and its id, of one of the hub's that names no commit; None for all else."""
     if isinstance(spec, ModelSpec) and spec.reference.is_hub and spec.commit is None:
-        return spec.model_copy(update={"commit": commit("model", str(spec.model))})
+        return "model", str(spec.model)
     if isinstance(spec, DataPath) and DataSet("", spec.path).is_hub and spec.commit is None:
-        return spec.model_copy(update={"commit": commit("dataset", spec.path)})
-    return spec
+        return "dataset", spec.path
+    return None, ""
 
 
-def _each(part: T, change: Callable[[Any], Any]) -> T:
-    """A section with all that it holds, with every section in it changed."""
+def _each(part: T, change: Callable[[Any, Place], Any], place: Place = ()) -> T:
+    """A section with all that it holds, with every section in it changed. `change` is told its place."""
     found: Any = part
     if isinstance(part, dict):
-        found = {key: _each(value, change) for key, value in part.items()}
+        found = {key: _each(value, change, (*place, key)) for key, value in part.items()}
     elif isinstance(part, list):
-        found = [_each(value, change) for value in part]
+        found = [_each(value, change, (*place, str(number))) for number, value in enumerate(part)]
     elif isinstance(part, BaseModel):
-        inner = {name: _each(getattr(part, name), change) for name in type(part).model_fields}
-        found = change(part.model_copy(update=inner))
+        inner = {name: _each(getattr(part, name), change, (*place, name)) for name in type(part).model_fields}
+        found = change(part.model_copy(update=inner), place)
     return found
 
 
@@ -76,7 +91,7 @@ def _as_it_was(recipe: Recipe, place: tuple[str, ...], before: Any, *, tell: boo
     if before is None or before == now:
         return recipe
     if tell:
-        said = f"%s: auto is {before} in this work directory, as when the run began; this machine would take {now}"
+        said = f"%s: auto is {before} in this work directory, as its recipe.yaml says; this machine would take {now}"
         log.warning(said, ".".join(place))
     return _put(recipe, place, before)
 

@@ -21,7 +21,14 @@ def weights(file: Path) -> int:
     try:
         with file.open("rb") as handle:
             return 4 * _count(handle)
-    except (struct.error, KeyError, OverflowError, ValueError, OSError):  # the last: a place that no file has
+    except (
+        struct.error,
+        KeyError,
+        OverflowError,
+        ValueError,
+        OSError,
+        RecursionError,
+    ):  # the last: a place that no file has
         return _MOST * file.stat().st_size
 
 

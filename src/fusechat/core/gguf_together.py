@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -34,11 +35,10 @@ class _Conversion:
     def watch(self, news: "News") -> None:
         """Puts into `news` when it knows what it needs, and when it has ended."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if line:
-            self.needed = int(line)
-            news.put((self, False))
-        self.process.stdout.read()
+        for line in self.process.stdout:
+            if line.strip().isdecimal() and not self.needed:
+                self.needed = int(line)
+                news.put((self, False))
         self.process.wait()
         news.put((self, True))
 
@@ -116,14 +116,16 @@ def _begin(reference: Reference) -> _Conversion:
 def main() -> None:
     """In a process of its own: fetches the model in `argv`, says how much memory it needs, waits for leave, converts."""
     parts, sha256 = json.loads(sys.argv[1])
+    answer = sys.stdout
 
     def ask(needed: int) -> None:
-        print(needed, flush=True)
+        print(needed, file=answer, flush=True)
         if not sys.stdin.readline():  # who started this is gone
             sys.exit(1)
 
     try:
-        converted(Reference(tuple(parts), sha256), before=ask)
+        with redirect_stdout(sys.stderr):  # whatever a library prints is no answer
+            converted(Reference(tuple(parts), sha256), before=ask)
     except FuseChatError as error:
         print(error, file=sys.stderr)
         sys.exit(_REFUSED)

@@ -40,7 +40,7 @@ class Step:
     kept for which that is as it was, and `work` makes the others.
     A step with `join` is shared by all processes: each calls `work`, and `join` makes one of the counts that they return.
     `bulk`: the pattern of files that a finished run can do without; `reads_bulk`: whether `work` reads those of its upstream
-    steps, which are then made again before.
+    steps, which are then made again before; where not, it reads their manifests, and is stale when those are of another run.
     """
 
     stage: str
@@ -130,7 +130,7 @@ class Step:
         above |= {
             key: step.fingerprint
             for key, step in self.upstream.items()
-            if step.is_known_as(above.get(key)) or (key in above and step.wrote(built.get(key)))
+            if step.is_known_as(above.get(key)) or (self.reads_bulk and key in above and step.wrote(built.get(key)))
         }
         return {**inputs, "settings": dict(self.counted(inputs.get("settings", {}))), "upstream": above}
 

@@ -58,6 +58,7 @@ _SERVING = (
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout", "include_num_input_tokens_seen"),
 )
+_BY_MEASURES = ("reduce_lr_on_plateau", "greedy")  # schedules of the learning rate that follow measurements
 # What none depends on where training ends with the last step, at a rate that no measurement changes.
 _BETWEEN = (
     *("save_*", "enable_jit_checkpoint", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
@@ -67,11 +68,12 @@ _BETWEEN = (
 
 def counted(training: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the arguments that the trained weights depend on."""
-    ends_with_best = (
-        training.get("load_best_model_at_end") or training.get("lr_scheduler_type") == "reduce_lr_on_plateau"
-    )
-    patterns = (*_WRITING, *_SERVING, *(() if ends_with_best else _BETWEEN))
-    return {name: value for name, value in training.items() if not any(fnmatch(name, one) for one in patterns)}
+    measured = training.get("load_best_model_at_end") or training.get("lr_scheduler_type") in _BY_MEASURES
+    patterns = (*_WRITING, *_SERVING, *(() if measured else _BETWEEN))
+    found = {name: value for name, value in training.items() if not any(fnmatch(name, one) for one in patterns)}
+    if measured and training.get("eval_strategy") == "steps" and not training.get("eval_steps"):
+        found["eval_steps"] = training.get("logging_steps")  # which Transformers takes then
+    return found
 
 
 def known_arguments() -> dict[str, str]:

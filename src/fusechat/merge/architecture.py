@@ -33,6 +33,8 @@ class Architecture:
         """Whether the tensor stands within a module that the class has, and not beside all of them."""
         parts = self.known_as(tensor).split(".")
         within = [f"{'.'.join(parts[:cut])}." for cut in range(1, len(parts))]
+        if self._changes[2]:  # files of the model without its head lack the prefix
+            within += [f"{self._changes[2]}.{module}" for module in within]
         return any(name.startswith(module) for module in within for name in self._state)
 
 

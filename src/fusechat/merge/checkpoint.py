@@ -147,6 +147,8 @@ class Checkpoint:
     def same(self, name: str, other: str) -> bool:
         """Whether two of its tensors hold the same values, bit for bit; reads them as far as they do."""
         one, two = self.entries[name], self.entries[other]
+        if one.dtype not in BYTES:
+            raise ModelError(f"{name}: is stored as {one.dtype} in {self.label}; convert that model first")
         if (one.shape, one.dtype) != (two.shape, two.dtype):
             return False
         starts = range(0, one.bytes, COMPARED)
