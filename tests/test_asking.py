@@ -199,4 +199,26 @@ def test_what_ends_generation_already_stays(models: dict[str, Path], tmp_path: P
         write_chat_files(Chatter("pivot", Reference((str(models["llama"]),))), directory, own_prompt=False, name="x")
         settings = GenerationConfig.from_pretrained(directory)
         assert settings.eos_token_id == expected
-        assert settings.top_k == (7 if before is not None else settings.top_k)
+        assert before is None or settings.top_k == 7
+    nested = tmp_path / "nested"
+    shutil.copytree(models["llama"], nested)
+    (nested / "generation_config.json").unlink()
+    config = json.loads((nested / "config.json").read_text()) | {
+        "eos_token_id": None,
+        "text_config": {"eos_token_id": 5},
+    }
+    (nested / "config.json").write_text(json.dumps(config))
+    write_chat_files(Chatter("pivot", Reference((str(models["llama"]),))), nested, own_prompt=False, name="x")
+    assert json.loads((nested / "generation_config.json").read_text())["eos_token_id"] == [5, 2]
+
+
+def test_a_template_whose_prompts_cannot_be_compared_is_told_of(models: dict[str, Path]) -> None:
+    """What stands before an answer depends on the answer, so that no saved template is known to ask rightly."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ ('<B>' if 'So' in m.content else '<A>') ~ m.content }}"
+        "{% else %}{{ '<U>' ~ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<A>{% endif %}"
+    )
+    found = asking(ChatTemplate(AutoTokenizer.from_pretrained(models["llama"]), template, "x"))
+    assert not found.exact
+    assert found.template == template
+    assert "is not what it was trained after" in str(found.note)

@@ -38,12 +38,12 @@ def asking(template: ChatTemplate, *, own_prompt: bool = False) -> Asking:
         )
     pairs = [(probe, prompt) for probe in _PROBES if (prompt := _prompt(template, probe)) is not None]
     texts = [_render(template, probe) for probe, _ in pairs]
-    for changed, note in _candidates(template, pairs):
+    for changed, note in _candidates(template, pairs) if pairs else ():  # without a probe nothing is known
         other = template.elsewhere(changed)
         asks = all(_render(other, probe, ask=True) == prompt for probe, prompt in pairs)
         if asks and [_render(other, probe) for probe, _ in pairs] == texts:
             return Asking(changed, note)
-    shown = json.dumps(pairs[0][1] if pairs else "", ensure_ascii=False)
+    shown = json.dumps(template.prompt([_USER]), ensure_ascii=False)
     return Asking(
         template.template,
         f"its chat template's own generation prompt is not what it was trained after; ask it after the text {shown}, "

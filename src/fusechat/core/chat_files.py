@@ -48,8 +48,9 @@ def _add_end(directory: Path, token: int) -> None:
         settings = read_json(file)
     else:  # the model came without one: Transformers takes what its configuration says
         configuration = read_json(directory / "config.json")
+        places = (configuration.get("text_config") or {}, configuration)
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        settings = {name: configuration[name] for name in names if configuration.get(name) is not None}
+        settings = {name: place[name] for place in places for name in names if place.get(name) is not None}
     ends = settings.get("eos_token_id")
     known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
     if token not in known:

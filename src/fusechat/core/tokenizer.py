@@ -5,11 +5,11 @@ from the vocabulary, and make other tokens of a text. The file is what the model
 here, and said where conversations show it.
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from fusechat.core.beside import read_json_of
 from fusechat.core.models import model_error, quiet_transformers
 from fusechat.core.progress import log
 from fusechat.errors import ModelError
@@ -61,10 +61,7 @@ def _loaded(directory: Path, trust_remote_code: bool) -> tuple[Any, Any | None]:
 
 def _has_code(directory: Path) -> bool:
     """Whether the tokenizer's class is code beside the model."""
-    try:
-        return "AutoTokenizer" in json.loads((directory / CONFIG).read_text(encoding="utf-8")).get("auto_map", {})
-    except (OSError, ValueError, AttributeError):
-        return False
+    return "AutoTokenizer" in (read_json_of(directory / CONFIG).get("auto_map") or {})
 
 
 def _take_special_tokens(tokenizer: Any, automatic: Any) -> None:
