@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from fusechat.alignment import evaluate_alignment, strategy_name
-from fusechat.core.progress import setup_logging
-from fusechat.recipe_file import load_recipe
+from fusechat.commands.compare_alignments import evaluate_alignment, strategy_name
+from fusechat.recipe.load import load_recipe
+from fusechat.run.progress import setup_logging
 
 ROOT = Path(__file__).parents[1]
 ROOM = ROOT / "runs" / "alignment"

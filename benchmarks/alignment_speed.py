@@ -23,18 +23,18 @@ from transformers import PreTrainedTokenizerFast
 
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
+from fusechat.align.batching import groups, join
 from fusechat.align.blocks import Blocks, Conversations
 from fusechat.align.counts import Seen, count_pairs
 from fusechat.align.dtw import surface, warping_path
-from fusechat.align.figures import Figures
-from fusechat.align.joined import groups, join
-from fusechat.config import PIVOT
-from fusechat.core.distributions import SparseDistribution, write_distributions, write_store
-from fusechat.core.files import digest
-from fusechat.core.prepared import FILE, Prepared, write_prepared
-from fusechat.core.spans import encode_with_spans
-from fusechat.core.token_bytes import token_bytes
-from fusechat.recipe_file import load_recipe
+from fusechat.align.stats import Figures
+from fusechat.data.distributions import SparseDistribution, write_distributions, write_store
+from fusechat.data.prepared import FILE, Prepared, write_prepared
+from fusechat.models.spans import encode_with_spans
+from fusechat.models.token_bytes import token_bytes
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import PIVOT
+from fusechat.run.files import digest
 
 ROOT = Path(__file__).parents[1]
 VOCABULARIES = ROOT.parent / "shared" / "tokenizers"  # real ones, where they are at hand

@@ -13,12 +13,12 @@ from statistics import median
 import numpy as np
 import torch
 
-from fusechat.config import PIVOT
-from fusechat.core.conversations import Conversation, DataSet, read_conversations
-from fusechat.evaluate import generate
+from fusechat.data.conversations import Conversation, DataSet, read_conversations
 from fusechat.evaluate.answers import Answer, Prompt
-from fusechat.evaluate.generate import Generator
-from fusechat.recipe_file import load_recipe
+from fusechat.models import generator as generate
+from fusechat.models.generator import Generator
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import PIVOT
 
 ROOT = Path(__file__).parents[1]
 RECIPE, DATA = ROOT / "examples" / "quickstart.yaml", ROOT.parent / "shared" / "data" / "oasst_threads.jsonl"

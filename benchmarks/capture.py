@@ -19,15 +19,15 @@ import torch
 import yaml
 
 from fusechat.capture.local import Local
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.chatters import Chatter
-from fusechat.core.distributions import write_shard
-from fusechat.core.forward import collate, length_batches
-from fusechat.core.prepared import Prepared, PreparedSet
-from fusechat.core.steps import Step
+from fusechat.data.distributions import write_shard
+from fusechat.data.prepared import Prepared, PreparedSet
+from fusechat.models.chat_model import Chatter
+from fusechat.models.forward import collate, length_batches
 from fusechat.pipeline import build_steps
-from fusechat.recipe_file import load_recipe
-from fusechat.sections import Capture
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.recipe.sections import Capture
+from fusechat.run.steps import Step
 
 ROOT = Path(__file__).parents[1]
 RECIPE, DATA = ROOT / "examples" / "quickstart.yaml", ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fusechat.core.conversations import DataSet
+from fusechat.data.conversations import DataSet
 from fusechat.prepare.overlap import find_overlap
 
 WORDS = 50_000

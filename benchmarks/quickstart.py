@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusechat.align.blocks import Blocks, Conversations
-from fusechat.align.figures import Figures
 from fusechat.align.stage import models
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.progress import setup_logging
-from fusechat.core.steps import Step
+from fusechat.align.stats import Figures
+from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run.progress import setup_logging
+from fusechat.run.steps import Step
 
 ROOT = Path(__file__).parents[1]
 RECIPE, WORKDIR = ROOT / "examples" / "quickstart.yaml", ROOT / "runs" / "quickstart"

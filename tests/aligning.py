@@ -7,9 +7,9 @@ import numpy as np
 from hypothesis import strategies as st
 
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
+from fusechat.models.token_bytes import TokenBytes
 
 Spans = list[tuple[int, int]]
 Response = tuple[Spans, bool]  # spans of its content tokens, and whether an end of turn follows

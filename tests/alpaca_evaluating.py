@@ -14,7 +14,7 @@ import pytest
 
 from fusechat.evaluate.alpaca.annotate import Pair
 from fusechat.evaluate.answers import Answer, Ask, Prompt
-from fusechat.evaluate.client import Estimate, Missing, Reply, Request
+from fusechat.models.client import Estimate, Missing, Reply, Request
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
 PUBLISHED = SHARED / "FuseChat-Llama-3.2-1B-Instruct.annotations.json"

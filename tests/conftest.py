@@ -17,7 +17,7 @@ from hypothesis import settings
 
 import showing
 import tiny
-from fusechat.core.progress import log
+from fusechat.run.progress import log
 from fusechat.show.tokens import load
 
 settings.register_profile("fusechat", deadline=None, derandomize=True, database=None)

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from fusechat.core.distributions import (
+from fusechat.data.distributions import (
     DistributionSet,
     SparseDistribution,
     open_distributions,
     write_distributions,
     write_store,
 )
-from fusechat.core.prepared import Prepared, PreparedSet, write_prepared
-from fusechat.fuse.choice import Candidate, Rule
+from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
+from fusechat.fuse.teacher_selection import Candidate, Rule
 
 FUNCTIONS, UNITS, LEVELS = ("mince", "avgce", "source"), ("byte", "token"), ("conversation", "response", "position")
 VOCABULARY = 12
@@ -141,7 +141,7 @@ def naive_shares(candidates: Sequence[Candidate], pivot: Prepared, rule: Rule) -
 
 
 def naive_weights(found: Sequence[Sequence[float]], function: str) -> list[list[float]]:
-    """[candidates][groups], as `fusechat.fuse.choice.weights`."""
+    """[candidates][groups], as `fusechat.fuse.teacher_selection.weights`."""
     weights = [[0.0] * len(found[0]) for _ in found]
     for group, values in enumerate(zip(*found, strict=True)):
         if min(values) == math.inf:

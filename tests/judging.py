@@ -22,11 +22,11 @@ from typing import Any
 import pytest
 import yaml
 
-from fusechat.core.cache import cache_directory, locked
-from fusechat.core.references import Reference
-from fusechat.core.wheels import fetch_joined
 from fusechat.errors import ModelError
-from fusechat.evaluate.client import Client, Request
+from fusechat.models.client import Client, Request
+from fusechat.models.reference import Reference
+from fusechat.models.wheels import fetch_joined
+from fusechat.run.cache import cache_directory, locked
 
 _RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 _SERVE = """

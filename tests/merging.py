@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.merge.measured import Measured
 from fusechat.merge.methods import Method, load_method
 from fusechat.merge.parameters import Values
+from fusechat.merge.stats import Measured
 from fusechat.merge.tensor import BLOCK, Stored, Tensor, Workers
 
 Row = Sequence[float] | np.ndarray  # of an array, the dtype says how it is stored: uint16 has the bits of bfloat16

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from fusechat.evaluate.answers import Answer, Prompt
-from fusechat.evaluate.client import Missing, Reply, Request
 from fusechat.evaluate.mt_bench.data import MtBench
 from fusechat.evaluate.mt_bench.suite import FILES, run
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
+from fusechat.models.client import Missing, Reply, Request
 
 OURS = Subject("fused", "ours")
 THEIRS = Subject("pivot", "theirs")

@@ -4,13 +4,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.left_out import LeftOut
+from fusechat.data.rejected import LeftOut
+from fusechat.models.facts import DataFile, Facts, Model
 from fusechat.report.answers import cards
-from fusechat.report.choices import ChoiceRow
 from fusechat.report.costs import Cost, StageCost
-from fusechat.report.models import DataFile, Facts, Model
 from fusechat.report.page import Contents
 from fusechat.report.results import result_tables
+from fusechat.report.teaching import ChoiceRow
 
 OWN = "document.title='owned'"
 HOSTILE = (

@@ -114,7 +114,7 @@ def fusechat(*arguments: str | Path, stdin: str | None = None, **environment: st
 
 def here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """As `fusechat`, in this process, which has imported already what takes seconds to import."""
-    from fusechat.cli import main
+    from fusechat.commands.cli import main
 
     before, out, err = sys.argv, io.StringIO(), io.StringIO()
     sys.argv = ["fusechat", *map(str, arguments)]

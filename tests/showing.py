@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 import tiny
-from fusechat import cli
-from fusechat.core.spans import encode_with_spans
-from fusechat.core.token_bytes import token_bytes
+from fusechat.commands import cli
+from fusechat.models.spans import encode_with_spans
+from fusechat.models.token_bytes import token_bytes
 from fusechat.show.glyphs import glyphs_of
 from fusechat.show.passages import Passage, Token, tokens_of
 

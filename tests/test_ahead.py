@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligning import conversation, dense, map_of, sparse, toy
-from fusechat.align.ahead import FAINT, Ahead, bytes_ahead, next_candidates, open_tokens, rows_ahead, with_ahead
 from fusechat.align.candidates import NONE, Candidates, gather, rests_inside
 from fusechat.align.counts import Counts
+from fusechat.align.lookahead import FAINT, Ahead, bytes_ahead, next_candidates, open_tokens, rows_ahead, with_ahead
 from fusechat.align.sequence import align_rows
 from fusechat.align.spelling import Spelling
 from fusechat.align.transfer import Transfer
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
 
 FEW = settings(max_examples=100, deadline=None)
 SOURCE = toy("a", "b", "c", "ab")

@@ -22,13 +22,13 @@ from alpaca_evaluating import (
     subject,
     write,
 )
-from fusechat.core.progress import log
 from fusechat.errors import DataError
 from fusechat.evaluate.alpaca.data import AlpacaData, load
 from fusechat.evaluate.alpaca.suite import run, score_annotations
-from fusechat.evaluate.client import Missing, Reply, Request
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.statistics import ratio
+from fusechat.models.client import Missing, Reply, Request
+from fusechat.run.progress import log
 
 needs_the_library()
 

@@ -9,7 +9,7 @@ import yaml
 
 import runs
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 # mistral teaches on the recipe's conversations; so may another one, or on its own, on which all models are then measured too.
 OWN = {"train": "own.jsonl", "validation": "own-held-out.jsonl"}

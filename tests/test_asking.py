@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import families
 import runs
 import tiny
-from fusechat.core.asking import asking
-from fusechat.core.chat_files import write_chat_files
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.references import Reference
-from fusechat.core.templates import ChatTemplate
+from fusechat.data.conversations import Conversation, Message
+from fusechat.models.chat_files import write_chat_files
+from fusechat.models.chat_model import Chatter
+from fusechat.models.reference import Reference
+from fusechat.models.saved_template import asking
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.tokenise import prepare_conversation
 from fusechat.pipeline import run
-from fusechat.prepare.tokenise import prepare_conversation
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from test_lead_rows import OPENCHAT, THOUGHTS, TWO_TEXTS, UNASKED
 
 ANSWERS = ["Four eggs.", "4 eggs."]

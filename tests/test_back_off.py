@@ -10,7 +10,7 @@ import tiny
 from aligning import edit_distance, toy
 from fusechat.align.back_off import EDIT, TAIL, BackOff
 from fusechat.align.dtw import surface
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.models.token_bytes import TokenBytes
 
 FEW = settings(max_examples=60, deadline=None)
 

@@ -18,19 +18,19 @@ import tiny
 from fusechat.align import token_spans
 from fusechat.align.aligner import Pair, Side, Strategy
 from fusechat.align.check import check_conversation
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.distributions import SparseDistribution, open_distributions, write_shard
-from fusechat.core.files import digest_json
-from fusechat.core.prepared import FILE, Prepared, PreparedSet, write_prepared
-from fusechat.core.seals import write_checked
-from fusechat.core.spans import encode_with_spans
-from fusechat.core.steps import MANIFEST
-from fusechat.core.templates import ChatTemplate
-from fusechat.core.token_bytes import token_bytes
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.distributions import SparseDistribution, open_distributions, write_shard
+from fusechat.data.prepared import FILE, Prepared, PreparedSet, write_prepared
 from fusechat.errors import ModelError
+from fusechat.models.spans import encode_with_spans
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.token_bytes import token_bytes
+from fusechat.models.tokenise import prepare_conversation
 from fusechat.pipeline import build_steps, run
-from fusechat.prepare.tokenise import prepare_conversation
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.run.files import digest_json
+from fusechat.run.integrity import write_checked
+from fusechat.run.steps import MANIFEST
 from test_bad_input import complaints
 
 VICTIM = 3  # the conversation that is tampered with, by its place

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 
 import runs
-from fusechat.cli import main
+from fusechat.commands.cli import main
 
 PREFIX = "fusechat: error: "
 _PROGRESS = re.compile(

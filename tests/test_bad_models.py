@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import runs
 import tiny
-from fusechat.core.chatters import Chatter
-from fusechat.core.references import Reference
 from fusechat.errors import ModelError
+from fusechat.models.chat_model import Chatter
+from fusechat.models.reference import Reference
 from test_bad_input import complaints, done
 
 FAILS = "its chat template fails on a plain question and answer: "

@@ -15,13 +15,13 @@ from transformers import AutoTokenizer
 
 import runs
 from fusechat.align.back_off import BackOff
-from fusechat.chat import talk
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.token_bytes import token_bytes
+from fusechat.commands.chat import talk
+from fusechat.data.prepared import PreparedSet
 from fusechat.errors import FuseChatError, ModelError
+from fusechat.models.token_bytes import token_bytes
 from fusechat.pipeline import build_steps, run, select_steps
-from fusechat.plan import before
-from fusechat.recipe_file import load_recipe
+from fusechat.plan import preflight as before
+from fusechat.recipe.load import load_recipe
 from test_bad_input import complaints, done
 from test_bad_models import change_config, with_source
 

@@ -15,7 +15,7 @@ import pytest
 
 import runs
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 STEPS = 32
 

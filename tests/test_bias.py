@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligning import conversation, sparse, toy
-from fusechat.align.bias import cut_share
+from fusechat.align.boundary_bias import cut_share
 from fusechat.align.spelling import Spelling
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
+from fusechat.models.token_bytes import TokenBytes
 
 TOKENS = toy("th", "the", "then", "t", "e", "n", "he")
 TH, THE, THEN, T, E, N, HE, END = range(8)

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tiny
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.prepared import Prepared
-from fusechat.core.templates import ChatTemplate
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.prepared import Prepared
 from fusechat.evaluate.bits_per_byte import compare, score_responses
-from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.tokenise import prepare_conversation
 
 TURNS = [
     ("Hi", "Yo"),

@@ -14,11 +14,11 @@ import pytest
 import runs
 from fusechat.align.blocks import Blocks
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 FILES = ("aligned.arrow", "vocabulary_map.arrow", "figures.json")
 SMALL_BLOCKS = "from fusechat.align.blocks import Blocks; Blocks.__init__.__kwdefaults__['size'] = 1; "
-MAIN = "from fusechat.cli import main; main()"
+MAIN = "from fusechat.commands.cli import main; main()"
 # What a shell begins in the background does not hear of Ctrl-C.
 LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fusechat.capture.local import Local
-from fusechat.core.prepared import Prepared
+from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError
 
 
@@ -100,7 +100,7 @@ import resource, sys
 import numpy as np, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from fusechat.capture.local import Local
-from fusechat.core.progress import setup_logging
+from fusechat.run.progress import setup_logging
 sys.path.insert(0, sys.argv[1])
 from test_capture_memory import conversations
 

@@ -24,7 +24,7 @@ from transformers import (
 
 import tiny
 from fusechat.capture.local import Local
-from fusechat.core.prepared import Prepared
+from fusechat.data.prepared import Prepared
 
 SIZE, WINDOW = 300, 8
 SHAPE: dict[str, Any] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from fusechat.core.steps import MANIFEST
+from fusechat.run.steps import MANIFEST
 
 ALONE = {"OMP_NUM_THREADS": "1"}  # as torchrun has it
 

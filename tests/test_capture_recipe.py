@@ -9,11 +9,11 @@ import pytest
 
 import runs
 from fusechat.capture import local
-from fusechat.core.distributions import DistributionSet, open_distributions
-from fusechat.core.steps import MANIFEST
+from fusechat.data.distributions import DistributionSet, open_distributions
 from fusechat.errors import DataError
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.run.steps import MANIFEST
 
 
 def capture(directory: Path, *changes: str) -> Path:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import runs
-from fusechat.core.distributions import (
+from fusechat.data.distributions import (
     SHARDS,
     SparseDistribution,
     open_distributions,
@@ -21,12 +21,12 @@ from fusechat.core.distributions import (
     write_shard,
     write_store,
 )
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.seals import write_checked
-from fusechat.core.steps import MANIFEST, STARTED, Step
+from fusechat.data.prepared import PreparedSet
 from fusechat.errors import WorkdirError
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.run.integrity import write_checked
+from fusechat.run.steps import MANIFEST, STARTED, Step
 
 CAPTURE = "capture/mistral/data"
 

@@ -16,8 +16,8 @@ from fusechat.align.sequence import align_rows
 from fusechat.align.spelling import Spelling
 from fusechat.align.transfer import Transfer
 from fusechat.align.vocabulary import VocabularyMap, build_map
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
 
 FEW = settings(max_examples=150, deadline=None)
 NAN = pytest.approx(float("nan"), nan_ok=True)

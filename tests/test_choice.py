@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fusechat.core.distributions import SparseDistribution, nothing
-from fusechat.fuse.choice import (
+from fusechat.data.distributions import SparseDistribution, nothing
+from fusechat.fuse.teacher_selection import (
     Candidate,
     Rule,
     common_responses,

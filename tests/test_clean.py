@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 import runs
-from fusechat.clean import free, parts
-from fusechat.core.files import read_json
-from fusechat.core.seals import write_checked
+from fusechat.commands.clean import free, parts
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.run.files import read_json
+from fusechat.run.integrity import write_checked
 
 
 @pytest.fixture(scope="module")

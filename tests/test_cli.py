@@ -26,7 +26,7 @@ def recipe(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_help_and_version_need_nothing_heavy() -> None:
     """What makes `--help` fast: none of the slow libraries is imported."""
-    code = "import sys\nfrom fusechat.cli import main\nsys.argv = ['fusechat', '--help']\ntry:\n main()\nfinally:\n"
+    code = "import sys\nfrom fusechat.commands.cli import main\nsys.argv = ['fusechat', '--help']\ntry:\n main()\nfinally:\n"
     heavy = ["torch", "transformers", "numpy", "pyarrow", "pydantic", "rich.table", "plotly"]
     done = subprocess.run(
         [sys.executable, "-c", code + f" print([name for name in {heavy} if name in sys.modules], file=sys.stderr)"],

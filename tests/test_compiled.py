@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from numba.core.caching import CacheImpl
 
-from fusechat.core import compiled as module
-from fusechat.core.compiled import compiled
+from fusechat.run import compiled as module
+from fusechat.run.compiled import compiled
 
 
 def twice(x: float) -> float:

@@ -16,12 +16,12 @@ from fusechat.align.counts import Seen
 from fusechat.align.sequence import align_rows
 from fusechat.align.spelling import Spelling
 from fusechat.align.vocabulary import build_map
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
-from fusechat.core.templates import ChatTemplate
-from fusechat.core.token_bytes import TokenBytes
-from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.token_bytes import TokenBytes
+from fusechat.models.tokenise import prepare_conversation
 
 FEW = settings(max_examples=100, deadline=None)
 Found = dict[tuple[int, int], tuple[float, bytes]]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fusechat.config import Recipe
 from fusechat.errors import RecipeError
-from fusechat.recipe_file import load_recipe, recipe_identity, save_recipe
+from fusechat.recipe.load import load_recipe, recipe_identity, save_recipe
+from fusechat.recipe.schema import Recipe
 
 LEAST = {"name": "tiny", "pivot": "org/pivot", "sources": {"first": "org/first"}, "data": {"train": "train.jsonl"}}
 

@@ -10,10 +10,10 @@ import pytest
 from pyarrow import parquet
 
 import runs
-from fusechat.core.conversations import Conversation, DataSet, Malformed, Message, read_conversations
+from fusechat.data.conversations import Conversation, DataSet, Malformed, Message, read_conversations
 from fusechat.errors import DataError
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from test_bad_input import PREFIX, complaints, done
 
 TURNS = [

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fusechat.core import cache
-from fusechat.core.steps import Step
+from fusechat.run import cache
+from fusechat.run.steps import Step
 
 
 @pytest.fixture(autouse=True)

@@ -13,11 +13,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 import runs
 import tiny
 from fusechat.capture.local import Local
-from fusechat.core.forward import collate, device_of, response_logits
-from fusechat.core.models import load_model
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.prepared import PreparedSet
+from fusechat.models.forward import collate, device_of, response_logits
+from fusechat.models.load import load_model
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 CPU = torch.device("cpu")
 # Weights that stay on disk are read, layer by layer, whenever they are needed. Embedding and head of llama and gemma are one.

@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import save_file
 
 import runs
-from fusechat.core.files import atomic_file, write_json
-from fusechat.core.tables import write_table
+from fusechat.data.tables import write_table
 from fusechat.errors import storage_error
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.run.files import atomic_file, write_json
 from test_bad_input import PREFIX, complaints, done
 
 
@@ -260,7 +260,9 @@ def test_other_errors_are_not_laid_on_the_disk(error: Exception) -> None:
 def test_two_processes_that_write_one_file_do_not_disturb_each_other(tmp_path: Path) -> None:
     """As two runs do that share the cache."""
     path = tmp_path / "file"
-    code = "import pathlib, sys; from fusechat.core.files import write_text; write_text(pathlib.Path(sys.argv[1]), 'other')"
+    code = (
+        "import pathlib, sys; from fusechat.run.files import write_text; write_text(pathlib.Path(sys.argv[1]), 'other')"
+    )
     with atomic_file(path) as temporary:
         temporary.write_text("own")
         subprocess.run([sys.executable, "-c", code, str(path)], check=True)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aligning import conversation, edit_distance, prepared, toy
 from fusechat.align.dtw import distinct_distances, dtw_rows, kept_pairs, surface, warping_path
 from fusechat.align.sequence import align_rows
-from fusechat.core.prepared import Prepared
+from fusechat.data.prepared import Prepared
 
 FEW = settings(max_examples=150, deadline=None)
 Path = list[tuple[int, int]]

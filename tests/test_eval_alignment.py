@@ -17,12 +17,12 @@ import runs
 import tiny
 from fusechat.align.aligner import Pair, Strategy
 from fusechat.align.counts import Seen
-from fusechat.alignment import STRATEGIES, evaluate_alignment
-from fusechat.cli import main
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import Prepared, PreparedSet
+from fusechat.commands.cli import main
+from fusechat.commands.compare_alignments import STRATEGIES, evaluate_alignment
+from fusechat.data.distributions import open_distributions
+from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from test_bad_align import rewrite
 from test_bad_input import PREFIX
 

@@ -20,7 +20,7 @@ import pytest
 import alpaca_evaluating
 import judged
 import mt_benching
-from fusechat.cli import app
+from fusechat.commands.cli import app
 from fusechat.errors import ModelError, RecipeError
 from judged import JUDGEMENTS, KEY, LIMITS, RUNS, Place, Scored, lines, mean, records, refused, shows, tells_no_key
 from judging import journal_keys

@@ -14,11 +14,11 @@ import pytest
 
 import runs
 import tiny
-from fusechat.core.lock import only_one
-from fusechat.core.steps import Step
 from fusechat.evaluate.records import Measurement, gather, keep, records, write_results
 from fusechat.pipeline import run, run_models
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.run.lock import only_one
+from fusechat.run.steps import Step
 from reporting import students_t
 
 LENGTH = ("--max-length", "256", "--dtype", "float32", "--device", "cpu")
@@ -281,5 +281,6 @@ def test_a_damaged_record_file_is_named(content: str, models: dict[str, Path], f
 
 
 def test_help_needs_nothing_heavy() -> None:
-    code = "import sys, fusechat.cli; print([n for n in ('torch', 'transformers', 'openai', 'pandas') if n in sys.modules])"
+    heavy = ("torch", "transformers", "openai", "pandas")
+    code = f"import sys, fusechat.commands.cli; print([n for n in {heavy} if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 
 import families
 import runs
-from fusechat.config import PIVOT
-from fusechat.core.conversations import DataSet
+from fusechat.data.conversations import DataSet
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe, save_recipe
-from fusechat.settle import settled
+from fusechat.recipe.load import load_recipe, save_recipe
+from fusechat.recipe.pinned import settled
+from fusechat.recipe.schema import PIVOT
 from test_references import hub_repository
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.yaml"))

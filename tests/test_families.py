@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 import families
 import runs
 from families import FAMILIES
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.templates import ChatTemplate
+from fusechat.data.prepared import PreparedSet
+from fusechat.models.templates import ChatTemplate
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 NAMES = list(FAMILIES)
 NEXT = dict(zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True))

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from fusechat.core.files import atomic_directory, atomic_file, read_json, remove_partial, write_json
-from fusechat.core.tables import Table, write_table
+from fusechat.data.tables import Table, write_table
+from fusechat.run.files import atomic_directory, atomic_file, read_json, remove_partial, write_json
 
 
 class KilledError(BaseException):

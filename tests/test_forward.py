@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 import tiny
 from fusechat.capture import top_k
 from fusechat.capture.top_k import capture_batch, sparse_rows
-from fusechat.core import forward
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.forward import collate, keeps_logits, length_batches, response_logits
-from fusechat.core.prepared import Prepared
-from fusechat.core.templates import ChatTemplate
-from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.prepared import Prepared
+from fusechat.models import forward
+from fusechat.models.forward import collate, keeps_logits, length_batches, response_logits
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.tokenise import prepare_conversation
 
 TURNS = [
     ("What is the capital of France?", "Paris, a city of two million people on the river Seine."),

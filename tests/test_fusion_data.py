@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
-from fusechat.fuse.choice import Candidate, Rule
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
 from fusechat.fuse.dataset import NOBODY, FusionData, Teacher, TeachingSet, collate_fusion
+from fusechat.fuse.teacher_selection import Candidate, Rule
 from fusing import (
     FUNCTIONS,
     LEVELS,

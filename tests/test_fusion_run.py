@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 import runs
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import PreparedSet
-from fusechat.fuse.choice import Candidate, Rule
+from fusechat.data.distributions import open_distributions
+from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet, collate_fusion
+from fusechat.fuse.teacher_selection import Candidate, Rule
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from fusing import FUNCTIONS, LEVELS, UNITS, naive_cross_entropies, naive_groups, naive_mix, naive_shares, rows_of
 
 SOURCES = {"data": "mistral", "gemma": "gemma"}  # of each set

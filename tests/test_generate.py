@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import tiny
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Message
-from fusechat.core.memory import out_of_memory
-from fusechat.core.references import Reference
+from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
 from fusechat.evaluate.answers import Answer, Answering, Prompt
-from fusechat.evaluate.client import Missing
-from fusechat.evaluate.generate import Generator
 from fusechat.evaluate.subjects import Subject
+from fusechat.models.chat_model import Chatter
+from fusechat.models.client import Missing
+from fusechat.models.generator import Generator
+from fusechat.models.memory import out_of_memory
+from fusechat.models.reference import Reference
 
 QUESTIONS = (
     "Hi",
@@ -170,6 +170,6 @@ def test_a_model_is_loaded_only_for_what_is_new(
     assert [one.text for one in first if isinstance(one, Answer)] == [
         one.text for one in second if isinstance(one, Answer)
     ]
-    monkeypatch.setattr("fusechat.evaluate.generate.Generator", None)
+    monkeypatch.setattr("fusechat.models.generator.Generator", None)
     with answering(subject) as ask:
         assert ask(prompts()) == first

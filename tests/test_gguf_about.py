@@ -6,8 +6,8 @@ import gguf
 import numpy as np
 import pytest
 
-from fusechat.core.gguf import about
-from fusechat.core.references import Reference, at_hand
+from fusechat.models.gguf import about
+from fusechat.models.reference import Reference, at_hand
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
-from fusechat.core import gguf_together
-from fusechat.core.gguf import converted
-from fusechat.core.gguf_header import weights
-from fusechat.core.gguf_together import convert_together
-from fusechat.core.progress import log
-from fusechat.core.references import Reference
+from fusechat.models import gguf_parallel as gguf_together
+from fusechat.models.gguf import converted
+from fusechat.models.gguf_header import weights
+from fusechat.models.gguf_parallel import convert_together
+from fusechat.models.reference import Reference
+from fusechat.run.progress import log
 from test_wheels import write_gguf
 
 
@@ -103,7 +103,7 @@ def test_what_a_conversion_said_before_it_was_ended_is_shown(
 def test_a_conversion_that_memory_has_no_room_for_by_itself_says_so(
     files: list[Path], cache: Path, heard: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusechat.core.gguf.free_bytes", lambda: 900_000_000)
+    monkeypatch.setattr("fusechat.models.gguf.free_bytes", lambda: 900_000_000)
     assert (converted(Reference((str(files[0]),))) / "model.safetensors").is_file()
     [line] = heard
     assert line.startswith("one: converting it takes 1.0 GB of memory, and 900.0 MB are free")

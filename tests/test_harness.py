@@ -14,7 +14,7 @@ import torch
 import yaml
 
 import tiny
-from fusechat.cli import app
+from fusechat.commands.cli import app
 from fusechat.errors import FuseChatError
 from fusechat.evaluate.harness import measurements
 from runs import fusechat

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fusechat.errors import WorkdirError
-from fusechat.evaluate.journal import Journal, read_journal
+from fusechat.models.journal import Journal, read_journal
 
 
 def test_what_was_added_is_there_the_next_time(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fusechat.errors import FuseChatError, ModelError, RecipeError, WorkdirError
-from fusechat.evaluate import client as module
-from fusechat.evaluate.client import Missing, Reply, Request, judge_key, model_key
-from fusechat.evaluate.journal import Journal
+from fusechat.models import client as module
+from fusechat.models.client import Missing, Reply, Request, judge_key, model_key
+from fusechat.models.journal import Journal
 from judging import Canned, canned, client, completion, journal_keys, misbehaving, question
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from fusechat.errors import FuseChatError, ModelError, RecipeError
-from fusechat.evaluate import client as module
-from fusechat.evaluate.client import Missing, Reply
+from fusechat.models import client as module
+from fusechat.models.client import Missing, Reply
 from judging import Canned, canned, client, journal_keys, misbehaving, question
 
 KEY = "sk-open-sesame-0123456789"
@@ -174,7 +174,7 @@ ASKING = """
 import signal
 import sys
 from pathlib import Path
-from fusechat.evaluate.client import Client, Request
+from fusechat.models.client import Client, Request
 requests = [Request((("user", f"Question {number}"),), 0.0, 8) for number in range(40)]
 client = Client(url=sys.argv[1], model="judge", key=None, what="--judge-url", concurrency=4)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # of a shell's background job it is ignored, and so of its children

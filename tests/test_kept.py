@@ -14,15 +14,16 @@ from safetensors.torch import load_file, save_file
 
 import runs
 from fusechat.capture.local import Local
-from fusechat.config import Recipe
-from fusechat.core.files import digest, read_json
-from fusechat.core.seals import write_checked
-from fusechat.core.steps import MANIFEST, Step
-from fusechat.fuse.arguments import counted
 from fusechat.fuse.training import _Watch
-from fusechat.merge import command, engine
+from fusechat.merge import engine
+from fusechat.merge import standalone as command
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import Recipe
+from fusechat.recipe.training_arguments import counted
+from fusechat.run.files import digest, read_json
+from fusechat.run.integrity import write_checked
+from fusechat.run.steps import MANIFEST, Step
 from training import StopError
 
 SHARDS = "capture/mistral/data"

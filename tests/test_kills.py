@@ -12,7 +12,7 @@ import runs
 from faults import disks
 from faults.figures import BEGIN, END, tables, write
 from faults.place import LOST, NAMED, SAME, Fault
-from fusechat.config import STAGES
+from fusechat.recipe.schema import STAGES
 
 HERE = Path(__file__).parent
 

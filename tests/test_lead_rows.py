@@ -12,18 +12,18 @@ import tiny
 from aligning import conversation, gold_nll_of, prepared, sparse, toy
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.prepared import Prepared, PreparedSet, write_prepared
-from fusechat.core.references import Reference
-from fusechat.core.templates import ChatTemplate
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
 from fusechat.evaluate.answers import Prompt
-from fusechat.evaluate.generate import Generator
-from fusechat.fuse.choice import Candidate, Rule, cross_entropies
 from fusechat.fuse.student import Comparison
+from fusechat.fuse.teacher_selection import Candidate, Rule, cross_entropies
+from fusechat.models.chat_model import Chatter
+from fusechat.models.generator import Generator
+from fusechat.models.reference import Reference
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.tokenise import prepare_conversation
 from fusechat.pipeline import run
-from fusechat.prepare.tokenise import prepare_conversation
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 ANSWERS = ["Four eggs.", "4 eggs.", "北京是首都。", "😀 hi", "the capital", "3"]
 # How templates of known models treat what stands before an answer, in a few words.
@@ -109,7 +109,7 @@ def test_an_earlier_answer_is_asked_for_in_its_own_form(tokenizers: dict[str, An
 def test_lead_rows_are_stored_and_older_files_have_none(tokenizers: dict[str, Any], tmp_path: Any) -> None:
     import pyarrow as pa
 
-    from fusechat.core.prepared import FILE
+    from fusechat.data.prepared import FILE
 
     rows = rows_of(tokenizers["mistral"], None, "How many?", "北京")
     assert rows.lead.tolist() == [True] + [False] * (len(rows) - 1)

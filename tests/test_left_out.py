@@ -6,9 +6,9 @@ from typing import Any
 
 import runs
 import tiny
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from test_bad_input import complaints
 
 # As the templates of Mistral and Gemma have it: questions and answers in turn, from a question on.
@@ -128,7 +128,7 @@ def test_a_source_does_not_run_over_what_the_pivot_leaves_out(
 
 
 def test_the_report_names_them(tmp_path: Path, models: dict[str, Path]) -> None:
-    from fusechat.core.left_out import LeftOut
+    from fusechat.data.rejected import LeftOut
     from fusechat.report.page import render_page
     from reporting import contents
 

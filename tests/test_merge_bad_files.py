@@ -15,7 +15,8 @@ import yaml
 import runs
 from checkpoints import INDEX, configuration, read, relative, write
 from fusechat.errors import FuseChatError
-from fusechat.merge import command, merge
+from fusechat.merge import merge
+from fusechat.merge import standalone as command
 from test_bad_input import PREFIX
 from test_merge_bad_models import refused
 

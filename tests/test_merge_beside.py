@@ -11,9 +11,9 @@ import yaml
 import hub
 import runs
 from checkpoints import INDEX, configuration, read, relative, write
-from fusechat.core.beside import beside, to_fetch, weight_files
 from fusechat.errors import ModelError
 from fusechat.merge import merge
+from fusechat.models.companion_files import beside, to_fetch, weight_files
 
 HALF = {"weight": 0.5}
 AUTO_MAP = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}

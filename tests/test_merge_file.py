@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fusechat.core.references import Reference
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import method_names
+from fusechat.models.reference import Reference
 
 OPENCHAT = "openchat/openchat_3.5"
 TARGETS = [f"FuseAI/OpenChat-3.5-7B-{name}-v2.0" for name in ("Starling", "SOLAR", "InternLM", "Mixtral", "Qwen")]

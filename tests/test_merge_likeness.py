@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 
 from checkpoints import configuration, read, relative, write
 from fusechat.merge import merge
-from fusechat.merge.likeness import vocabulary
+from fusechat.merge.compatibility import vocabulary
 
 
 @pytest.fixture

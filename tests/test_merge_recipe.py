@@ -13,12 +13,12 @@ import yaml
 import naive_merges as naive
 import runs
 from checkpoints import assert_nearest, read
-from fusechat.config import Recipe
 from fusechat.errors import RecipeError
 from fusechat.merge.merge_file import read_merge_file
 from fusechat.merge.settings import configuration
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe, save_recipe
+from fusechat.recipe.load import load_recipe, save_recipe
+from fusechat.recipe.schema import Recipe
 
 METHODS = "dare_linear, dare_ties, linear, sce, slerp, task_arithmetic, ties, varm"
 Q, MLP = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import runs
 from checkpoints import configuration, read, relative, write
-from fusechat import cli
+from fusechat.commands import cli
 from fusechat.errors import WorkdirError
 from fusechat.merge import merge
 from test_bad_input import PREFIX

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fusechat.core.distributions import SparseDistribution, nothing
+from fusechat.data.distributions import SparseDistribution, nothing
 from fusechat.fuse.mixture import mix
 from fusing import distributions, naive_mix, rows_of, sparse
 

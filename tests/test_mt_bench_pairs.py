@@ -8,8 +8,8 @@ import pytest
 
 import mt_benching
 from fusechat.errors import RecipeError
-from fusechat.evaluate.client import Missing
 from fusechat.evaluate.mt_bench.data import MtBench, load
+from fusechat.models.client import Missing
 from mt_benching import OURS, THEIRS, THIRD, Judge, Models, lines, measured
 
 

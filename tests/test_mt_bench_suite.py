@@ -9,9 +9,9 @@ import pytest
 
 import mt_benching
 from fusechat.evaluate.answers import Answer, Prompt
-from fusechat.evaluate.client import Missing
 from fusechat.evaluate.mt_bench.data import MtBench, load
 from fusechat.evaluate.mt_bench.suite import chosen
+from fusechat.models.client import Missing
 from mt_benching import OURS, THEIRS, THIRD, Judge, Models, lines, measured
 
 
@@ -167,7 +167,7 @@ def test_what_is_announced_comes_first(tmp_path: Path, data: MtBench) -> None:
 def test_scores_in_one_pair_of_brackets_are_told(
     tmp_path: Path, data: MtBench, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusechat.core.progress.log.propagate", True)
+    monkeypatch.setattr("fusechat.run.progress.log.propagate", True)
     caplog.set_level("INFO", logger="fusechat")
     judge = Judge(lambda text: "Rating: [4]" if judged_key(text)[1].startswith("81/") else "[[4]]")
     found, _ = measured(tmp_path, data, judge, Models(), [OURS])

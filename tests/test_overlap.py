@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import runs
-from fusechat.core.conversations import Conversation, DataSet, Message, Questions
+from fusechat.data.conversations import Conversation, DataSet, Message, Questions
 from fusechat.errors import DataError
 from fusechat.evaluate import questions
 from fusechat.pipeline import build_steps, run, select_steps
 from fusechat.prepare.overlap import KINDS, NEAR_PROMPT, NEAR_RESPONSE, SAME, SAME_PROMPT, SAME_RESPONSE, find_overlap
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 Turns = list[tuple[str, str]]  # role, text
 

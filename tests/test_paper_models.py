@@ -11,10 +11,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import paper
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.distributions import open_distributions
+from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 RECIPE = Path(__file__).parents[1] / "examples" / "fusechat-7b.yaml"
 DATA = paper.SHARED / "data" / "oasst_threads.jsonl"

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fusing
 import runs
 import tiny
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.distributions import open_distributions
+from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 import runs
-from fusechat.core.conversations import DataSet
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.templates import ChatTemplate
+from fusechat.data.conversations import DataSet
+from fusechat.data.prepared import PreparedSet
+from fusechat.models.templates import ChatTemplate
 from fusechat.pipeline import build_steps, run
 from fusechat.plan.sampling import count, padded, read_texts
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 TARGETS = {"both": ["mistral", "gemma"], "sft": []}
 

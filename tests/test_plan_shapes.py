@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import families
 import tiny
-from fusechat.core.forward import collate, response_logits
 from fusechat.errors import ModelError
+from fusechat.models.forward import collate, response_logits
 from fusechat.plan.calibration import Measured, _conversations, _piece, _rounded
 from fusechat.plan.devices import SHEETS, Batch, Rates, from_table, named
 from fusechat.plan.shapes import shape_of

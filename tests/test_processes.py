@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
-from fusechat.core.forward import Batch, response_logits
-from fusechat.core.seals import read_sealed
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import NOBODY, FusionData, collate_fusion
 from fusechat.fuse.sampler import FilledSampler
 from fusechat.fuse.trainer import COMPLETE, mark_complete
+from fusechat.models.forward import Batch, response_logits
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.run.integrity import read_sealed
 from test_wheels import write_gguf
 from together import STRATEGIES, gradients
 from training import fine_tune, fusion_data, silent, trainer_of, weighted
@@ -189,7 +189,7 @@ def test_without_the_last_batch_both_are_in_the_epoch_that_one_process_is_in(
     models: dict[str, Path], together: Path, place: Path, data: FusionData, tmp_path: Path
 ) -> None:
     """Ten conversations in batches of four: two steps an epoch, and two are left out. All five held-out ones count."""
-    from fusechat.core.prepared import PreparedSet
+    from fusechat.data.prepared import PreparedSet
     from fusechat.fuse.validation import Validation
 
     held_out = {"data": Validation(PreparedSet(place / "one" / "prepare" / "pivot" / "data-held-out"))}
@@ -259,7 +259,7 @@ def test_held_out_conversations_are_each_counted_once(
     models: dict[str, Path], together: Path, place: Path, data: FusionData, tmp_path: Path
 ) -> None:
     """Seven conversations over two processes in batches of eight."""
-    from fusechat.core.prepared import PreparedSet
+    from fusechat.data.prepared import PreparedSet
     from fusechat.fuse.validation import Validation
 
     held_out = {"data": Validation(PreparedSet(place / "one" / "prepare" / "pivot" / "data-held-out"))}

@@ -12,13 +12,13 @@ import tiny
 from aligning import Response, conversation, conversations, gold_nll_of, prepared, sparse, toy
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey, covered
 from fusechat.align.back_off import EDIT, SEEN, BackOff
-from fusechat.align.figures import Figures, add_figures
 from fusechat.align.quality import Quality, covered_segments, gold_nll
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.prepared import Prepared
-from fusechat.core.templates import ChatTemplate
-from fusechat.core.token_bytes import TokenBytes
-from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.align.stats import Figures, add_figures
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.prepared import Prepared
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.token_bytes import TokenBytes
+from fusechat.models.tokenise import prepare_conversation
 
 FEW = settings(max_examples=150, deadline=None)
 LN2 = float(np.log(2))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import runs
-from fusechat.config import PIVOT
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import PIVOT
 from judging import GRADES, real_server
 
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"

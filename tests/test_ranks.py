@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from fusechat.core import ranks
-from fusechat.core.files import read_json
-from fusechat.core.steps import MANIFEST
+from fusechat.run import ranks
+from fusechat.run.files import read_json
+from fusechat.run.steps import MANIFEST
 
 RANKS = 3
 ERROR = ("recipe.yaml:3: one thing is wrong", "recipe.yaml:9: and another")
@@ -20,8 +20,8 @@ ERROR = ("recipe.yaml:3: one thing is wrong", "recipe.yaml:9: and another")
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
-from fusechat.core import ranks
-from fusechat.core.steps import Step
+from fusechat.run import ranks
+from fusechat.run.steps import Step
 from fusechat.errors import DataError, FuseChatError
 
 here, errors, found = Path(sys.argv[1]), sys.argv[2:], {}
@@ -76,7 +76,7 @@ found["left"] = ranks._group.cache_info().currsize == 0
 
 FAILING = """
 import sys
-from fusechat.core import ranks
+from fusechat.run import ranks
 
 def fail():
     raise RuntimeError("a defect")
@@ -195,8 +195,8 @@ def test_with_one_process_pytorch_is_not_imported(tmp_path: Path) -> None:
     script = """
 import json, sys
 from pathlib import Path
-from fusechat.core import ranks
-from fusechat.core.steps import Step
+from fusechat.run import ranks
+from fusechat.run.steps import Step
 step = Step("prepare", "x", Path(sys.argv[1]), {}, lambda directory: {}, join=lambda counts: counts[0])
 done = [step.run(), ranks.from_first(lambda: 1), ranks.gather(2)]
 ranks.leave()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import runs
-from fusechat.config import Recipe, SourceSpec
+from fusechat.recipe.schema import Recipe, SourceSpec
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fusechat.core.conversations import Conversation, DataSet, Malformed, Message, read_conversations
-from fusechat.core.records import conversation_of
+from fusechat.data.conversations import Conversation, DataSet, Malformed, Message, read_conversations
+from fusechat.data.records import conversation_of
 
 HI = (Message("user", "Hi"), Message("assistant", "Hello!"))
 ASKED, ANSWERED = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}

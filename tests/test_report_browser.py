@@ -10,10 +10,10 @@ import pytest
 
 import runs
 from browsing import Browser, browser, need_chromium
-from fusechat.core.files import read_json, write_json
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from fusechat.report import stage
+from fusechat.run.files import read_json, write_json
 from reporting import HOSTILE, OWN
 
 TITLE = "tiny · FuseChat"

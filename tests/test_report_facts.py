@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
-from fusechat.config import PIVOT
-from fusechat.core.files import write_json
-from fusechat.core.steps import Step
+from fusechat.models.facts import count_parameters, facts, front_matter
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe
-from fusechat.report import numbers, samples
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import PIVOT
+from fusechat.report import samples
 from fusechat.report.costs import stage_costs, together
-from fusechat.report.models import count_parameters, facts, front_matter
+from fusechat.run import units as numbers
+from fusechat.run.files import write_json
+from fusechat.run.steps import Step
 from fusechat.show.conversation import Branch
 from fusechat.show.passages import Candidate, Forecast
 

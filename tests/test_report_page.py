@@ -8,8 +8,8 @@ import json
 from plotly.offline import get_plotlyjs
 
 from fusechat.report.answers import LONGEST, cards
-from fusechat.report.figures import POINTS, loss_figures
 from fusechat.report.page import render_page
+from fusechat.report.plots import POINTS, loss_figures
 from fusechat.report.scripts import as_json
 from reporting import HOSTILE, Elements, contents
 

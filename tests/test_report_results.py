@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fusechat.core.intervals import half_width
 from fusechat.errors import WorkdirError
+from fusechat.report.intervals import half_width
 from fusechat.report.page import render_page
 from fusechat.report.results import MISSING, Cell, result_tables, terminal_tables
 from reporting import compared, contents, record, results

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import runs
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData
 from fusechat.fuse.lora import with_adapters
 from fusechat.fuse.trainer import COMPLETE, last_checkpoint
 from fusechat.fuse.training import train
 from fusechat.fuse.validation import Validation
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from training import StopError, fusion_data, silent, stop_at, trainer_of, weighted
 
 STEPS = 7
@@ -37,7 +37,7 @@ def work(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     directory = tmp_path_factory.mktemp("resume")
     run(load_recipe(runs.write_recipe(directory, models)), directory / "work", until="align")
     held_out = load_recipe(directory / "recipe.yaml")
-    from fusechat.core.chatters import Chatter
+    from fusechat.models.chat_model import Chatter
     from fusechat.pipeline import prepare
 
     pivot: Chatter = held_out.chatter("pivot")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusechat.core.seals import is_sealed, read_sealed, seal, write_sealed
+from fusechat.run.integrity import is_sealed, read_sealed, seal, write_sealed
 
 VALUE = {"shard": {"bytes": 3}, "tensors": {"a.weight": [0.1, -2.5e-9], "größe": None}}
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from aligning import Response, Spans, array, conversations, prepared, tilings
 from fusechat.align import align_starts
 from fusechat.align.sequence import Alignment, align_rows, containing
-from fusechat.core.prepared import Prepared
+from fusechat.data.prepared import Prepared
 
 FEW = settings(max_examples=150, deadline=None)
 

@@ -11,13 +11,13 @@ import pytest
 import yaml
 
 import runs
-from fusechat import precision
-from fusechat.core import models as core_models
-from fusechat.core.files import read_json
-from fusechat.core.steps import MANIFEST
+from fusechat.models import load as core_models
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import load_recipe, save_recipe
-from fusechat.settle import recipe_of, settled
+from fusechat.recipe import precision
+from fusechat.recipe.load import load_recipe, save_recipe
+from fusechat.recipe.pinned import recipe_of, settled
+from fusechat.run.files import read_json
+from fusechat.run.steps import MANIFEST
 from hubs import cached, served
 from test_kept import heard, states
 
@@ -139,7 +139,7 @@ def test_one_id_in_two_places_of_a_recipe(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One commit for both where none is named, though the branch moves; a commit that one names is not the other's."""
-    from fusechat import settle
+    from fusechat.recipe import pinned as settle
 
     moved = iter([NEW, OTHER])
     monkeypatch.setattr(settle, "resolve", lambda kind, asked: next(moved))

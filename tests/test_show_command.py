@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 import runs
 from fusechat.align import align_starts, token_spans
-from fusechat.core.spans import encode_with_spans
+from fusechat.models.spans import encode_with_spans
 from fusechat.show.page import render_page
 from fusechat.show.passages import Model, Shown
 from fusechat.show.tokens import load

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import runs
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.distributions import open_distributions
+from fusechat.data.prepared import PreparedSet
 from showing import Page, command
 
 

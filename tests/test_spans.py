@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 import tiny
 from fusechat.align import token_spans
-from fusechat.core.cache import cache_directory
-from fusechat.core.spans import encode_with_spans
 from fusechat.errors import ModelError
+from fusechat.models.spans import encode_with_spans
+from fusechat.run.cache import cache_directory
 
 SHARED = Path(__file__).parents[2] / "shared" / "tokenizers"
 REAL = ("internlm2", "mistral_v1", "nh2_solar", "openchat_3_5", "qwen1_5")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fusechat.core.files import digest_json, read_json
-from fusechat.core.steps import MANIFEST, STARTED, Step, with_upstream
+from fusechat.run.files import digest_json, read_json
+from fusechat.run.steps import MANIFEST, STARTED, Step, with_upstream
 
 SHA256_OF_WHOLE = "5d5766cf2d78701614200418ee1450690d9af12c84d52545e4802f001ad53099"  # printf whole | sha256sum
 

@@ -14,14 +14,14 @@ import pytest
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, covered
 from fusechat.align.back_off import BackOff
 from fusechat.align.blocks import Blocks, Conversations
-from fusechat.align.figures import Figures
+from fusechat.align.stats import Figures
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.conversations import Conversation, DataSet, Message, read_conversations
-from fusechat.core.distributions import SparseDistribution, write_distributions, write_store
-from fusechat.core.prepared import FILE, Prepared, write_prepared
-from fusechat.core.templates import ChatTemplate
-from fusechat.core.token_bytes import token_bytes
-from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.data.conversations import Conversation, DataSet, Message, read_conversations
+from fusechat.data.distributions import SparseDistribution, write_distributions, write_store
+from fusechat.data.prepared import FILE, Prepared, write_prepared
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.token_bytes import token_bytes
+from fusechat.models.tokenise import prepare_conversation
 
 SHARED = Path(__file__).parents[2] / "shared"
 PAIRS = (("openchat_3_5", "qwen1_5"), ("internlm2", "mistral_v1"))  # pivot, source

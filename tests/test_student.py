@@ -9,10 +9,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fusechat.core.prepared import Prepared
-from fusechat.fuse.choice import Candidate, Rule, cross_entropies
+from fusechat.data.prepared import Prepared
 from fusechat.fuse.dataset import EMPTY
 from fusechat.fuse.student import Comparison, join_comparisons, source_is_better
+from fusechat.fuse.teacher_selection import Candidate, Rule, cross_entropies
 from fusing import (
     LEVELS,
     UNITS,

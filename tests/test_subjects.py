@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from fusechat.core.references import Reference
 from fusechat.errors import ModelError, RecipeError
 from fusechat.evaluate.subjects import Server, Subject, check_labels, parse_model
+from fusechat.models.reference import Reference
 
 
 @pytest.fixture

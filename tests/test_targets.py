@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 import runs
-from fusechat.config import Recipe
-from fusechat.core.steps import Step
 from fusechat.errors import RecipeError
 from fusechat.pipeline import build_steps, select_steps
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.recipe.schema import Recipe
+from fusechat.run.steps import Step
 
 # -- recipes that are wrong ---------------------------------------------------------------------------------------------
 

@@ -10,18 +10,18 @@ import pytest
 import runs
 import tiny
 from fusechat.align.sequence import align_rows
-from fusechat.core.asking import asking
-from fusechat.core.chatters import Chatter
-from fusechat.core.dates import dated
-from fusechat.core.messages import Conversation
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.records import conversation_of
-from fusechat.core.references import Reference
-from fusechat.core.templates import ChatTemplate, UnrenderableError, choose_template
+from fusechat.data.messages import Conversation
+from fusechat.data.prepared import PreparedSet
+from fusechat.data.records import conversation_of
 from fusechat.errors import ModelError
+from fusechat.models.chat_model import Chatter
+from fusechat.models.dates import dated
+from fusechat.models.reference import Reference
+from fusechat.models.saved_template import asking
+from fusechat.models.templates import ChatTemplate, UnrenderableError, choose_template
+from fusechat.models.tokenise import prepare_conversation
 from fusechat.pipeline import run
-from fusechat.prepare.tokenise import prepare_conversation
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 # As Qwen3's: reasoning stays in answers after the last question, in the template's own white space; calls are written as JSON.
 QWEN_3 = (

@@ -12,13 +12,13 @@ import tiny
 from aligning import sparse
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
-from fusechat.core.dates import dated
-from fusechat.core.left_out import left_out
-from fusechat.core.messages import Message
-from fusechat.core.templates import ChatTemplate
+from fusechat.data.messages import Message
+from fusechat.data.rejected import left_out
+from fusechat.models.dates import dated
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.tokenise import prepare_conversation
 from fusechat.pipeline import build_steps, run
-from fusechat.prepare.tokenise import prepare_conversation
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from test_lead_rows import END, FOUR_DIGIT, PIVOT, S_4, S_NEWLINE, S_SPACE, SOURCE, SPACE, after_space
 from test_template_parts import ASKED, CALL, QWEN_3, answer, talk
 

@@ -7,9 +7,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import tiny
-from fusechat.core.conversations import Message
-from fusechat.core.templates import ChatTemplate, Rendered, UnrenderableError
+from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
+from fusechat.models.templates import ChatTemplate, Rendered, UnrenderableError
 
 SYSTEM = f"<|im_start|>system\n{tiny.DEFAULT_SYSTEM}<|im_end|>\n"
 

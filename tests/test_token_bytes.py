@@ -9,8 +9,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from fusechat.core.token_bytes import TokenBytes, token_bytes
 from fusechat.errors import ModelError
+from fusechat.models.token_bytes import TokenBytes, token_bytes
 from test_spans import QUICKSTART, REAL, by_name, naive_bytes
 
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 
 import tiny
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.prepared import Prepared, PreparedSet, write_prepared
-from fusechat.core.templates import ChatTemplate
-from fusechat.prepare.tokenise import RejectedError, prepare_conversation
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.tokenise import RejectedError, prepare_conversation
 
 END_OF_TURN = {"llama": "<|im_end|>", "mistral": "</s>", "gemma": "<eos>"}
 Row = tuple[int, int, int, int, bool, bool]  # position, response, begin, end, end of turn, lead

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer
 
 import runs
 import tiny
-from fusechat.core.templates import ChatTemplate
-from fusechat.core.tokenizer import class_tokenizer, load_tokenizer
 from fusechat.errors import ModelError
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.tokenizer import class_tokenizer, load_tokenizer
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 
 TEXTS = ["How many? 4 eggs.", "北京 😀", " two  spaces\n\ndef f(x):\n    return 12345", "naïve café"]
 CLASSES = (None, "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "PreTrainedTokenizerFast")

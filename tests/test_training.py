@@ -14,7 +14,7 @@ from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.trainer import COMPLETE, last_checkpoint, mark_complete
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from training import fine_tune, fusion_data
 
 

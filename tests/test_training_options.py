@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import runs
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.prepared import PreparedSet
 from fusechat.errors import RecipeError, TrainingError
 from fusechat.evaluate.bits_per_byte import compare, score_responses
 from fusechat.fuse.dataset import FusionData
@@ -19,7 +19,7 @@ from fusechat.fuse.trainer import FusionTrainer
 from fusechat.fuse.training import make_trainer, total_steps, training_arguments
 from fusechat.fuse.validation import Validation
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
 from training import SETTINGS, fine_tune, fusion_data, silent
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}

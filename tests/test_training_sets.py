@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 import runs
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.tables import Table
+from fusechat.data.distributions import open_distributions
+from fusechat.data.prepared import PreparedSet
+from fusechat.data.tables import Table
 from fusechat.errors import RecipeError
-from fusechat.fuse.choice import Rule
 from fusechat.fuse.dataset import NOBODY, FusionData, TeachingSet
 from fusechat.fuse.epochs import epoch_members, epoch_size
 from fusechat.fuse.sampler import FilledSampler, WeightedSampler
+from fusechat.fuse.teacher_selection import Rule
 from fusechat.pipeline import build_steps, run
-from fusechat.recipe_file import is_saved, load_recipe, save_recipe
+from fusechat.recipe.load import is_saved, load_recipe, save_recipe
 from fusing import prepared, prepared_set
 
 # -- the recipe -------------------------------------------------------------------------------------------------------------

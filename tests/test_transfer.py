@@ -14,11 +14,11 @@ from fusechat.align.back_off import BackOff
 from fusechat.align.candidates import Candidates
 from fusechat.align.transfer import Transfer, Transferred
 from fusechat.capture.top_k import capture_batch
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.prepared import Prepared
-from fusechat.core.templates import ChatTemplate
-from fusechat.core.token_bytes import TokenBytes
-from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.prepared import Prepared
+from fusechat.models.templates import ChatTemplate
+from fusechat.models.token_bytes import TokenBytes
+from fusechat.models.tokenise import prepare_conversation
 
 ROWS, PIVOT = 9, 7  # rows of W, tokens of the pivot
 FEW = settings(max_examples=150, deadline=None)

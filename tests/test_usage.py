@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusechat.core import usage
-from fusechat.core.steps import Step
+from fusechat.run import usage
+from fusechat.run.steps import Step
 
 SIZE = 256 << 20
 linux = pytest.mark.skipif(not usage._reset(), reason="the kernel does not tell, or does not let us ask")

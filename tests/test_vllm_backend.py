@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vllm_like
-from fusechat.capture import vllm, vllm_server
-from fusechat.capture.prompt_logprobs import sparse_distribution
-from fusechat.core.distributions import SparseDistribution
+from fusechat.data.distributions import SparseDistribution
 from fusechat.errors import DataError, FuseChatError, ModelError, RecipeError
+from fusechat.models import vllm, vllm_server
+from fusechat.models.prompt_logprobs import sparse_distribution
 from vllm_like import Engine, Logprob, conversation, serving
 
 INSIDE = {7: Logprob(-0.5, 1), 3: Logprob(-1.5, 2)}  # the token of the prompt is among the most likely

@@ -16,7 +16,7 @@ from aligning import rows_of
 from fusechat.align.back_off import ORIGINS, SAME_TOKEN, SEEN, SPECIAL, TAIL, BackOff
 from fusechat.align.counts import Seen, count_pairs
 from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map, same_tokens
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.models.token_bytes import TokenBytes
 
 Batches = list[list[tuple[int, int]]]
 PAIRS = st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=12), max_size=5)

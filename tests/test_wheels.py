@@ -20,13 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 import tiny
-from fusechat.core.gguf import converted
-from fusechat.core.gguf_together import convert_together
-from fusechat.core.references import Reference, at_hand, identity
 from fusechat.errors import ModelError
+from fusechat.models.facts import facts
+from fusechat.models.gguf import converted
+from fusechat.models.gguf_parallel import convert_together
+from fusechat.models.reference import Reference, at_hand, identity
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
-from fusechat.report.models import facts
+from fusechat.recipe.load import load_recipe
 from test_bad_input import complaints, done
 
 PART1 = "wheel:tiny-model-part1==1.0.0/tiny_model_part1/data/tiny.Q4_1.gguf.part00"
@@ -192,9 +192,9 @@ def test_two_processes_at_once_convert_once(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib, transformers\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "from fusechat.core.progress import setup_logging\n"
-        "from fusechat.core.gguf import converted\n"
-        "from fusechat.core.references import Reference\n"
+        "from fusechat.run.progress import setup_logging\n"
+        "from fusechat.models.gguf import converted\n"
+        "from fusechat.models.reference import Reference\n"
         "setup_logging()\n"
         "number, *parts = sys.argv[1:]\n"
         "pathlib.Path(f'ready{number}').touch()\n"

@@ -19,16 +19,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from fusechat.core import ranks
-from fusechat.core.files import write_json
-from fusechat.core.forward import Batch, response_logits
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.progress import log
+from fusechat.data.prepared import PreparedSet
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.loss import fusion_loss_parts
 from fusechat.fuse.training import train
 from fusechat.fuse.validation import Validation
+from fusechat.models.forward import Batch, response_logits
+from fusechat.run import ranks
+from fusechat.run.files import write_json
+from fusechat.run.progress import log
 from training import SETTINGS, fusion_data, silent, trainer_of, weighted
 
 STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from fusechat.core.distributions import open_distributions
-from fusechat.core.prepared import PreparedSet
-from fusechat.fuse.choice import Rule
+from fusechat.data.distributions import open_distributions
+from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
+from fusechat.fuse.teacher_selection import Rule
 from fusechat.fuse.trainer import FusionTrainer
 from fusechat.fuse.training import make_trainer, train, training_arguments
 from fusechat.fuse.validation import Validation

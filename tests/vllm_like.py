@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.core.chatters import Chatter
-from fusechat.core.prepared import Prepared
-from fusechat.core.references import Reference
+from fusechat.data.prepared import Prepared
+from fusechat.models.chat_model import Chatter
+from fusechat.models.reference import Reference
 
 
 @dataclass

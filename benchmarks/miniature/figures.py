@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusechat.report.figures import axis, layout
+from fusechat.report.plots import axis, layout
 from miniature.rows import PIVOT_ROW, Row, Table
 from miniature.scores import BITS, EXACT, Scores
 

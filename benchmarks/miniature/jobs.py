@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from fusechat.core.files import digest_json, write_json
+from fusechat.run.files import digest_json, write_json
 from miniature import corpus, settings
 from miniature.chatters import CHATTERS, PIVOT
 from miniature.settings import SFT, Changes
@@ -219,7 +219,7 @@ def finished(directory: Path) -> Iterator[Path]:
 def _run(recipe: dict[str, Any], work: Path, **options: Any) -> None:
     """As `fusechat run` does it, in this process."""
     from fusechat.pipeline import run
-    from fusechat.recipe_file import load_recipe
+    from fusechat.recipe.load import load_recipe
 
     path = work.with_name(f"{work.name}.yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))

@@ -5,13 +5,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Conversation, Message
-from fusechat.core.references import Reference
+from fusechat.data.conversations import Conversation, Message
 from fusechat.evaluate.answers import Answer, Prompt
 from fusechat.evaluate.bits_per_byte import score_responses
-from fusechat.evaluate.generate import Generator
-from fusechat.prepare.tokenise import prepare_conversation
+from fusechat.models.chat_model import Chatter
+from fusechat.models.generator import Generator
+from fusechat.models.reference import Reference
+from fusechat.models.tokenise import prepare_conversation
 from miniature import corpus
 from miniature.skills import SKILLS
 

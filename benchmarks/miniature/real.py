@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 
-from fusechat.core.files import write_json
-from fusechat.core.intervals import half_width
 from fusechat.evaluate.bits_per_byte import compare
 from fusechat.evaluate.statistics import Estimate, paired_difference, ratio
 from fusechat.pipeline import run
-from fusechat.recipe_file import load_recipe
+from fusechat.recipe.load import load_recipe
+from fusechat.report.intervals import half_width
+from fusechat.run.files import write_json
 
 # Conversations by file and lines: those that teach the source its speciality, those of the fusion, those held out.
 SETS = {

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from fusechat.core.conversations import Message
-from fusechat.core.templates import ChatTemplate
+from fusechat.data.conversations import Message
+from fusechat.models.templates import ChatTemplate
 from miniature import chatters, corpus, vocabularies
 from miniature.chatters import Chatter
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
 
-from fusechat.core.forward import Batch
+from fusechat.models.forward import Batch
 
 K = 10
 # Tokens of conversations: asked, answered, asked, answered.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from fusechat.core.forward import response_logits
 from fusechat.fuse.loss import fusion_loss_parts
+from fusechat.models.forward import response_logits
 from training.models import TURNS, Example, build, make_example
 
 FUSION, PLAIN, DENSE = "fusion", "plain", "dense targets"

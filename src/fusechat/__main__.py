@@ -1,5 +1,5 @@
 """`python -m fusechat`, the form that launchers such as torchrun need."""
 
-from fusechat.cli import main
+from fusechat.commands.cli import main
 
 main()

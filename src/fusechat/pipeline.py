@@ -2,7 +2,7 @@
 
     conversations ─► prepare ─► capture ─► align ─► fuse ─► merge ─► evaluate ─► report
 
-A step knows its upstream steps, so that its fingerprint changes when anything that it rests on does; see `core/steps.py`.
+A step knows its upstream steps, so that its fingerprint changes when anything that it rests on does; see `run/steps.py`.
 """
 
 from collections import Counter
@@ -15,27 +15,27 @@ from pathlib import Path
 
 from fusechat.align import stage as align
 from fusechat.capture import stage as capture
-from fusechat.config import FUSED, PIVOT, STAGES, Recipe
-from fusechat.core import ranks
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import DataSet, Questions
-from fusechat.core.dates import day_of, today
-from fusechat.core.gguf_together import convert_together
-from fusechat.core.left_out import tell
-from fusechat.core.lock import in_turn, only_one, together
-from fusechat.core.progress import log
-from fusechat.core.references import Reference
-from fusechat.core.steps import Step, with_upstream
+from fusechat.data.conversations import DataSet, Questions
+from fusechat.data.rejected import tell
 from fusechat.errors import DataError, RecipeError, WorkdirError
 from fusechat.evaluate import questions
 from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
-from fusechat.plan import before
+from fusechat.models.chat_model import Chatter
+from fusechat.models.dates import day_of, today
+from fusechat.models.gguf_parallel import convert_together
+from fusechat.models.reference import Reference
+from fusechat.plan import preflight as before
 from fusechat.prepare import stage as prepare
-from fusechat.recipe_file import is_saved, recipe_identity, save_recipe
+from fusechat.recipe.load import is_saved, recipe_identity, save_recipe
+from fusechat.recipe.pinned import RECIPE, settled
+from fusechat.recipe.schema import FUSED, PIVOT, STAGES, Recipe
 from fusechat.report import stage as report
-from fusechat.settle import RECIPE, settled
+from fusechat.run import ranks
+from fusechat.run.lock import in_turn, only_one, together
+from fusechat.run.progress import log
+from fusechat.run.steps import Step, with_upstream
 
 __all__ = ["RECIPE", "build_steps", "run"]
 LOCK, STARTING = ".lock", ".starting.lock"
@@ -188,7 +188,7 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
 def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
     """Runs what is not done yet, and of stage `until` what was cleared away; returns how many steps there were to do.
 
-    Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `core/ranks.py`.
+    Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `run/ranks.py`.
     """
     recipe = ranks.from_first(partial(of_day, recipe, workdir))
     with beside_others(recipe, workdir, until=until, only=only) as recipe:

@@ -26,14 +26,14 @@ import transformers.trainer  # noqa: F401  (slow: imported before the forks, as 
 from rich import console, table  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-import fusechat.evaluate.generate
 import fusechat.fuse.trainer
-import fusechat.merge.command
+import fusechat.merge.standalone
+import fusechat.models.generator
 import fusechat.pipeline
 import fusechat.report.page  # noqa: F401
 from faults import beside, damage, disks, figures, kills
 from faults.place import LAUNCHES, LOST, Place, fused
-from fusechat.config import STAGES
+from fusechat.recipe.schema import STAGES
 
 ONE, TWO = LAUNCHES
 KILLED = {"prepare": 3, "capture": 10, "align": 3, "fuse": 25, "merge": 15, "evaluate": 3, "report": 2}

@@ -4,7 +4,7 @@ import shutil
 
 from faults.children import later
 from faults.place import LAUNCHES, LOST, Fault, Place
-from fusechat.config import STAGES
+from fusechat.recipe.schema import STAGES
 
 
 def two_at_once(place: Place, launch: str, number: int, *, kill: bool) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 from faults.children import At, start
 from faults.place import LAUNCHES, LOST, SAME, Fault, Place
-from fusechat.config import STAGES
-from fusechat.core import cache
-from fusechat.core.files import seen
-from fusechat.core.seals import read_sealed, write_sealed
+from fusechat.recipe.schema import STAGES
+from fusechat.run import cache
+from fusechat.run.files import seen
+from fusechat.run.integrity import read_sealed, write_sealed
 
 FLIP, CUT, ZEROS = "a byte flipped", "cut short", "zeros from a point on"
 HOW = (FLIP, CUT, ZEROS)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from faults.place import LOST, Fault, Place
-from fusechat.config import STAGES
+from fusechat.recipe.schema import STAGES
 
 ROOM = "size=200m"
 NOBODY = 65534

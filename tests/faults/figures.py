@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from faults.place import LOST, NAMED, SAME, Fault
-from fusechat.config import STAGES
+from fusechat.recipe.schema import STAGES
 
 BEGIN, END = "<!-- figures: make faults writes them -->", "<!-- end of figures -->"
 

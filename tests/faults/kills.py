@@ -12,7 +12,7 @@ from pathlib import Path
 
 from faults.children import At, Run, later
 from faults.place import LAUNCHES, LOST, Fault, Place
-from fusechat.config import STAGES
+from fusechat.recipe.schema import STAGES
 
 WEIGHTS = (1, 2, 1, 4, 2, 1, 1)  # of the stages: a killed fine-tuning has most to go on from
 

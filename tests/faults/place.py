@@ -11,8 +11,8 @@ from typing import Any
 import runs
 import tiny
 from faults.children import LIMIT, At, Run, start
-from fusechat.config import STAGES
-from fusechat.core.files import digest
+from fusechat.recipe.schema import STAGES
+from fusechat.run.files import digest
 
 LAUNCHES = {"one process": 1, "two processes": 2}
 SAME, NAMED, LOST = "same weights", "error that names it, then same weights", "LOST"

@@ -39,9 +39,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def smollm() -> Any:
     """The quickstart's pivot."""
-    from fusechat.core.chatters import Chatter
-    from fusechat.core.references import Reference
     from fusechat.errors import ModelError
+    from fusechat.models.chat_model import Chatter
+    from fusechat.models.reference import Reference
 
     recipe = yaml.safe_load((Path(__file__).parents[2] / "examples" / "quickstart.yaml").read_text())
     pivot = recipe["pivot"]
@@ -58,8 +58,8 @@ def conversations(smollm: Any) -> list[Any]:
     """Held-out conversations of the quickstart as its pivot sees them."""
     import itertools
 
-    from fusechat.core.conversations import DataSet, read_conversations
-    from fusechat.prepare.tokenise import prepare_conversation
+    from fusechat.data.conversations import DataSet, read_conversations
+    from fusechat.models.tokenise import prepare_conversation
 
     data = Path(__file__).parents[2] / "examples" / "data"
     template = smollm.template()
@@ -73,7 +73,7 @@ def conversations(smollm: Any) -> list[Any]:
 @pytest.fixture
 def open_backend() -> Iterator[Any]:
     """Opens vLLM in this process; closed at the end, however the test ends."""
-    from fusechat.capture.vllm import open_vllm
+    from fusechat.models.vllm import open_vllm
 
     opened = []
 

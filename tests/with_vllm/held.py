@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import vllm_like
-from fusechat.capture.vllm import open_vllm
+from fusechat.models.vllm import open_vllm
 
 if __name__ == "__main__":
     chatter = vllm_like.chatter(Path(sys.argv[1]))

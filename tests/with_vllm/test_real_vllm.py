@@ -21,8 +21,8 @@ from vllm_process import vllm_serving  # noqa: E402
 
 import vllm_like  # noqa: E402
 from fusechat.capture.local import Local  # noqa: E402
-from fusechat.capture.vllm import open_vllm  # noqa: E402
 from fusechat.errors import DataError, ModelError  # noqa: E402
+from fusechat.models.vllm import open_vllm  # noqa: E402
 from vllm_like import conversation, differences  # noqa: E402
 
 SAME = 2e-3  # nats; float16 tells -4 from -4.002, and no less
@@ -169,7 +169,7 @@ def test_long_prompts_in_pieces_and_a_padded_vocabulary(
     wide: dict[str, Path], open_backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step of the engine takes 256 tokens here; the longest prompt has as many as the model has positions."""
-    from fusechat.capture import vllm
+    from fusechat.models import vllm
 
     monkeypatch.setattr(vllm, "_LOGITS", 1)
     monkeypatch.setattr(vllm, "_TOKENS_AT_ONCE", 2500)

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed; make test-vllm instal
 from vllm_process import vllm_serving
 
 import runs
-from fusechat.core.distributions import open_distributions
+from fusechat.data.distributions import open_distributions
 from vllm_like import differences
 
 

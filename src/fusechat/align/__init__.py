@@ -1,6 +1,6 @@
 """Stage 3, align: a source's distributions carried over to the pivot's tokens. Public: `token_spans`, `align_starts`."""
 
 from fusechat.align.sequence import align_starts
-from fusechat.core.spans import token_spans
+from fusechat.models.spans import token_spans
 
 __all__ = ["align_starts", "token_spans"]

@@ -8,22 +8,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusechat.align.ahead import Ahead, bytes_ahead, next_candidates, open_tokens, rows_ahead, with_ahead
 from fusechat.align.back_off import BackOff
-from fusechat.align.bias import RARELY, cut_share
+from fusechat.align.boundary_bias import RARELY, cut_share
 from fusechat.align.candidates import Candidates, Rests, gather, rests_clipped, rests_inside
 from fusechat.align.chain import with_own_token
 from fusechat.align.counts import Counts, Seen, count_pairs
 from fusechat.align.dtw import dtw_rows
-from fusechat.align.figures import Figures
 from fusechat.align.lead import align_leads
+from fusechat.align.lookahead import Ahead, bytes_ahead, next_candidates, open_tokens, rows_ahead, with_ahead
 from fusechat.align.sequence import Alignment, align_rows
 from fusechat.align.spelling import Spelling
+from fusechat.align.stats import Figures
 from fusechat.align.transfer import Transfer, Transferred
 from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map
-from fusechat.core.distributions import SparseDistribution, nothing
-from fusechat.core.prepared import Prepared
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.data.distributions import SparseDistribution, nothing
+from fusechat.data.prepared import Prepared
+from fusechat.models.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusechat.align.dtw import surface
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.models.token_bytes import TokenBytes
 
 TAIL = -1  # what corresponds to no pivot token: its mass joins the tail
 SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL, SAME_TOKEN = ORIGINS = (

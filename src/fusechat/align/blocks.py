@@ -13,15 +13,15 @@ import numpy as np
 
 from fusechat.align.aligner import Aligner, Pair, Survey
 from fusechat.align.back_off import BackOff
+from fusechat.align.batching import Joined, groups, join, join_distributions, split
 from fusechat.align.check import check_conversation
 from fusechat.align.counts import Counts, Seen, add_counts, add_seen
-from fusechat.align.figures import Figures, add_figures
-from fusechat.align.joined import Joined, groups, join, join_distributions, split
 from fusechat.align.processes import Processes, cores
+from fusechat.align.stats import Figures, add_figures
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.distributions import DistributionSet, SparseDistribution, nothing, open_distributions
-from fusechat.core.prepared import Prepared, PreparedSet
-from fusechat.core.progress import Advance
+from fusechat.data.distributions import DistributionSet, SparseDistribution, nothing, open_distributions
+from fusechat.data.prepared import Prepared, PreparedSet
+from fusechat.run.progress import Advance
 
 R = TypeVar("R")
 SIZE = 256  # conversations a block

@@ -7,9 +7,9 @@ import numpy as np
 from fusechat.align.sequence import Alignment
 from fusechat.align.spelling import Spelling
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
+from fusechat.models.token_bytes import TokenBytes
 
 NONE = -1
 

@@ -10,8 +10,8 @@ import numpy as np
 from fusechat.align.candidates import NONE, Candidates
 from fusechat.align.sequence import Alignment, number_line
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
 
 
 def following(alignment: Alignment, pivot: Prepared, source: Prepared, nll: np.ndarray) -> np.ndarray:

@@ -5,10 +5,10 @@ import unicodedata
 import numpy as np
 
 from fusechat.align.aligner import Pair, Side
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
-from fusechat.core.responses import WORDS, is_dropped
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
 from fusechat.errors import WorkdirError
+from fusechat.models.responses import WORDS, is_dropped
 
 
 def check_conversation(

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from fusechat.align.sequence import align_starts, number_line
-from fusechat.core.compiled import compiled
-from fusechat.core.prepared import Prepared
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.data.prepared import Prepared
+from fusechat.models.token_bytes import TokenBytes
+from fusechat.run.compiled import compiled
 
 _DIAGONAL, _SOURCE, _PIVOT = 0, 1, 2  # a step's kind, in the order in which ties go
 

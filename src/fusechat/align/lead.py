@@ -11,8 +11,8 @@ from dataclasses import replace
 import numpy as np
 
 from fusechat.align.sequence import Alignment
-from fusechat.core.prepared import Prepared
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.data.prepared import Prepared
+from fusechat.models.token_bytes import TokenBytes
 
 
 def align_leads(

@@ -13,8 +13,8 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fusechat.core.files import PARTIAL
 from fusechat.errors import WorkdirError
+from fusechat.run.files import PARTIAL
 
 I = TypeVar("I")  # noqa: E741
 R = TypeVar("R")

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from fusechat.align.sequence import number_line
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.prepared import Prepared
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
 
 FLOOR = 1e-4  # probability of a gold token outside the kept ones
 

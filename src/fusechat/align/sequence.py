@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fusechat.core.prepared import Prepared
+from fusechat.data.prepared import Prepared
 
 
 def align_starts(pivot_spans: np.ndarray, source_spans: np.ndarray) -> np.ndarray:

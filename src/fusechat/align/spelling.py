@@ -5,8 +5,8 @@ from functools import cached_property
 
 import numpy as np
 
-from fusechat.core.compiled import compiled
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.models.token_bytes import TokenBytes
+from fusechat.run.compiled import compiled
 
 
 @dataclass(frozen=True)

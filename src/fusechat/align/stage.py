@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.chatters import Chatter
-from fusechat.core.distributions import open_distributions, write_distributions, write_store
-from fusechat.core.files import write_json
-from fusechat.core.progress import log, progress
-from fusechat.core.steps import Step
+from fusechat.data.distributions import open_distributions, write_distributions, write_store
+from fusechat.models.chat_model import Chatter
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run.files import write_json
+from fusechat.run.progress import log, progress
+from fusechat.run.steps import Step
 
 TARGETS, FIGURES, FORMAT = "aligned.arrow", "figures.json", 2
 PARTS, FILL = ("pivot", "source", "capture"), "pivot_capture"
@@ -56,7 +56,7 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     from fusechat.align.aligner import Pair, Side
     from fusechat.align.back_off import BackOff
     from fusechat.align.vocabulary import same_tokens
-    from fusechat.core.token_bytes import token_bytes
+    from fusechat.models.token_bytes import token_bytes
 
     chatters: tuple[Chatter, Chatter] = (recipe.chatter(PIVOT), recipe.chatter(source))
     sizes = tuple(each.vocabulary_size() for each in chatters)
@@ -71,7 +71,7 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
 
 def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source: str) -> dict[str, Any]:
     from fusechat.align.blocks import Blocks, Conversations
-    from fusechat.align.figures import Figures
+    from fusechat.align.stats import Figures
 
     pair, back_off, about = models(recipe, source)
     if pair.same_tokens:

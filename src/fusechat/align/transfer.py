@@ -6,8 +6,8 @@ import numpy as np
 
 from fusechat.align.candidates import Candidates
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.core.compiled import compiled
-from fusechat.core.distributions import SparseDistribution, left_over
+from fusechat.data.distributions import SparseDistribution, left_over
+from fusechat.run.compiled import compiled
 
 
 @dataclass(frozen=True)

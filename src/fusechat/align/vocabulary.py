@@ -15,8 +15,8 @@ import pyarrow as pa
 
 from fusechat.align.back_off import ORIGINS, SAME_TOKEN, SEEN, SPECIAL, TAIL, TO_TAIL, BackOff
 from fusechat.align.counts import Counts, Seen
-from fusechat.core.files import atomic_file
-from fusechat.core.token_bytes import TokenBytes
+from fusechat.models.token_bytes import TokenBytes
+from fusechat.run.files import atomic_file
 
 Lookup = Callable[[Sequence[bytes]], list[tuple[int, str]]]
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 
 from fusechat.capture.top_k import Columns, split_batch, start_batch
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.forward import length_batches
-from fusechat.core.memory import free_memory, out_of_memory
-from fusechat.core.prepared import Prepared
-from fusechat.core.progress import log
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError
+from fusechat.models.forward import length_batches
+from fusechat.models.memory import free_memory, out_of_memory
+from fusechat.run.progress import log
 
 Results = list[SparseDistribution | None]
 Started = tuple[Columns, torch.cuda.Event | None]

@@ -1,4 +1,4 @@
-"""capture/<model>/<data set>/: a store of distributions (`core/distributions.py`), a shard for every `shard_conversations` prepared
+"""capture/<model>/<data set>/: a store of distributions (`data/distributions.py`), a shard for every `shard_conversations` prepared
 conversations.
 
 A shard is written whole or not at all, and depends on its own conversations only, so that a killed run goes on with the
@@ -11,19 +11,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fusechat.config import Recipe
-from fusechat.core import ranks
-from fusechat.core.chatters import Chatter
-from fusechat.core.distributions import SHARDS, begun_format, is_sound, shards_of, write_shard, write_store
-from fusechat.core.files import PARTIAL
-from fusechat.core.manifests import which_device
-from fusechat.core.prepared import PreparedSet
-from fusechat.core.progress import log, progress
-from fusechat.core.steps import Step
-from fusechat.core.tables import Table
+from fusechat.data.distributions import SHARDS, begun_format, is_sound, shards_of, write_shard, write_store
+from fusechat.data.prepared import PreparedSet
+from fusechat.data.tables import Table
 from fusechat.errors import DataError
+from fusechat.models.chat_model import Chatter
+from fusechat.recipe.schema import Recipe
+from fusechat.run import ranks
+from fusechat.run.files import PARTIAL
+from fusechat.run.manifests import which_device
+from fusechat.run.progress import log, progress
+from fusechat.run.steps import Step
 
-FORMAT = 2  # of the step: captures of older versions, without tails, stay done; see `core/distributions.py`
+FORMAT = 2  # of the step: captures of older versions, without tails, stay done; see `data/distributions.py`
 
 
 def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_least: int = 1) -> Step:
@@ -116,7 +116,7 @@ def _sound_shard(directory: Path, number: int) -> Path | None:
 def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet, room: Path) -> Any:
     """What runs the model: see `Local`; it may write to `room`. vLLM is imported where it is asked for."""
     if settings["backend"] == "vllm":
-        from fusechat.capture.vllm import open_vllm
+        from fusechat.models.vllm import open_vllm
 
         return open_vllm(
             chatter,
@@ -127,7 +127,7 @@ def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet,
             url=settings["url"],
         )
     from fusechat.capture.local import Local
-    from fusechat.core.models import choose_device
+    from fusechat.models.load import choose_device
 
     model = chatter.model(
         dtype=settings["dtype"],

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.core.compiled import compiled
-from fusechat.core.distributions import SparseDistribution
-from fusechat.core.forward import collate, float_rows, gold_nll, response_logits
-from fusechat.core.prepared import Prepared
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
+from fusechat.models.forward import collate, float_rows, gold_nll, response_logits
+from fusechat.run.compiled import compiled
 
 _BLOCK = 256  # logits
 _RUN = 4096  # exponentials that are added up in float32; such sums are added up in float64

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.files import digest_json
-from fusechat.core.progress import log, progress
-from fusechat.evaluate.client import MODEL_KEY, Client, Missing, Request, model_key
-from fusechat.evaluate.journal import Journal
 from fusechat.evaluate.records import ASKED
 from fusechat.evaluate.subjects import Subject
+from fusechat.models.client import MODEL_KEY, Client, Missing, Request, model_key
+from fusechat.models.journal import Journal
+from fusechat.run.files import digest_json
+from fusechat.run.progress import log, progress
 
 FILE = "answers.jsonl"
 
@@ -63,7 +63,7 @@ class Answering:
             yield lambda prompts: self._local(subject, prompts, journal, loaded)
         finally:
             if loaded:
-                from fusechat.core.memory import free_memory
+                from fusechat.models.memory import free_memory
 
                 loaded.clear()
                 free_memory()
@@ -82,7 +82,7 @@ class Answering:
             waiting = sum(answer is None for answer in answers)
             if waiting:
                 if not loaded:
-                    from fusechat.evaluate.generate import Generator
+                    from fusechat.models.generator import Generator
 
                     options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "seed": self.seed}
                     loaded.append(Generator(subject.chatter, batch_tokens=self.batch_tokens, **options))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.core.forward import collate, device_of, float_rows, gold_nll, length_batches, response_logits
-from fusechat.core.prepared import Prepared, PreparedSet
+from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.evaluate.records import Measurement
+from fusechat.models.forward import collate, device_of, float_rows, gold_nll, length_batches, response_logits
 
 # conversation id → [nll in nats, bytes] of each of its responses
 Responses = dict[str, list[tuple[float, int]]]

@@ -12,14 +12,14 @@ from typing import Any
 
 import yaml
 
-from fusechat.core.asking import asking
-from fusechat.core.files import digest, digest_json, read_json, write_json, write_text
-from fusechat.core.memory import free_memory, out_of_memory
-from fusechat.core.models import choose_device, padding
-from fusechat.core.progress import log
 from fusechat.errors import FuseChatError, ModelError, RecipeError, first_line, storage_error
 from fusechat.evaluate.records import ASKED, Measurement
 from fusechat.evaluate.subjects import Subject
+from fusechat.models.load import choose_device, padding
+from fusechat.models.memory import free_memory, out_of_memory
+from fusechat.models.saved_template import asking
+from fusechat.run.files import digest, digest_json, read_json, write_json, write_text
+from fusechat.run.progress import log
 
 SUITE, SAMPLES, INTERRUPTED = "harness", "samples.jsonl", "measured.json"
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusechat.core.conversations import Conversation, Message, Questions
+from fusechat.data.conversations import Conversation, Message, Questions
 from fusechat.evaluate.alpaca import data as alpaca
 from fusechat.evaluate.mt_bench import data as mt_bench
 

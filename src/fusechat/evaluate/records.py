@@ -21,10 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.files import read_json, write_json
-from fusechat.core.progress import log
 from fusechat.errors import WorkdirError
 from fusechat.evaluate.statistics import Estimate, Items, paired_difference, ratio
+from fusechat.run.files import read_json, write_json
+from fusechat.run.progress import log
 
 SCHEMA, RECORDS, RESULTS = 2, "records.json", "results.json"
 ASKED = 2  # raised when models are asked by another text, so that older answers do not count; 2: by what they are taught after

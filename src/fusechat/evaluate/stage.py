@@ -10,15 +10,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.cache import known_digest
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import DataSet
-from fusechat.core.files import PARTIAL, read_json, write_json
-from fusechat.core.manifests import versions, which_device
-from fusechat.core.progress import log, progress
-from fusechat.core.steps import Step
+from fusechat.data.conversations import DataSet
 from fusechat.evaluate.records import ASKED, RECORDS, RESULTS
+from fusechat.models.chat_model import Chatter
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run.cache import known_digest
+from fusechat.run.files import PARTIAL, read_json, write_json
+from fusechat.run.manifests import versions, which_device
+from fusechat.run.progress import log, progress
+from fusechat.run.steps import Step
 
 ANSWERS = "answers.json"
 ANSWER_BATCH = 4096  # tokens of a batch at most, with the room for answers
@@ -133,9 +133,9 @@ def _score(
     *,
     label: str,
 ) -> dict[str, Any]:
-    from fusechat.core.models import choose_device
-    from fusechat.core.prepared import PreparedSet
+    from fusechat.data.prepared import PreparedSet
     from fusechat.evaluate.bits_per_byte import score_responses
+    from fusechat.models.load import choose_device
 
     files = {name: directory / _scores(name) for name in prepared}
     waiting = {name: PreparedSet(prepared[name].directory) for name, file in files.items() if not file.is_file()}
@@ -156,8 +156,8 @@ def _answer(
     directory: Path, recipe: Recipe, chatter: Chatter, held_out: list[DataSet], device_map: Any, *, label: str
 ) -> dict[str, Any]:
     from fusechat.evaluate.answers import Answer, Prompt
-    from fusechat.evaluate.client import Missing
-    from fusechat.evaluate.generate import Generator
+    from fusechat.models.client import Missing
+    from fusechat.models.generator import Generator
 
     shown = questions(held_out, recipe.evaluate.answers)
     evaluate = recipe.evaluate
@@ -187,7 +187,7 @@ def _answer(
 def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
     """The first questions of the first conversations of every data set, in turn, with the answers that the data has. Not of those
     with tools, which a question alone would not tell of."""
-    from fusechat.core.conversations import Conversation, read_conversations
+    from fusechat.data.conversations import Conversation, read_conversations
 
     every = []
     for number, data in enumerate(held_out):

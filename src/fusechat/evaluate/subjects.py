@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.core.chatters import Chatter, with_template
-from fusechat.core.dates import day_of
-from fusechat.core.references import Reference
 from fusechat.errors import ModelError, RecipeError
+from fusechat.models.chat_model import Chatter, with_template
+from fusechat.models.dates import day_of
+from fusechat.models.reference import Reference
 
 _LABELLED = re.compile(r"(?P<label>[\w][\w.-]*)=(?P<model>.+)", re.DOTALL)
 _URL = re.compile(r"(?P<url>https?://[^#]+)(#(?P<name>.*))?", re.DOTALL)

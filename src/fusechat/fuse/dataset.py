@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fusechat.core.distributions import DistributionSet, SparseDistribution, nothing
-from fusechat.core.forward import collate
-from fusechat.core.prepared import Prepared, PreparedSet
-from fusechat.fuse import choice
-from fusechat.fuse.choice import Candidate, Rule
+from fusechat.data.distributions import DistributionSet, SparseDistribution, nothing
+from fusechat.data.prepared import Prepared, PreparedSet
+from fusechat.fuse import teacher_selection as choice
 from fusechat.fuse.epochs import epoch_members, epoch_size
 from fusechat.fuse.mixture import mix
 from fusechat.fuse.student import Comparison, join_comparisons
+from fusechat.fuse.teacher_selection import Candidate, Rule
+from fusechat.models.forward import collate
 
 PIVOT, NONE, TIES, ALONE = "pivot", "none", "ties", "without comparison"
 NOBODY = -1  # the index of an item that only fills up a batch

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fusechat.core.distributions import SparseDistribution
+from fusechat.data.distributions import SparseDistribution
 
 _NO_NLL = np.zeros(0, dtype=np.float32)
 

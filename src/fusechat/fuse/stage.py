@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusechat.config import PIVOT, Recipe
-from fusechat.core import ranks
-from fusechat.core.chat_files import write_chat_files
-from fusechat.core.distributions import open_distributions
-from fusechat.core.files import atomic_directory, write_text
-from fusechat.core.manifests import which_device
-from fusechat.core.progress import log, progress
-from fusechat.core.seals import is_sealed, seal
-from fusechat.core.steps import SEALED, Step
+from fusechat.data.distributions import open_distributions
 from fusechat.errors import ModelError, RecipeError
-from fusechat.fuse.arguments import counted
+from fusechat.models.chat_files import write_chat_files
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.recipe.training_arguments import counted
+from fusechat.run import ranks
+from fusechat.run.files import atomic_directory, write_text
+from fusechat.run.integrity import is_sealed, seal
+from fusechat.run.manifests import which_device
+from fusechat.run.progress import log, progress
+from fusechat.run.steps import SEALED, Step
 
 MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
 ONE_PROCESS = "fuse.training.fsdp: shares a model out among the processes of torchrun, and there is one"
@@ -109,9 +109,9 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
 def check(recipe: Recipe, *, here: bool = True) -> None:
     """Lets Transformers and PEFT judge what the recipe gives them before any work. Raises RecipeError. `here`: whether the
     fine-tuning is to be done by this process, and those beside it."""
-    from fusechat.core.models import choose_device
     from fusechat.fuse.lora import lora_config
     from fusechat.fuse.training import check_reporting, is_sharded_alone, training_arguments
+    from fusechat.models.load import choose_device
 
     device = str(choose_device(recipe.device))
     arguments = training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
@@ -134,7 +134,7 @@ def check(recipe: Recipe, *, here: bool = True) -> None:
 
 def check_pivot(recipe: Recipe) -> None:
     """Raises ModelError for a pivot that can only be run."""
-    from fusechat.core.models import quantised
+    from fusechat.models.load import quantised
 
     pivot = recipe.chatter(PIVOT)
     kind = quantised(pivot.directory)
@@ -179,9 +179,9 @@ def _fuse(
 
 
 def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
-    from fusechat.core.prepared import PreparedSet
-    from fusechat.fuse.choice import Rule
+    from fusechat.data.prepared import PreparedSet
     from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
+    from fusechat.fuse.teacher_selection import Rule
 
     fuse = recipe.fuse
 
@@ -223,11 +223,11 @@ def _train(
 ) -> None:
     import torch
 
-    from fusechat.core.models import choose_device, padding
-    from fusechat.core.prepared import PreparedSet
+    from fusechat.data.prepared import PreparedSet
     from fusechat.fuse.lora import merged, with_adapters
     from fusechat.fuse.training import make_trainer, total_steps, train, trained_weights, training_arguments
     from fusechat.fuse.validation import Validation
+    from fusechat.models.load import choose_device, padding
 
     pivot, fuse, device = recipe.chatter(PIVOT), recipe.fuse, choose_device(recipe.device)
     arguments = training_arguments(

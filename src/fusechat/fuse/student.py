@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from fusechat.core.prepared import Prepared
-from fusechat.fuse.choice import FLOOR, Rule, common_responses, counted_rows, groups_of
+from fusechat.data.prepared import Prepared
+from fusechat.fuse.teacher_selection import FLOOR, Rule, common_responses, counted_rows, groups_of
 
 
 @dataclass(frozen=True)

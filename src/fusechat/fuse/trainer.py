@@ -13,11 +13,6 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from fusechat.core import ranks
-from fusechat.core.files import digest, flush
-from fusechat.core.forward import Batch, response_logits
-from fusechat.core.progress import log
-from fusechat.core.seals import read_sealed, write_sealed
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData
 from fusechat.fuse.epochs import steps_an_epoch
@@ -25,6 +20,11 @@ from fusechat.fuse.loss import fusion_loss_parts
 from fusechat.fuse.sampler import FilledSampler, WeightedSampler
 from fusechat.fuse.student import source_is_better
 from fusechat.fuse.validation import Validation, bits_per_byte
+from fusechat.models.forward import Batch, response_logits
+from fusechat.run import ranks
+from fusechat.run.files import digest, flush
+from fusechat.run.integrity import read_sealed, write_sealed
+from fusechat.run.progress import log
 
 # In a checkpoint directory: everything is written. How many processes wrote it, checksums of all files.
 COMPLETE = "COMPLETE"

@@ -12,13 +12,13 @@ import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
 
-from fusechat.core import ranks
-from fusechat.core.progress import Advance, log
 from fusechat.errors import RecipeError, TrainingError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.epochs import left_out, steps_an_epoch
 from fusechat.fuse.trainer import FusionTrainer, best_of, last_checkpoint
 from fusechat.fuse.validation import Validation
+from fusechat.run import ranks
+from fusechat.run.progress import Advance, log
 
 _PROJECT = "fusechat"  # of Weights & Biases, where the user names none
 

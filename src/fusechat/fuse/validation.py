@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fusechat.core import ranks
-from fusechat.core.distributions import nothing
-from fusechat.core.forward import Batch, response_logits
-from fusechat.core.prepared import PreparedSet
+from fusechat.data.distributions import nothing
+from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import EMPTY, NOBODY
 from fusechat.fuse.row_losses import row_losses
+from fusechat.models.forward import Batch, response_logits
+from fusechat.run import ranks
 
 
 class Validation(Dataset[dict[str, Any]]):

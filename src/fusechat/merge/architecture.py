@@ -40,7 +40,7 @@ class Architecture:
 
 def architecture_of(directory: Path) -> Architecture | None:
     """The class that config.json names, made without any weights; None where it is not one of Transformers' own."""
-    from fusechat.core.models import quiet_transformers
+    from fusechat.models.load import quiet_transformers
 
     quiet_transformers()
     import torch

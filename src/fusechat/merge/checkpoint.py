@@ -11,12 +11,12 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.references import ADAPTER
 from fusechat.errors import ModelError, first_line
 from fusechat.merge.architecture import Architecture, architecture_of
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
 from fusechat.merge.tensor import Stored
 from fusechat.merge.values import stack_of
+from fusechat.models.reference import ADAPTER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")

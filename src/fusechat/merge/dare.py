@@ -6,9 +6,9 @@ the paper's 1 / density, but exact for the mask that was drawn. The mask is that
 
 import numpy as np
 
-from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import DENSITY, LAMBDA, SEED, WEIGHT, Parameter, Values
 from fusechat.merge.random import keep_mask, tensor_key
+from fusechat.merge.stats import Measured
 from fusechat.merge.task_vectors import Sparsify, combine_updates, drop, rescaling
 from fusechat.merge.tensor import Tensor, scratch
 

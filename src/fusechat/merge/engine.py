@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.core.files import remove_partial, seen, write_json
-from fusechat.core.progress import log
-from fusechat.core.seals import read_sealed, write_sealed
 from fusechat.errors import ModelError, StorageError
 from fusechat.merge.checkpoint import FLOATS, INDEX, Checkpoint
 from fusechat.merge.kernels import CHUNK, count_not_finite, encode_bfloat16, encode_float16, update_squares
-from fusechat.merge.measured import Measured, shares
 from fusechat.merge.methods import load_method
 from fusechat.merge.parameters import Values
 from fusechat.merge.plan import Piece, Plan
 from fusechat.merge.shard import Shard, new_shard
+from fusechat.merge.stats import Measured, shares
 from fusechat.merge.tensor import Tensor, Workers, scratch
 from fusechat.merge.values import stack_of
+from fusechat.run.files import remove_partial, seen, write_json
+from fusechat.run.integrity import read_sealed, write_sealed
+from fusechat.run.progress import log
 
 SHARD_BYTES = 5_000_000_000
 SQUARES, PART = "squares.json", ".report.json"

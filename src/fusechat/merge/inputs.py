@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
-from fusechat.core.progress import log
-from fusechat.core.references import Reference
-from fusechat.core.yaml_file import Document, Place, suggestion
 from fusechat.merge.mergekit_names import PARAMETERS
 from fusechat.merge.values import shown
+from fusechat.models.reference import Reference
+from fusechat.recipe.yaml_file import Document, Place, suggestion
+from fusechat.run.progress import log
 
 _KEYS = ("model", "parameters")
 

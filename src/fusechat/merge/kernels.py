@@ -11,7 +11,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
-from fusechat.core.compiled import compiled
+from fusechat.run.compiled import compiled
 
 CHUNK = 4096  # elements whose sum is taken by itself; chunks are added up in their order, whoever worked on them
 LANES = 512

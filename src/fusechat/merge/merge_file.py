@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.progress import log
-from fusechat.core.references import Reference
-from fusechat.core.yaml_file import Document, Place, kind, parse, read_text, second_document, suggestion
 from fusechat.errors import RecipeError
 from fusechat.merge import mergekit_names
-from fusechat.merge.accepted import Conditions, without_accepted
+from fusechat.merge.ignored_settings import Conditions, without_accepted
 from fusechat.merge.inputs import Input, read_inputs, read_mapping
 from fusechat.merge.methods import Method, load_method, method_names
 from fusechat.merge.parameters import Parameter, Values
 from fusechat.merge.values import Setting, position, read_setting, resolve, shown
+from fusechat.models.reference import Reference
+from fusechat.recipe.yaml_file import Document, Place, kind, parse, read_text, second_document, suggestion
+from fusechat.run.progress import log
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _WHAT = "a merge configuration"

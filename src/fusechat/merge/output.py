@@ -9,12 +9,12 @@ from typing import Any
 import jinja2
 import yaml
 
-from fusechat.core.beside import beside
-from fusechat.core.files import atomic_file, write_text
-from fusechat.core.progress import log
 from fusechat.merge.card import portable
 from fusechat.merge.checkpoint import read_config
 from fusechat.merge.plan import CODES, Piece, Plan
+from fusechat.models.companion_files import beside
+from fusechat.run.files import atomic_file, write_text
+from fusechat.run.progress import log
 
 
 def copy_files(donor: Path, output: Path, plan: Plan) -> None:

@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fusechat.core.progress import log
 from fusechat.errors import ModelError
 from fusechat.merge.checkpoint import BYTES, FLOATS, Checkpoint, Entry
-from fusechat.merge.misfits import Missing, is_buffer, missing_lines, quantised, shortened, should_have
+from fusechat.merge.mismatches import Missing, is_buffer, missing_lines, quantised, shortened, should_have
 from fusechat.merge.ties import Ties, find_ties
 from fusechat.merge.values import layer_of
+from fusechat.run.progress import log
 
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 BASE, WIDEST = "base", "widest"  # types of the output: as the base has each tensor; as holds what every input has

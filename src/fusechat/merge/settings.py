@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.yaml_file import suggestion
 from fusechat.merge.methods import load_method, method_names
 from fusechat.merge.parameters import SEED, Parameter
 from fusechat.merge.values import Wrong, read_setting
+from fusechat.recipe.yaml_file import suggestion
 
 DEFAULTS = {"linear": {"weight": 1.0}}  # the targets' mean
 

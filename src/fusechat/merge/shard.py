@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.core.files import atomic_file
 from fusechat.merge.checkpoint import BYTES
 from fusechat.merge.plan import Piece
+from fusechat.run.files import atomic_file
 
 FLUSH = 1 << 28  # bytes after which the disk is set to work while the next ones are computed
 

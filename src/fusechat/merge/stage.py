@@ -4,13 +4,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.chat_files import how_to_ask, write_chat_files
-from fusechat.core.chatters import Chatter
-from fusechat.core.files import write_json
-from fusechat.core.progress import BYTES, log, progress
-from fusechat.core.seals import is_sealed, seal
-from fusechat.core.steps import SEALED, Step
+from fusechat.models.chat_files import how_to_ask, write_chat_files
+from fusechat.models.chat_model import Chatter
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run.files import write_json
+from fusechat.run.integrity import is_sealed, seal
+from fusechat.run.progress import BYTES, log, progress
+from fusechat.run.steps import SEALED, Step
 
 MODEL, REPORT = "model", "merge_report.json"
 FORMAT = 2
@@ -35,13 +35,13 @@ def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
 
 
 def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, Step]) -> dict[str, Any]:
-    from fusechat.merge.command import open_job
     from fusechat.merge.engine import forget_parts, merge_tensors
     from fusechat.merge.merge_file import read_merge_file
     from fusechat.merge.output import copy_files
     from fusechat.merge.plan import BASE
     from fusechat.merge.report import make_report
     from fusechat.merge.settings import configuration
+    from fusechat.merge.standalone import open_job
     from fusechat.merge.tensor import Workers
 
     own_prompt = 2 * sum(_counts(target).get("own_prompt", False) for target in targets.values()) > len(targets)

@@ -6,8 +6,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fusechat.core.progress import in_bytes
-from fusechat.merge.command import Summary
+from fusechat.merge.standalone import Summary
+from fusechat.run.progress import in_bytes
 
 
 def print_summary(summary: Summary, out: Path, *, as_json: bool) -> None:

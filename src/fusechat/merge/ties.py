@@ -3,9 +3,9 @@ has, and where an input keeps one that it does not have by that name."""
 
 from dataclasses import dataclass, field
 
-from fusechat.core.progress import log
 from fusechat.merge.checkpoint import Checkpoint
 from fusechat.merge.values import layer_of
+from fusechat.run.progress import log
 
 HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")  # output embeddings, as architectures call them
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fusechat.core.yaml_file import Place, kind, suggestion
 from fusechat.merge.parameters import Parameter
+from fusechat.recipe.yaml_file import Place, kind, suggestion
 
 _LAYERS = {"layers", "layer", "h", "blocks", "block"}  # what models call the list of their layers
 _TRUTH = {

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.core.cache import cache_directory
-from fusechat.core.models import DTYPES, choose_device, fast_dtype
-from fusechat.core.prepared import Prepared
+from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError, RecipeError
+from fusechat.models.load import DTYPES, choose_device, fast_dtype
 from fusechat.plan.devices import SHEETS, Batch, Device, from_table, named
 from fusechat.plan.shapes import Shape, on_meta
+from fusechat.run.cache import cache_directory
 
 SECONDS, _MEASURED = 10.0, 24  # what a plan spends on it, about, for so many measurements
 _LAYERS = (8, 4, 2)  # made of a model, as many as there is memory for, and a quarter of them
@@ -269,8 +269,8 @@ def _run(model: Any, conversations: list[Prepared]) -> None:
 
 
 def _train(model: Any, conversations: list[Prepared], dtype: str, device: torch.device) -> None:
-    from fusechat.core.forward import collate, response_logits
     from fusechat.fuse.loss import fusion_loss
+    from fusechat.models.forward import collate, response_logits
 
     batch = collate(conversations).to(device)
     labels = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from fusechat.core.cache import cache_directory
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Message
-from fusechat.core.left_out import advice
-from fusechat.core.models import is_slow, without_embedding
-from fusechat.core.references import Reference
+from fusechat.data.conversations import Message
+from fusechat.data.rejected import advice
 from fusechat.fuse import stage as fuse
+from fusechat.models.chat_model import Chatter
+from fusechat.models.facts import facts
+from fusechat.models.load import is_slow, without_embedding
+from fusechat.models.reference import Reference
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
 from fusechat.plan.sampling import Counted, Texts
-from fusechat.report.models import facts
-from fusechat.report.numbers import percent, size
+from fusechat.run.cache import cache_directory
+from fusechat.run.units import percent, size
 
 _SHOWN = 3  # lines of one kind
 _MUCH_PADDING = 0.2  # of the tokens in a batch

@@ -8,23 +8,23 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.chatters import Chatter
-from fusechat.core.gguf_together import convert_together
-from fusechat.core.steps import Step
 from fusechat.errors import FuseChatError
 from fusechat.fuse import stage as fuse
+from fusechat.models.chat_model import Chatter
+from fusechat.models.gguf_parallel import convert_together
 from fusechat.pipeline import build_steps, evaluation_texts, of_day
 from fusechat.plan import checks, estimate
 from fusechat.plan.arguments import training_of
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
+from fusechat.plan.metadata import Unread
 from fusechat.plan.sampling import Counted, Texts, count, read_texts
 from fusechat.plan.shapes import shape_of
 from fusechat.plan.table import totals
-from fusechat.plan.unread import Unread
 from fusechat.prepare.overlap import Overlap, find_overlap
 from fusechat.prepare.stage import OVERLAP, rules
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run.steps import Step
 
 K = TypeVar("K")
 T = TypeVar("T")

@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.core.forward import length_batches
+from fusechat.models.forward import length_batches
 from fusechat.plan import memory
 from fusechat.plan.devices import Batch, Device
 from fusechat.plan.sampling import Counted, padded
 from fusechat.plan.shapes import Shape
 
 MANIFEST = 1_250  # bytes of a step's manifest
-_IDS, _LOGPROBS, _NLL, _TAIL, _RECORD = (2, 4), 2, 4, 4, 62  # bytes of a stored row: core/distributions.py
+_IDS, _LOGPROBS, _NLL, _TAIL, _RECORD = (2, 4), 2, 4, 4, 62  # bytes of a stored row: data/distributions.py
 _PAGE = 2_440_000  # bytes of a report, nearly all of them its figures' program
 _ENTRY = 32  # bytes of an entry of a token map
 # Seconds on a CPU core as there are many, whatever the device: reading and writing do not depend on it, nor does starting up.

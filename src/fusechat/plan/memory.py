@@ -10,7 +10,7 @@ BASE = 650_000_000  # a process with PyTorch and Transformers
 _CONTEXT = 1_000_000_000  # what CUDA takes for itself, and what its allocator leaves unused
 _TOKENIZER = 10  # times the size of its files that a tokenizer takes in memory
 _ID = 200  # bytes of a conversation's id and its place, in every store that is open
-_FLOATS = 1 << 28  # bytes of float32 logits at once: core/forward.py
+_FLOATS = 1 << 28  # bytes of float32 logits at once: models/forward.py
 _WIDTHS = 1.3  # activations beside the outputs of linear layers
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.core.conversations import Conversation, DataSet, Malformed, read_conversations
-from fusechat.core.prepared import FILE, Prepared, write_prepared
-from fusechat.prepare.tokenise import RejectedError, prepare_conversation
+from fusechat.data.conversations import Conversation, DataSet, Malformed, read_conversations
+from fusechat.data.prepared import FILE, Prepared, write_prepared
+from fusechat.models.tokenise import RejectedError, prepare_conversation
 
 SAMPLE = 1000  # conversations of a set; of smaller ones all
 

@@ -58,7 +58,7 @@ class Shape:
 def shape_of(directory: Path, *, trust_remote_code: bool = False, lora: Mapping[str, Any] | None = None) -> Shape:
     """The shape of the model whose configuration is in `directory`. Raises ModelError where no causal language model can be made
     of it."""
-    from fusechat.core.models import quiet_transformers
+    from fusechat.models.load import quiet_transformers
 
     quiet_transformers()
     from transformers import AutoConfig

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fusechat.plan.estimate import Estimate
-from fusechat.report.numbers import amount, duration, size
+from fusechat.run.units import amount, duration, size
 
 _ALWAYS = ("step", "tokens", "disk", "while at it", "memory", "time")  # what a narrow terminal shows too
 _WIDE = 128  # characters that all of them take

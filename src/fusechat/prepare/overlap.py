@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-from fusechat.core.conversations import Conversation, DataSet, Questions, read_conversations
+from fusechat.data.conversations import Conversation, DataSet, Questions, read_conversations
 
 RUN, NEAR, FEWEST = 3, Fraction(4, 5), 8
 SAME, SAME_PROMPT, SAME_RESPONSE = "same conversation", "same prompt", "same response"

@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Conversation, DataSet, Malformed, Questions, read_conversations
-from fusechat.core.files import write_text
-from fusechat.core.left_out import BY_PIVOT, MALFORMED, REJECTED, REPEATED, advice
-from fusechat.core.prepared import FILE, Prepared, PreparedSet, write_prepared
-from fusechat.core.progress import log, progress
-from fusechat.core.steps import Step
+from fusechat.data.conversations import Conversation, DataSet, Malformed, Questions, read_conversations
+from fusechat.data.prepared import FILE, Prepared, PreparedSet, write_prepared
+from fusechat.data.rejected import BY_PIVOT, MALFORMED, REJECTED, REPEATED, advice
 from fusechat.errors import DataError, ModelError
+from fusechat.models.chat_model import Chatter
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run.files import write_text
+from fusechat.run.progress import log, progress
+from fusechat.run.steps import Step
 
 FORMAT = 3  # 3: rows between the asked prompt and the content; 2: spans are exact in more tokenizers
 _USUAL = {"join_turns": False, "truncate": "response"}  # what fingerprints say nothing of
@@ -52,8 +52,8 @@ def _prepare(
     directory: Path, chatter: Chatter, data: DataSet, usable: set[str] | None, how: dict[str, Any]
 ) -> dict[str, Any]:
     """`usable`: ids of what the pivot could use, None where this is the pivot."""
-    from fusechat.core.models import without_embedding
-    from fusechat.prepare.tokenise import RejectedError, prepare_conversation
+    from fusechat.models.load import without_embedding
+    from fusechat.models.tokenise import RejectedError, prepare_conversation
 
     template, rows, positions = chatter.template(), chatter.vocabulary_size(), chatter.positions()
     counts: Counter[str] = Counter()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from fusechat.report.figures import Figure, axis, layout, number, plain
+from fusechat.report.plots import Figure, axis, layout, number, plain
 
 OUTSIDE = "–"  # the row of tensors that are in no layer
 CELL, HEADER = 15, 190  # pixels

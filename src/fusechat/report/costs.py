@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fusechat.core.steps import Step
+from fusechat.run.steps import Step
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,17 @@ from typing import Any
 
 import jinja2
 
-from fusechat.core.left_out import LeftOut
-from fusechat.report import numbers
+from fusechat.data.rejected import LeftOut
+from fusechat.models.facts import DataFile, Model
 from fusechat.report.answers import Card
-from fusechat.report.choices import ChoiceRow
 from fusechat.report.coefficients import heat_maps
 from fusechat.report.costs import StageCost, together
-from fusechat.report.figures import loss_figures
-from fusechat.report.models import DataFile, Model
+from fusechat.report.plots import loss_figures
 from fusechat.report.results import INTERVAL, ResultTable
 from fusechat.report.samples import Sample
 from fusechat.report.scripts import scripts
+from fusechat.report.teaching import ChoiceRow
+from fusechat.run import units as numbers
 
 _HERE = Path(__file__).parent
 _ALL = "all"  # the whole of a suite, beside its turns and categories

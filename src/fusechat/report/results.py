@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fusechat.core.intervals import half_width
 from fusechat.errors import WorkdirError
+from fusechat.report.intervals import half_width
 
 SCHEMA = 2
 MISSING = "missing"

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from fusechat.core.conversations import DataSet
+from fusechat.data.conversations import DataSet
 from fusechat.show.conversation import Branch
 from fusechat.show.page import Group, groups
 from fusechat.show.passages import Passage, Token

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from fusechat.report.figures import Figure
+from fusechat.report.plots import Figure
 
 _OWN = Path(__file__).with_name("page.js")
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}

@@ -8,12 +8,12 @@ from typing import Any
 
 import yaml
 
-from fusechat.config import PIVOT, Recipe
-from fusechat.core.conversations import DataSet
-from fusechat.core.files import digest_json, read_json, write_text
-from fusechat.core.progress import in_bytes, log
-from fusechat.core.references import Reference, at_hand
-from fusechat.core.steps import Step, with_upstream
+from fusechat.data.conversations import DataSet
+from fusechat.models.reference import Reference, at_hand
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run.files import digest_json, read_json, write_text
+from fusechat.run.progress import in_bytes, log
+from fusechat.run.steps import Step, with_upstream
 
 PAGE, LIMIT = "index.html", 5_000_000  # bytes that the page should not pass
 FORMAT = 2  # 2: more sections, Plotly packed
@@ -31,12 +31,12 @@ def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
 
 
 def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[str, Any]:
-    from fusechat.core.left_out import left_out, notes
+    from fusechat.data.rejected import left_out, notes
     from fusechat.report.answers import cards
-    from fusechat.report.choices import choice_rows
     from fusechat.report.costs import stage_costs
     from fusechat.report.page import Contents, render_page
     from fusechat.report.results import result_tables
+    from fusechat.report.teaching import choice_rows
 
     evaluated = upstream.get("evaluate")
     fused, aligned = _named(upstream, "fuse"), _named(upstream, "align")
@@ -82,7 +82,7 @@ def _named(upstream: dict[str, Step], stage: str) -> dict[str, Step]:
 
 def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
     """Pivot, sources, targets and the fused model, from what is on this machine; nothing is fetched."""
-    from fusechat.report.models import Model, facts
+    from fusechat.models.facts import Model, facts
 
     models = []
     for name in (PIVOT, *recipe.sources):
@@ -109,7 +109,7 @@ def _files(sets: Iterable[DataSet]) -> str:
 
 def _made(role: str, name: str, step: Step, label: str, data: str) -> Any:
     """A model that the run wrote; its hash is that of its weights, of several files the hash of theirs."""
-    from fusechat.report.models import Model, facts
+    from fusechat.models.facts import Model, facts
 
     outputs = (step.manifest() or {})["outputs"]
     weights = {file: output["sha256"] for file, output in outputs.items() if file.endswith(".safetensors")}
@@ -119,7 +119,7 @@ def _made(role: str, name: str, step: Step, label: str, data: str) -> Any:
 
 
 def _identity(reference: Reference, directory: Path | None) -> str:
-    from fusechat.core.references import identity
+    from fusechat.models.reference import identity
 
     if directory is None:
         return f"sha256:{reference.sha256}" if reference.sha256 else ""
@@ -130,7 +130,7 @@ def _identity(reference: Reference, directory: Path | None) -> str:
 
 def _data(recipe: Recipe, steps: list[Step]) -> list[Any]:
     """Every file of conversations that was used, as the pivot could use it."""
-    from fusechat.report.models import DataFile
+    from fusechat.models.facts import DataFile
 
     used = {step.name: step for step in steps if step.stage == "prepare"}
     taught: dict[DataSet, list[str]] = {}

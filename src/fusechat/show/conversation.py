@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from fusechat.align.stage import directories
-from fusechat.core.chatters import Chatter
-from fusechat.core.conversations import Conversation, DataSet, read_conversations
-from fusechat.core.distributions import SparseDistribution, open_distributions
-from fusechat.core.prepared import Prepared, PreparedSet
-from fusechat.core.steps import Step, with_upstream
-from fusechat.core.token_bytes import token_bytes
+from fusechat.data.conversations import Conversation, DataSet, read_conversations
+from fusechat.data.distributions import SparseDistribution, open_distributions
+from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.errors import DataError, RecipeError, WorkdirError
+from fusechat.models.chat_model import Chatter
+from fusechat.models.token_bytes import token_bytes
+from fusechat.run.steps import Step, with_upstream
 from fusechat.show.glyphs import visible
 from fusechat.show.passages import Candidate, Forecast, Model, Passage, Shown, Token, piece_of, tokens_of
 
@@ -26,7 +26,7 @@ PIVOT = "pivot"
 def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Shown:
     """One conversation that `source` taught in the run; `conversation` is its number from 0 on, its id or how that begins."""
     from fusechat.pipeline import RECIPE, build_steps
-    from fusechat.settle import recipe_of
+    from fusechat.recipe.pinned import recipe_of
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")

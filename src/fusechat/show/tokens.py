@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.files import write_text
-from fusechat.core.references import Reference, local_directory
-from fusechat.core.spans import encode_with_spans
-from fusechat.core.token_bytes import token_bytes
-from fusechat.core.tokenizer import load_tokenizer
 from fusechat.errors import DataError, ModelError, StorageError, first_line
+from fusechat.models.reference import Reference, local_directory
+from fusechat.models.spans import encode_with_spans
+from fusechat.models.token_bytes import token_bytes
+from fusechat.models.tokenizer import load_tokenizer
+from fusechat.run.files import write_text
 from fusechat.show.passages import Model, Passage, Shown, tokens_of
 
 FILE = "tokenizer.json"
@@ -98,7 +98,7 @@ def _from_file(file: Path, name: str) -> Any:
 
 
 def _from_gguf(name: str, file: Path) -> Any:
-    from fusechat.core.models import quiet_transformers
+    from fusechat.models.load import quiet_transformers
 
     quiet_transformers()
     from transformers import AutoTokenizer

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.files import digest_json, write_json
 from fusechat.errors import DataError, first_line
+from fusechat.run.files import digest_json, write_json
 
 HUB = "tatsu-lab/alpaca_eval"
 BASELINE, GAMED, ANNOTATIONS = "alpaca_eval_gpt4_baseline.json", "df_gamed.csv", ".annotations.json"

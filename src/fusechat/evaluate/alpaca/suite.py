@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.files import digest
-from fusechat.core.progress import log
 from fusechat.evaluate.alpaca.annotate import ANNOTATOR, Pair, first_token, judge_requests, preferences
 from fusechat.evaluate.alpaca.data import (
     ANNOTATIONS,
@@ -26,9 +24,11 @@ from fusechat.evaluate.alpaca.data import (
 )
 from fusechat.evaluate.alpaca.rates import length_controlled, not_controlled, why_not_controlled, win_rate
 from fusechat.evaluate.answers import Answer, Ask, Prompt
-from fusechat.evaluate.client import Client, Estimate, Missing, Reply, Request
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
+from fusechat.models.client import Client, Estimate, Missing, Reply, Request
+from fusechat.run.files import digest
+from fusechat.run.progress import log
 
 JOURNAL = "judgements.jsonl"
 _SILENT = "the judge gives no log-probabilities"

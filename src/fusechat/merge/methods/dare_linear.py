@@ -3,8 +3,8 @@
 import numpy as np
 
 from fusechat.merge import dare
-from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import Values
+from fusechat.merge.stats import Measured
 
 PARAMETERS = dare.PARAMETERS
 BASE = True

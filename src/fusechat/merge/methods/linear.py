@@ -4,8 +4,8 @@ import numpy as np
 
 from fusechat.errors import RecipeError
 from fusechat.merge.kernels import kernel
-from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import WEIGHT, Parameter, Values
+from fusechat.merge.stats import Measured
 from fusechat.merge.tensor import Tensor
 
 PARAMETERS = (WEIGHT, Parameter("normalize", kind=bool, default=True))

@@ -12,9 +12,9 @@ from dataclasses import replace
 import numpy as np
 
 from fusechat.merge.kernels import CHUNK, kernel
-from fusechat.merge.measured import Measured, shares
 from fusechat.merge.parameters import SCOPES, Parameter, Values
 from fusechat.merge.selection import Selection, kept, select
+from fusechat.merge.stats import Measured, shares
 from fusechat.merge.tensor import Tensor, scratch
 
 PARAMETERS = (

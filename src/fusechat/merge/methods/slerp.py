@@ -9,8 +9,8 @@ import math
 import numpy as np
 
 from fusechat.merge.kernels import CHUNK, kernel
-from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import Parameter, Values
+from fusechat.merge.stats import Measured
 from fusechat.merge.tensor import Tensor
 
 PARAMETERS = (Parameter("t", low=0, high=1),)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import LAMBDA, WEIGHT, Parameter, Values
+from fusechat.merge.stats import Measured
 from fusechat.merge.task_vectors import combine_updates
 from fusechat.merge.tensor import Tensor
 

@@ -7,9 +7,9 @@ each position those of the majority's sign are added up, over the sum of their w
 import numpy as np
 
 from fusechat.merge.kernels import CHUNK, kernel
-from fusechat.merge.measured import Measured
 from fusechat.merge.parameters import DENSITY, LAMBDA, WEIGHT, Parameter, Values
 from fusechat.merge.selection import Selection, select
+from fusechat.merge.stats import Measured
 from fusechat.merge.task_vectors import Sparsify, combine_updates, no_sparsify, rescaling
 from fusechat.merge.tensor import Tensor
 

@@ -3,8 +3,8 @@
 import numpy as np
 
 from fusechat.merge.kernels import CHUNK, kernel, update_squares
-from fusechat.merge.measured import Measured, shares
 from fusechat.merge.parameters import SCOPES, Parameter, Values
+from fusechat.merge.stats import Measured, shares
 from fusechat.merge.tensor import Tensor
 
 PARAMETERS: tuple[Parameter, ...] = ()

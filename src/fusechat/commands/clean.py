@@ -1,0 +1,88 @@
+"""What a finished run no longer needs: the distributions of captures and alignments, checkpoints, and what no step of the recipe
+names any more. Models, results and the report stay, and the run stays finished; a step that needs distributions after all has
+them made again."""
+
+import fnmatch
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from fusechat.errors import WorkdirError
+from fusechat.pipeline import RECIPE, build_steps, lock
+from fusechat.recipe.pinned import recipe_of
+from fusechat.run.integrity import write_checked
+from fusechat.run.steps import FREED, MANIFEST, STARTED, Step
+
+STAGES = ("capture", "align")  # whose artifacts are large, and only there for the fine-tuning
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that can go. `size`: in bytes."""
+
+    label: str
+    size: int
+    remove: Callable[[], None]
+
+
+def parts(workdir: Path) -> list[Part]:
+    """All that can go. Raises WorkdirError where the run is not finished."""
+    if not (workdir / RECIPE).is_file():
+        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    steps = build_steps(recipe_of(workdir), workdir)
+    for step in steps:
+        if not step.finished:
+            raise WorkdirError(f"{workdir}: not finished: {step.label} is {step.state()[0]}; run the recipe first")
+    found = [Part(step.label, sum(_bulk(step).values()), partial(_free, step)) for step in steps]
+    left = [*_left_over(workdir, steps), *sorted((workdir / "fuse").glob("*/checkpoints"))]
+    found += [
+        Part(f"{path.relative_to(workdir)} (left over)", _size(path), partial(shutil.rmtree, path)) for path in left
+    ]
+    return [part for part in found if part.size]
+
+
+def _bulk(step: Step) -> dict[str, int]:
+    """Names and sizes of the files that can go and are there."""
+    names = fnmatch.filter((step.manifest() or {}).get("outputs", ()), step.bulk)
+    return {name: file.stat().st_size for name in names if (file := step.directory / name).is_file()}
+
+
+def _free(step: Step) -> None:
+    """Removes these of a finished step. Its manifest says so before a file goes."""
+    names, manifest = _bulk(step), step.manifest() or {}
+    write_checked(step.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
+    for name in names:
+        (step.directory / name).unlink(missing_ok=True)
+
+
+def _left_over(workdir: Path, steps: list[Step]) -> Iterator[Path]:
+    """Directories of steps that the recipe had, or another command made."""
+    own = {step.directory for step in steps}
+    for stage in STAGES:
+        for name in (MANIFEST, STARTED):
+            for file in sorted((workdir / stage).rglob(name)):
+                if file.parent not in own and not any(each.is_relative_to(file.parent) for each in own):
+                    yield file.parent
+
+
+def _size(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+
+
+def summary(found: list[Part]) -> list[str]:
+    """What can go and how much it is, a line each, for a person to read."""
+    if not found:
+        return ["there is nothing to free"]
+    rows = [(f"{part.size / 1e6:,.1f} MB", part.label) for part in found]
+    rows.append((f"{sum(part.size for part in found) / 1e6:,.1f} MB", "in all"))
+    width = max(len(size) for size, _ in rows)
+    return [f"{size:>{width}}  {label}" for size, label in rows]
+
+
+def free(workdir: Path) -> None:
+    """Removes all of it. Raises WorkdirError where a run uses the work directory."""
+    with lock(recipe_of(workdir), workdir):
+        for part in parts(workdir):
+            part.remove()

@@ -1,1 +1,0 @@
-"""What several stages speak of, knowing none of them."""

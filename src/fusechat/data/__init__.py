@@ -1,0 +1,1 @@
+"""What stages hand on, and its file formats: conversations, prepared tokens, distributions."""

@@ -1,0 +1,206 @@
+"""Sparse next-token distributions, one for each row of a prepared conversation, and their store: what capture and align write.
+
+Format 3. A store is a directory with `store.json` and Arrow IPC files ("file" format, not compressed):
+
+- `store.json`: `format`, the number 3; `k`, how many tokens a row has; `files`, a pattern that the names of its Arrow files match.
+  All files have one schema, and together they are the store, in the order of their names. No id is in it twice.
+- Files of captures match `shard-*.arrow`, and each is named `shard-<number>-<checksum>.arrow`: the number from 0 on, in five
+  digits or more; the checksum is the first 16 hexadecimal digits of the SHA-256 of the file's bytes. Shard i holds the i-th
+  `shard_conversations` of the prepared conversations, in their order, without those that were rejected; it may be empty.
+- A record is a conversation of n rows (a row: see `data/prepared.py`), in record batches of at most 512:
+  - `id` string: the conversation's id
+  - `ids` list<uint16 or int32> of n·k token ids, those of row i from i·k on, most likely first, none twice in a row. uint16 in
+    captures of models that know at most 65,536 tokens; else int32, where -1 pads a row that has fewer than k, at its end
+  - `logprobs` list<float16> of n·k: their log-probabilities over the full vocabulary (natural logarithm, temperature 1;
+    computed in float32), -inf where padded
+  - `nll` list<float32> of n: `-log p` of the row's own token; of length 0 where the store holds targets, not captures
+  - `tail` list<float32> of n: the probability of all tokens that were not kept, from the float32 log-softmax and not from
+    the rounded `logprobs`. Readers scale what was kept to `1 - tail`
+
+So a captured row takes 4·k + 8 or 6·k + 8 bytes, and a conversation about 70 more. Nothing is stored for prompts and padding.
+
+Format 2 is the same without `tail`, and is still read: a tail is what the rounded `logprobs` leave, 0 where that is below 1e-3,
+which rounding alone makes. A capture that was begun in it goes on in it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from fusechat.data.tables import Table, write_table
+from fusechat.errors import WorkdirError
+from fusechat.run.cache import fresh_digest
+from fusechat.run.files import PARTIAL, digest, read_json, write_json
+
+STORE, FORMAT = "store.json", 3
+_TAILS = 3  # from this format on a record has its tails
+SHARDS = "shard-*.arrow"
+_ROUNDING = 1e-3  # a tail below it may be no more than what float16 makes of log-probabilities
+_NO_TAIL = 1e-12  # the same of float64 sums
+_SCALED = 1e-3  # what was kept is better known from a float32 tail than from float16 logarithms from here on
+_CHECKSUM = 16  # hexadecimal digits of a shard's SHA-256 that its name ends with
+
+
+def _schema(ids: pa.DataType, *, tails: bool) -> pa.Schema:
+    lists = {"ids": ids, "logprobs": pa.float16(), "nll": pa.float32()} | ({"tail": pa.float32()} if tails else {})
+    return pa.schema([("id", pa.string()), *((name, pa.list_(kind)) for name, kind in lists.items())])
+
+
+@dataclass(frozen=True)
+class SparseDistribution:
+    """The k most likely tokens of n next-token distributions, and what they leave out.
+
+    `ids` int32 [n, k], -1 pads; `logprobs` [n, k], natural log-probabilities over the full vocabulary, -inf where padded;
+    `nll` float32 [n] of the gold tokens, or [0] where it is not known; `tail` [n], the probability of all tokens that were not
+    kept (without a word on it what `logprobs` leave).
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+    nll: np.ndarray
+    tail: np.ndarray = None  # type: ignore[assignment]  # never None once made
+
+    def __post_init__(self) -> None:
+        if self.tail is None:
+            object.__setattr__(self, "tail", left_over(self.probabilities))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def take(self, rows: np.ndarray | slice) -> "SparseDistribution":
+        """Some of the rows, in the order asked for."""
+        nll = self.nll[rows] if len(self.nll) else self.nll
+        return SparseDistribution(self.ids[rows], self.logprobs[rows], nll, self.tail[rows])
+
+    def cut(self, k: int) -> "SparseDistribution":
+        """The first `k` tokens of each row; the others join the tail."""
+        dropped = self.probabilities[:, k:].sum(axis=1)
+        return SparseDistribution(self.ids[:, :k], self.logprobs[:, :k], self.nll, np.minimum(self.tail + dropped, 1.0))
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """float64 [n, k], 0 where padded."""
+        return np.where(self.ids >= 0, np.exp(self.logprobs.astype(np.float64)), 0.0)
+
+
+def left_over(kept: np.ndarray) -> np.ndarray:
+    """float64 [n]: what probabilities [n, k] in float64 leave of 1; none where that may be the rounding of their sum."""
+    tail = np.clip(1.0 - kept.sum(axis=1), 0.0, 1.0)
+    return np.where(tail < _NO_TAIL, 0.0, tail)
+
+
+def nothing(n: int, k: int = 1) -> SparseDistribution:
+    """n rows of which nothing is kept."""
+    none = np.zeros(0, dtype=np.float32)
+    return SparseDistribution(np.full((n, k), -1, np.int32), np.full((n, k), -np.inf), none, np.ones(n))
+
+
+def write_distributions(
+    path: Path,
+    records: Iterable[tuple[str, SparseDistribution]],
+    *,
+    vocabulary: int | None = None,
+    store_format: int = FORMAT,
+) -> int:
+    """Writes (conversation id, distributions) pairs; returns how many. `vocabulary`: how many tokens the model knows, where no
+    id is a pad."""
+    kind = pa.uint16() if vocabulary is not None and vocabulary <= 1 << 16 else pa.int32()
+    return write_table(
+        path,
+        _schema(kind, tails=store_format >= _TAILS),
+        (
+            {
+                "id": identity,
+                "ids": rows.ids.astype(np.int32).reshape(-1),
+                "logprobs": rows.logprobs.astype(np.float16).reshape(-1),
+                "nll": rows.nll.astype(np.float32),
+                "tail": rows.tail.astype(np.float32),
+            }
+            for identity, rows in records
+        ),
+    )
+
+
+def write_shard(
+    directory: Path,
+    number: int,
+    records: Iterable[tuple[str, SparseDistribution]],
+    *,
+    vocabulary: int,
+    store_format: int = FORMAT,
+) -> Path:
+    """Writes a file of a capture, named after its bytes once they are on the disk."""
+    unnamed = directory / f"shard-{number:05d}{PARTIAL}"
+    write_distributions(unnamed, records, vocabulary=vocabulary, store_format=store_format)
+    return unnamed.rename(directory / f"shard-{number:05d}-{digest(unnamed)[:_CHECKSUM]}.arrow")
+
+
+def shards_of(directory: Path, number: int) -> list[Path]:
+    """The files that pass for a shard by their names, sound or not."""
+    return sorted(directory.glob(f"shard-{number:05d}-*.arrow"))
+
+
+def is_sound(shard: Path) -> bool:
+    """Whether a file of a capture has the bytes that it is named after. Reads it, and remembers what it found in the cache."""
+    return shard.stem.rpartition("-")[2] == fresh_digest(shard)[:_CHECKSUM]
+
+
+def write_store(directory: Path, *, k: int, files: str, store_format: int = FORMAT) -> None:
+    """Marks a directory as a store of distributions; `files` is the pattern of its Arrow files."""
+    write_json(directory / STORE, {"format": store_format, "k": k, "files": files})
+
+
+def begun_format(directory: Path) -> int:
+    """The format of the store that was begun in a directory, today's where none was."""
+    return int(read_json(directory / STORE)["format"]) if (directory / STORE).is_file() else FORMAT
+
+
+def open_distributions(*directories: Path, verify: bool = True) -> "DistributionSet":
+    """The distributions that finished steps wrote to their directories, of one model and one k. Raises WorkdirError for captures
+    that were altered, unless somebody else is to `verify` their checksums."""
+    stores = {directory: read_json(directory / STORE) for directory in directories}
+    paths = [path for directory, store in stores.items() for path in sorted(directory.glob(store["files"]))]
+    if verify and any(store["files"] == SHARDS for store in stores.values()):
+        damaged = [path for path in paths if not is_sound(path)]
+        if damaged:
+            raise WorkdirError(
+                *(f"{path}: is damaged (its checksum differs); run again, and it is captured again" for path in damaged)
+            )
+    return DistributionSet(paths, k=stores[directories[0]]["k"])
+
+
+class DistributionSet:
+    """Memory-mapped stores of distributions, by conversation id; of several that have a conversation, the first counts."""
+
+    def __init__(self, paths: list[Path], k: int) -> None:
+        self.table = Table(paths)
+        self.k = k
+        self.index: dict[str, int] = {}
+        for row, identity in enumerate(self.table.column("id")):
+            self.index.setdefault(identity, row)
+
+    def __contains__(self, identity: str) -> bool:
+        return identity in self.index
+
+    @cached_property
+    def has_tails(self) -> bool:
+        """Whether all of it was written with its tails."""
+        return "tail" in self.table.names and not self.table.has_nulls("tail")
+
+    def __getitem__(self, identity: str) -> SparseDistribution:
+        """Log-probabilities as float64, scaled so that what was kept and the tail sum to one."""
+        row = self.index[identity]
+        ids = self.table.array("ids", row).astype(np.int32, copy=False).reshape(-1, self.k)
+        logprobs = self.table.array("logprobs", row).astype(np.float64).reshape(-1, self.k)
+        kept = np.exp(logprobs).sum(axis=1)  # padding is -inf
+        tail = self.table.array("tail", row) if "tail" in self.table.names else kept[:0]
+        if len(tail) < len(kept):
+            tail = np.clip(1.0 - kept, 0.0, 1.0)
+            tail = np.where(tail < _ROUNDING, 0.0, tail)
+        scaled = (kept > 0) & (1.0 - tail.astype(np.float64) >= _SCALED)
+        logprobs[scaled] += (np.log1p(-tail[scaled].astype(np.float64)) - np.log(kept[scaled]))[:, None]
+        return SparseDistribution(ids, logprobs, self.table.array("nll", row), tail)

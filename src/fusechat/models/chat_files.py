@@ -1,0 +1,57 @@
+"""What a model directory holds beside its weights, so that any program can chat with it."""
+
+import copy
+from pathlib import Path
+
+from fusechat.models.chat_model import Chatter
+from fusechat.models.saved_template import asking
+from fusechat.run.files import read_json, write_json
+from fusechat.run.progress import log
+
+
+def how_to_ask(chatter: Chatter, *, own_prompt: bool) -> str | None:
+    """What a user of a model that learned from this one's conversations should know of how to ask it; mostly nothing."""
+    return asking(chatter.template(), own_prompt=own_prompt).note
+
+
+def write_chat_files(chatter: Chatter, directory: Path, *, own_prompt: bool, name: str) -> None:
+    """Writes the tokenizer of `chatter` to the directory of a model that learned from its conversations, with a chat template that
+    asks as it was taught, and adds what ends a turn to what ends generation. `own_prompt`: as `asking` has it; `name`: what
+    messages call the model."""
+    template = chatter.template()
+    found = asking(template, own_prompt=own_prompt)
+    tokenizer = copy.deepcopy(template.tokenizer)  # it is shared by all who load it
+    tokenizer.chat_template = found.template
+    ends = template.end_of_turn
+    if (chatter.chat_template is not None or chatter.template_name) and ends is not None:
+        end = tokenizer.convert_ids_to_tokens(ends)
+        if tokenizer.eos_token != end and "eos_token" in found.template:
+            log.warning(
+                "%s: answers end with %s, but the template uses eos_token, which stays %s",
+                name,
+                end,
+                tokenizer.eos_token,
+            )
+        else:
+            tokenizer.eos_token = end
+    tokenizer.save_pretrained(directory)
+    if ends is not None:
+        _add_end(directory, ends)
+    if found.note is not None:
+        (log.info if found.exact else log.warning)("%s: %s", name, found.note)
+
+
+def _add_end(directory: Path, token: int) -> None:
+    """Has generation stop at a token, beside those at which it stops already."""
+    file = directory / "generation_config.json"
+    if file.is_file():
+        settings = read_json(file)
+    else:  # the model came without one: Transformers takes what its configuration says
+        configuration = read_json(directory / "config.json")
+        places = (configuration.get("text_config") or {}, configuration)
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        settings = {name: place[name] for place in places for name in names if place.get(name) is not None}
+    ends = settings.get("eos_token_id")
+    known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    if token not in known:
+        write_json(file, settings | {"eos_token_id": [*known, token] if known else token})

@@ -1,0 +1,124 @@
+"""A chat LLM that takes part in a fusion: its reference, its name in the work directory, its template."""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fusechat.errors import RecipeError
+from fusechat.models.dates import asks_for_the_day, is_dated
+from fusechat.models.reference import Reference, at_hand, configuration, identity, local_directory
+from fusechat.run.files import digest_json
+
+
+@dataclass(frozen=True)
+class Chatter:
+    """`name` is `pivot` or the source's key in the recipe; `chat_template` overrides the model's own, `template_name` says which
+    one of several; `variables`: what the template reads where a conversation says nothing, as JSON; `date`: what it is told of
+    the day."""
+
+    name: str
+    reference: Reference
+    chat_template: str | None = None
+    template_name: str | None = None
+    variables: str = ""
+    date: str | None = None
+
+    @cached_property
+    def identity(self) -> str:
+        """Fingerprint of weights, configuration and tokenizer."""
+        return identity(self.reference)
+
+    @cached_property
+    def directory(self) -> Path:
+        """Local model directory; fetched and converted the first time that it is asked for."""
+        return local_directory(self.reference)
+
+    @property
+    def tokenizer_identity(self) -> str:
+        """What the tokens of a conversation depend on."""
+        day = [self.date] if self.date and self._is_dated else []
+        return digest_json([self.identity, self.chat_template, self.reference.trust_remote_code, *self._choices, *day])
+
+    @property
+    def template_key(self) -> Any:
+        """What is said of its template, as fingerprints have it."""
+        return [self.chat_template, *self._choices] if self._choices else self.chat_template
+
+    @property
+    def _choices(self) -> list[str | None]:
+        return [self.template_name, self.variables] if self.template_name or self.variables else []
+
+    @cached_property
+    def _is_dated(self) -> bool:
+        """Whether its template asks for the day. A wheel is looked into once it is here."""
+        if self.chat_template is not None:
+            return is_dated(self.chat_template)
+        if self.reference.is_file and not self.reference.is_wheel:
+            return asks_for_the_day(Path(self.reference.parts[0]))
+        path = at_hand(self.reference) if self.reference.is_wheel else configuration(self.reference)
+        return path is not None and asks_for_the_day(path)
+
+    def tokenizer(self) -> Any:
+        from fusechat.models.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.directory, trust_remote_code=self.reference.trust_remote_code)
+
+    def class_tokenizer(self) -> Any | None:
+        """What Transformers would take for the tokenizer by itself, where that is another one."""
+        from fusechat.models.tokenizer import class_tokenizer
+
+        return class_tokenizer(self.directory, trust_remote_code=self.reference.trust_remote_code)
+
+    def template(self) -> Any:
+        from fusechat.models.templates import ChatTemplate
+
+        name = f"{self.name} ({self.reference})"
+        return ChatTemplate(
+            self.tokenizer(),
+            self.chat_template,
+            name,
+            name=self.template_name,
+            variables=json.loads(self.variables or "{}"),
+            date=self.date,
+            by_class=self.class_tokenizer(),
+        )
+
+    def vocabulary_size(self) -> int:
+        """How many tokens the model knows; a padded vocabulary has more than the tokenizer."""
+        from fusechat.models.load import vocabulary_size
+
+        return vocabulary_size(self.directory, trust_remote_code=self.reference.trust_remote_code)
+
+    def positions(self) -> int | None:
+        """How many tokens the model is made for, as far as its configuration says so."""
+        from fusechat.models.load import read_configuration
+
+        trust = self.reference.trust_remote_code
+        text = read_configuration(self.directory, trust_remote_code=trust).get_text_config()
+        return getattr(text, "max_position_embeddings", None)
+
+    def model(self, *, dtype: str, device: Any, **spread: Any) -> Any:
+        """`spread`: `device_map` and `offload` of `load_model`."""
+        from fusechat.models.load import load_model
+
+        trust = self.reference.trust_remote_code
+        return load_model(self.directory, dtype=dtype, device=device, trust_remote_code=trust, **spread)
+
+
+def is_template_file(text: str) -> bool:
+    """Whether a chat template is given as the name of a file: `template.jinja`."""
+    return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text
+
+
+def with_template(chatter: Chatter, given: str | None) -> Chatter:
+    """With the chat template that a command line names: a file, or one of the model's own. Raises RecipeError."""
+    if given is None:
+        return chatter
+    if not is_template_file(given):
+        return replace(chatter, template_name=given)
+    try:
+        return replace(chatter, chat_template=Path(given).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--chat-template {given}: cannot be read ({error})") from None

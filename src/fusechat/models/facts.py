@@ -1,0 +1,142 @@
+"""What is known of a model from the files that are on this machine: nothing is fetched, no weights are read."""
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fusechat.models.gguf import ABOUT
+from fusechat.run.files import read_json
+
+_HEADER_LIMIT = 1 << 30  # no header of a safetensors file is longer
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`parameters`: tied weights once; `bytes`: all files of the directory, `gguf_bytes`: of what was converted to it; `licence` as
+    it is stated, None where it is not."""
+
+    architecture: str | None = None
+    layers: int | None = None
+    parameters: int | None = None
+    dtypes: str = ""
+    bytes: int | None = None
+    vocabulary: int | None = None
+    licence: str | None = None
+    licence_from: str = ""
+    gguf_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the table. `label`: what it is called elsewhere, or how it was made; `parts`: its reference, or its files with their
+    hashes; `identity`: kind and hash, as `sha256:…`; `data`: the files that it was taught on."""
+
+    role: str
+    name: str
+    label: str
+    parts: tuple[str, ...]
+    identity: str
+    data: str
+    facts: Facts
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """`counts`: of the pivot's prepare step."""
+
+    name: str
+    file: str
+    identity: str
+    use: str
+    counts: Mapping[str, Any]
+
+
+def facts(directory: Path | None) -> Facts:
+    """Of a model directory. What cannot be read is left out."""
+    if directory is None:
+        return Facts()
+    config = _json(directory / "config.json")
+    text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+    parameters, dtypes = count_parameters(directory, tied=bool(config.get("tie_word_embeddings", False)))
+    original = _json(directory / ABOUT)
+    licence, where = _licence(directory, original)
+    architectures = config.get("architectures") or [None]
+    return Facts(
+        architecture=str(architectures[0]) if architectures[0] else None,
+        layers=_number(text, "num_hidden_layers"),
+        parameters=parameters,
+        dtypes=dtypes,
+        bytes=sum(file.stat().st_size for file in directory.iterdir() if file.is_file()),
+        vocabulary=_number(text, "vocab_size"),
+        licence=licence,
+        licence_from=where,
+        gguf_bytes=_number(original, "bytes"),
+    )
+
+
+def count_parameters(directory: Path, *, tied: bool) -> tuple[int | None, str]:
+    """How many elements the safetensors files of a directory hold by their headers, and in which types. `tied`: an output layer
+    that is stored beside the embeddings is the same weights."""
+    shapes: dict[str, tuple[int, str]] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        for name, entry in _header(file).items():
+            if name != "__metadata__":
+                shapes[name] = (math.prod(entry["shape"]), str(entry["dtype"]))
+    if tied and any(name.endswith("embed_tokens.weight") for name in shapes):
+        shapes.pop("lm_head.weight", None)
+    if not shapes:
+        return None, ""
+    return sum(size for size, _ in shapes.values()), ", ".join(sorted({dtype for _, dtype in shapes.values()}))
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            found = json.loads(stream.read(min(length, _HEADER_LIMIT)))
+    except (OSError, struct.error, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _licence(directory: Path, original: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The licence and where it is stated: the model card, the GGUF file that was converted, or the wheel that it came in."""
+    stated = front_matter(directory / "README.md").get("license")
+    if isinstance(stated, list):
+        stated = ", ".join(map(str, stated))
+    if stated:
+        return str(stated), "model card"
+    for key, where in (("license", "GGUF file"), ("wheel_license", "wheel")):
+        if original.get(key):
+            return str(original[key]), where
+    return None, ""
+
+
+def front_matter(card: Path) -> Mapping[str, Any]:
+    """The YAML between the first two lines of dashes of a model card; empty where there is none."""
+    try:
+        found = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
+        header = yaml.safe_load(found[1]) if found else {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = read_json(file)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _number(config: Any, key: str) -> int | None:
+    found = config.get(key)
+    return found if isinstance(found, int) else None

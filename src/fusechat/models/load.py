@@ -1,0 +1,201 @@
+"""Loading models with Transformers: never remote code that the recipe does not trust, never a pickle."""
+
+import os
+from collections.abc import Iterable
+from functools import cache
+from logging import ERROR, getLogger
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fusechat.errors import ModelError, first_line
+from fusechat.models.forward import keeps_logits
+from fusechat.run import ranks
+from fusechat.run.files import read_json
+from fusechat.run.progress import log
+
+DeviceMap = str | dict[str, int | str]  # `auto` and the like, or a device (`disk` too) for every part of the model
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def quiet_transformers() -> None:
+    """Keeps the libraries' own bars and advice off the terminal; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    getLogger("accelerate.big_modeling").setLevel(ERROR)  # where weights are is what the user asked for
+
+
+def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
+    """How many rows the embedding of a model directory has, by its configuration; no weights are read."""
+    try:
+        return int(read_configuration(directory, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
+    except AttributeError as error:
+        raise ModelError(f"{directory}: its configuration says no vocab_size") from error
+
+
+def check_causal(directory: Path, *, trust_remote_code: bool = False) -> None:
+    """Raises ModelError where the configuration is of no causal language model that Transformers knows or that brings its code."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = read_configuration(directory, trust_remote_code=trust_remote_code)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        raise ModelError(f"{directory}: its configuration makes no causal language model: {type(config).__name__}")
+
+
+def read_configuration(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """Transformers' configuration of a model directory."""
+    quiet_transformers()
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise model_error(directory, "its configuration", error) from error
+
+
+def without_embedding(tokens: Iterable[int], rows: int, tokenizer: Any) -> str | None:
+    """What is wrong where one of `tokens` has no row in an embedding of `rows`, as the end of a sentence about the model."""
+    greatest = max(tokens, default=-1)
+    if greatest < rows:
+        return None
+    return (
+        f"token {greatest} ({tokenizer.convert_ids_to_tokens(int(greatest))}), and its configuration {rows} embeddings; model "
+        "and tokenizer do not belong together"
+    )
+
+
+def padding(tokenizer: Any, rows: int) -> int:
+    """What masked places of a batch hold: the tokenizer's padding, or any token where that has no row in an embedding of `rows`."""
+    token = tokenizer.pad_token_id
+    return token if token is not None and token < rows else 0
+
+
+def quantised(directory: Path) -> str | None:
+    """How the weights of a model directory are quantised, by its configuration: bitsandbytes, gptq, awq, …; None for full ones."""
+    try:
+        found = read_json(directory / "config.json").get("quantization_config")
+    except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
+        return None
+    return str(found.get("quant_method", "in some way")) if isinstance(found, dict) else None
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    device_map: DeviceMap | None = None,
+    offload: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal language model in evaluation mode, weights in `dtype` on `device`, or spread by Accelerate as `device_map` says,
+    which may leave some in memory or on disk until they are needed; `offload`: a directory for those that must be written anew
+    for that. Quantised ones are as they are stored. Neither these nor a model that is spread may be moved after."""
+    quiet_transformers()
+    from transformers import AutoModelForCausalLM
+
+    if is_slow(dtype, device):
+        _say_slow(device.type.upper())
+    where: Any = device_map or ({"": device} if quantised(directory) else None)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory,
+            device_map=where,
+            offload_folder=offload,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, in words that name them
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise model_error(directory, "the model", error) from error
+    refuse_missing(report, str(directory))
+    if not keeps_logits(model):
+        log.warning(
+            "%s computes logits at every position: it cannot be told at which ones, and takes more memory", directory
+        )
+    return (model if where else model.to(device)).eval()
+
+
+def refuse_missing(report: dict[str, Any], name: str) -> None:
+    """Raises ModelError for weights that the file does not have, or not in that shape: Transformers draws them at random."""
+    for tensor, found, expected in sorted(report["mismatched_keys"]):
+        raise ModelError(f"{name}: {tensor} is {list(found)} in the weights, and {list(expected)} by config.json")
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ModelError(f"{name}: lacks weights of its architecture: {', '.join(missing[:3])}{more}")
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device that the recipe names, else what is there: CUDA, Apple's MPS, the CPU. Of several processes on a machine each
+    has a GPU of its own."""
+    if torch.cuda.is_available() and name in (None, "cuda"):
+        return torch.device("cuda", ranks.local_rank())
+    if name:
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ModelError(f"device: {name!r} is not to be had ({str(error).splitlines()[0]})") from error
+        return device
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def default_dtype(device: torch.device) -> str:
+    """What a model is run in where nobody says: half the memory on a GPU, and no surprises on a CPU."""
+    return "bfloat16" if device.type == "cuda" else "float32"
+
+
+def fast_dtype(device: str | None) -> str:
+    """bfloat16, or float32 where the device that a recipe names has no arithmetic for it. A device that is not here has."""
+    try:
+        place = choose_device(device)
+    except ModelError:
+        return "bfloat16"
+    return "bfloat16" if computes_bfloat16(place) else "float32"
+
+
+def is_slow(dtype: str, device: torch.device) -> bool:
+    """Whether float32 is known to be faster."""
+    return dtype == "bfloat16" and device.type in ("cpu", "cuda") and not computes_bfloat16(device)
+
+
+@cache
+def _say_slow(device: str) -> None:
+    log.info("this %s has no arithmetic for bfloat16: float32 is several times faster (dtype: auto chooses)", device)
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bfloat16 without converting them. Of Apple's some do: that is not relied on."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return False
+
+
+def stop_tokens(model: Any, tokenizer: Any, end_of_turn: int | None) -> set[int]:
+    """Tokens that end an answer: the template's end of turn, the tokenizer's and the model's end of sequence."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    every = (end_of_turn, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]))
+    return {token for token in every if token is not None}
+
+
+def model_error(directory: Path, what: str, error: Exception) -> Exception:
+    """A line about the user's model where that is what failed; the disk's and our own failures stay what they are."""
+    if isinstance(error, MemoryError | AttributeError | NameError):
+        return error
+    reason = first_line(error)
+    if "trust_remote_code" in str(error):
+        reason = "it needs code of its own to run; set trust_remote_code: true for it if you trust that code"
+    return ModelError(f"{directory}: {what} cannot be loaded: {reason}")

@@ -1,0 +1,72 @@
+"""The fast tokenizer of a model directory, as its `tokenizer.json` describes it.
+
+Some classes that a `tokenizer_config.json` names, or that Transformers takes for a type of model, build a tokenizer of their own
+from the vocabulary, and make other tokens of a text. The file is what the model was trained with; that the class differs is found
+here, and said where conversations show it.
+"""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from fusechat.errors import ModelError
+from fusechat.models.companion_files import read_json_of
+from fusechat.models.load import model_error, quiet_transformers
+from fusechat.run.progress import log
+
+FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model directory: that of `tokenizer.json`, where there is one; code of its own that is trusted decides by
+    itself. Raises ModelError where none can be loaded, or only a slow one."""
+    return _loaded(directory, trust_remote_code)[0]
+
+
+def class_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any | None:
+    """What Transformers' automatic class makes of the same files, if that is not what `tokenizer.json` says; else None."""
+    return _loaded(directory, trust_remote_code)[1]
+
+
+@lru_cache(maxsize=8)
+def _loaded(directory: Path, trust_remote_code: bool) -> tuple[Any, Any | None]:
+    quiet_transformers()
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    automatic: Any = None
+    failure: Exception | None = None
+    try:
+        automatic = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        failure = error
+    by_file = (directory / FILE).is_file() and not (trust_remote_code and _has_code(directory))
+    if not by_file or isinstance(failure, MemoryError):
+        if failure is not None:
+            raise model_error(directory, "its tokenizer", failure) from failure
+        if not automatic.is_fast:
+            raise ModelError(f"{directory}: has only a slow tokenizer; a tokenizer.json is needed")
+        return automatic, None
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    except Exception as error:
+        raise model_error(directory, "its tokenizer", error) from error
+    if automatic is None:
+        log.warning("%s: its tokenizer's class cannot be loaded (%s); tokenizer.json is used", directory, failure)
+        return tokenizer, None
+    if automatic.is_fast and automatic.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str():
+        return automatic, None
+    _take_special_tokens(tokenizer, automatic)
+    return tokenizer, automatic
+
+
+def _has_code(directory: Path) -> bool:
+    """Whether the tokenizer's class is code beside the model."""
+    return "AutoTokenizer" in (read_json_of(directory / CONFIG).get("auto_map") or {})
+
+
+def _take_special_tokens(tokenizer: Any, automatic: Any) -> None:
+    """Gives a tokenizer the special tokens that the files do not name and the class knows, if they are in its vocabulary."""
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        token = getattr(automatic, name, None)
+        if isinstance(token, str) and getattr(tokenizer, name, None) is None and token in tokenizer.get_vocab():
+            setattr(tokenizer, name, token)

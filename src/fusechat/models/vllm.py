@@ -1,0 +1,187 @@
+"""Capture by vLLM, for models that Transformers would run too slowly: in this process, or by a server that has the model.
+
+The engine reads each conversation once, as a prompt of token ids, and tells the most likely tokens at each of its positions
+(`prompt_logprobs`). The numbers are those of `fusechat.capture.top_k` to float16 accuracy; how vLLM batches is its own affair,
+so that a second run may differ in the last bits.
+"""
+
+import gc
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
+from fusechat.errors import ModelError, RecipeError, first_line
+from fusechat.models.chat_model import Chatter
+from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
+from fusechat.run import ranks
+from fusechat.run.progress import Advance
+
+# float32 logits that a step of the engine may hold: 512 MiB, beside what vLLM measures and takes for itself
+_LOGITS = 1 << 27
+_TOKENS_AT_ONCE = 1 << 16  # given to the engine in one go: each of them comes back as k objects of Python
+_FAREWELL = 10.0  # seconds for the engine to end by itself
+# Run beside the engine: when this process is gone, however it ended (its end of the pipe closes), it ends the engine's.
+_WATCH = """
+import os, signal, sys
+sys.stdin.read()
+for pid in sys.argv[1:]:
+    try:
+        os.kill(int(pid), signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+"""
+_ENVIRONMENT = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # CUDA and threads may be in use here already
+    "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",  # for one token more than the model takes, see `_room`
+}
+
+
+def open_vllm(
+    chatter: Chatter, *, dtype: str, k: int, max_length: int, tensor_parallel: int, url: str | None
+) -> "InProcess | Any":
+    """A backend of the capture: `capture(conversations, advance)`, then `close()`.
+
+    `k` tokens a position (at most the vocabulary); `max_length`: tokens of the longest conversation; `tensor_parallel`: GPUs that
+    the model is spread over. With `url`, of an OpenAI-compatible vLLM server, `dtype` and GPUs are the server's affair.
+    """
+    if url is not None:
+        from fusechat.models.vllm_server import Server
+
+        return Server(chatter, k=k, url=url)
+    if ranks.world() > 1:
+        raise RecipeError(
+            "capture.backend: vllm starts the processes for its GPUs itself; run the capture without torchrun "
+            "(capture.tensor_parallel spreads a model), or give capture.url"
+        )
+    return InProcess(chatter, dtype=dtype, k=k, max_length=max_length, tensor_parallel=tensor_parallel)
+
+
+class InProcess:
+    """vLLM's engine, in processes that this one starts and `close()` ends."""
+
+    def __init__(self, chatter: Chatter, *, dtype: str, k: int, max_length: int, tensor_parallel: int) -> None:
+        vllm = _import_vllm()
+        self._who = f"{chatter.name} ({chatter.reference})"
+        self._vocabulary = chatter.vocabulary_size()
+        self._k = min(k, self._vocabulary)
+        model = {
+            "model": str(chatter.directory),
+            "dtype": dtype,
+            "trust_remote_code": chatter.reference.trust_remote_code,
+            "skip_tokenizer_init": True,
+            "load_format": "safetensors",  # never a pickle
+            "generation_config": "vllm",
+        }
+        before = {child.pid for child in multiprocessing.active_children()}
+        try:
+            self._takes, room = _room(vllm.EngineArgs(**model).create_model_config(), max_length)
+            self._llm = vllm.LLM(
+                **model,
+                tensor_parallel_size=tensor_parallel,
+                max_model_len=room,
+                max_logprobs=self._k,
+                logprobs_mode="raw_logprobs",
+                enable_prefix_caching=False,  # what is read from a cache has no log-probabilities
+                enable_chunked_prefill=True,
+                max_num_batched_tokens=min(max(_LOGITS // self._vocabulary, 256), 8192),
+                max_num_seqs=64,
+                enforce_eager=True,  # nothing is generated, for which graphs would pay
+                seed=0,
+            )
+        except Exception as error:
+            raise self._failure("cannot run it", error) from error
+        self._processes = [child for child in multiprocessing.active_children() if child.pid not in before]
+        self._watch = _watch([process.pid for process in self._processes])
+        self._parameters = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._k, detokenize=False)
+
+    def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
+        """One result for each conversation, in their order; None where a value is not finite."""
+        refuse_long(conversations, self._takes, self._who)
+        results: list[SparseDistribution | None] = []
+        for part in _parts(conversations):
+            prompts = [{"prompt_token_ids": conversation.input_ids.tolist()} for conversation in part]
+            try:
+                outputs = self._llm.generate(prompts, self._parameters, use_tqdm=False)
+            except Exception as error:
+                raise self._failure("failed", error) from error
+            for conversation, output in zip(part, outputs, strict=True):
+                found, vocabulary = output.prompt_logprobs, self._vocabulary
+                results.append(
+                    sparse_distribution(conversation, found, k=self._k, vocabulary=vocabulary, who=self._who)
+                )
+            advance(len(part))
+        return results
+
+    def close(self) -> None:
+        """Ends the engine's processes, which gives its memory back. A second time does nothing."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+            for process in self._processes:
+                process.join(_FAREWELL)
+                if process.is_alive():  # an engine that failed may hang
+                    process.kill()
+                    process.join()
+            self._watch.kill()
+            self._watch.communicate()
+            del llm
+            gc.collect()
+
+    def _failure(self, what: str, error: Exception) -> Exception:
+        """A line about the user's model or machine; our own failures stay what they are."""
+        if isinstance(error, AttributeError | NameError | TypeError):
+            return error
+        return ModelError(f"{self._who}: vLLM {what}: {first_line(error)}")
+
+
+def _room(config: Any, max_length: int) -> tuple[int, int]:
+    """Tokens that a conversation may have, and the length that vLLM is told: one more, for the token that it insists on
+    generating. The model never reads that token, so there may be one more than it has positions."""
+    takes = min(config.max_model_len, max_length)
+    if takes == config.max_model_len and "longrope" in str(getattr(config.hf_text_config, "rope_parameters", "")):
+        return takes - 1, takes  # told one more, vLLM would take the rotations for long texts
+    return takes, takes + 1
+
+
+def _watch(pids: Sequence[int | None]) -> "subprocess.Popen[bytes]":
+    """Sees to it that processes do not outlive this one: without it they would, and keep the GPU's memory."""
+    command = [sys.executable, "-c", _WATCH, *map(str, pids)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # no Ctrl-C reaches it
+
+
+def _parts(conversations: Sequence[Prepared]) -> Iterator[list[Prepared]]:
+    """The conversations in their order, some tokens at a time."""
+    part: list[Prepared] = []
+    tokens = 0
+    for conversation in conversations:
+        if part and tokens + len(conversation.input_ids) > _TOKENS_AT_ONCE:
+            yield part
+            part, tokens = [], 0
+        part.append(conversation)
+        tokens += len(conversation.input_ids)
+    if part:
+        yield part
+
+
+def _import_vllm() -> Any:
+    """The library, told to be quiet, to leave stdout alone and to report to nobody."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import vllm
+    except Exception as error:  # a package that does not fit it may raise anything
+        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
+            raise RecipeError(
+                "capture.backend: vllm is not installed (pip install 'fusechat[vllm]'); a server that has it can be "
+                "named as capture.url"
+            ) from None
+        raise RecipeError(f"capture.backend: vllm is installed, but cannot be imported: {first_line(error)}") from error
+    return vllm

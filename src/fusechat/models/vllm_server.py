@@ -1,0 +1,196 @@
+"""Capture by a vLLM server: `POST /v1/completions` with token ids as the prompt and `prompt_logprobs`, several at a time.
+
+What the server has is compared with the recipe's model as far as it tells: its name, its limits, its vocabulary and tokenizer.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fusechat.data.distributions import SparseDistribution
+from fusechat.data.prepared import Prepared
+from fusechat.errors import ModelError, RecipeError, first_line
+from fusechat.models.chat_model import Chatter
+from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
+from fusechat.run.progress import Advance, log
+
+KEY = "VLLM_API_KEY"  # the environment variable that vLLM's own server takes its key from
+_AT_ONCE = 16  # requests under way; the server makes its own batches
+_RETRIES = 5  # after a failed connection, a timeout, 429 and 5xx; the client waits 0.5 to 8 s in between
+_PATIENCE, _CONNECT = 1800.0, 10.0  # seconds for an answer, which waits its turn at the server, and for a connection
+_TEXT = "The quick brown fox jumps over the lazy dog: 12 + 34 = 46, größer als 45. 你好 🙂 def f(x): return x"
+_COMPARED = 8  # its last tokens; versions of a tokenizer differ in what they put before a text
+_NOT_JSON = "not JSON compliant"  # what a server says that would have to write NaN
+_NO_VLLM = "does not answer as vLLM does; is the URL the one that ends in /v1?"
+
+
+class Server:
+    """A client of one server and one of its models."""
+
+    def __init__(self, chatter: Chatter, *, k: int, url: str) -> None:
+        self._openai = _import_openai()
+        self._url = url.rstrip("/")
+        self._who = f"capture.url: the server at {self._url}"
+        self._name = f"{chatter.name} ({chatter.reference})"
+        self._vocabulary = chatter.vocabulary_size()
+        self._k = min(k, self._vocabulary)
+        self._loop = asyncio.Runner()
+        self._client = self._openai.AsyncOpenAI(
+            base_url=self._url,
+            api_key=os.environ.get(KEY) or "none",
+            timeout=self._openai.Timeout(_PATIENCE, connect=_CONNECT),
+            max_retries=_RETRIES,
+        )
+        try:
+            self._loop.run(self._open(chatter))
+        except BaseException:
+            self.close()
+            raise
+
+    def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
+        """One result for each conversation, in their order; None where a value is not finite."""
+        if self._takes is not None:
+            refuse_long(conversations, self._takes, self._who, "start it with a greater --max-model-len, or ")
+        return self._loop.run(self._all(conversations, advance))
+
+    def close(self) -> None:
+        """Closes the connections; the server goes on. A second time does nothing."""
+        client, self._client = self._client, None
+        if client is not None:
+            self._loop.run(client.close())
+            self._loop.close()
+
+    async def _all(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
+        gate = asyncio.Semaphore(_AT_ONCE)
+
+        async def one(conversation: Prepared) -> SparseDistribution | None:
+            async with gate:
+                result = await self._ask(conversation)
+            advance(1)
+            return result
+
+        tasks = [asyncio.create_task(one(conversation)) for conversation in conversations]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ask(self, conversation: Prepared) -> SparseDistribution | None:
+        tokens = conversation.input_ids.tolist()
+        body = {"model": self._model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": self._k}
+        try:
+            answer = await self._client.post("/completions", body=body, cast_to=object)
+            found = answer["choices"][0].get("prompt_logprobs")
+        except self._openai.OpenAIError as error:
+            if _NOT_JSON in str(error):
+                return None
+            raise self._refused(error) from error
+        except _OTHER_SHAPE as error:
+            raise ModelError(f"{self._who}: {_NO_VLLM}") from error
+        return sparse_distribution(conversation, found, k=self._k, vocabulary=self._vocabulary, who=self._who)
+
+    async def _open(self, chatter: Chatter) -> None:
+        """Finds the model, and asks a short question, so that what is wrong is known before the work begins."""
+        names = {chatter.reference.parts[0], chatter.reference.parts[0].partition("@")[0], str(chatter.directory)}
+        self._model, self._takes = await self._choose(names)
+        tokenizer = chatter.tokenizer()
+        await self._ask(_conversation([0, min(self._vocabulary, len(tokenizer)) - 1]))
+        ours = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
+        theirs = await self._tokenize(_TEXT)
+        if theirs is not None and theirs[-_COMPARED:] != ours[-_COMPARED:]:
+            raise ModelError(f"{self._who}: {self._model} cuts text into other tokens than {self._name}: another model")
+
+    async def _choose(self, names: set[str]) -> tuple[str, int | None]:
+        """The model to ask for, by the names that it may have, and the tokens that a conversation may have, if the server
+        tells. A server of one model may call it as it likes."""
+        try:
+            answer = await self._client.get("/models", cast_to=object)
+            cards = {str(card["id"]): card for card in answer["data"]}
+        except self._openai.OpenAIError as error:
+            raise self._refused(error) from error
+        except _OTHER_SHAPE as error:
+            raise ModelError(f"{self._who}: {_NO_VLLM}") from error
+        fitting = [name for name, card in cards.items() if names & {name, card.get("root")}]
+        if not fitting and len(cards) != 1:
+            served = ", ".join(sorted(cards)) or "nothing"
+            raise ModelError(f"{self._who}: serves {served}; none of these names is that of {self._name}")
+        name = [*fitting, *cards][0]
+        if not fitting:
+            log.info("%s serves %s, which is taken to be %s", self._who, name, self._name)
+        length = cards[name].get("max_model_len")
+        return name, None if length is None else int(length) - 1  # one is kept for the token that it generates
+
+    async def _tokenize(self, text: str) -> list[int] | None:
+        """The server's tokens of a text, where it tells them (`/tokenize` beside `/v1`)."""
+        beside = self._client.with_options(base_url=self._url.removesuffix("/v1"), max_retries=0)
+        body = {"model": self._model, "prompt": text, "add_special_tokens": False}
+        try:
+            return list((await beside.post("/tokenize", body=body, cast_to=object))["tokens"])
+        except (self._openai.OpenAIError, *_OTHER_SHAPE):
+            return None
+
+    def _refused(self, error: Exception) -> ModelError:
+        """One line that says what to do about what the client raised."""
+        said = _message(error)
+        limit = re.search(r"greater than max allowed: (\d+)", said)
+        if limit:
+            what = (
+                f"gives at most {limit[1]} tokens a position, and capture.top_k asks for {self._k}; start it with "
+                f"--max-logprobs {self._k}, or set capture.top_k: {limit[1]}"
+            )
+        elif "out of vocabulary" in said:
+            what = f"{said}; {self._model} is another model than {self._name}"
+        elif isinstance(error, self._openai.APITimeoutError):
+            what = "does not answer in time, even when asked again; run again to go on"
+        elif isinstance(error, self._openai.APIConnectionError):
+            what = f"no connection ({_cause(error)}); is it running?"
+        elif isinstance(error, self._openai.AuthenticationError | self._openai.PermissionDeniedError):
+            what = f"refuses the key; the environment variable {KEY} has to hold it"
+        elif isinstance(error, self._openai.NotFoundError | self._openai.APIResponseValidationError):
+            what = f"{_NO_VLLM} ({said})"
+        else:
+            what = said
+        return ModelError(f"{self._who}: {what}")
+
+
+_OTHER_SHAPE = (TypeError, KeyError, IndexError, AttributeError, ValueError)  # an answer is not built as expected
+
+
+def _message(error: Exception) -> str:
+    """What the server itself said, else what the client says."""
+    body = getattr(error, "body", None)
+    if isinstance(body, dict) and isinstance(body.get("error"), dict):
+        body = body["error"]
+    said = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(said).split()) if said else first_line(error)
+
+
+def _cause(error: BaseException) -> str:
+    """What it came from in the end: `Connection refused`."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if number and number > 0 else first_line(error)
+
+
+def _conversation(tokens: list[int]) -> Prepared:
+    """Tokens of which all but the first are asked about."""
+    rows = np.arange(1, len(tokens), dtype=np.int32)
+    none = np.zeros_like(rows)
+    return Prepared("", np.array(tokens, np.int32), rows, none, none, none, none.astype(bool), none[:1])
+
+
+def _import_openai() -> Any:
+    try:
+        import openai
+    except ImportError as error:
+        raise RecipeError(
+            "capture.url: the client of the server is not installed (pip install 'fusechat[server]')"
+        ) from error
+    return openai

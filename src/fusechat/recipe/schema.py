@@ -1,0 +1,257 @@
+"""The recipe: what a user writes, checked as a whole before any work. Its sections are in `sections.py`, reading the file in
+`recipe_file.py`."""
+
+import datetime
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from fusechat.data.conversations import DataSet
+from fusechat.errors import RecipeError
+from fusechat.models.chat_model import Chatter, is_template_file
+from fusechat.recipe.precision import Place, automatic, with_dtypes
+from fusechat.recipe.presets import with_preset
+from fusechat.recipe.sections import (
+    COMMON,
+    FUSED,
+    PIVOT,
+    Align,
+    Capture,
+    Data,
+    DataPath,
+    Evaluate,
+    Fuse,
+    Merge,
+    ModelSpec,
+    Name,
+    Section,
+    SourceName,
+    SourceSpec,
+    TrainingSet,
+    TrainingSets,
+)
+
+__all__ = ["COMMON", "FUSED", "PIVOT", "STAGES", "Recipe", "SourceSpec", "is_template_file"]
+STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
+
+
+class Recipe(Section):
+    name: Name
+    preset: Literal["paper"] | None = None
+    pivot: ModelSpec
+    sources: dict[SourceName, SourceSpec] = Field(min_length=1)
+    targets: dict[SourceName, list[str]] = Field(default={})
+    data: Data = Field(default=Data(), validate_default=True)
+    capture: Capture = Capture()
+    align: Align = Align()
+    fuse: Fuse = Fuse()
+    merge: Merge = Merge(select_topk=1.0)
+    evaluate: Evaluate = Evaluate()
+    seed: int = Field(default=0, ge=0)
+    device: str | None = None
+    date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, value: Any) -> Any:
+        return value.isoformat() if type(value) is datetime.date else value
+
+    _automatic: tuple[Place, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _filled_in(cls, raw: Any, check: ModelWrapValidatorHandler["Recipe"], info: ValidationInfo) -> "Recipe":
+        raw = with_preset(raw)
+        recipe = check(with_dtypes(raw, (info.context or {}).get("dtype")))
+        recipe._automatic = automatic(raw)
+        return recipe
+
+    def __eq__(self, other: object) -> bool:
+        """By what it says, whether `auto` was said for that or not."""
+        return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
+
+    @property
+    def automatic(self) -> tuple[Place, ...]:
+        """The keys that were `auto`: what they became here may be settled otherwise for a work directory."""
+        return self._automatic
+
+    @field_validator("sources")
+    @classmethod
+    def _differ(cls, sources: dict[str, SourceSpec]) -> dict[str, SourceSpec]:
+        if len({name.lower() for name in sources}) < len(sources):
+            raise ValueError("two names differ in case only")
+        return sources
+
+    @field_validator("targets")
+    @classmethod
+    def _of_known_sources(cls, targets: dict[str, list[str]], info: ValidationInfo) -> dict[str, list[str]]:
+        known = info.data.get("sources", {})
+        taken = {name.lower() for name in known}
+        wrong: list[Any] = []
+        for name, sources in targets.items():
+            if name.lower() in taken:
+                wrong.append(((name,), "this name is taken; every source has a target of its name"))
+            taken.add(name.lower())
+            unknown = dict.fromkeys(source for source in sources if known and source not in known)
+            wrong += [((name,), f"{source} is no source; the recipe has {', '.join(known)}") for source in unknown]
+            if len(set(sources)) < len(sources):
+                wrong.append(((name,), "names a source twice"))
+        if wrong:
+            raise ValueError(*wrong)
+        return targets
+
+    @field_validator("data")
+    @classmethod
+    def _for_every_source(cls, data: Data, info: ValidationInfo) -> Data:
+        lacking = [name for name, source in info.data.get("sources", {}).items() if source.data is None]
+        if lacking and data.train is None:
+            raise ValueError(
+                *(f"source {name} has no data: set data.train for all, or its own data" for name in lacking)
+            )
+        return data
+
+    @model_validator(mode="after")
+    def _named_apart(self) -> "Recipe":
+        """No two sets of conversations may have one name, which is that of their directories; a set has one weight."""
+        wrong: list[Any] = []
+        known: dict[str, tuple[Any, float]] = {data.name.lower(): (None, 1.0) for data in self.validation_sets()}
+        for place, own, train in self._training():
+            here: set[str] = set()
+            for at, name, one in _named(train, own):
+                what = one.path, one.split, one.limit
+                other, weight = known.setdefault(name.lower(), (what, one.weight))
+                if not name:
+                    wrong.append(((*place, *at), f"give it a name: {one.path} has none that a directory could have"))
+                elif other != what or name.lower() in here:
+                    wrong.append(((*place, *at), f"two sets of conversations are called {name}: give one another name"))
+                elif weight != one.weight:
+                    wrong.append(((*place, *at), f"{name} has weight {weight:g} elsewhere: a set has one weight"))
+                here.add(name.lower())
+        if wrong:
+            raise ValueError(*wrong)
+        return self
+
+    @field_validator("merge")
+    @classmethod
+    def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
+        from fusechat.merge.settings import problems
+
+        if "sources" not in info.data or "targets" not in info.data:  # wrong themselves
+            return merge
+        every = [*info.data["sources"], *info.data["targets"]]
+        merged = merge.targets or list(info.data["sources"])
+        found: list[Any] = [
+            (("targets",), f"{name} is no target; the recipe has {', '.join(every)}")
+            for name in merged
+            if name not in every
+        ]
+        if len(set(merged)) < len(merged):
+            found.append((("targets",), "names a target twice"))
+        found = found or problems(merge.method, merge.parameters(), merged)
+        if found:
+            raise ValueError(*found)
+        return merge
+
+    def chatter(self, name: str) -> Chatter:
+        spec = self.pivot if name == PIVOT else self.sources[name]
+        given = spec.chat_template
+        text, own = (given, None) if given is None or isinstance(given, str) else (None, given.name)
+        variables = json.dumps(spec.chat_template_kwargs, sort_keys=True) if spec.chat_template_kwargs else ""
+        return Chatter(name, spec.reference, text, own, variables, self.date)
+
+    def teachers(self) -> dict[str, list[str]]:
+        """Every target, and the sources that teach it: one of each source's name, then the recipe's own; none for plain SFT."""
+        return {**{name: [name] for name in self.sources}, **self.targets}
+
+    def merged_targets(self) -> list[str]:
+        return self.merge.targets or list(self.sources)
+
+    def _data_set(self, name: str, where: DataPath) -> DataSet:
+        return DataSet(
+            name, where.path, self.data.on_error, where.split, where.limit, self.data.join_turns, where.commit
+        )
+
+    def _training(self) -> Iterator[tuple[tuple[str, ...], str, TrainingSets]]:
+        """What is trained on: its place in the recipe, what it is called if it is one set without a name, the sets."""
+        if self.data.train is not None:
+            yield ("data", "train"), COMMON, self.data.train
+        for name, source in self.sources.items():
+            if source.data is not None:
+                yield ("sources", name, "data", "train"), name, source.data.train
+
+    def sets_of(self, source: str) -> list[DataSet]:
+        """The conversations on which `source` teaches: its own, else the recipe's."""
+        by_owner = {own: train for _, own, train in self._training()}
+        own = source if self.sources[source].data is not None else COMMON
+        return [self._data_set(name, one) for _, name, one in _named(by_owner[own], own)]
+
+    def all_training_sets(self) -> list[DataSet]:
+        """Those of every source, each once."""
+        return list(dict.fromkeys(data for source in self.sources for data in self.sets_of(source)))
+
+    def training_sets(self, target: str) -> dict[DataSet, list[str]]:
+        """The conversations of a target, and which of its sources teach on them; for plain SFT those of all sources."""
+        teachers = self.teachers()[target]
+        sets: dict[DataSet, list[str]] = {}
+        for source in teachers or self.sources:
+            for data in self.sets_of(source):
+                sets.setdefault(data, []).extend([source] if teachers else [])
+        return sets
+
+    def weights(self) -> dict[str, float]:
+        """How often each conversation of a training set is seen in an epoch, by the set's name."""
+        return {name: one.weight for _, own, train in self._training() for _, name, one in _named(train, own)}
+
+    def validation_sets(self) -> list[DataSet]:
+        """Held-out conversations, on which every model is measured: the recipe's, and each source's own."""
+        sets = []
+        if self.data.validation is not None:
+            sets.append(self._data_set(f"{COMMON}-held-out", self.data.validation))
+        for name, source in self.sources.items():
+            if source.data is not None and source.data.validation is not None:
+                sets.append(self._data_set(f"{name}-held-out", source.data.validation))
+        return sets
+
+    def validation_sets_of(self, target: str) -> list[DataSet]:
+        """Held-out conversations of a target: those of its sources, for plain SFT of all; each source's own, else the recipe's."""
+        by_name = {data.name: data for data in self.validation_sets()}
+        wanted = {
+            name for source in self.teachers()[target] or self.sources for name in self._held_out_names(source)[:1]
+        }
+        return [data for name, data in by_name.items() if name in wanted]
+
+    def _held_out_names(self, source: str) -> list[str]:
+        """Which held-out sets there are for a source, its own first."""
+        existing = {data.name for data in self.validation_sets()}
+        return [f"{name}-held-out" for name in (source, COMMON) if f"{name}-held-out" in existing]
+
+    def validation_set(self, source: str) -> DataSet:
+        """The held-out conversations on which `source` is measured: its own, else the recipe's. Raises RecipeError."""
+        for name in self._held_out_names(source):
+            return {data.name: data for data in self.validation_sets()}[name]
+        raise RecipeError(f"source {source} has no held-out conversations: set data.validation")
+
+    def capture_for(self, name: str) -> Capture:
+        if name == PIVOT:
+            return self.capture
+        own = self.sources[name].capture.model_dump(exclude_none=True)
+        return self.capture.model_copy(update=own)
+
+
+def _named(train: TrainingSets, own: str) -> Iterator[tuple[tuple[str, ...], str, TrainingSet]]:
+    """Each set with its place among them and its name: that of its file in a list, else `own`."""
+    if isinstance(train, TrainingSet):
+        yield (), train.name or own, train
+        return
+    for index, one in enumerate(train):
+        yield (str(index),), one.name or one.stem, one

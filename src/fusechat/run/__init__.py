@@ -1,0 +1,1 @@
+"""Doing work once: steps, manifests, locks, processes, progress."""

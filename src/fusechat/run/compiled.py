@@ -1,0 +1,32 @@
+"""Functions compiled by Numba, which keeps the machine code for the next run where it finds a place that it can write to."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+
+from fusechat.run.progress import log
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """As `numba.njit(cache=True, nogil=True, **options)`; without a place for the code it is compiled in every run, and that is
+    said once."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return numba.njit(cache=True, nogil=True, **options)(function)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+        _say()
+        return numba.njit(nogil=True, **options)(function)
+
+    return decorate
+
+
+@cache
+def _say() -> None:
+    log.warning(
+        "compiled code cannot be kept, neither beside FuseChat nor in your home: set NUMBA_CACHE_DIR to keep it"
+    )

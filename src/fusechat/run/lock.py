@@ -1,0 +1,119 @@
+"""Who may work where: locks on files, which the system frees however their holder ends."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from fusechat.errors import WorkdirError
+from fusechat.run.progress import log
+
+_PAUSE = 0.2  # seconds between two looks at a lock that another process holds
+
+
+@contextmanager
+def only_one(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
+    """Raises WorkdirError, naming `what` and the process that uses it, where another one holds the lock. With `remove` the file
+    is not left behind."""
+    with _held(file, lambda handle: _refuse(handle, what), remove=remove):
+        yield
+
+
+@contextmanager
+def in_turn(file: Path, what: str) -> Iterator[None]:
+    """Waits for the process that holds the lock, and says so. The file is not left behind."""
+
+    def wait(handle: TextIO) -> None:
+        log.info("%s: process %s does it; waiting for it", what, _holder(handle))
+        while not _lock(handle, fcntl.LOCK_EX):
+            time.sleep(_PAUSE)
+
+    with _held(file, wait, remove=True):
+        yield
+
+
+@contextmanager
+def together(file: Path, what: Path) -> Iterator[bool]:
+    """Several processes may hold the lock so, and none while one holds it by `only_one`, which raises WorkdirError. Gives
+    whether this is the first of them. Of two that begin at once neither may be: begin one after the other."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+") as handle:
+        first = _lock(handle, fcntl.LOCK_EX)
+        if not _lock(handle, fcntl.LOCK_SH):
+            _refuse(handle, what)
+        _sign(handle)
+        yield first
+
+
+def is_held(file: Path) -> bool:
+    """Whether a process holds the lock, in whichever way."""
+    try:
+        with file.open("r+") as handle:  # over NFS only who may write may lock
+            return not _lock(handle, fcntl.LOCK_EX)
+    except OSError:
+        return False
+
+
+@contextmanager
+def _held(file: Path, otherwise: Callable[[TextIO], None], *, remove: bool) -> Iterator[None]:
+    """The lock for this process alone; `otherwise` raises or waits where another has it."""
+    handle = _take(file, otherwise)
+    while not _is_still(handle, file):  # removed after it was opened here, and before it was locked
+        handle.close()
+        handle = _take(file, otherwise)
+    with handle:
+        try:
+            _sign(handle)
+            yield
+        finally:
+            if remove:
+                file.unlink(missing_ok=True)
+
+
+def _take(file: Path, otherwise: Callable[[TextIO], None]) -> TextIO:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle = file.open("a+")
+    try:
+        if not _lock(handle, fcntl.LOCK_EX):
+            otherwise(handle)
+    except BaseException:
+        handle.close()
+        raise
+    return handle
+
+
+def _lock(handle: TextIO, kind: int) -> bool:
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise WorkdirError(
+            f"{handle.name}: cannot be locked ({error.strerror}): its file system has to have locks; choose another --workdir"
+        ) from error
+    return True
+
+
+def _sign(handle: TextIO) -> None:
+    handle.truncate(0)
+    handle.write(str(os.getpid()))
+    handle.flush()
+
+
+def _holder(handle: TextIO) -> str:
+    handle.seek(0)
+    return handle.read().strip() or "?"
+
+
+def _refuse(handle: TextIO, what: Path) -> None:
+    raise WorkdirError(f"{what}: process {_holder(handle)} is using it")
+
+
+def _is_still(handle: TextIO, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), file.stat())
+    except FileNotFoundError:
+        return False

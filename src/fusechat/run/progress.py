@@ -1,0 +1,120 @@
+"""What a user sees while work goes on: progress bars and log lines on stderr, never on stdout."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import TimeRemainingColumn as Remaining
+
+from fusechat.run import ranks
+
+T = TypeVar("T")
+console = Console(stderr=True)
+log = logging.getLogger("fusechat")
+BYTES = "bytes"  # a unit: shown as kB, MB, GB
+_EVERY = 10.0  # seconds between lines where stderr is no terminal
+
+
+class Advance(Protocol):
+    def __call__(self, amount: int = 1, note: str = "") -> None: ...
+
+
+def setup_logging() -> None:
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    log.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
+    log.propagate = False
+    # Where bitsandbytes is installed, Transformers imports it for every training, and it warns of what nobody asked it for.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+@contextmanager
+def progress(description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
+    """A bar on a terminal, a line every ten seconds elsewhere. Without `total`, a spinner with the time that passed."""
+    if console.is_terminal and ranks.is_first():
+        yield from _bar(description, total, unit)
+    else:
+        yield from _lines(description, total, unit)
+
+
+def track(items: Sequence[T], description: str, unit: str = "") -> Iterator[T]:
+    """Iterates with a progress bar."""
+    with progress(description, len(items), unit) as advance:
+        for item in items:
+            yield item
+            advance()
+
+
+def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    amount = [DownloadColumn(), TransferSpeedColumn()] if unit == BYTES else [MofNCompleteColumn(), TextColumn(unit)]
+    counted = [BarColumn(), *amount, Remaining()] if total is not None else []
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        *counted,
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    ]
+    with Progress(*columns, console=console, redirect_stdout=False) as bar:
+        task = bar.add_task(description, total=total, note="")
+
+        def advance(amount: int = 1, note: str = "") -> None:
+            bar.update(task, advance=amount)
+            if note:
+                bar.update(task, note=note)
+
+        yield advance
+
+
+def in_bytes(count: int) -> str:
+    """`1.3 GB`: powers of a thousand, as disks are sold."""
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if count >= 10**power:
+            return f"{count / 10**power:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def in_time(seconds: float) -> str:
+    """`12.3 s`, `3 min 5 s`, `2 h 10 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _lines(description: str, total: int | None, unit: str) -> Iterator[Advance]:
+    began = last = time.monotonic()
+    done = 0
+    shown, of = (in_bytes, "") if unit == BYTES else (str, unit)
+
+    def advance(amount: int = 1, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        if time.monotonic() - last >= _EVERY:
+            last = time.monotonic()
+            log.info("%s: %s%s %s %s", description, shown(done), f"/{shown(total)}" if total else "", of, note)
+
+    log.info("%s …", description)
+    yield advance
+    log.info("%s: done in %.1f s", description, time.monotonic() - began)
