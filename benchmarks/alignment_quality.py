@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from fusechat.commands.compare_alignments import evaluate_alignment, strategy_name
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.run.progress import setup_logging
 
 ROOT = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ from fusechat.data.distributions import SparseDistribution, write_distributions,
 from fusechat.data.prepared import FILE, Prepared, write_prepared
 from fusechat.models.spans import encode_with_spans
 from fusechat.models.token_bytes import token_bytes
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.recipe.schema import PIVOT
 from fusechat.run.files import digest
 

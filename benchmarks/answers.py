@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from fusechat.data.conversations import Conversation, DataSet, read_conversations
-from fusechat.evaluate.answers import Answer, Prompt
 from fusechat.models import generator as generate
+from fusechat.models.answers import Answer, Prompt
 from fusechat.models.generator import Generator
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.recipe.schema import PIVOT
 
 ROOT = Path(__file__).parents[1]

@@ -23,8 +23,7 @@ from fusechat.data.distributions import write_shard
 from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.models.chat_model import Chatter
 from fusechat.models.forward import collate, length_batches
-from fusechat.pipeline import build_steps
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.recipe.sections import Capture
 from fusechat.run.steps import Step

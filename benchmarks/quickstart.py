@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from fusechat.commands.run import run
+
 from fusechat.align.blocks import Blocks, Conversations
 from fusechat.align.stage import models
 from fusechat.align.stats import Figures
 from fusechat.data.prepared import PreparedSet
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.progress import setup_logging
 from fusechat.run.steps import Step

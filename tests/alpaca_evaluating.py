@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from fusechat.evaluate.alpaca.annotate import Pair
-from fusechat.evaluate.answers import Answer, Ask, Prompt
-from fusechat.models.client import Estimate, Missing, Reply, Request
+from fusechat.evaluate.answers import Ask
+from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.client import Estimate, Reply, Request
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
 PUBLISHED = SHARED / "FuseChat-Llama-3.2-1B-Instruct.annotations.json"

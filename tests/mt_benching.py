@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from fusechat.evaluate.answers import Answer, Prompt
 from fusechat.evaluate.mt_bench.data import MtBench
 from fusechat.evaluate.mt_bench.suite import FILES, run
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
-from fusechat.models.client import Missing, Reply, Request
+from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.client import Reply, Request
 
 OURS = Subject("fused", "ours")
 THEIRS = Subject("pivot", "theirs")

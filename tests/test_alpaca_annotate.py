@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from alpaca_evaluating import JUDGE, needs_the_library, pair, preferring, reply, shown
 from fusechat.evaluate.alpaca.annotate import Pair, judge_requests, preferences
-from fusechat.models.client import Missing, Reply, Request
+from fusechat.models.answers import Missing
+from fusechat.models.client import Reply, Request
 
 needs_the_library()
 

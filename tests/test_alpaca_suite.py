@@ -27,7 +27,8 @@ from fusechat.evaluate.alpaca.data import AlpacaData, load
 from fusechat.evaluate.alpaca.suite import run, score_annotations
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.statistics import ratio
-from fusechat.models.client import Missing, Reply, Request
+from fusechat.models.answers import Missing
+from fusechat.models.client import Reply, Request
 from fusechat.run.progress import log
 
 needs_the_library()

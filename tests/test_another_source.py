@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
+from fusechat.commands.run import run
 
 import runs
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 
 # mistral teaches on the recipe's conversations; so may another one, or on its own, on which all models are then measured too.
 OWN = {"train": "own.jsonl", "validation": "own-held-out.jsonl"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusechat.commands.run import run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import families
@@ -19,8 +20,7 @@ from fusechat.models.reference import Reference
 from fusechat.models.saved_template import asking
 from fusechat.models.templates import ChatTemplate
 from fusechat.models.tokenise import prepare_conversation
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from test_lead_rows import OPENCHAT, THOUGHTS, TWO_TEXTS, UNASKED
 
 ANSWERS = ["Four eggs.", "4 eggs."]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fusechat.commands.run import run
 from tokenizers import normalizers
 
 import runs
@@ -26,8 +27,7 @@ from fusechat.models.spans import encode_with_spans
 from fusechat.models.templates import ChatTemplate
 from fusechat.models.token_bytes import token_bytes
 from fusechat.models.tokenise import prepare_conversation
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.run.files import digest_json
 from fusechat.run.integrity import write_checked
 from fusechat.run.steps import MANIFEST

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -19,9 +20,8 @@ from fusechat.commands.chat import talk
 from fusechat.data.prepared import PreparedSet
 from fusechat.errors import FuseChatError, ModelError
 from fusechat.models.token_bytes import token_bytes
-from fusechat.pipeline import build_steps, run, select_steps
+from fusechat.pipeline import build_steps, load_recipe, select_steps
 from fusechat.plan import preflight as before
-from fusechat.recipe.load import load_recipe
 from test_bad_input import complaints, done
 from test_bad_models import change_config, with_source
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 
 STEPS = 32
 

@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
 from fusechat.align.blocks import Blocks
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 
 FILES = ("aligned.arrow", "vocabulary_map.arrow", "figures.json")
 SMALL_BLOCKS = "from fusechat.align.blocks import Blocks; Blocks.__init__.__kwdefaults__['size'] = 1; "

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fusechat.commands.run import run
 
 import runs
 from fusechat.capture import local
 from fusechat.data.distributions import DistributionSet, open_distributions
 from fusechat.errors import DataError
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.run.steps import MANIFEST
 
 

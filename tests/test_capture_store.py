@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from fusechat.commands.run import run
 
 import runs
 from fusechat.data.distributions import (
@@ -23,8 +24,7 @@ from fusechat.data.distributions import (
 )
 from fusechat.data.prepared import PreparedSet
 from fusechat.errors import WorkdirError
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.run.integrity import write_checked
 from fusechat.run.steps import MANIFEST, STARTED, Step
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
 from fusechat.commands.clean import free, parts
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.run.files import read_json
 from fusechat.run.integrity import write_checked
 

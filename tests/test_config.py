@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from fusechat.errors import RecipeError
-from fusechat.recipe.load import load_recipe, recipe_identity, save_recipe
+from fusechat.pipeline import load_recipe
+from fusechat.recipe.load import recipe_identity, save_recipe
 from fusechat.recipe.schema import Recipe
 
 LEAST = {"name": "tiny", "pivot": "org/pivot", "sources": {"first": "org/first"}, "data": {"train": "train.jsonl"}}
@@ -47,7 +48,7 @@ def test_the_papers_settings_are_one_key_away(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, preset="paper"))
     align, fuse, merge = recipe.align, recipe.fuse, recipe.merge
     assert (align.sequence, align.vocabulary, align.top_1, align.unaligned) == ("dtw", "statistics", True, "label")
-    assert not align.strategy().look_ahead
+    assert not align.looks_ahead
     assert (fuse.function, fuse.unit, fuse.level, fuse.against) == ("mince", "token", "conversation", "pivot")
     assert (fuse.loss, fuse.tail, fuse.temperature, fuse.sft_weight) == ("cross_entropy", "renormalise", 1.0, 0.9)
     assert fuse.training == {
@@ -77,7 +78,7 @@ def test_what_a_recipe_says_itself_comes_before_a_preset(tmp_path: Path) -> None
 
 def test_alignment_looks_ahead_by_default_where_the_map_is_counted(tmp_path: Path) -> None:
     def looks_ahead(*changes: str) -> bool:
-        return bool(load_recipe(write(tmp_path), [f"align.{change}" for change in changes]).align.strategy().look_ahead)
+        return bool(load_recipe(write(tmp_path), [f"align.{change}" for change in changes]).align.looks_ahead)
 
     assert looks_ahead()
     assert not looks_ahead("look_ahead=false")

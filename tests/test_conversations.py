@@ -7,13 +7,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from fusechat.commands.run import run
 from pyarrow import parquet
 
 import runs
 from fusechat.data.conversations import Conversation, DataSet, Malformed, Message, read_conversations
 from fusechat.errors import DataError
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from test_bad_input import PREFIX, complaints, done
 
 TURNS = [

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fusechat.commands.run import run
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import runs
@@ -16,8 +17,7 @@ from fusechat.capture.local import Local
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.forward import collate, device_of, response_logits
 from fusechat.models.load import load_model
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 
 CPU = torch.device("cpu")
 # Weights that stay on disk are read, layer by layer, whenever they are needed. Embedding and head of llama and gemma are one.

@@ -18,13 +18,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from fusechat.commands.run import run
 from safetensors.torch import save_file
 
 import runs
 from fusechat.data.tables import write_table
 from fusechat.errors import storage_error
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.run.files import atomic_file, write_json
 from test_bad_input import PREFIX, complaints, done
 

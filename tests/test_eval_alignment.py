@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
 import tiny
@@ -21,8 +22,7 @@ from fusechat.commands.cli import main
 from fusechat.commands.compare_alignments import STRATEGIES, evaluate_alignment
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import Prepared, PreparedSet
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from test_bad_align import rewrite
 from test_bad_input import PREFIX
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
 import tiny
 from fusechat.evaluate.records import Measurement, gather, keep, records, write_results
-from fusechat.pipeline import run, run_models
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe, run_models
 from fusechat.run.lock import only_one
 from fusechat.run.steps import Step
 from reporting import students_t

@@ -7,14 +7,15 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pytest
 import yaml
+from fusechat.commands.run import run
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 
 import families
 import runs
 from fusechat.data.conversations import DataSet
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe, save_recipe
+from fusechat.pipeline import build_steps, load_recipe
+from fusechat.recipe.load import save_recipe
 from fusechat.recipe.pinned import settled
 from fusechat.recipe.schema import PIVOT
 from test_references import hub_repository

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fusechat.commands.run import run
 from transformers import AutoModelForCausalLM
 
 import families
@@ -12,8 +13,7 @@ import runs
 from families import FAMILIES
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.templates import ChatTemplate
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 
 NAMES = list(FAMILIES)
 NEXT = dict(zip(NAMES, [*NAMES[1:], NAMES[0]], strict=True))

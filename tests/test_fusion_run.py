@@ -4,14 +4,14 @@ truncation; who teaches, against plain loops over the artifacts."""
 from pathlib import Path
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet, collate_fusion
 from fusechat.fuse.teacher_selection import Candidate, Rule
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusing import FUNCTIONS, LEVELS, UNITS, naive_cross_entropies, naive_groups, naive_mix, naive_shares, rows_of
 
 SOURCES = {"data": "mistral", "gemma": "gemma"}  # of each set

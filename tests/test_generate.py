@@ -11,10 +11,10 @@ import torch
 import tiny
 from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
-from fusechat.evaluate.answers import Answer, Answering, Prompt
+from fusechat.evaluate.answers import Answering
 from fusechat.evaluate.subjects import Subject
+from fusechat.models.answers import Answer, Missing, Prompt
 from fusechat.models.chat_model import Chatter
-from fusechat.models.client import Missing
 from fusechat.models.generator import Generator
 from fusechat.models.memory import out_of_memory
 from fusechat.models.reference import Reference

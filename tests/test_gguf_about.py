@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from fusechat.models.gguf import about
-from fusechat.models.reference import Reference, at_hand
+from fusechat.models.reference import Reference
+from fusechat.models.resolve import find_cached
 
 
 @pytest.fixture
@@ -41,6 +42,6 @@ def test_name_and_licence_as_the_library_wrote_them(file: Path) -> None:
 def test_what_is_not_here_is_not_fetched(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FUSECHAT_CACHE", str(tmp_path / "cache"))
     for name in ("nobody/nothing", "wheel:nothing==1/model.gguf", str(file)):
-        assert at_hand(Reference((name,))) is None
-    assert at_hand(Reference(("wheel:nothing==1/model.gguf",), sha256="0" * 64)) is None
-    assert at_hand(Reference((str(tmp_path),))) == tmp_path
+        assert find_cached(Reference((name,))) is None
+    assert find_cached(Reference(("wheel:nothing==1/model.gguf",), sha256="0" * 64)) is None
+    assert find_cached(Reference((str(tmp_path),))) == tmp_path

@@ -9,7 +9,8 @@ import pytest
 
 from fusechat.errors import FuseChatError, ModelError, RecipeError, WorkdirError
 from fusechat.models import client as module
-from fusechat.models.client import Missing, Reply, Request, judge_key, model_key
+from fusechat.models.answers import Missing
+from fusechat.models.client import Reply, Request, judge_key, model_key
 from fusechat.models.journal import Journal
 from judging import Canned, canned, client, completion, journal_keys, misbehaving, question
 

@@ -12,7 +12,8 @@ import pytest
 
 from fusechat.errors import FuseChatError, ModelError
 from fusechat.models import client as module
-from fusechat.models.client import Missing, Reply
+from fusechat.models.answers import Missing
+from fusechat.models.client import Reply
 from judging import PASSING, canned, client, journal_keys, misbehaving, question, real_server
 
 QUESTIONS = [question(number, max_tokens=4, top_logprobs=5) for number in range(14)]

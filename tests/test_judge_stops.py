@@ -16,7 +16,8 @@ import pytest
 
 from fusechat.errors import FuseChatError, ModelError, RecipeError
 from fusechat.models import client as module
-from fusechat.models.client import Missing, Reply
+from fusechat.models.answers import Missing
+from fusechat.models.client import Reply
 from judging import Canned, canned, client, journal_keys, misbehaving, question
 
 KEY = "sk-open-sesame-0123456789"

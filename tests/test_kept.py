@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusechat.commands.run import run
 from safetensors.torch import load_file, save_file
 
 import runs
@@ -17,8 +18,7 @@ from fusechat.capture.local import Local
 from fusechat.fuse.training import _Watch
 from fusechat.merge import engine
 from fusechat.merge import standalone as command
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import Recipe
 from fusechat.recipe.training_arguments import counted
 from fusechat.run.files import digest, read_json

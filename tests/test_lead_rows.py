@@ -12,18 +12,18 @@ import tiny
 from aligning import conversation, gold_nll_of, prepared, sparse, toy
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
+from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
-from fusechat.evaluate.answers import Prompt
 from fusechat.fuse.student import Comparison
 from fusechat.fuse.teacher_selection import Candidate, Rule, cross_entropies
+from fusechat.models.answers import Prompt
 from fusechat.models.chat_model import Chatter
 from fusechat.models.generator import Generator
 from fusechat.models.reference import Reference
 from fusechat.models.templates import ChatTemplate
 from fusechat.models.tokenise import prepare_conversation
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 
 ANSWERS = ["Four eggs.", "4 eggs.", "北京是首都。", "😀 hi", "the capital", "3"]
 # How templates of known models treat what stands before an answer, in a few words.

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fusechat.commands.run import run
+
 import runs
 import tiny
 from fusechat.data.prepared import PreparedSet
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from test_bad_input import complaints
 
 # As the templates of Mistral and Gemma have it: questions and answers in turn, from a question on.

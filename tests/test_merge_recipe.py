@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fusechat.commands.run import run
 
 import naive_merges as naive
 import runs
@@ -16,8 +17,8 @@ from checkpoints import assert_nearest, read
 from fusechat.errors import RecipeError
 from fusechat.merge.merge_file import read_merge_file
 from fusechat.merge.settings import configuration
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe, save_recipe
+from fusechat.pipeline import build_steps, load_recipe
+from fusechat.recipe.load import save_recipe
 from fusechat.recipe.schema import Recipe
 
 METHODS = "dare_linear, dare_ties, linear, sce, slerp, task_arithmetic, ties, varm"

@@ -9,7 +9,7 @@ import pytest
 import mt_benching
 from fusechat.errors import RecipeError
 from fusechat.evaluate.mt_bench.data import MtBench, load
-from fusechat.models.client import Missing
+from fusechat.models.answers import Missing
 from mt_benching import OURS, THEIRS, THIRD, Judge, Models, lines, measured
 
 

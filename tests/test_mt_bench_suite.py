@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 import mt_benching
-from fusechat.evaluate.answers import Answer, Prompt
 from fusechat.evaluate.mt_bench.data import MtBench, load
 from fusechat.evaluate.mt_bench.suite import chosen
-from fusechat.models.client import Missing
+from fusechat.models.answers import Answer, Missing, Prompt
 from mt_benching import OURS, THEIRS, THIRD, Judge, Models, lines, measured
 
 

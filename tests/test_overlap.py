@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusechat.commands.run import run
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,9 +18,8 @@ import runs
 from fusechat.data.conversations import Conversation, DataSet, Message, Questions
 from fusechat.errors import DataError
 from fusechat.evaluate import questions
-from fusechat.pipeline import build_steps, run, select_steps
+from fusechat.pipeline import build_steps, load_recipe, select_steps
 from fusechat.prepare.overlap import KINDS, NEAR_PROMPT, NEAR_RESPONSE, SAME, SAME_PROMPT, SAME_RESPONSE, find_overlap
-from fusechat.recipe.load import load_recipe
 
 Turns = list[tuple[str, str]]  # role, text
 
@@ -242,7 +242,7 @@ def test_the_questions_of_suites_are_those_that_the_suites_ask(tmp_path: Path, m
     for name in ("HF_HUB_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    assert "AlpacaEval" not in [one.name for one in questions.at_hand()]
+    assert "AlpacaEval" not in [one.name for one in questions.find_installed()]
     repository = tmp_path / "hub" / f"datasets--{HUB.replace('/', '--')}"
     file = repository / "snapshots" / "0123" / BASELINE
     file.parent.mkdir(parents=True)
@@ -251,14 +251,14 @@ def test_the_questions_of_suites_are_those_that_the_suites_ask(tmp_path: Path, m
     )
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0123")
-    one = next(one for one in questions.at_hand() if one.name == "AlpacaEval")
+    one = next(one for one in questions.find_installed() if one.name == "AlpacaEval")
     assert [[message.content for message in each.messages] for each in one.read()] == [["ask 0"], ["ask 1"], ["ask 2"]]
     asked = "import sys, huggingface_hub as h; print(h.try_to_load_from_cache(sys.argv[1], sys.argv[2], repo_type='dataset'))"
     theirs = subprocess.run([sys.executable, "-c", asked, HUB, BASELINE], capture_output=True, text=True, check=True)
     assert one.path == str(file) == theirs.stdout.strip()
     if questions_at_hand() is None:
         pytest.skip("MT-Bench's questions are not installed")
-    bench = next(one for one in questions.at_hand() if one.name == "MT-Bench")
+    bench = next(one for one in questions.find_installed() if one.name == "MT-Bench")
     turns = [tuple(message.content for message in each.messages) for each in bench.read()]
     assert turns == [question.turns for question in load(None).questions]
 

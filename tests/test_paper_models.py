@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fusechat.commands.run import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import paper
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 
 RECIPE = Path(__file__).parents[1] / "examples" / "fusechat-7b.yaml"
 DATA = paper.SHARED / "data" / "oasst_threads.jsonl"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fusechat.commands.run import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fusing
@@ -16,8 +17,7 @@ import runs
 import tiny
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fusechat.commands.run import run
 
 import runs
 from fusechat.data.conversations import DataSet
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.templates import ChatTemplate
-from fusechat.pipeline import build_steps, run
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.plan.sampling import count, padded, read_texts
-from fusechat.recipe.load import load_recipe
 
 TARGETS = {"both": ["mistral", "gemma"], "sft": []}
 

@@ -15,7 +15,8 @@ import yaml
 import runs
 from fusechat.errors import ModelError
 from fusechat.models import load as core_models
-from fusechat.recipe.load import load_recipe, save_recipe
+from fusechat.pipeline import load_recipe
+from fusechat.recipe.load import save_recipe
 from fusechat.recipe.precision import with_dtypes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -108,7 +109,7 @@ def test_what_a_recipe_shares_by_anchors_is_not_changed_beneath_it(monkeypatch: 
 def test_without_auto_pytorch_is_not_asked(written: Path) -> None:
     text = written.read_text().replace("dtype: auto", "dtype: float32").replace("bf16: auto", "bf16: false")
     written.write_text(text)
-    asks = "import sys\nfrom pathlib import Path\nfrom fusechat.recipe.load import load_recipe\n"
+    asks = "import sys\nfrom pathlib import Path\nfrom fusechat.pipeline import load_recipe\n"
     asks += "load_recipe(Path(sys.argv[1]))\nsys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", asks, str(written)], check=False).returncode == 0
 

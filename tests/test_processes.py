@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,8 +23,7 @@ from fusechat.fuse.dataset import NOBODY, FusionData, collate_fusion
 from fusechat.fuse.sampler import FilledSampler
 from fusechat.fuse.trainer import COMPLETE, mark_complete
 from fusechat.models.forward import Batch, response_logits
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.run.integrity import read_sealed
 from test_wheels import write_gguf
 from together import STRATEGIES, gradients

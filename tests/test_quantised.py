@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fusechat.commands.run import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import runs
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.load import quantised
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 
 KINDS = {"4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "8 bits": {"load_in_8bit": True}}
 CLASSES = {"4 bits": "Linear4bit", "8 bits": "Linear8bitLt"}

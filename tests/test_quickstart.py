@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import runs
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.recipe.schema import PIVOT
 from judging import GRADES, real_server
 

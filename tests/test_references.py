@@ -12,7 +12,8 @@ import pytest
 import runs
 from fusechat.data.conversations import Conversation, DataSet, read_conversations
 from fusechat.errors import DataError, ModelError
-from fusechat.models.reference import Reference, identity, local_directory
+from fusechat.models.reference import Reference
+from fusechat.models.resolve import identity, local_directory
 from fusechat.run import cache
 
 COMMIT, OTHER_COMMIT = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
 from browsing import Browser, browser, need_chromium
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.report import stage
 from fusechat.run.files import read_json, write_json
 from reporting import HOSTILE, OWN

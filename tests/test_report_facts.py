@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fusechat.commands.run import run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
 from fusechat.models.facts import count_parameters, facts, front_matter
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import PIVOT
 from fusechat.report import samples
 from fusechat.report.costs import stage_costs, together

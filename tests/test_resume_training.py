@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusechat.commands.run import run
 
 import runs
 from fusechat.data.prepared import PreparedSet
@@ -13,8 +14,7 @@ from fusechat.fuse.lora import with_adapters
 from fusechat.fuse.trainer import COMPLETE, last_checkpoint
 from fusechat.fuse.training import train
 from fusechat.fuse.validation import Validation
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from training import StopError, fusion_data, silent, stop_at, trainer_of, weighted
 
 STEPS = 7

@@ -9,12 +9,13 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import yaml
+from fusechat.commands.run import run
 
 import runs
 from fusechat.models import load as core_models
-from fusechat.pipeline import build_steps, run
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe import precision
-from fusechat.recipe.load import load_recipe, save_recipe
+from fusechat.recipe.load import save_recipe
 from fusechat.recipe.pinned import recipe_of, settled
 from fusechat.run.files import read_json
 from fusechat.run.steps import MANIFEST
@@ -142,7 +143,7 @@ def test_one_id_in_two_places_of_a_recipe(
     from fusechat.recipe import pinned as settle
 
     moved = iter([NEW, OTHER])
-    monkeypatch.setattr(settle, "resolve", lambda kind, asked: next(moved))
+    monkeypatch.setattr(settle, "current_commit", lambda kind, asked: next(moved))
     monkeypatch.setattr(settle, "newest_commit", lambda kind, asked: None)
     named = {"model": "org/name", "commit": OLD}
     for sources in (

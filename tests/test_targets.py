@@ -7,8 +7,7 @@ import pytest
 
 import runs
 from fusechat.errors import RecipeError
-from fusechat.pipeline import build_steps, select_steps
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe, select_steps
 from fusechat.recipe.schema import Recipe
 from fusechat.run.steps import Step
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusechat.commands.run import run
 
 import runs
 import tiny
@@ -20,8 +21,7 @@ from fusechat.models.reference import Reference
 from fusechat.models.saved_template import asking
 from fusechat.models.templates import ChatTemplate, UnrenderableError, choose_template
 from fusechat.models.tokenise import prepare_conversation
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 
 # As Qwen3's: reasoning stays in answers after the last question, in the template's own white space; calls are written as JSON.
 QWEN_3 = (

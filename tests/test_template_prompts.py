@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fusechat.commands.run import run
 
 import runs
 import tiny
@@ -17,8 +18,7 @@ from fusechat.data.rejected import left_out
 from fusechat.models.dates import dated
 from fusechat.models.templates import ChatTemplate
 from fusechat.models.tokenise import prepare_conversation
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from test_lead_rows import END, FOUR_DIGIT, PIVOT, S_4, S_NEWLINE, S_SPACE, SOURCE, SPACE, after_space
 from test_template_parts import ASKED, CALL, QWEN_3, answer, talk
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fusechat.commands.run import run
 from tokenizers import Tokenizer
 
 import runs
@@ -14,8 +15,7 @@ import tiny
 from fusechat.errors import ModelError
 from fusechat.models.templates import ChatTemplate
 from fusechat.models.tokenizer import class_tokenizer, load_tokenizer
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 
 TEXTS = ["How many? 4 eggs.", "北京 😀", " two  spaces\n\ndef f(x):\n    return 12345", "naïve café"]
 CLASSES = (None, "LlamaTokenizer", "GPT2Tokenizer", "Qwen2Tokenizer", "GemmaTokenizer", "PreTrainedTokenizerFast")

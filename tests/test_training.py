@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from fusechat.commands.run import run
 
 import runs
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.trainer import COMPLETE, last_checkpoint, mark_complete
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from training import fine_tune, fusion_data
 
 

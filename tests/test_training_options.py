@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,8 +19,7 @@ from fusechat.fuse.epochs import steps_an_epoch
 from fusechat.fuse.trainer import FusionTrainer
 from fusechat.fuse.training import make_trainer, total_steps, training_arguments
 from fusechat.fuse.validation import Validation
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from training import SETTINGS, fine_tune, fusion_data, silent
 
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from fusechat.commands.run import run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
@@ -23,8 +24,8 @@ from fusechat.fuse.dataset import NOBODY, FusionData, TeachingSet
 from fusechat.fuse.epochs import epoch_members, epoch_size
 from fusechat.fuse.sampler import FilledSampler, WeightedSampler
 from fusechat.fuse.teacher_selection import Rule
-from fusechat.pipeline import build_steps, run
-from fusechat.recipe.load import is_saved, load_recipe, save_recipe
+from fusechat.pipeline import build_steps, load_recipe
+from fusechat.recipe.load import is_saved, save_recipe
 from fusing import prepared, prepared_set
 
 # -- the recipe -------------------------------------------------------------------------------------------------------------

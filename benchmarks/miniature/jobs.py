@@ -218,8 +218,9 @@ def finished(directory: Path) -> Iterator[Path]:
 
 def _run(recipe: dict[str, Any], work: Path, **options: Any) -> None:
     """As `fusechat run` does it, in this process."""
-    from fusechat.pipeline import run
-    from fusechat.recipe.load import load_recipe
+    from fusechat.commands.run import run
+
+    from fusechat.pipeline import load_recipe
 
     path = work.with_name(f"{work.name}.yaml")
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))

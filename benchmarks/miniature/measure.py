@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.data.conversations import Conversation, Message
-from fusechat.evaluate.answers import Answer, Prompt
 from fusechat.evaluate.bits_per_byte import score_responses
+from fusechat.models.answers import Answer, Prompt
 from fusechat.models.chat_model import Chatter
 from fusechat.models.generator import Generator
 from fusechat.models.reference import Reference

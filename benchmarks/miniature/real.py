@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from fusechat.commands.run import run
 
 from fusechat.evaluate.bits_per_byte import compare
 from fusechat.evaluate.statistics import Estimate, paired_difference, ratio
-from fusechat.pipeline import run
-from fusechat.recipe.load import load_recipe
+from fusechat.pipeline import load_recipe
 from fusechat.report.intervals import half_width
 from fusechat.run.files import write_json
 

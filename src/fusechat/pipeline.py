@@ -6,39 +6,34 @@ A step knows its upstream steps, so that its fingerprint changes when anything t
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 
 from fusechat.align import stage as align
 from fusechat.capture import stage as capture
 from fusechat.data.conversations import DataSet, Questions
-from fusechat.data.rejected import tell
-from fusechat.errors import DataError, RecipeError, WorkdirError
+from fusechat.errors import DataError, RecipeError
 from fusechat.evaluate import questions
 from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
+from fusechat.merge.settings import problems as merge_problems
 from fusechat.models.chat_model import Chatter
 from fusechat.models.dates import day_of, today
-from fusechat.models.gguf_parallel import convert_together
 from fusechat.models.reference import Reference
-from fusechat.plan import preflight as before
 from fusechat.prepare import stage as prepare
-from fusechat.recipe.load import is_saved, recipe_identity, save_recipe
-from fusechat.recipe.pinned import RECIPE, settled
+from fusechat.recipe.load import read_recipe
+from fusechat.recipe.pinned import RECIPE
 from fusechat.recipe.schema import FUSED, PIVOT, STAGES, Recipe
 from fusechat.report import stage as report
-from fusechat.run import ranks
-from fusechat.run.lock import in_turn, only_one, together
-from fusechat.run.progress import log
 from fusechat.run.steps import Step, with_upstream
 
-__all__ = ["RECIPE", "build_steps", "run"]
-LOCK, STARTING = ".lock", ".starting.lock"
+__all__ = ["RECIPE", "build_steps", "load_recipe"]
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None, *, dtype: str | None = None) -> Recipe:
+    """As `read_recipe`, with the merging stage's check of its parameters."""
+    return read_recipe(path, overrides, dtype=dtype, merge_check=merge_problems)
 
 
 def of_day(recipe: Recipe, workdir: Path) -> Recipe:
@@ -71,7 +66,7 @@ def evaluation_texts(recipe: Recipe) -> list[DataSet | Questions]:
     """What should not be in the training data: the held-out sets of a run, and where it has some, the questions of suites that are
     at hand. A run that measures nothing has none, whatever this machine has."""
     held_out = _held_out(recipe)
-    return [*held_out, *questions.at_hand()] if held_out else []
+    return [*held_out, *questions.find_installed()] if held_out else []
 
 
 def _overlap(recipe: Recipe, workdir: Path) -> dict[str, Step]:
@@ -183,89 +178,3 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
     if until not in STAGES:
         raise RecipeError(f"--until {until}: no such stage; choose one of {', '.join(STAGES)}")
     return [step for step in steps if STAGES.index(step.stage) <= STAGES.index(until)]
-
-
-def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
-    """Runs what is not done yet, and of stage `until` what was cleared away; returns how many steps there were to do.
-
-    Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `run/ranks.py`.
-    """
-    recipe = ranks.from_first(partial(of_day, recipe, workdir))
-    with beside_others(recipe, workdir, until=until, only=only) as recipe:
-        ranks.on_every_machine(lambda: _get_ready(recipe, workdir, until, only))
-        steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
-        done_now = 0
-        for stage, group in groupby(steps, key=lambda step: step.stage):
-            members = list(group)
-            done_now += sum(step.run(needed=stage == until) for step in members)
-            ranks.from_first(partial(tell, members, recipe.data.max_rejected))
-        log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
-    ranks.leave()
-    return done_now
-
-
-def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | None) -> None:
-    """Where there is work to do, checks what can be checked before it, and converts models into this machine's cache."""
-    steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
-    waiting = [step for step in steps if not step.finished]
-    before.check_settings(recipe, waiting)
-    if any(step.stage != "report" for step in waiting):
-        sources = recipe.teachers()[only] if only else recipe.sources
-        convert_together([recipe.chatter(name).reference for name in (PIVOT, *sources)])
-    before.check_models(recipe, waiting)
-
-
-def check_workdir(recipe: Recipe, workdir: Path) -> None:
-    """Refuses a work directory that belongs to another recipe: one of another name or with another pivot."""
-    if workdir.exists() and not workdir.is_dir():
-        raise WorkdirError(f"{workdir}: is a file, not a directory")
-    if not (workdir / RECIPE).is_file():
-        if workdir.is_dir() and any(workdir.iterdir()) and not (workdir / LOCK).exists():
-            raise WorkdirError(f"{workdir}: is not empty and no work directory of FuseChat; choose another --workdir")
-        return
-    name, pivot = recipe_identity(workdir / RECIPE)
-    for key, theirs, ours in (
-        ("name", name, recipe.name),
-        ("pivot", ", ".join(pivot), ", ".join(recipe.pivot.reference.parts)),
-    ):
-        if theirs != ours:
-            raise WorkdirError(
-                f"{workdir / RECIPE}: is of a recipe with {key} {theirs}, not {ours}; choose another --workdir"
-            )
-
-
-@contextmanager
-def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
-    """A work directory that is this recipe's, for this process alone; the system frees the lock however the holder ends."""
-
-    def take() -> None:
-        check_workdir(recipe, workdir)
-        held.enter_context(only_one(workdir / LOCK, workdir))
-
-    with ExitStack() as held:
-        ranks.from_first(take)
-        yield
-
-
-@contextmanager
-def beside_others(recipe: Recipe, workdir: Path, *, until: str | None, only: str | None) -> Iterator[Recipe]:
-    """A work directory that is this recipe's, together with other runs of the very same recipe. Writes the recipe down, and gives
-    it as it is written: with all that is settled."""
-
-    def take() -> Recipe:
-        check_workdir(recipe, workdir)
-        with in_turn(workdir / STARTING, f"beginning in {workdir}"):
-            first = held.enter_context(together(workdir / LOCK, workdir))
-            check_workdir(recipe, workdir)  # another one may have begun meanwhile
-            whole = settled(recipe, workdir, begin=first)
-            select_steps(build_steps(whole, workdir), until=until, only=only)
-            if first:
-                save_recipe(whole, workdir / RECIPE)
-            elif not is_saved(whole, workdir / RECIPE):
-                raise WorkdirError(
-                    f"{workdir}: another recipe is being run in it; wait for that, or choose another --workdir"
-                )
-        return whole
-
-    with ExitStack() as held:
-        yield ranks.from_first(take)

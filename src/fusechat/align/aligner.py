@@ -3,7 +3,7 @@
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,6 +37,12 @@ class Strategy:
     look_ahead: bool = False
     chain_rule: bool = False
     min_mass: float = 0.0
+
+    @classmethod
+    def of(cls, section: Any) -> "Strategy":
+        """Of a recipe's `align` section."""
+        own = {field.name: getattr(section, field.name) for field in fields(cls)}
+        return cls(**{**own, "look_ahead": section.looks_ahead})
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _directories(upstream: Mapping[str, Step], part: str) -> list[Path]:
 
 def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     """The two models' tokens and how to align them; the pivot's back-off; how errors call the models, and their vocabularies."""
-    from fusechat.align.aligner import Pair, Side
+    from fusechat.align.aligner import Pair, Side, Strategy
     from fusechat.align.back_off import BackOff
     from fusechat.align.vocabulary import same_tokens
     from fusechat.models.token_bytes import token_bytes
@@ -66,7 +66,7 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     )
     about = {"names": tuple(f"{each.name} ({each.reference})" for each in chatters), "sizes": sizes}
     same = same_tokens(pivot.tokens, teacher.tokens)
-    return Pair(pivot, teacher, recipe.align.strategy(), same), BackOff(pivot.tokens, sizes[0]), about
+    return Pair(pivot, teacher, Strategy.of(recipe.align), same), BackOff(pivot.tokens, sizes[0]), about
 
 
 def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source: str) -> dict[str, Any]:

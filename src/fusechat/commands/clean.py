@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from fusechat.commands.run import lock
 from fusechat.errors import WorkdirError
-from fusechat.pipeline import RECIPE, build_steps, lock
+from fusechat.pipeline import RECIPE, build_steps
 from fusechat.recipe.pinned import recipe_of
 from fusechat.run.integrity import write_checked
 from fusechat.run.steps import FREED, MANIFEST, STARTED, Step

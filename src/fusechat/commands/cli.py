@@ -35,8 +35,8 @@ def run(
     set_: Changes = None,
 ) -> None:
     """Run the whole pipeline, resuming where an earlier run stopped."""
-    from fusechat.pipeline import run as run_pipeline
-    from fusechat.recipe.load import load_recipe
+    from fusechat.commands.run import run as run_pipeline
+    from fusechat.pipeline import load_recipe
 
     loaded = ranks.from_first(lambda: load_recipe(recipe, set_))
     workdir = workdir or Path("runs") / loaded.name
@@ -65,11 +65,11 @@ def plan(
 ) -> None:
     """Say what a run will take (disk, memory, time), and what would fail in it, before it begins. Reads no weights."""
     from fusechat.errors import PlanError
+    from fusechat.pipeline import load_recipe
     from fusechat.plan.calibration import choose, dtype_on
     from fusechat.plan.command import make_plan
     from fusechat.plan.table import as_json as in_json
     from fusechat.plan.table import show
-    from fusechat.recipe.load import load_recipe
     from fusechat.recipe.pinned import settled
 
     loaded = load_recipe(recipe, set_, dtype=dtype_on(device))
@@ -92,10 +92,10 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show what is done, running, stale or damaged, and why."""
+    from fusechat.commands.run import check_workdir
     from fusechat.data.rejected import LeftOut, left_out
     from fusechat.errors import WorkdirError
-    from fusechat.pipeline import RECIPE, build_steps, check_workdir
-    from fusechat.recipe.load import load_recipe
+    from fusechat.pipeline import RECIPE, build_steps, load_recipe
     from fusechat.recipe.pinned import settled
 
     if not (workdir / RECIPE).is_file():
@@ -199,7 +199,7 @@ def tokens(
     if text is not None and workdir is None and conversation is None:
         shown = of_text(pivot, source, text=text)
     elif text is None and workdir is not None and conversation is not None:
-        from fusechat.show.conversation import of_run
+        from fusechat.commands.tokens_of_run import of_run
 
         shown = of_run(workdir, pivot, source, conversation=conversation)
     else:

@@ -11,7 +11,8 @@ from fusechat.align.boundary_bias import RARELY, cut_share
 from fusechat.align.quality import Quality
 from fusechat.align.stage import models
 from fusechat.capture import stage as capture
-from fusechat.pipeline import RECIPE, lock, of_day
+from fusechat.commands.run import lock
+from fusechat.pipeline import RECIPE, of_day
 from fusechat.prepare import stage as prepare
 from fusechat.recipe.load import save_recipe
 from fusechat.recipe.pinned import settled

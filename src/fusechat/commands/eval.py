@@ -275,7 +275,7 @@ def eval_alignment(
 ) -> None:
     """Compare the ways to align each source's distributions, on held-out conversations: coverage, transferred nll."""
     from fusechat.commands.compare_alignments import evaluate_alignment, terminal_tables
-    from fusechat.recipe.load import load_recipe
+    from fusechat.pipeline import load_recipe
     from fusechat.run.files import write_text
 
     loaded = load_recipe(recipe, set_)

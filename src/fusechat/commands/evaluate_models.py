@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from fusechat.commands.run import lock
 from fusechat.data.conversations import Conversation, DataSet, Malformed, read_conversations
 from fusechat.data.prepared import Prepared
 from fusechat.errors import DataError, FuseChatError, ModelError, RecipeError, StorageError, WorkdirError, storage_error
@@ -23,7 +24,7 @@ from fusechat.evaluate.subjects import Subject, check_labels, parse_model
 from fusechat.models.chat_model import Chatter
 from fusechat.models.client import MODEL_KEY, check_url
 from fusechat.models.tokenise import RejectedError, prepare_conversation
-from fusechat.pipeline import RECIPE, build_steps, lock, run_models
+from fusechat.pipeline import RECIPE, build_steps, run_models
 from fusechat.recipe.pinned import recipe_of
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json

@@ -8,31 +8,13 @@ from typing import Any
 
 from fusechat.evaluate.records import ASKED
 from fusechat.evaluate.subjects import Subject
-from fusechat.models.client import MODEL_KEY, Client, Missing, Request, model_key
+from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.client import MODEL_KEY, Client, Request, model_key
 from fusechat.models.journal import Journal
 from fusechat.run.files import digest_json
 from fusechat.run.progress import log, progress
 
 FILE = "answers.jsonl"
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """`messages`: (role, content) pairs that end with the user's. `key`: unique in its suite."""
-
-    key: str
-    messages: tuple[tuple[str, str], ...]
-    temperature: float
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Answer:
-    """`complete`: it ended by itself, not where it became too long. `tokens`: None where a server does not tell."""
-
-    text: str
-    tokens: int | None
-    complete: bool
 
 
 Ask = Callable[[Sequence[Prompt]], list[Answer | Missing]]

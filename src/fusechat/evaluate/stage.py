@@ -155,8 +155,7 @@ def _score(
 def _answer(
     directory: Path, recipe: Recipe, chatter: Chatter, held_out: list[DataSet], device_map: Any, *, label: str
 ) -> dict[str, Any]:
-    from fusechat.evaluate.answers import Answer, Prompt
-    from fusechat.models.client import Missing
+    from fusechat.models.answers import Answer, Missing, Prompt
     from fusechat.models.generator import Generator
 
     shown = questions(held_out, recipe.evaluate.answers)

@@ -16,7 +16,7 @@ from fusechat.merge.architecture import Architecture, architecture_of
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
 from fusechat.merge.tensor import Stored
 from fusechat.merge.values import stack_of
-from fusechat.models.reference import ADAPTER
+from fusechat.models.resolve import ADAPTER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")

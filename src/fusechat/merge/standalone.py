@@ -22,7 +22,8 @@ from fusechat.merge.report import make_report
 from fusechat.merge.tensor import Workers
 from fusechat.merge.values import stack_of
 from fusechat.models.companion_files import beside
-from fusechat.models.reference import Reference, local_directory
+from fusechat.models.reference import Reference
+from fusechat.models.resolve import local_directory
 from fusechat.run.files import digest_json, read_json, write_json, write_text
 from fusechat.run.lock import only_one
 from fusechat.run.progress import BYTES, log, progress

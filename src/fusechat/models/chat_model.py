@@ -8,7 +8,8 @@ from typing import Any
 
 from fusechat.errors import RecipeError
 from fusechat.models.dates import asks_for_the_day, is_dated
-from fusechat.models.reference import Reference, at_hand, configuration, identity, local_directory
+from fusechat.models.reference import Reference
+from fusechat.models.resolve import configuration, find_cached, identity, local_directory
 from fusechat.run.files import digest_json
 
 
@@ -57,7 +58,7 @@ class Chatter:
             return is_dated(self.chat_template)
         if self.reference.is_file and not self.reference.is_wheel:
             return asks_for_the_day(Path(self.reference.parts[0]))
-        path = at_hand(self.reference) if self.reference.is_wheel else configuration(self.reference)
+        path = find_cached(self.reference) if self.reference.is_wheel else configuration(self.reference)
         return path is not None and asks_for_the_day(path)
 
     def tokenizer(self) -> Any:

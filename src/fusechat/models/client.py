@@ -15,7 +15,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fusechat.errors import ModelError, RecipeError, WorkdirError
-from fusechat.models.completions import Missing, Reply, Request, clean, reply_of
+from fusechat.models.answers import Missing
+from fusechat.models.completions import Reply, Request, clean, reply_of
 from fusechat.models.journal import Journal, read_journal
 from fusechat.models.server_errors import OTHER_SHAPE, Fault, fault_of
 from fusechat.run.progress import log, progress

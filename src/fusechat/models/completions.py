@@ -59,13 +59,6 @@ class Reply:
     logprobs: list[dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
-class Missing:
-    """There is no answer. `reason`: one line."""
-
-    reason: str
-
-
 def reply_of(answer: Any, *, logprobs: bool) -> Reply:
     """The first choice of a server's answer; without content its text is empty. Raises ValueError, or what comes of looking
     into another shape, where it is no chat completion."""

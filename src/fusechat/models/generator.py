@@ -8,7 +8,7 @@ import torch
 
 from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
-from fusechat.evaluate.answers import Answer, Missing, Prompt
+from fusechat.models.answers import Answer, Missing, Prompt
 from fusechat.models.chat_model import Chatter
 from fusechat.models.forward import device_of, length_batches
 from fusechat.models.load import choose_device, default_dtype, stop_tokens, without_embedding

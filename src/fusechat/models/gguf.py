@@ -31,7 +31,7 @@ def converted(reference: Reference, *, before: Callable[[int], None] | None = No
     return target
 
 
-def at_hand(reference: Reference) -> Path | None:
+def find_cached(reference: Reference) -> Path | None:
     """The directory of the converted model, where there is one already; fetches and converts nothing."""
     if reference.is_wheel and not reference.sha256:
         return None  # the checksum that names it is not known before the file is

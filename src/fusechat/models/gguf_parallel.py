@@ -13,7 +13,7 @@ from threading import Thread
 from typing import IO
 
 from fusechat.errors import FuseChatError
-from fusechat.models.gguf import at_hand, converted
+from fusechat.models.gguf import converted, find_cached
 from fusechat.models.memory import free_bytes
 from fusechat.models.reference import Reference
 from fusechat.run.progress import Advance, in_bytes, log, progress
@@ -68,7 +68,9 @@ News = SimpleQueue[tuple[_Conversion, bool]]  # and whether it has ended
 
 def convert_together(references: Sequence[Reference]) -> None:
     """Converts those not yet converted, where there are several. Says when one waits for memory, and what one that failed said."""
-    waiting = [reference for reference in dict.fromkeys(references) if reference.is_file and at_hand(reference) is None]
+    waiting = [
+        reference for reference in dict.fromkeys(references) if reference.is_file and find_cached(reference) is None
+    ]
     if len(waiting) < 2:
         return
     news: News = SimpleQueue()

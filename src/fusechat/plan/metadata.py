@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fusechat.models.chat_model import Chatter
-from fusechat.models.reference import configuration
+from fusechat.models.resolve import configuration
 from fusechat.run.files import digest_json
 
 

@@ -1,7 +1,7 @@
 """Reading a recipe: YAML with line numbers, every mistake found and reported together, each with its place and, for a
 misspelt key, the right one."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -15,16 +15,20 @@ from fusechat.recipe.schema import Recipe
 from fusechat.recipe.yaml_file import Document, Loader, kind, parse, read_text, suggestion
 from fusechat.run.files import write_text
 
+MergeCheck = Callable[[str, dict[str, Any], list[str]], list[Any]]  # method, parameters, targets → what is wrong
 
-def load_recipe(path: Path, overrides: list[str] | None = None, *, dtype: str | None = None) -> Recipe:
+
+def read_recipe(
+    path: Path, overrides: list[str] | None = None, *, dtype: str | None = None, merge_check: MergeCheck | None = None
+) -> Recipe:
     """The recipe in `path`, with `KEY=VALUE` overrides, paths made absolute. `dtype`: what `auto` stands for, None for what suits
-    this machine. Raises RecipeError with all that is wrong."""
+    this machine. `merge_check`: the merging stage's own check of its parameters. Raises RecipeError with all that is wrong."""
     document = _parse(path)
     for override in overrides or []:
         _set(document.content, override)
     try:
         content = _absolute_paths(document.content, path.resolve().parent)
-        recipe = Recipe.model_validate(content, context={"dtype": dtype})
+        recipe = Recipe.model_validate(content, context={"dtype": dtype, "merge_check": merge_check})
     except ValidationError as error:
         _explain(error, document)
     if document.wrong:
@@ -33,7 +37,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, *, dtype: str | 
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """The recipe as resolved, defaults filled in; `load_recipe` reads it back the same."""
+    """The recipe as resolved, defaults filled in; `read_recipe` reads it back the same."""
     write_text(path, _text(recipe))
 
 

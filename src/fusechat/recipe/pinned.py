@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from fusechat.data.conversations import DataSet
-from fusechat.models.reference import COMMIT, newest_commit, resolve
-from fusechat.recipe.load import load_recipe, raw_recipe
+from fusechat.models.reference import COMMIT
+from fusechat.models.resolve import current_commit, newest_commit
+from fusechat.recipe.load import raw_recipe, read_recipe
 from fusechat.recipe.precision import Place, value_at
 from fusechat.recipe.schema import Recipe
 from fusechat.recipe.sections import DataPath, ModelSpec
@@ -37,7 +38,7 @@ def settled(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bo
     def commit(kind: str, asked: str) -> str | None:
         found = known.get((kind, asked))
         if found is None:
-            return resolve(kind, asked) if begin else None
+            return current_commit(kind, asked) if begin else None
         if begin:
             _tell_of_newer(kind, asked, found)
         return found
@@ -61,7 +62,7 @@ def settled(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bo
 
 def recipe_of(workdir: Path) -> Recipe:
     """The recipe of a run, as it was run."""
-    return settled(load_recipe(workdir / RECIPE), workdir)
+    return settled(read_recipe(workdir / RECIPE), workdir)
 
 
 def _asked(spec: Any) -> tuple[str | None, str]:

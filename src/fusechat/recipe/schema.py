@@ -144,8 +144,6 @@ class Recipe(Section):
     @field_validator("merge")
     @classmethod
     def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
-        from fusechat.merge.settings import problems
-
         if "sources" not in info.data or "targets" not in info.data:  # wrong themselves
             return merge
         every = [*info.data["sources"], *info.data["targets"]]
@@ -157,7 +155,8 @@ class Recipe(Section):
         ]
         if len(set(merged)) < len(merged):
             found.append((("targets",), "names a target twice"))
-        found = found or problems(merge.method, merge.parameters(), merged)
+        check = (info.context or {}).get("merge_check")
+        found = found or (check(merge.method, merge.parameters(), merged) if check else [])
         if found:
             raise ValueError(*found)
         return merge

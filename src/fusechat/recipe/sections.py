@@ -211,20 +211,10 @@ class Align(Section):
             raise ValueError("look_ahead needs vocabulary: statistics")
         return self
 
-    def strategy(self) -> Any:
-        """As the alignment takes it: without a word on `look_ahead`, it is used where the map is counted."""
-        from fusechat.align.aligner import Strategy
-
-        look_ahead = self.vocabulary == "statistics" if self.look_ahead is None else self.look_ahead
-        return Strategy(
-            self.sequence,
-            self.vocabulary,
-            top_1=self.top_1,
-            unaligned=self.unaligned,
-            look_ahead=look_ahead,
-            chain_rule=self.chain_rule,
-            min_mass=self.min_mass,
-        )
+    @property
+    def looks_ahead(self) -> bool:
+        """By default wherever the map is counted."""
+        return self.vocabulary == "statistics" if self.look_ahead is None else self.look_ahead
 
 
 class Fuse(Section):

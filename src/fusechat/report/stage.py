@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from fusechat.data.conversations import DataSet
-from fusechat.models.reference import Reference, at_hand
+from fusechat.models.reference import Reference
+from fusechat.models.resolve import find_cached
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import digest_json, read_json, write_text
 from fusechat.run.progress import in_bytes, log
@@ -89,7 +90,7 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
         reference = recipe.chatter(name).reference
         role = PIVOT if name == PIVOT else "source"
         data = "" if name == PIVOT else _files(recipe.sets_of(name))
-        directory = at_hand(reference)
+        directory = find_cached(reference)
         found = facts(directory)
         identity = _identity(reference, directory)
         models.append(
@@ -119,7 +120,7 @@ def _made(role: str, name: str, step: Step, label: str, data: str) -> Any:
 
 
 def _identity(reference: Reference, directory: Path | None) -> str:
-    from fusechat.models.reference import identity
+    from fusechat.models.resolve import identity
 
     if directory is None:
         return f"sha256:{reference.sha256}" if reference.sha256 else ""
@@ -159,9 +160,9 @@ def _samples(recipe: Recipe, aligned: dict[str, Step]) -> dict[str, Any]:
     here = {
         name: step
         for name, step in aligned.items()
-        if at_hand(recipe.chatter(name).reference) and not any(one.freed for one in (step, *step.upstream.values()))
+        if find_cached(recipe.chatter(name).reference) and not any(one.freed for one in (step, *step.upstream.values()))
     }
-    if at_hand(pivot.reference) is None:
+    if find_cached(pivot.reference) is None:
         return {}
     return samples(
         {

@@ -4,7 +4,6 @@ and what the alignment made of them."""
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,30 +12,14 @@ from fusechat.align.stage import directories
 from fusechat.data.conversations import Conversation, DataSet, read_conversations
 from fusechat.data.distributions import SparseDistribution, open_distributions
 from fusechat.data.prepared import Prepared, PreparedSet
-from fusechat.errors import DataError, RecipeError, WorkdirError
+from fusechat.errors import DataError
 from fusechat.models.chat_model import Chatter
 from fusechat.models.token_bytes import token_bytes
-from fusechat.run.steps import Step, with_upstream
+from fusechat.run.steps import Step
 from fusechat.show.glyphs import visible
 from fusechat.show.passages import Candidate, Forecast, Model, Passage, Shown, Token, piece_of, tokens_of
 
 PIVOT = "pivot"
-
-
-def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Shown:
-    """One conversation that `source` taught in the run; `conversation` is its number from 0 on, its id or how that begins."""
-    from fusechat.pipeline import RECIPE, build_steps
-    from fusechat.recipe.pinned import recipe_of
-
-    if not (workdir / RECIPE).is_file():
-        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    if pivot != PIVOT:
-        raise RecipeError(f"{pivot}: with --workdir the first argument is {PIVOT}, the second a source of the run")
-    recipe = recipe_of(workdir)
-    step = _align_step(build_steps(recipe, workdir), source, workdir)
-    branch = Branch(step, recipe.chatter(PIVOT), recipe.chatter(source))
-    identity = _find(conversation, branch.ids, source)
-    return branch.shown(recipe.sets_of(source), [identity])[0]
 
 
 class Branch:
@@ -82,34 +65,6 @@ def _starts(prepared: Prepared) -> np.ndarray:
     """int64 [n]: a number for each place at which a token starts; the ends of turn of a response are one place."""
     begin = np.where(prepared.end_of_turn, (1 << 32) - 1, np.maximum(prepared.begin, 0)).astype(np.int64)
     return ((prepared.response.astype(np.int64) << 32) + begin)[~prepared.lead]
-
-
-def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
-    aligning = {step.name: step for step in steps if step.stage == "align"}
-    if source not in aligning:
-        raise RecipeError(f"{source}: the run has no such source; it has {', '.join(aligning)}")
-    for step in with_upstream([aligning[source]]):
-        state, _ = step.state()
-        if state == "freed":
-            raise WorkdirError(
-                f"{workdir}: {step.label} was cleared away; fusechat run RECIPE --until align makes it again"
-            )
-        if state != "done":
-            raise WorkdirError(f"{workdir}: not finished: {step.label} is {state}; run the recipe first")
-    return aligning[source]
-
-
-def _find(asked: str, ids: list[str], source: str) -> str:
-    if asked in ids:
-        return asked
-    if asked.isdecimal() and int(asked) < len(ids):
-        return ids[int(asked)]
-    found = [identity for identity in ids if identity.startswith(asked)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise DataError(f"{asked}: {len(found)} conversations have ids that begin so, {found[0]} and {found[1]}")
-    raise DataError(f"{asked}: no such conversation of {source}; there are 0 to {len(ids) - 1}, {ids[0]} to {ids[-1]}")
 
 
 def _read(sets: Sequence[DataSet], identities: Sequence[str]) -> dict[str, Conversation]:

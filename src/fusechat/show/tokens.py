@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.errors import DataError, ModelError, StorageError, first_line
-from fusechat.models.reference import Reference, local_directory
+from fusechat.models.reference import Reference
+from fusechat.models.resolve import local_directory
 from fusechat.models.spans import encode_with_spans
 from fusechat.models.token_bytes import token_bytes
 from fusechat.models.tokenizer import load_tokenizer

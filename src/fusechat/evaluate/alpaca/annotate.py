@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fusechat.evaluate.alpaca.library import Library, library
-from fusechat.models.client import Missing, Reply, Request
+from fusechat.models.answers import Missing
+from fusechat.models.client import Reply, Request
 
 ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
 _BARE = "the judge's reply has no log-probabilities"

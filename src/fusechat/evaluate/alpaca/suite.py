@@ -23,10 +23,11 @@ from fusechat.evaluate.alpaca.data import (
     write_annotations,
 )
 from fusechat.evaluate.alpaca.rates import length_controlled, not_controlled, why_not_controlled, win_rate
-from fusechat.evaluate.answers import Answer, Ask, Prompt
+from fusechat.evaluate.answers import Ask
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
-from fusechat.models.client import Client, Estimate, Missing, Reply, Request
+from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.client import Client, Estimate, Reply, Request
 from fusechat.run.files import digest
 from fusechat.run.progress import log
 

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.errors import RecipeError
-from fusechat.evaluate.answers import Answer, Ask, Prompt
+from fusechat.evaluate.answers import Ask
 from fusechat.evaluate.mt_bench import judge as judging
 from fusechat.evaluate.mt_bench import measure
 from fusechat.evaluate.mt_bench.data import TURNS, MtBench, Question
 from fusechat.evaluate.mt_bench.judge import Mode, Outcome
 from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.subjects import Subject
-from fusechat.models.client import Client, Estimate, Missing, Reply, Request
+from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.client import Client, Estimate, Reply, Request
 from fusechat.run.files import write_text
 from fusechat.run.progress import log
 
