@@ -27,7 +27,7 @@ from fusechat.align.batching import groups, join
 from fusechat.align.blocks import Blocks, Conversations
 from fusechat.align.counts import Seen, count_pairs
 from fusechat.align.dtw import surface, warping_path
-from fusechat.align.stats import Figures
+from fusechat.align.stats import AlignmentStats
 from fusechat.data.distributions import SparseDistribution, write_distributions, write_store
 from fusechat.data.prepared import FILE, Prepared, write_prepared
 from fusechat.models.spans import encode_with_spans
@@ -43,7 +43,7 @@ K, PAIRS = 10, 10_000_000
 
 def main(files: list[Path]) -> None:
     recipe = load_recipe(ROOT / "examples" / "quickstart.yaml")
-    tokenizers = [recipe.chatter(name).tokenizer() for name in (PIVOT, next(iter(recipe.sources)))]
+    tokenizers = [recipe.chat_model(name).tokenizer() for name in (PIVOT, next(iter(recipe.sources)))]
     texts = responses(files)
     print_line("figure", "measured", "beside it", "ratio", "aim")
     for which in (tokenizers, tokenizers[::-1]):
@@ -99,7 +99,7 @@ def align_all(pair: Pair, back_off: BackOff, texts: list[str], captured: list[Sp
     for each in several:
         survey.count(each.pivot, each.source)
     counts = survey.counts()
-    is_open = pair.open_tokens(counts)
+    is_open = pair.extendable_tokens(counts)
     survey = Survey(pair, is_open)
     for each in several:
         survey.need(each.pivot, each.source, each.captured)
@@ -200,7 +200,7 @@ def processes(tokenizers: list[Any], texts: list[str], positions: int = 4_000_00
             began = time.perf_counter()
             with Blocks(pair, data, processes=number) as blocks:
                 vocabulary_map, is_open = blocks.build_map(back_off, nothing)
-                rows = blocks.align(vocabulary_map, is_open, k=K, advance=nothing, figures=Figures())
+                rows = blocks.align(vocabulary_map, is_open, k=K, advance=nothing, figures=AlignmentStats())
                 write_distributions(Path(room) / "aligned.arrow", rows)
             times[number] = time.perf_counter() - began
             digests.add(digest(Path(room) / "aligned.arrow"))
@@ -223,7 +223,7 @@ def vocabulary_map() -> None:
         print("vocabulary map: left out, Qwen's vocabulary is not at hand")
         return
     recipe = load_recipe(ROOT / "examples" / "quickstart.yaml")
-    pivot = token_bytes(recipe.chatter(next(iter(recipe.sources))).tokenizer())
+    pivot = token_bytes(recipe.chat_model(next(iter(recipe.sources))).tokenizer())
     file = VOCABULARIES / "qwen1_5" / "tokenizer.json"
     source = token_bytes(PreTrainedTokenizerFast(tokenizer_file=str(file)))
     pair = Pair(Side.of(pivot, None), Side.of(source, None), Strategy())

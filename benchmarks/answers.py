@@ -42,7 +42,7 @@ def main(files: list[Path]) -> None:
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for turn in range(1 + TURNS):  # the first warms up
             for name, (size, batches) in ways.items():
-                generator = Generator(recipe.chatter(PIVOT), dtype=dtype, device="cpu", batch_tokens=size, seed=0)
+                generator = Generator(recipe.chat_model(PIVOT), dtype=dtype, device="cpu", batch_tokens=size, seed=0)
                 generate.length_batches = batches
                 seconds, tokens = answer(generator, prompts)
                 if turn:

@@ -21,7 +21,7 @@ import yaml
 from fusechat.capture.local import Local
 from fusechat.data.distributions import write_shard
 from fusechat.data.prepared import Prepared, PreparedSet
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.forward import collate, length_batches
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import PIVOT, Recipe
@@ -40,12 +40,12 @@ def main(files: list[Path]) -> None:
         file = write_recipe(files or [DATA], Path(room))
         for name in (PIVOT, next(iter(load_recipe(file).sources))):
             recipe = load_recipe(file)
-            chatter = recipe.chatter(name)
-            label = f"{name}, {chatter.vocabulary_size()} tokens"
+            chat_model = recipe.chat_model(name)
+            label = f"{name}, {chat_model.vocabulary_size()} tokens"
             step_of(recipe, "prepare", name, Path(room)).run()
             data = list(PreparedSet(step_of(recipe, "prepare", name, Path(room)).directory))
             padding(label, data, recipe.capture.batch_tokens)
-            speed(label, chatter, recipe.capture_for(name), data, Path(room))
+            speed(label, chat_model, recipe.capture_for(name), data, Path(room))
             for k in SIZES:
                 on_disk(label, load_recipe(file, [f"capture.top_k={k}"]), name, Path(room), k=k)
 
@@ -100,16 +100,16 @@ def bare_forward(model: Any, several: list[Prepared], batch_tokens: int) -> Call
     return forward
 
 
-def speed(label: str, chatter: Chatter, settings: Capture, data: list[Prepared], room: Path) -> None:
+def speed(label: str, chat_model: ChatModel, settings: Capture, data: list[Prepared], room: Path) -> None:
     some = data[:: max(1, len(data) // TIMED)][:TIMED]
     tokens = sum(len(one.input_ids) for one in some)
-    model = chatter.model(dtype=settings.dtype, device=torch.device("cpu"))
+    model = chat_model.model(dtype=settings.dtype, device=torch.device("cpu"))
     bare = bare_forward(model, some, settings.batch_tokens)
 
     def capture(k: int) -> None:
-        found = Local(model, k=k, batch_tokens=settings.batch_tokens, name=chatter.name).capture(some, nothing)
+        found = Local(model, k=k, batch_tokens=settings.batch_tokens, name=chat_model.name).capture(some, nothing)
         records = [(one.id, rows) for one, rows in zip(some, found, strict=True) if rows is not None]
-        write_shard(room, 0, records, vocabulary=chatter.vocabulary_size()).unlink()
+        write_shard(room, 0, records, vocabulary=chat_model.vocabulary_size()).unlink()
 
     works: list[Callable[[], object]] = [bare, *(partial(capture, k) for k in SIZES)]
     for work in works:  # compiles, and warms the memory

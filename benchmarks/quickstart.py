@@ -1,4 +1,4 @@
-"""Figures of the quickstart, each beside what it is compared with, measured in one run: `make bench`.
+"""AlignmentStats of the quickstart, each beside what it is compared with, measured in one run: `make bench`.
 
 Runs the quickstart first where it is not done. Times are the least of several tries, except for the capture, which is run once.
 """
@@ -10,11 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fusechat.commands.run import run
-
 from fusechat.align.blocks import Blocks, Conversations
 from fusechat.align.stage import models
-from fusechat.align.stats import Figures
+from fusechat.align.stats import AlignmentStats
+from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import PIVOT, Recipe
@@ -90,7 +89,7 @@ def aligner_for(recipe: Recipe, source: str) -> Callable[[], None]:
         with Blocks(pair, Conversations(*places, **about)) as blocks:
             vocabulary_map, is_open = blocks.build_map(back_off, nothing)
             k = recipe.capture_for(source).top_k
-            for _ in blocks.align(vocabulary_map, is_open, k=k, advance=nothing, figures=Figures()):
+            for _ in blocks.align(vocabulary_map, is_open, k=k, advance=nothing, figures=AlignmentStats()):
                 pass
 
     return work

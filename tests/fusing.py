@@ -15,7 +15,7 @@ from fusechat.data.distributions import (
     write_store,
 )
 from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
-from fusechat.fuse.teacher_selection import Candidate, Rule
+from fusechat.fuse.teacher_selection import Candidate, SelectionRule
 
 FUNCTIONS, UNITS, LEVELS = ("mince", "avgce", "source"), ("byte", "token"), ("conversation", "response", "position")
 VOCABULARY = 12
@@ -100,7 +100,7 @@ def naive_groups(pivot: Prepared, level: str) -> list[int]:
     return {"conversation": [0] * n, "response": pivot.response.tolist(), "position": list(range(n))}[level]
 
 
-def naive_cross_entropies(candidates: Sequence[Candidate], pivot: Prepared, rule: Rule) -> list[list[float]]:
+def naive_cross_entropies(candidates: Sequence[Candidate], pivot: Prepared, rule: SelectionRule) -> list[list[float]]:
     """Of each candidate in each group; the responses of a conversation are those that the pivot and all candidates have."""
     if rule.level == "position":
         return [
@@ -123,7 +123,7 @@ def naive_cross_entropies(candidates: Sequence[Candidate], pivot: Prepared, rule
     ]
 
 
-def naive_shares(candidates: Sequence[Candidate], pivot: Prepared, rule: Rule) -> list[list[float]]:
+def naive_shares(candidates: Sequence[Candidate], pivot: Prepared, rule: SelectionRule) -> list[list[float]]:
     """The weights [candidates][groups]; of AvgCE by cross-entropies per token of the pivot, whatever they are compared by."""
     found = naive_cross_entropies(candidates, pivot, rule)
     if rule.function != "avgce" or rule.unit == "token" or rule.level == "position":

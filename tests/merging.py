@@ -7,7 +7,7 @@ import numpy as np
 
 from fusechat.merge.methods import Method, load_method
 from fusechat.merge.parameters import Values
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 from fusechat.merge.tensor import BLOCK, Stored, Tensor, Workers
 
 Row = Sequence[float] | np.ndarray  # of an array, the dtype says how it is stored: uint16 has the bits of bfloat16
@@ -26,7 +26,7 @@ def merged(
     threads: int = 1,
     block: int = BLOCK,
     name: str = "tensor",
-) -> tuple[np.ndarray, Measured, tuple[int, int, int]]:
+) -> tuple[np.ndarray, TensorStats, tuple[int, int, int]]:
     """(float32 [n], what was measured, what `combine` counted); no base where the method has none."""
     module = load_method(method)
     assert (base is not None) == module.BASE
@@ -38,7 +38,9 @@ def merged(
         workers.close()
 
 
-def merged_tensor(module: Method, tensor: Tensor, values: Values) -> tuple[np.ndarray, Measured, tuple[int, int, int]]:
+def merged_tensor(
+    module: Method, tensor: Tensor, values: Values
+) -> tuple[np.ndarray, TensorStats, tuple[int, int, int]]:
     measured = module.measure(tensor, values)
     out = np.full(tensor.size, np.nan, np.float32)
 

@@ -16,7 +16,7 @@ from fusechat.commands import cli
 from fusechat.models.spans import encode_with_spans
 from fusechat.models.token_bytes import token_bytes
 from fusechat.show.glyphs import glyphs_of
-from fusechat.show.passages import Passage, Token, tokens_of
+from fusechat.show.passages import AlignedText, Token, tokens_of
 
 VOCABULARIES = Path(__file__).parents[2] / "shared" / "tokenizers"
 PAIRS = [("llama", "mistral"), ("gemma", "llama"), ("qwen1_5", "openchat_3_5"), ("internlm2", "nh2_solar")]
@@ -26,12 +26,12 @@ AWKWARD = "aß 京𝔘\t\n\r\x00\x1b\x85\u00a0\u0301\u0e33\u093f\u200b\u200d\ufe
 texts = st.text(st.one_of(st.sampled_from(AWKWARD), st.characters(exclude_categories=["Cs"])), max_size=40)
 
 
-def passage_of(pivot: Any, source: Any, text: str) -> Passage:
+def passage_of(pivot: Any, source: Any, text: str) -> AlignedText:
     rows = []
     for tokenizer in (pivot, source):
         encoded = encode_with_spans(tokenizer, text)
         rows.append(tokens_of(token_bytes(tokenizer), text.encode(), ids=encoded.ids, spans=encoded.spans))
-    return Passage(text, rows[0], rows[1])
+    return AlignedText(text, rows[0], rows[1])
 
 
 def hand_made(*pieces: str | bytes, special: bool = False) -> tuple[Token, ...]:

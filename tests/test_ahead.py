@@ -8,9 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligning import conversation, dense, map_of, sparse, toy
-from fusechat.align.candidates import NONE, Candidates, gather, rests_inside
+from fusechat.align.candidates import NONE, Candidates, gather, remainders_inside
 from fusechat.align.counts import Counts
-from fusechat.align.lookahead import FAINT, Ahead, bytes_ahead, next_candidates, open_tokens, rows_ahead, with_ahead
+from fusechat.align.lookahead import (
+    MIN_CONTINUATION,
+    Ahead,
+    bytes_ahead,
+    extendable_tokens,
+    next_candidates,
+    rows_ahead,
+    with_ahead,
+)
 from fusechat.align.sequence import align_rows
 from fusechat.align.spelling import Spelling
 from fusechat.align.transfer import Transfer
@@ -45,22 +53,22 @@ def rests_for(rows: list[bytes]) -> VocabularyMap:
 def test_a_token_is_open_where_a_hundredth_of_its_counts_is_with_longer_tokens() -> None:
     """`a` once in a hundred, `b` once in a hundred and one, `c` never, `ab` with its equal, a shorter one and a longer one."""
     seen = {(A, 0): 99, (A, 3): 1, (B, 1): 100, (B, 6): 1, (C, 2): 7, (AB, 3): 4, (AB, 0): 5, (AB, 5): 1}
-    assert open_tokens(counts(seen), PIVOT, SOURCE)[:END].tolist() == [True, False, False, True]
+    assert extendable_tokens(counts(seen), PIVOT, SOURCE)[:END].tolist() == [True, False, False, True]
 
 
 def test_several_longer_tokens_open_one_together() -> None:
-    assert open_tokens(counts({(A, 0): 198, (A, 3): 1, (A, 5): 1}), PIVOT, SOURCE)[A]
-    assert not open_tokens(counts({(A, 0): 199, (A, 3): 1}), PIVOT, SOURCE)[A]
+    assert extendable_tokens(counts({(A, 0): 198, (A, 3): 1, (A, 5): 1}), PIVOT, SOURCE)[A]
+    assert not extendable_tokens(counts({(A, 0): 199, (A, 3): 1}), PIVOT, SOURCE)[A]
 
 
 def test_tokens_that_were_never_counted_are_open() -> None:
-    assert open_tokens(counts({}), PIVOT, SOURCE).tolist() == [True] * len(SOURCE)
-    assert open_tokens(counts({(B, 1): 3}), PIVOT, SOURCE).tolist() == [True, False, True, True, True]
+    assert extendable_tokens(counts({}), PIVOT, SOURCE).tolist() == [True] * len(SOURCE)
+    assert extendable_tokens(counts({(B, 1): 3}), PIVOT, SOURCE).tolist() == [True, False, True, True, True]
 
 
 def test_ids_in_a_models_padding_have_no_length() -> None:
     """A pivot's is longer than nothing, and whatever has a length is longer than a source's."""
-    found = open_tokens(counts({(A, len(PIVOT) + 3): 5, (len(SOURCE) + 2, 0): 1}), PIVOT, SOURCE)
+    found = extendable_tokens(counts({(A, len(PIVOT) + 3): 5, (len(SOURCE) + 2, 0): 1}), PIVOT, SOURCE)
     assert found.tolist() == [False, True, True, True, True, True, True, True]
 
 
@@ -123,7 +131,7 @@ def test_no_candidates_have_no_bytes(candidates: np.ndarray) -> None:
 
 
 def test_the_next_candidates_are_those_of_the_row_after_but_for_faint_ones() -> None:
-    captured = sparse([{A: 0.75}, {B: 0.5, C: FAINT / 2}, {C: 1.0}], k=3)
+    captured = sparse([{A: 0.75}, {B: 0.5, C: MIN_CONTINUATION / 2}, {C: 1.0}], k=3)
     ids, share = next_candidates(Ahead(np.array([0, 1]), np.array([0, 1]), [b"a", b"b"]), captured)
     assert ids.tolist() == [[B, -1, -1], [C, -1, -1]]
     assert share == pytest.approx(np.array([[0.5, 0, 0], [1.0, 0, 0]]))
@@ -137,7 +145,7 @@ def looked_ahead(
 ) -> tuple[Candidates, Candidates]:
     """The candidates before and after."""
     alignment = align_rows(pivot, source)
-    rests = rests_inside(alignment, source, captured, tokens=SOURCE, spelling=Spelling.of(SOURCE))
+    rests = remainders_inside(alignment, source, captured, tokens=SOURCE, spelling=Spelling.of(SOURCE))
     before = gather(alignment, captured, w, [rests] if inside else [])
     ahead = rows_ahead(alignment, source, OPEN, SOURCE, inside=inside)
     return before, with_ahead(before, ahead, source, captured, w, SOURCE)
@@ -161,7 +169,7 @@ def test_the_own_tokens_mass_is_spread_over_what_comes_next_and_the_tails_share_
 
 def test_faint_continuations_stay_with_the_own_token() -> None:
     pivot, source = conversation(PIVOT, [3]), conversation(SOURCE, [A, B])
-    captured = sparse([{A: 0.5}, {B: 0.75, C: FAINT / 2}], k=2)
+    captured = sparse([{A: 0.5}, {B: 0.75, C: MIN_CONTINUATION / 2}], k=2)
     _, after = looked_ahead(pivot, source, captured, rests_for([b"ab"]))  # which has no row for `ac`
     assert mass_by_row(after, 0, 6) == pytest.approx({5: 0.375, A: 0.125})
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from fusechat.commands.run import run
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import families
 import runs
 import tiny
+from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, Message
 from fusechat.models.chat_files import write_chat_files
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.reference import Reference
 from fusechat.models.saved_template import asking
 from fusechat.models.templates import ChatTemplate
@@ -42,9 +42,9 @@ def test_the_saved_template_asks_as_training_did(models: dict[str, Path], tmp_pa
     ):
         directory = tmp_path / str(number)
         shutil.copytree(models[kind], directory)
-        chatter = Chatter("pivot", Reference((str(models[kind]),)), template)
-        write_chat_files(chatter, directory, own_prompt=False, name="x")
-        own, saved = chatter.template(), AutoTokenizer.from_pretrained(directory)
+        chat_model = ChatModel("pivot", Reference((str(models[kind]),)), template)
+        write_chat_files(chat_model, directory, own_prompt=False, name="x")
+        own, saved = chat_model.template(), AutoTokenizer.from_pretrained(directory)
         found = asking(own)
         assert found.exact
         assert (found.note or "").find(note or "") >= 0
@@ -91,8 +91,8 @@ def test_where_no_template_asks_so_a_note_says_what_to_ask_by(
     models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(models["mistral"], tmp_path / "model")
-    chatter = Chatter("pivot", Reference((str(models["mistral"]),)), TWO_TEXTS)
-    write_chat_files(chatter, tmp_path / "model", own_prompt=False, name="merge")
+    chat_model = ChatModel("pivot", Reference((str(models["mistral"]),)), TWO_TEXTS)
+    write_chat_files(chat_model, tmp_path / "model", own_prompt=False, name="merge")
     (line,) = [line for line in caplog.messages if "generation prompt" in line]
     assert line.startswith("merge: its chat template's own generation prompt is not what it was trained after")
     assert '"<U>Why?<A></think>"' in line
@@ -130,8 +130,8 @@ def test_a_model_that_learned_to_reason_is_asked_by_the_templates_own_prompt(
         turns = [{"role": "user", "content": "What is 9?"}]
         own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert own.endswith("What is 9?<|im_end|>\n<|im_start|>assistant\n")
-        chatter = Chatter("fused", Reference((str(directory),)))
-        assert chatter.template().prompt([Message("user", "What is 9?")]) == own
+        chat_model = ChatModel("fused", Reference((str(directory),)))
+        assert chat_model.template().prompt([Message("user", "What is 9?")]) == own
     assert "answers that begin with reasoning" in (tmp_path / "work" / "merge" / "model" / "README.md").read_text()
 
 
@@ -196,7 +196,7 @@ def test_what_ends_generation_already_stays(models: dict[str, Path], tmp_path: P
             (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": before, "top_k": 7}))
         config = json.loads((directory / "config.json").read_text()) | {"eos_token_id": None}
         (directory / "config.json").write_text(json.dumps(config))
-        write_chat_files(Chatter("pivot", Reference((str(models["llama"]),))), directory, own_prompt=False, name="x")
+        write_chat_files(ChatModel("pivot", Reference((str(models["llama"]),))), directory, own_prompt=False, name="x")
         settings = GenerationConfig.from_pretrained(directory)
         assert settings.eos_token_id == expected
         assert before is None or settings.top_k == 7
@@ -208,7 +208,7 @@ def test_what_ends_generation_already_stays(models: dict[str, Path], tmp_path: P
         "text_config": {"eos_token_id": 5},
     }
     (nested / "config.json").write_text(json.dumps(config))
-    write_chat_files(Chatter("pivot", Reference((str(models["llama"]),))), nested, own_prompt=False, name="x")
+    write_chat_files(ChatModel("pivot", Reference((str(models["llama"]),))), nested, own_prompt=False, name="x")
     assert json.loads((nested / "generation_config.json").read_text())["eos_token_id"] == [5, 2]
 
 

@@ -23,9 +23,9 @@ def table(tokenizers: dict[str, Any]) -> dict[str, TokenBytes]:
 def test_back_off_takes_the_same_bytes_first(table: dict[str, TokenBytes]) -> None:
     back_off = BackOff(table["gemma"])
     vocabulary = table["gemma"].tokenizer.get_vocab()
-    assert back_off(b" the") == (vocabulary["▁the"], "same bytes")
-    assert back_off("本".encode()) == (vocabulary["本"], "same bytes")
-    assert BackOff(table["llama"])(b" the") == (table["llama"].tokenizer.get_vocab()["Ġthe"], "same bytes")
+    assert back_off.lookup(b" the") == (vocabulary["▁the"], "same bytes")
+    assert back_off.lookup("本".encode()) == (vocabulary["本"], "same bytes")
+    assert BackOff(table["llama"]).lookup(b" the") == (table["llama"].tokenizer.get_vocab()["Ġthe"], "same bytes")
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma"])
@@ -37,7 +37,7 @@ def test_of_two_tokens_with_the_same_bytes_the_one_that_the_pivot_writes(
     tokenizer = table[kind].tokenizer
     written = tokenizer("\x01" + character, add_special_tokens=False).input_ids[-1]
     assert tokenizer.convert_ids_to_tokens(written) == character
-    assert BackOff(table[kind])(character.encode()) == (written, "same bytes")
+    assert BackOff(table[kind]).lookup(character.encode()) == (written, "same bytes")
 
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
@@ -48,7 +48,7 @@ def test_back_off_is_then_the_first_token_in_the_middle_of_a_text(
     """Against the encoding of the text after a character that merges with nothing; no dummy prefix, never unk."""
     tokenizer = table[kind].tokenizer
     assert all(table[kind][token] != text.encode() for token in range(len(tokenizer)))
-    found, how = BackOff(table[kind])(text.encode())
+    found, how = BackOff(table[kind]).lookup(text.encode())
     middle = tokenizer("\x01" + text, add_special_tokens=False).input_ids
     before = tokenizer("\x01", add_special_tokens=False).input_ids
     assert middle[: len(before)] == before
@@ -65,7 +65,7 @@ def test_bytes_that_are_no_text_take_the_longest_token_that_begins_them(
         by_name = sorted(tokens.tokenizer.get_vocab().items(), key=lambda item: not item[0].startswith("<0x"))
         spelt = {tokens[token]: token for _, token in by_name if token not in tokens.special}  # byte tokens yield
         longest = next(data[:size] for size in range(len(data), 0, -1) if data[:size] in spelt)
-        found, how = BackOff(tokens)(data)
+        found, how = BackOff(tokens).lookup(data)
         assert found == spelt[longest]
         assert how == ("same bytes" if longest == data else "longest prefix")
 
@@ -83,12 +83,12 @@ def words_only() -> TokenBytes:
 
 def test_what_no_pivot_token_begins_goes_to_the_tail_never_to_unk_or_end_of_sequence() -> None:
     back_off = BackOff(words_only())
-    assert back_off(b"zz") == (TAIL, "tail")
-    assert back_off(b"\xff") == (TAIL, "tail")
-    assert back_off(b"</s>") == (TAIL, "tail")
-    assert back_off(b"<unk>") == (TAIL, "tail")
-    assert back_off(b"") == (TAIL, "tail")
-    assert back_off(b"ab")[0] == 2
+    assert back_off.lookup(b"zz") == (TAIL, "tail")
+    assert back_off.lookup(b"\xff") == (TAIL, "tail")
+    assert back_off.lookup(b"</s>") == (TAIL, "tail")
+    assert back_off.lookup(b"<unk>") == (TAIL, "tail")
+    assert back_off.lookup(b"") == (TAIL, "tail")
+    assert back_off.lookup(b"ab")[0] == 2
 
 
 @FEW
@@ -96,7 +96,7 @@ def test_what_no_pivot_token_begins_goes_to_the_tail_never_to_unk_or_end_of_sequ
 def test_a_back_off_token_always_begins_the_bytes(tokenizers: dict[str, Any], data: bytes) -> None:
     for kind in tiny.KINDS:
         tokens = TokenBytes(tokenizers[kind])
-        found, how = BackOff(tokens)(data)
+        found, how = BackOff(tokens).lookup(data)
         assert (found == TAIL) == (how == "tail") == (not data)
         if found != TAIL:
             assert data.startswith(tokens[found])
@@ -111,7 +111,7 @@ def test_a_pre_tokenizer_that_leaves_nothing_of_the_bytes_is_no_error() -> None:
     pivot.tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    token, how = BackOff(pivot)(b"\n\n")
+    token, how = BackOff(pivot).lookup(b"\n\n")
     assert token == 1
     assert how in ("first token", "longest prefix")
 

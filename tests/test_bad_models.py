@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import runs
 import tiny
 from fusechat.errors import ModelError
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.reference import Reference
 from test_bad_input import complaints, done
 
@@ -199,7 +199,7 @@ def test_code_of_a_model_does_not_run_without_trust(tmp_path: Path, models: dict
     ]
     if part == "tokenizer":
         with pytest.raises(ModelError, match=f"^{re.escape(f'{model}: its tokenizer {needs}')}$"):
-            Chatter("teacher", Reference((str(model),))).tokenizer()
+            ChatModel("teacher", Reference((str(model),))).tokenizer()
     assert not (tmp_path / "ran").exists()
     assert not any("capture/teacher" in step for step in done(tmp_path / "work"))
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 import runs
 from fusechat.align.back_off import BackOff
 from fusechat.commands.chat import talk
+from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.errors import FuseChatError, ModelError
 from fusechat.models.token_bytes import token_bytes
@@ -211,9 +211,9 @@ def test_no_token_without_an_embedding_stands_for_another(models: dict[str, Path
     tokens = token_bytes(
         AutoTokenizer.from_pretrained(copy_of(models["llama"], tmp_path / "model", "<pad>", "zyzzyva"))
     )
-    assert BackOff(tokens)(b"zyzzyva") == (401, "same bytes")
+    assert BackOff(tokens).lookup(b"zyzzyva") == (401, "same bytes")
     limited = BackOff(tokens, 400)
-    for found, _ in (limited(b"zyzzyva"), *limited.nearest([b"zyzzyva", b"zyzzyvas"])):
+    for found, _ in (limited.lookup(b"zyzzyva"), *limited.nearest([b"zyzzyva", b"zyzzyvas"])):
         assert 0 <= found < 400
 
 
@@ -251,6 +251,6 @@ def test_only_waiting_steps_are_checked(models: dict[str, Path], tmp_path: Path)
     fine_tuning = [step for step in select_steps(build_steps(recipe, work)) if step.stage in ("fuse", "merge")]
     asked: list[str] = []
     recipe_seen = recipe.model_copy()
-    object.__setattr__(recipe_seen, "chatter", lambda name: asked.append(name) or recipe.chatter(name))
+    object.__setattr__(recipe_seen, "chatter", lambda name: asked.append(name) or recipe.chat_model(name))
     before.check_models(recipe_seen, fine_tuning)
     assert set(asked) == {"pivot"}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aligning import conversation, sparse, toy
-from fusechat.align.boundary_bias import cut_share
+from fusechat.align.boundary_bias import boundary_probability
 from fusechat.align.spelling import Spelling
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
@@ -17,7 +17,7 @@ TH, THE, THEN, T, E, N, HE, END = range(8)
 
 
 def share(source: Prepared, captured: SparseDistribution) -> list[float]:
-    return cut_share(source, captured, Spelling.of(TOKENS)).tolist()
+    return boundary_probability(source, captured, Spelling.of(TOKENS)).tolist()
 
 
 def nll(*probabilities: float) -> list[float]:

@@ -10,7 +10,7 @@ import pytest
 import runs
 from fusechat.run.steps import MANIFEST
 
-ALONE = {"OMP_NUM_THREADS": "1"}  # as torchrun has it
+SINGLE_CANDIDATE = {"OMP_NUM_THREADS": "1"}  # as torchrun has it
 
 
 def together(number: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -21,7 +21,7 @@ def together(number: int, *arguments: str | Path) -> subprocess.CompletedProcess
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | ALONE,
+        env=os.environ | SINGLE_CANDIDATE,
         timeout=600,
     )
 
@@ -32,7 +32,7 @@ def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     directory = tmp_path_factory.mktemp("ranks")
     recipe = runs.write_recipe(directory, models)
     arguments = ("run", recipe, "--workdir", directory / "one", "--until", "capture", "--only", "mistral")
-    done = runs.fusechat(*arguments, **ALONE)
+    done = runs.fusechat(*arguments, **SINGLE_CANDIDATE)
     assert done.returncode == 0, done.stderr
     return directory
 

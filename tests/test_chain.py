@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aligning import Response, conversation, conversations, dense, gold_nll_of, map_of, prepared, sparse, toy
 from fusechat.align.back_off import BackOff
-from fusechat.align.candidates import NONE, Candidates, gather, rests_inside
+from fusechat.align.candidates import NONE, Candidates, gather, remainders_inside
 from fusechat.align.chain import following, with_own_token
 from fusechat.align.counts import Seen, count_pairs
 from fusechat.align.sequence import align_rows
@@ -109,7 +109,7 @@ def with_own(
     pivot: Prepared, source: Prepared, captured: SparseDistribution, w: VocabularyMap, *, inside: bool = False
 ) -> Candidates:
     alignment = align_rows(pivot, source)
-    rests = rests_inside(alignment, source, captured, tokens=SOURCE, spelling=Spelling.of(SOURCE))
+    rests = remainders_inside(alignment, source, captured, tokens=SOURCE, spelling=Spelling.of(SOURCE))
     before = gather(alignment, captured, w, [rests] if inside else [])
     return with_own_token(before, alignment, pivot, source, captured, w)
 

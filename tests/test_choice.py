@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fusechat.data.distributions import SparseDistribution, nothing
 from fusechat.fuse.teacher_selection import (
     Candidate,
-    Rule,
+    SelectionRule,
     common_responses,
     content_size,
     cross_entropies,
@@ -137,7 +137,7 @@ def test_cross_entropies_are_those_of_plain_loops(
     assume(with_pivot or number < 3)
     pivot = several[0].rows
     chosen = several[:number] if with_pivot else several[1 : 1 + number]
-    expected = naive_cross_entropies(chosen, pivot, Rule(unit=unit, level=level))
+    expected = naive_cross_entropies(chosen, pivot, SelectionRule(unit=unit, level=level))
     found = cross_entropies(chosen, pivot, unit=unit, level=level)
     assert groups_of(pivot, level).tolist() == naive_groups(pivot, level)
     np.testing.assert_allclose(found, np.array(expected), rtol=1e-6, atol=1e-6)
@@ -209,11 +209,11 @@ def test_weights_are_those_of_plain_loops_and_sum_to_one(found: list[list[float]
 @pytest.mark.parametrize(
     ("rule", "pivot", "student"),
     [
-        (Rule(), True, False),
-        (Rule(function="avgce", against="student"), False, True),
-        (Rule(function="source"), False, False),
-        (Rule(function="source", against="student"), False, False),
+        (SelectionRule(), True, False),
+        (SelectionRule(function="avgce", against="student"), False, True),
+        (SelectionRule(function="source"), False, False),
+        (SelectionRule(function="source", against="student"), False, False),
     ],
 )
-def test_with_whom_sources_are_compared(rule: Rule, pivot: bool, student: bool) -> None:
+def test_with_whom_sources_are_compared(rule: SelectionRule, pivot: bool, student: bool) -> None:
     assert (rule.compares_with_pivot, rule.compares_with_student) == (pivot, student)

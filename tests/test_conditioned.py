@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import tiny
 from aligning import conversation, map_of, sparse, toy
 from fusechat.align.back_off import BackOff
-from fusechat.align.candidates import NONE, Candidates, Rests, gather, rests_clipped, rests_inside
+from fusechat.align.candidates import NONE, Candidates, Remainders, gather, remainders_clipped, remainders_inside
 from fusechat.align.counts import Seen
 from fusechat.align.sequence import align_rows
 from fusechat.align.spelling import Spelling
@@ -32,7 +32,7 @@ def table(tokenizers: dict[str, Any]) -> dict[str, TokenBytes]:
     return {kind: TokenBytes(tokenizers[kind]) for kind in tiny.KINDS}
 
 
-def found(rests: Rests) -> Found:
+def found(rests: Remainders) -> Found:
     """(row, column) → mass, bytes."""
     keys = zip(rests.pivot_row.tolist(), rests.column.tolist(), strict=True)
     result = dict(zip(keys, zip(rests.mass.tolist(), rests.data, strict=True), strict=True))
@@ -42,7 +42,7 @@ def found(rests: Rests) -> Found:
 
 def inside(pivot: Prepared, source: Prepared, captured: SparseDistribution, tokens: TokenBytes) -> Found:
     alignment = align_rows(pivot, source)
-    return found(rests_inside(alignment, source, captured, tokens=tokens, spelling=Spelling.of(tokens)))
+    return found(remainders_inside(alignment, source, captured, tokens=tokens, spelling=Spelling.of(tokens)))
 
 
 def naive_inside(pivot: Prepared, source: Prepared, captured: SparseDistribution, tokens: TokenBytes) -> Found:
@@ -221,7 +221,7 @@ def clipped(
     )
     captured = sparse([{token(theirs, piece): mass for piece, mass in row.items()}])
     alignment = align_rows(one, other)
-    rests = rests_clipped(alignment, one, other, captured, spell=(ours, theirs))
+    rests = remainders_clipped(alignment, one, other, captured, spell=(ours, theirs))
     needed = Seen(tokens=np.unique(captured.ids), rests=set(rests.data) - {b""})
     roles = {theirs.tokenizer.eos_token_id: ours.tokenizer.eos_token_id}
     w = build_map(needed, source=theirs, back_off=BackOff(ours), roles=roles)
@@ -269,7 +269,7 @@ def test_aligned_rows_have_whole_tokens_and_those_inside_have_bytes() -> None:
     pivot, source = conversation(TOKENS, [BA, NANA], ends=END), conversation(TOKENS, [BANANA], ends=END)
     captured = sparse([{BANANA: 0.5, BA: 0.25, SPLIT: 0.125}, {END: 0.75}])
     alignment = align_rows(pivot, source)
-    rests = rests_inside(alignment, source, captured, tokens=TOKENS, spelling=Spelling.of(TOKENS))
+    rests = remainders_inside(alignment, source, captured, tokens=TOKENS, spelling=Spelling.of(TOKENS))
     w = map_of(np.eye(len(TOKENS) + 1, len(TOKENS)), rests=[b"nana"])
     result = gather(alignment, captured, w, [rests])
     assert isinstance(result, Candidates)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from fusechat.commands.run import run
 from pyarrow import parquet
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, DataSet, Malformed, Message, read_conversations
 from fusechat.errors import DataError
 from fusechat.pipeline import load_recipe
@@ -118,7 +118,7 @@ def test_a_data_set_is_known_by_the_bytes_of_its_file(tmp_path: Path) -> None:
 # -- bad ones -----------------------------------------------------------------------------------------------------------
 
 
-def in_turn(turn: str, key: str = "messages") -> str:
+def wait_for_lock(turn: str, key: str = "messages") -> str:
     return f'{{"{key}": [{turn}]}}'
 
 
@@ -130,18 +130,21 @@ BAD_LINES = {
     "a list": (f"[{GOOD}]", "a conversation is an object, not list"),
     "other keys": ('{"text": "Hi"}', 'neither "messages" nor "conversations" holds a list'),
     "no list": ('{"messages": "Hi"}', 'neither "messages" nor "conversations" holds a list'),
-    "role": (in_turn('{"role": "robot", "content": "x"}'), "message 1 has unknown role 'robot' (known: system,"),
+    "role": (wait_for_lock('{"role": "robot", "content": "x"}'), "message 1 has unknown role 'robot' (known: system,"),
     "ShareGPT role": (
-        in_turn('{"from": "robot", "value": "x"}', "conversations"),
+        wait_for_lock('{"from": "robot", "value": "x"}', "conversations"),
         "message 1 has unknown role 'robot'",
     ),
-    "role no text": (in_turn('{"role": ["user"], "content": "x"}'), "message 1 has unknown role ['user']"),
-    "no content": (in_turn('{"role": "user"}'), 'message 1 lacks "role" or "content"'),
-    "no object": (in_turn('"Hi"'), 'message 1 lacks "role" or "content"'),
-    "content null": (in_turn('{"role": "user", "content": null}'), '"content" of message 1 is NoneType, not text'),
-    "content parts": (in_turn('{"role": "user", "content": [{}]}'), '"content" of message 1 is list, not text'),
-    "half a pair": (in_turn('{"role": "user", "content": "\\ud83d"}'), "message 1 holds half a surrogate pair"),
-    "not UTF-8": (in_turn('{"role": "user", "content": "caf\udce9"}'), "not UTF-8"),
+    "role no text": (wait_for_lock('{"role": ["user"], "content": "x"}'), "message 1 has unknown role ['user']"),
+    "no content": (wait_for_lock('{"role": "user"}'), 'message 1 lacks "role" or "content"'),
+    "no object": (wait_for_lock('"Hi"'), 'message 1 lacks "role" or "content"'),
+    "content null": (
+        wait_for_lock('{"role": "user", "content": null}'),
+        '"content" of message 1 is NoneType, not text',
+    ),
+    "content parts": (wait_for_lock('{"role": "user", "content": [{}]}'), '"content" of message 1 is list, not text'),
+    "half a pair": (wait_for_lock('{"role": "user", "content": "\\ud83d"}'), "message 1 holds half a surrogate pair"),
+    "not UTF-8": (wait_for_lock('{"role": "user", "content": "caf\udce9"}'), "not UTF-8"),
 }
 
 
@@ -195,7 +198,7 @@ def test_malformed_lines_are_counted_where_the_recipe_says_skip(tmp_path: Path, 
     [
         ("", "no usable conversation for pivot: it holds no records"),
         ("\n\n", "no usable conversation for pivot: it holds no records"),
-        (in_turn('{"role": "user", "content": "Hi"}'), "no usable conversation for pivot: no assistant turn (1)"),
+        (wait_for_lock('{"role": "user", "content": "Hi"}'), "no usable conversation for pivot: no assistant turn (1)"),
     ],
 )
 def test_data_without_one_usable_conversation(

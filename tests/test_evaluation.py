@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusechat.commands.run import run
 
 import runs
 import tiny
+from fusechat.commands.run import run
 from fusechat.evaluate.records import Measurement, gather, keep, records, write_results
 from fusechat.pipeline import load_recipe, run_models
-from fusechat.run.lock import only_one
+from fusechat.run.lock import exclusive_lock
 from fusechat.run.steps import Step
 from reporting import students_t
 
@@ -219,10 +219,10 @@ def test_models_of_one_name_are_told_apart(models: dict[str, Path], tmp_path: Pa
 
 def test_one_at_a_time(models: dict[str, Path], finished: Path, copied: Path, tmp_path: Path) -> None:
     data = finished / "held-out.jsonl"
-    with only_one(tmp_path / "there" / ".lock", tmp_path):
+    with exclusive_lock(tmp_path / "there" / ".lock", tmp_path):
         said = refused("eval", "bits-per-byte", models["llama"], "--data", data, "--out", "there/results.json")
     assert said == f"there: process {os.getpid()} is using it"
-    with only_one(copied / ".lock", copied):
+    with exclusive_lock(copied / ".lock", copied):
         said = refused("eval", "bits-per-byte", "pivot", "--workdir", copied, "--data", data)
     assert f"process {os.getpid()} is using it" in said
 

@@ -7,16 +7,16 @@ import huggingface_hub.constants
 import pyarrow as pa
 import pytest
 import yaml
-from fusechat.commands.run import run
 from pyarrow import parquet
 from transformers import AutoModelForCausalLM
 
 import families
 import runs
+from fusechat.commands.run import run
 from fusechat.data.conversations import DataSet
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.load import save_recipe
-from fusechat.recipe.pinned import settled
+from fusechat.recipe.pinned import pin
 from fusechat.recipe.schema import PIVOT
 from test_references import hub_repository
 
@@ -48,7 +48,7 @@ def test_an_example_is_a_recipe(example: Path, tmp_path: Path) -> None:
     save_recipe(recipe, tmp_path / "recipe.yaml")
     assert load_recipe(tmp_path / "recipe.yaml") == recipe
     for name in (PIVOT, *recipe.sources):
-        assert recipe.chatter(name).reference.check() is None
+        assert recipe.chat_model(name).reference.check() is None
     local = [data for data in recipe.validation_sets() if Path(data.path).is_absolute()]
     assert all(data.local().is_file() for data in local)
     assert recipe.fuse.training["per_device_train_batch_size"]
@@ -74,7 +74,7 @@ def test_the_laptops_recipe_on_its_families_in_small(tmp_path: Path, monkeypatch
         LAPTOP, ["data.train.limit=7", "data.validation.limit=3", "evaluate.answers=1", "evaluate.answer_tokens=4"]
     )
     run(recipe, tmp_path / "work")
-    states = {step.label: step.state() for step in build_steps(settled(recipe, tmp_path / "work"), tmp_path / "work")}
+    states = {step.label: step.state() for step in build_steps(pin(recipe, tmp_path / "work"), tmp_path / "work")}
     assert {state for state, _ in states.values()} == {"done"}, states
     for data, count in (("data", 7), ("data-held-out", 3)):
         for name in (PIVOT, "qwen", "danube"):

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from fusechat.commands.run import run
 from transformers import AutoModelForCausalLM
 
 import families
 import runs
 from families import FAMILIES
+from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.templates import ChatTemplate
 from fusechat.pipeline import build_steps, load_recipe
@@ -52,7 +52,7 @@ def test_a_family_learns_from_the_next(built: dict[str, Path], tmp_path: Path, n
         assert counts["conversations"] == 6, counts["rejected"]
         assert "offsets" not in counts, "every span is exact"
         assert counts.get("system_folded", 0) == (2 if FAMILIES[family].folds_system else 0)
-        template: ChatTemplate = loaded.chatter("pivot" if role == "pivot" else "next").template()
+        template: ChatTemplate = loaded.chat_model("pivot" if role == "pivot" else "next").template()
         ends = template.tokenizer.convert_tokens_to_ids(FAMILIES[family].added[0])
         assert template.end_of_turn == ends
         for conversation in PreparedSet(work / "prepare" / role / "data"):

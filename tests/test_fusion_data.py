@@ -11,8 +11,8 @@ import torch
 
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
-from fusechat.fuse.dataset import NOBODY, FusionData, Teacher, TeachingSet, collate_fusion
-from fusechat.fuse.teacher_selection import Candidate, Rule
+from fusechat.fuse.dataset import PAD_INDEX, FusionData, Teacher, TeachingSet, collate_fusion
+from fusechat.fuse.teacher_selection import Candidate, SelectionRule
 from fusing import (
     FUNCTIONS,
     LEVELS,
@@ -29,7 +29,7 @@ from fusing import (
     store,
 )
 
-PIVOT, NONE, TIES, ALONE = "pivot", "none", "ties", "without comparison"
+PIVOT, NONE, TIES, SINGLE_CANDIDATE = "pivot", "none", "ties", "without comparison"
 
 
 @dataclass
@@ -122,10 +122,10 @@ def random_talks(seed: int, name: str, identities: list[str], sources: list[str]
 FIRST = [f"a{number}" for number in range(9)]
 SECOND = ["a2", *(f"b{number}" for number in range(7)), "a4"]  # two are in the first set as well
 SETS = [random_talks(1, "data", FIRST, ["one", "two"]), random_talks(2, "own", SECOND, ["three"])]
-RULES = [Rule(function, unit, level) for function in FUNCTIONS for unit in UNITS for level in LEVELS]
+RULES = [SelectionRule(function, unit, level) for function in FUNCTIONS for unit in UNITS for level in LEVELS]
 
 
-def fusion_data(directory: Path, rule: Rule, talks: list[Talks] = SETS) -> FusionData:
+def fusion_data(directory: Path, rule: SelectionRule, talks: list[Talks] = SETS) -> FusionData:
     return FusionData([one.written(directory, with_pivot=rule.compares_with_pivot) for one in talks], rule)
 
 
@@ -136,11 +136,11 @@ def expected_places() -> list[tuple[int, str]]:
 # -- against plain loops ------------------------------------------------------------------------------------------------
 
 
-def naive_counts(rule: Rule) -> dict[str, dict[str, float]]:
+def naive_counts(rule: SelectionRule) -> dict[str, dict[str, float]]:
     counts: dict[str, dict[str, float]] = {}
     for one in SETS:
         names = ([PIVOT] if rule.compares_with_pivot else []) + list(one.teachers)
-        counts[one.name] = dict.fromkeys([*names, NONE, TIES, ALONE], 0.0)
+        counts[one.name] = dict.fromkeys([*names, NONE, TIES, SINGLE_CANDIDATE], 0.0)
     for place, identity in expected_places():
         count, rows = counts[SETS[place].name], SETS[place].pivot.rows[identity]
         several = SETS[place].candidates(identity, with_pivot=rule.compares_with_pivot)
@@ -155,14 +155,14 @@ def naive_counts(rule: Rule) -> dict[str, dict[str, float]]:
             known = [value for value in values if value < np.inf]
             count[NONE] += not known
             count[TIES] += known.count(min(known)) > 1 if known else 0
-            count[ALONE] += len(known) == 1
+            count[SINGLE_CANDIDATE] += len(known) == 1
             for name, weights in zip(several, share, strict=True):
                 count[name] += weights[group]
     return counts
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_who_teaches_how_much(tmp_path: Path, rule: Rule) -> None:
+def test_who_teaches_how_much(tmp_path: Path, rule: SelectionRule) -> None:
     found, expected = fusion_data(tmp_path, rule).chosen, naive_counts(rule)
     assert found.keys() == expected.keys()
     for name in expected:
@@ -173,7 +173,7 @@ def test_who_teaches_how_much(tmp_path: Path, rule: Rule) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_the_targets_of_every_row(tmp_path: Path, rule: Rule) -> None:
+def test_the_targets_of_every_row(tmp_path: Path, rule: SelectionRule) -> None:
     data = fusion_data(tmp_path, rule)
     assert len(data) == len(expected_places())
     for index, (place, identity) in enumerate(expected_places()):
@@ -193,7 +193,7 @@ def test_the_targets_of_every_row(tmp_path: Path, rule: Rule) -> None:
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_against_the_student_the_best_source_is_the_bar(tmp_path: Path, unit: str, level: str) -> None:
-    rule = Rule(unit=unit, level=level, against="student")
+    rule = SelectionRule(unit=unit, level=level, against="student")
     data = fusion_data(tmp_path, rule)
     assert data.candidates == [PIVOT, "one", "two", "three"]
     for index, (place, identity) in enumerate(expected_places()):
@@ -201,11 +201,11 @@ def test_against_the_student_the_best_source_is_the_bar(tmp_path: Path, unit: st
         several = SETS[place].candidates(identity, with_pivot=False)
         if not several:
             assert comparison.groups.tolist() == naive_groups(rows, level)
-            assert comparison.bar.tolist() == [np.inf] * len(set(comparison.groups.tolist()))
+            assert comparison.best_source_ce.tolist() == [np.inf] * len(set(comparison.groups.tolist()))
             continue
         found = naive_cross_entropies(list(several.values()), rows, rule)
         bars = [min(values) for values in zip(*found, strict=True)]
-        assert comparison.bar.tolist() == pytest.approx(bars, rel=1e-5), identity
+        assert comparison.best_source_ce.tolist() == pytest.approx(bars, rel=1e-5), identity
         names = [list(several)[values.index(min(values))] for values in zip(*found, strict=True)]
         assert [data.candidates[which] for which in comparison.chosen] == names
         assert comparison.groups.tolist() == naive_groups(rows, level)
@@ -231,8 +231,8 @@ def by_hand() -> Talks:
 
 
 def test_a_conversation_that_one_model_lacks_is_the_others(tmp_path: Path) -> None:
-    data = fusion_data(tmp_path, Rule(), [by_hand()])
-    assert data.chosen == {"data": {PIVOT: 3, "source": 2, NONE: 1, TIES: 1, ALONE: 2}}
+    data = fusion_data(tmp_path, SelectionRule(), [by_hand()])
+    assert data.chosen == {"data": {PIVOT: 3, "source": 2, NONE: 1, TIES: 1, SINGLE_CANDIDATE: 2}}
     first = {item["conversation"].id: item["targets"].ids[:, 0].tolist() for item in map(data.__getitem__, range(6))}
     own = [50] * 3
     assert first == {
@@ -256,7 +256,7 @@ def test_avgce_weighs_by_nats_a_token_whatever_they_are_compared_by(tmp_path: Pa
     own = {}
     for unit, level in itertools.product(UNITS, LEVELS):
         data = fusion_data(
-            tmp_path / unit / level, Rule("avgce", unit, level), [Talks("data", pivot, {"source": source})]
+            tmp_path / unit / level, SelectionRule("avgce", unit, level), [Talks("data", pivot, {"source": source})]
         )
         own[unit, level] = rows_of(data[0]["targets"])[0][50]
     expected = {"byte": 1 / (1 + math.exp(0.8)), "token": 1 / (1 + math.exp(-1.0))}
@@ -269,9 +269,12 @@ def test_without_teachers_there_are_no_targets(tmp_path: Path) -> None:
     pivot = by_hand().pivot
     one = TeachingSet("data", prepared_set(tmp_path / "a", [*pivot.rows.values()][:4]))
     other = TeachingSet("own", prepared_set(tmp_path / "b", [*pivot.rows.values()][3:]), None, {})
-    data = FusionData([one, other], Rule(level="response"))
+    data = FusionData([one, other], SelectionRule(level="response"))
     assert [data[index]["conversation"].id for index in range(len(data))] == list(pivot.rows)
-    assert data.chosen == {"data": {NONE: 4, TIES: 0, ALONE: 0}, "own": {NONE: 2, TIES: 0, ALONE: 0}}
+    assert data.chosen == {
+        "data": {NONE: 4, TIES: 0, SINGLE_CANDIDATE: 0},
+        "own": {NONE: 2, TIES: 0, SINGLE_CANDIDATE: 0},
+    }
     batch = collate_fusion([data[0], data[5]], pad=0)
     assert batch["target_ids"].tolist() == [[-1]] * 6
     assert batch["target_logprobs"].exp().tolist() == [[0.0]] * 6
@@ -279,12 +282,12 @@ def test_without_teachers_there_are_no_targets(tmp_path: Path) -> None:
 
 
 def test_a_batch_pads_tokens_and_targets_and_labels_each_row_with_its_own_token(tmp_path: Path) -> None:
-    data = fusion_data(tmp_path, Rule(), [by_hand()])
+    data = fusion_data(tmp_path, SelectionRule(), [by_hand()])
     names = list(by_hand().pivot.rows)
     short = prepared("short", [(1, 1)], first=200)
     items = [data[names.index(name)] for name in ("lost", "nobodys", "won")]
     items.append({**items[1], "conversation": short, "targets": sparse([{3: 1.0}] * 2), "input_ids": short.input_ids})
-    batch = collate_fusion([*items, data[NOBODY]], pad=99)
+    batch = collate_fusion([*items, data[PAD_INDEX]], pad=99)
     assert batch["input_ids"].tolist()[:3] == [[10, 11, 12, 13, 14], [50, 51, 52, 53, 54], [0, 1, 2, 3, 4]]
     assert batch["input_ids"][3].tolist() == [200, 201, 202, 203, 99]
     assert batch["attention_mask"][:4].tolist() == [[1] * 5] * 3 + [[1] * 4 + [0]]
@@ -301,13 +304,15 @@ def test_a_batch_pads_tokens_and_targets_and_labels_each_row_with_its_own_token(
 
 
 def test_an_item_that_only_fills_up_has_no_rows(tmp_path: Path) -> None:
-    rule = Rule(against="student")
+    rule = SelectionRule(against="student")
     data = fusion_data(tmp_path, rule, [by_hand()])
-    batch = collate_fusion([data[NOBODY], data[0], data[NOBODY]], pad=0)
+    batch = collate_fusion([data[PAD_INDEX], data[0], data[PAD_INDEX]], pad=0)
     assert batch["labels"].tolist() == [2, 3, 4]
     assert batch["rows"].tolist() == [[1, 2], [1, 3], [1, 4]]
     assert batch["conversation_ids"] == ["won"]
     assert batch["comparison"]["groups"].tolist() == [0, 0, 0]
-    assert batch["comparison"]["bar"].tolist() == [0.5], "what fills up is nobody's to teach, and is not counted"
-    alone = collate_fusion([data[NOBODY]], pad=0)
+    assert batch["comparison"]["best_source_ce"].tolist() == [0.5], (
+        "what fills up is nobody's to teach, and is not counted"
+    )
+    alone = collate_fusion([data[PAD_INDEX]], pad=0)
     assert (alone["labels"].tolist(), alone["target_ids"].shape[0]) == ([], 0)

@@ -4,19 +4,19 @@ truncation; who teaches, against plain loops over the artifacts."""
 from pathlib import Path
 
 import pytest
-from fusechat.commands.run import run
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet, collate_fusion
-from fusechat.fuse.teacher_selection import Candidate, Rule
+from fusechat.fuse.teacher_selection import Candidate, SelectionRule
 from fusechat.pipeline import load_recipe
 from fusing import FUNCTIONS, LEVELS, UNITS, naive_cross_entropies, naive_groups, naive_mix, naive_shares, rows_of
 
 SOURCES = {"data": "mistral", "gemma": "gemma"}  # of each set
 RULES = [
-    Rule(function, unit, level, against)
+    SelectionRule(function, unit, level, against)
     for function in FUNCTIONS
     for unit in UNITS
     for level in LEVELS
@@ -38,7 +38,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Path]) -
     return directory / "work"
 
 
-def teaching_sets(workdir: Path, rule: Rule) -> list[TeachingSet]:
+def teaching_sets(workdir: Path, rule: SelectionRule) -> list[TeachingSet]:
     return [
         TeachingSet(
             name,
@@ -68,7 +68,7 @@ def candidates(data: TeachingSet, identity: str) -> dict[str, Candidate]:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_targets_and_counts_are_those_of_plain_loops(workdir: Path, rule: Rule) -> None:
+def test_targets_and_counts_are_those_of_plain_loops(workdir: Path, rule: SelectionRule) -> None:
     sets = teaching_sets(workdir, rule)
     data = FusionData(sets, rule)
     assert len(data) == 18
@@ -88,7 +88,9 @@ def test_targets_and_counts_are_those_of_plain_loops(workdir: Path, rule: Rule) 
                 count[name] += weights[group]
             count["none"] += not any(weights[group] for weights in share)
         if rule.compares_with_student:
-            assert item["comparison"].bar.tolist() == pytest.approx([min(one) for one in zip(*found, strict=True)])
+            assert item["comparison"].best_source_ce.tolist() == pytest.approx(
+                [min(one) for one in zip(*found, strict=True)]
+            )
     for name, count in counts.items():
         chosen = data.chosen[name]
         assert {key: chosen.get(key, 0.0) for key in count} == pytest.approx(count, abs=1e-3)
@@ -97,7 +99,7 @@ def test_targets_and_counts_are_those_of_plain_loops(workdir: Path, rule: Rule) 
 def test_models_lose_different_responses(workdir: Path) -> None:
     """Without which the test above says less."""
     lost = set()
-    for one in teaching_sets(workdir, Rule()):
+    for one in teaching_sets(workdir, SelectionRule()):
         for rows in one.pivot:
             several = candidates(one, rows.id)
             lost |= {(name, len(each.rows.content_bytes) - len(rows.content_bytes)) for name, each in several.items()}
@@ -106,7 +108,8 @@ def test_models_lose_different_responses(workdir: Path) -> None:
 
 def test_a_batch_over_both_sets(workdir: Path) -> None:
     data = FusionData(
-        teaching_sets(workdir, Rule(level="response", against="student")), Rule(level="response", against="student")
+        teaching_sets(workdir, SelectionRule(level="response", against="student")),
+        SelectionRule(level="response", against="student"),
     )
     items = [data[0], data[12], data[3]]
     batch = collate_fusion(items, pad=0)

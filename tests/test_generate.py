@@ -14,7 +14,7 @@ from fusechat.errors import ModelError
 from fusechat.evaluate.answers import Answering
 from fusechat.evaluate.subjects import Subject
 from fusechat.models.answers import Answer, Missing, Prompt
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.generator import Generator
 from fusechat.models.memory import out_of_memory
 from fusechat.models.reference import Reference
@@ -28,8 +28,8 @@ QUESTIONS = (
 )
 
 
-def chatter(models: dict[str, Path], kind: str) -> Chatter:
-    return Chatter(kind, Reference((str(models[kind]),)), tiny.TEMPLATES[kind])
+def chat_model(models: dict[str, Path], kind: str) -> ChatModel:
+    return ChatModel(kind, Reference((str(models[kind]),)), tiny.TEMPLATES[kind])
 
 
 def prompts(temperature: float = 0.0, longest: int = 12) -> list[Prompt]:
@@ -56,7 +56,7 @@ def greedy(model: Any, ids: list[int], stops: set[int], longest: int) -> list[in
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_batch_gives_what_a_plain_loop_gives(kind: str, models: dict[str, Path], loaded: dict[str, Any]) -> None:
-    one = chatter(models, kind)
+    one = chat_model(models, kind)
     template = one.template()
     found = answers(Generator(one, dtype="float32", device="cpu", batch_tokens=10**6, seed=0), prompts())
     stops = {template.end_of_turn, template.tokenizer.eos_token_id}
@@ -72,7 +72,7 @@ def test_a_batch_gives_what_a_plain_loop_gives(kind: str, models: dict[str, Path
 def test_small_batches_give_the_same_greedy_answers(models: dict[str, Path]) -> None:
     together, apart = (
         answers(
-            Generator(chatter(models, "llama"), dtype="float32", device="cpu", batch_tokens=size, seed=0), prompts()
+            Generator(chat_model(models, "llama"), dtype="float32", device="cpu", batch_tokens=size, seed=0), prompts()
         )
         for size in (10**6, 1)
     )
@@ -81,14 +81,14 @@ def test_small_batches_give_the_same_greedy_answers(models: dict[str, Path]) -> 
 
 def test_a_temperature_draws_and_the_seed_decides(models: dict[str, Path]) -> None:
     def drawn(seed: int) -> list[Answer | Missing]:
-        generator = Generator(chatter(models, "llama"), dtype="float32", device="cpu", batch_tokens=200, seed=seed)
+        generator = Generator(chat_model(models, "llama"), dtype="float32", device="cpu", batch_tokens=200, seed=seed)
         return answers(generator, prompts(0.9))
 
     assert drawn(0) == drawn(0) != drawn(1)
 
 
 def test_a_prompt_without_room_is_missing_and_the_others_are_not(models: dict[str, Path]) -> None:
-    generator = Generator(chatter(models, "mistral"), dtype="float32", device="cpu", batch_tokens=10**4, seed=0)
+    generator = Generator(chat_model(models, "mistral"), dtype="float32", device="cpu", batch_tokens=10**4, seed=0)
     asked = [*prompts()[:1], Prompt("long", (("user", "word " * 2100),), 0.0, 4), *prompts()[1:2]]
     asked.append(
         Prompt("system", (("system", "Be short."), ("user", "Hi")), 0.0, 4)
@@ -103,7 +103,7 @@ def test_a_prompt_without_room_is_missing_and_the_others_are_not(models: dict[st
 
 
 def test_a_long_prompt_takes_no_room_from_those_beside_it(models: dict[str, Path]) -> None:
-    generator = Generator(chatter(models, "llama"), dtype="float32", device="cpu", batch_tokens=10**6, seed=0)
+    generator = Generator(chat_model(models, "llama"), dtype="float32", device="cpu", batch_tokens=10**6, seed=0)
     alone = answers(generator, prompts(longest=40))
     written = (Prompt("long", (("user", "word " * count),), 0.0, 40) for count in range(100, 2000, 3))
     lengths = ((prompt, generator._encode(prompt)) for prompt in written)
@@ -118,7 +118,7 @@ def test_a_long_prompt_takes_no_room_from_those_beside_it(models: dict[str, Path
 def test_a_batch_that_does_not_fit_is_halved(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
-    generator = Generator(chatter(models, "llama"), dtype="float32", device="cpu", batch_tokens=10**6, seed=0)
+    generator = Generator(chat_model(models, "llama"), dtype="float32", device="cpu", batch_tokens=10**6, seed=0)
     expected = answers(generator, prompts())
     plain: Callable[..., Any] = generator._generate
     fits = 2
@@ -141,7 +141,7 @@ def test_a_batch_that_does_not_fit_is_halved(
 
 
 def test_an_interrupted_run_gives_the_answers_of_one_that_was_not(models: dict[str, Path], tmp_path: Path) -> None:
-    subject = Subject("", "one", chatter=chatter(models, "gemma"))
+    subject = Subject("", "one", chat_model=chat_model(models, "gemma"))
 
     def run(directory: Path) -> list[Answer | Missing]:
         with Answering(directory, dtype="float32", device="cpu", batch_tokens=120)(subject) as ask:
@@ -162,7 +162,7 @@ def test_an_interrupted_run_gives_the_answers_of_one_that_was_not(models: dict[s
 def test_a_model_is_loaded_only_for_what_is_new(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subject = Subject("", "one", chatter=chatter(models, "llama"))
+    subject = Subject("", "one", chat_model=chat_model(models, "llama"))
     answering = Answering(tmp_path, dtype="float32", device="cpu")
     with answering(subject) as ask:
         first = ask(prompts())

@@ -16,9 +16,9 @@ from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
 from fusechat.fuse.student import Comparison
-from fusechat.fuse.teacher_selection import Candidate, Rule, cross_entropies
+from fusechat.fuse.teacher_selection import Candidate, SelectionRule, cross_entropies
 from fusechat.models.answers import Prompt
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.generator import Generator
 from fusechat.models.reference import Reference
 from fusechat.models.templates import ChatTemplate
@@ -225,7 +225,7 @@ def test_the_space_costs_nats_and_has_no_bytes() -> None:
     assert by_level[("byte", "conversation")] == by_level[("byte", "response")] == pytest.approx(6 / 5)
     assert by_level[("token", "conversation")] == by_level[("token", "response")] == pytest.approx(6 / 2)
     for unit, size in (("byte", 5), ("token", 2)):
-        found = Comparison.without_sources(rows, Rule(unit=unit, against="student"))
+        found = Comparison.without_sources(rows, SelectionRule(unit=unit, against="student"))
         assert found.counted.tolist() == [True, True, True, False]
         assert found.size.tolist() == [size]
 
@@ -254,8 +254,8 @@ def test_answers_that_begin_with_a_lone_space_are_learnt_and_asked_for(models: d
     )
     (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     run(load_recipe(recipe), tmp_path / "work", until="fuse")
-    chatter = Chatter("plain", Reference((str(tmp_path / "work" / "fuse" / "plain" / "model"),)))
-    generator = Generator(chatter, dtype="float32", device="cpu", batch_tokens=999, seed=0)
+    chat_model = ChatModel("plain", Reference((str(tmp_path / "work" / "fuse" / "plain" / "model"),)))
+    generator = Generator(chat_model, dtype="float32", device="cpu", batch_tokens=999, seed=0)
     prompts = [Prompt(q, (("user", q),), 0.0, 20) for q in answers]
     found: dict[str, Any] = {}
     generator.answer(prompts, lambda index, answer: found.update({prompts[index].key: answer.text}), [False] * 4)

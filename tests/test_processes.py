@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
+from fusechat.commands.run import run
 from fusechat.errors import TrainingError
-from fusechat.fuse.dataset import NOBODY, FusionData, collate_fusion
+from fusechat.fuse.dataset import PAD_INDEX, FusionData, collate_fusion
 from fusechat.fuse.sampler import FilledSampler
 from fusechat.fuse.trainer import COMPLETE, mark_complete
 from fusechat.models.forward import Batch, response_logits
@@ -30,7 +30,7 @@ from together import STRATEGIES, gradients
 from training import fine_tune, fusion_data, silent, trainer_of, weighted
 
 TOGETHER = Path(__file__).with_name("together.py")
-ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+SINGLE_CANDIDATE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LAUNCH = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 RECIPE = ("--set", "fuse.training.gradient_accumulation_steps=1")  # two processes make up for it
@@ -55,7 +55,7 @@ def launch(*arguments: str | Path, **options: Any) -> subprocess.CompletedProces
         capture_output=True,
         text=True,
         check=False,
-        env=os.environ | ALONE,
+        env=os.environ | SINGLE_CANDIDATE,
         timeout=600,
         **options,
     )
@@ -81,7 +81,7 @@ def machine(number: int, port: int, cache: Path, *arguments: str | Path) -> subp
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     return subprocess.Popen(
         [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number), *meet, *map(str, arguments)],
-        env=os.environ | ALONE | {"FUSECHAT_CACHE": str(cache)},
+        env=os.environ | SINGLE_CANDIDATE | {"FUSECHAT_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -281,7 +281,11 @@ def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) ->
     work = place / "killed"
     command = [*LAUNCH, "-m", "fusechat", "run", str(place / "recipe.yaml"), "--workdir", str(work), *RECIPE]
     killed = subprocess.Popen(
-        command, env=os.environ | ALONE, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        env=os.environ | SINGLE_CANDIDATE,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     checkpoints = work / "fuse" / "mistral" / "checkpoints"
     deadline = time.monotonic() + 300
@@ -292,7 +296,9 @@ def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) ->
     killed.wait()
     assert list(checkpoints.glob(f"*/{COMPLETE}"))
     assert not (work / "fuse" / "mistral" / "manifest.json").exists()
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ALONE, timeout=600)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | SINGLE_CANDIDATE, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     for model in ("fuse/mistral", "fuse/gemma", "merge"):
         for name, tensor in weights(two, model).items():
@@ -350,7 +356,7 @@ def test_batches_are_filled_up_in_the_order_of_one_process(data: FusionData) -> 
     alone = SeedableRandomSampler(data, data_seed=7)
     for epoch in (0, 3):
         alone.set_epoch(epoch)
-        assert list(filled) == [*alone, NOBODY, NOBODY]
+        assert list(filled) == [*alone, PAD_INDEX, PAD_INDEX]
     assert len(filled) == 12
     alone.set_epoch(epoch)
     cut = FilledSampler(RandomSampler(data), 4, seed=7, epoch=lambda: epoch, drop_last=True)

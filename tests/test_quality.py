@@ -204,7 +204,9 @@ def test_identical_tokenizers_transfer_the_sources_own(tokenizers: dict[str, Any
     for rows, captured in sides:
         survey.count(rows, rows)
         survey.need(rows, rows, captured)
-    aligner = Aligner(pair, pair.build_map(survey.seen(), BackOff(side.tokens)), pair.open_tokens(survey.counts()))
+    aligner = Aligner(
+        pair, pair.build_map(survey.seen(), BackOff(side.tokens)), pair.extendable_tokens(survey.counts())
+    )
     for rows, captured in sides:
         alignment, _, result = aligner.transferred(rows, rows, captured, k=5)
         every = covered(alignment, result)

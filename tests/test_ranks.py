@@ -42,7 +42,7 @@ def refuse():
 try:
     ranks.from_first(refuse)
 except FuseChatError as error:
-    found["error"] = [type(error).__name__, list(error.messages), str(error), error.told]
+    found["error"] = [type(error).__name__, list(error.messages), str(error), error.reported]
 found["after"] = ranks.from_first(lambda: "goes on")
 
 os.environ["LOCAL_RANK"] = "01"[rank == 1]  # as if the last one were on a machine of its own
@@ -54,7 +54,7 @@ def lacking():
 try:
     ranks.on_every_machine(lacking)
 except FuseChatError as error:
-    found["machine"] = [type(error).__name__, list(error.messages), error.told]
+    found["machine"] = [type(error).__name__, list(error.messages), error.reported]
 
 def work(name):
     def do(directory):
@@ -69,7 +69,7 @@ shared = Step("capture", "shared", here / "shared", {}, work("part"), join=joine
 single = Step("prepare", "single", here / "single", {}, work("whole"))
 found["ran"] = [step.run() for step in (shared, single, shared, single)]
 
-ranks.leave()
+ranks.shut_down()
 found["left"] = ranks._group.cache_info().currsize == 0
 (here / f"rank-{rank}.json").write_text(json.dumps(found))
 """
@@ -180,7 +180,7 @@ def test_one_process_asks_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     value = object()
     assert ranks.from_first(lambda: value) is value, "nothing is pickled"
     assert ranks.gather(value) == [value]
-    ranks.leave()
+    ranks.shut_down()
 
 
 def test_one_process_that_a_launcher_started_is_one_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +199,7 @@ from fusechat.run import ranks
 from fusechat.run.steps import Step
 step = Step("prepare", "x", Path(sys.argv[1]), {}, lambda directory: {}, join=lambda counts: counts[0])
 done = [step.run(), ranks.from_first(lambda: 1), ranks.gather(2)]
-ranks.leave()
+ranks.shut_down()
 print(json.dumps([done, "torch" in sys.modules]))
 """
     ended = subprocess.run(
@@ -223,8 +223,8 @@ def test_an_error_that_only_says_that_another_rank_has_ended(monkeypatch: pytest
     within.__cause__ = lost
     for error in (lost, within):
         monkeypatch.delenv("WORLD_SIZE", raising=False)
-        assert not ranks.left_alone(error), "there is no other"
+        assert not ranks.peer_died(error), "there is no other"
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert ranks.left_alone(error)
-    assert not ranks.left_alone(RuntimeError("CUDA error"))
-    assert not ranks.left_alone(OSError(104, "Connection reset by peer"))
+        assert ranks.peer_died(error)
+    assert not ranks.peer_died(RuntimeError("CUDA error"))
+    assert not ranks.peer_died(OSError(104, "Connection reset by peer"))

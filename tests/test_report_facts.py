@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusechat.commands.run import run
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
+from fusechat.commands.run import run
 from fusechat.models.facts import count_parameters, facts, front_matter
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import PIVOT
@@ -21,7 +21,7 @@ from fusechat.run import units as numbers
 from fusechat.run.files import write_json
 from fusechat.run.steps import Step
 from fusechat.show.conversation import Branch
-from fusechat.show.passages import Candidate, Forecast
+from fusechat.show.passages import Candidate, NextTokens
 
 # -- models -----------------------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def branches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     run(recipe, directory / "work", until="align")
     aligned = [step for step in build_steps(recipe, directory / "work") if step.stage == "align"]
     return {
-        step.name: (Branch(step, recipe.chatter(PIVOT), recipe.chatter(step.name)), recipe.sets_of(step.name))
+        step.name: (Branch(step, recipe.chat_model(PIVOT), recipe.chat_model(step.name)), recipe.sets_of(step.name))
         for step in aligned
     }
 
@@ -193,10 +193,10 @@ def test_what_is_left_out_of_a_forecast_joins_its_tail() -> None:
     def candidate(token: int, probability: float, gold: bool = False) -> Candidate:
         return Candidate(token, str(token), probability, gold)
 
-    forecast = Forecast((candidate(1, 0.5), candidate(2, 0.2), candidate(3, 0.1, gold=True)), tail=0.2)
+    forecast = NextTokens((candidate(1, 0.5), candidate(2, 0.2), candidate(3, 0.1, gold=True)), tail=0.2)
     short = forecast.likeliest(2)
     assert [one.id for one in short.candidates] == [1, 2]
     assert short.tail == pytest.approx(0.3)
     assert short.gold == 0.1
-    assert Forecast().likeliest(2) == Forecast()
+    assert NextTokens().likeliest(2) == NextTokens()
     assert np.isclose(forecast.likeliest(9).tail or 0, 0.2)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from fusechat.commands.run import run
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData
 from fusechat.fuse.lora import with_adapters
@@ -37,10 +37,10 @@ def work(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     directory = tmp_path_factory.mktemp("resume")
     run(load_recipe(runs.write_recipe(directory, models)), directory / "work", until="align")
     held_out = load_recipe(directory / "recipe.yaml")
-    from fusechat.models.chat_model import Chatter
+    from fusechat.models.chat_model import ChatModel
     from fusechat.pipeline import prepare
 
-    pivot: Chatter = held_out.chatter("pivot")
+    pivot: ChatModel = held_out.chat_model("pivot")
     prepare.step(held_out, directory / "work", pivot, held_out.validation_sets()[0]).run()
     return directory / "work"
 

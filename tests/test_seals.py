@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusechat.run.integrity import is_sealed, read_sealed, seal, write_sealed
+from fusechat.run.integrity import matches_record, read_sealed, seal, write_sealed
 
 VALUE = {"shard": {"bytes": 3}, "tensors": {"a.weight": [0.1, -2.5e-9], "größe": None}}
 
@@ -50,7 +50,7 @@ def sealed(tmp_path: Path) -> Path:
 
 
 def holds(place: Path, model: str = "model") -> bool:
-    return is_sealed(place / "sealed.json", place / model, place / "losses")
+    return matches_record(place / "sealed.json", place / model, place / "losses")
 
 
 def test_what_nobody_touched_is_as_it_was_sealed_also_by_another_name(sealed: Path) -> None:

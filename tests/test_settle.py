@@ -9,14 +9,14 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import yaml
-from fusechat.commands.run import run
 
 import runs
+from fusechat.commands.run import run
 from fusechat.models import load as core_models
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe import precision
 from fusechat.recipe.load import save_recipe
-from fusechat.recipe.pinned import recipe_of, settled
+from fusechat.recipe.pinned import pin, recipe_of
 from fusechat.run.files import read_json
 from fusechat.run.steps import MANIFEST
 from hubs import cached, served
@@ -73,11 +73,11 @@ def test_a_commit_is_settled_once(
     assert [line.partition(":")[0] for line in told] == ["org/name", "org/talks"], "each once"
     assert all(OLD in line and f"commit: {NEW}" in line for line in told)
     for recipe in (load_recipe(offline), load_recipe(work / "recipe.yaml")):
-        assert {state for label, state in states(settled(recipe, work), work).items() if "capture" in label} == {
+        assert {state for label, state in states(pin(recipe, work), work).items() if "capture" in label} == {
             ("done", "")
         }
     chosen = load_recipe(offline, [f"sources.teacher.commit={NEW}"])
-    assert states(settled(chosen, work), work)["capture teacher/data"] == (
+    assert states(pin(chosen, work), work)["capture teacher/data"] == (
         "stale",
         "settings.model changed; upstream.prepare changed",
     )
@@ -154,11 +154,11 @@ def test_one_id_in_two_places_of_a_recipe(
         moved = iter([NEW, OTHER])
         recipe, work = runs.write_recipe(tmp_path, models, sources=sources), tmp_path / "-".join(sources)
         work.mkdir()
-        found = settled(load_recipe(recipe), work, begin=True)
+        found = pin(load_recipe(recipe), work, begin=True)
         commits = {name: spec.commit for name, spec in found.sources.items()}
         assert commits == {name: OLD if name == "old" else NEW for name in sources}
         save_recipe(found, work / "recipe.yaml")
-        again = settled(load_recipe(recipe), work, begin=True)
+        again = pin(load_recipe(recipe), work, begin=True)
         assert {name: spec.commit for name, spec in again.sources.items()} == commits
 
 
@@ -187,7 +187,7 @@ def test_what_auto_is_is_settled_once(
     assert said in heard
     assert settings(work, "capture/pivot/data")["dtype"] == "bfloat16"
     named = load_recipe(recipe, ["capture.dtype=float32"])
-    assert states(settled(named, work), work)["capture pivot/data"] == ("stale", "settings.dtype changed"), (
+    assert states(pin(named, work), work)["capture pivot/data"] == ("stale", "settings.dtype changed"), (
         "what is named counts"
     )
     assert precision.automatic({"capture": {"dtype": "auto"}}) == (("capture", "dtype"),)

@@ -13,7 +13,7 @@ import tiny
 from fusechat.align import align_starts, token_spans
 from fusechat.show.columns import lines, segments
 from fusechat.show.glyphs import Glyph, glyphs_of, visible
-from fusechat.show.passages import Passage, Token
+from fusechat.show.passages import AlignedText, Token
 from fusechat.show.terminal import drawing
 from showing import GUTTER, PAIRS, hand_made, passage_of, read_back, texts
 
@@ -63,7 +63,7 @@ def test_text_is_drawn_as_it_is(pivot: str, source: str, tokenizer: Callable[[st
 
 
 def test_an_expected_drawing() -> None:
-    passage = Passage(
+    passage = AlignedText(
         "日ab é\nz",
         hand_made("日", "ab", " ", "é\n", "z"),
         hand_made(b"\xe6", b"\x97", b"\xa5", "a", "b ", "é", "\n", "z"),
@@ -81,7 +81,7 @@ def test_an_expected_drawing() -> None:
 
 
 def test_lines_end_at_shared_starts_where_that_wastes_little() -> None:
-    passage = Passage("abcdefghij", hand_made("abc", "defg", "hij"), hand_made("abc", "de", "fg", "hi", "j"))
+    passage = AlignedText("abcdefghij", hand_made("abc", "defg", "hij"), hand_made("abc", "de", "fg", "hi", "j"))
     drawn = [line.plain for line in drawing(passage, width=GUTTER + 9)]
     assert [line[GUTTER:] for line in drawn if line.startswith("pivot")] == ["abcdefg", "hij"]
     tight = [line.plain for line in drawing(passage, width=GUTTER + 6)]
@@ -90,7 +90,7 @@ def test_lines_end_at_shared_starts_where_that_wastes_little() -> None:
 
 def test_a_token_without_width_has_a_column_of_its_own() -> None:
     dummy = Token(9, "▁", b" ", 0, 0, False, (Glyph("·", 0, True),))
-    passage = Passage("ab", (dummy, *hand_made("ab")), hand_made("a", "b"))
+    passage = AlignedText("ab", (dummy, *hand_made("ab")), hand_made("a", "b"))
     drawn = [line.plain for line in drawing(passage, width=40)]
     assert [line[GUTTER:] for line in drawn[:3]] == ["·ab", "╵┃╷", " ab"]
     assert passage.partner == [-1, 0]

@@ -17,7 +17,7 @@ import runs
 from fusechat.align import align_starts, token_spans
 from fusechat.models.spans import encode_with_spans
 from fusechat.show.page import render_page
-from fusechat.show.passages import Model, Shown
+from fusechat.show.passages import Model, TokenView
 from fusechat.show.tokens import load
 from showing import TEXT, Page, command, load_once, passage_of, texts, width_of
 
@@ -148,7 +148,7 @@ def test_any_text_makes_a_page(text: str) -> None:
     tokenizer = load_once("llama"), load_once("gemma")
     passage = passage_of(*tokenizer, text)
     model = Model("<model>", exact=True)
-    page = Page(render_page(Shown(model, model, (passage,))))
+    page = Page(render_page(TokenView(model, model, (passage,))))
     assert len(page.tips) == len(passage.pivot) + len(passage.source)
 
 

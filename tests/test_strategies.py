@@ -58,7 +58,7 @@ def conversations() -> list[Conversation]:
     return few
 
 
-def chatter(name: str) -> ChatTemplate:
+def chat_model(name: str) -> ChatTemplate:
     """A real tokenizer with its model's own template."""
     from transformers import PreTrainedTokenizerFast
 
@@ -103,7 +103,7 @@ class Room:
     """Two models and what they have of the conversations, stored in both orders."""
 
     def __init__(self, directory: Path, pivot: str, source: str) -> None:
-        templates = chatter(pivot), chatter(source)
+        templates = chat_model(pivot), chat_model(source)
         sides = [Side.of(token_bytes(each.tokenizer), each.end_of_turn) for each in templates]
         self.pivot, self.source = sides
         self.back_off = BackOff(self.pivot.tokens)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fusechat.data.prepared import Prepared
 from fusechat.fuse.dataset import EMPTY
 from fusechat.fuse.student import Comparison, join_comparisons, source_is_better
-from fusechat.fuse.teacher_selection import Candidate, Rule, cross_entropies
+from fusechat.fuse.teacher_selection import Candidate, SelectionRule, cross_entropies
 from fusing import (
     LEVELS,
     UNITS,
@@ -26,15 +26,17 @@ from fusing import (
 )
 
 INF = math.inf
-RULES = [Rule(unit=unit, level=level, against="student") for unit in UNITS for level in LEVELS]
+RULES = [SelectionRule(unit=unit, level=level, against="student") for unit in UNITS for level in LEVELS]
 PIVOT = prepared("a", [(2, 8), (1, 4)])
 
 
-def comparison(pivot: Prepared, sources: list[Candidate], rule: Rule, numbers: list[int] | None = None) -> Comparison:
+def comparison(
+    pivot: Prepared, sources: list[Candidate], rule: SelectionRule, numbers: list[int] | None = None
+) -> Comparison:
     """As the trainer's data make it; `numbers`: which candidates the sources are."""
     found = cross_entropies(sources, pivot, unit=rule.unit, level=rule.level)
     chosen = np.array(numbers or range(1, len(sources) + 1))[found.argmin(0)]
-    return Comparison.of(pivot, [one.rows for one in sources], rule, bar=found.min(0), chosen=chosen)
+    return Comparison.of(pivot, [one.rows for one in sources], rule, best_source_ce=found.min(0), chosen=chosen)
 
 
 def joined(*parts: tuple[Comparison, int]) -> dict[str, torch.Tensor]:
@@ -42,7 +44,7 @@ def joined(*parts: tuple[Comparison, int]) -> dict[str, torch.Tensor]:
     return join_comparisons([one for one, _ in parts], [at for _, at in parts])
 
 
-def better(pivot: Prepared, source: Candidate, student: list[float], rule: Rule) -> list[bool]:
+def better(pivot: Prepared, source: Candidate, student: list[float], rule: SelectionRule) -> list[bool]:
     batch = joined((comparison(pivot, [source], rule), 0))
     return source_is_better(torch.tensor(student), batch, level=rule.level).tolist()
 
@@ -58,7 +60,7 @@ def source(*values: float, responses: list[tuple[int, int]] | None = None) -> Ca
 def test_of_a_conversation_the_ends_of_turn_count_for_neither() -> None:
     """The source has 6 nats over 12 bytes and 4 tokens, the student's content 3 tokens."""
     one = source(3, 99, 1, 1, 1, 99)
-    byte, token = Rule(against="student"), Rule(unit="token", against="student")
+    byte, token = SelectionRule(against="student"), SelectionRule(unit="token", against="student")
     assert better(PIVOT, one, [2, 2, 99, 2.1, 99], byte) == [True]
     assert better(PIVOT, one, [2, 2, 0, 1.9, 0], byte) == [False]
     assert better(PIVOT, one, [2, 2, 0, 0.6, 0], token) == [True]  # 4.6 / 3 against 6 / 4
@@ -66,31 +68,31 @@ def test_of_a_conversation_the_ends_of_turn_count_for_neither() -> None:
 
 
 def test_a_tie_is_the_students() -> None:
-    assert better(PIVOT, source(3, 0, 1, 1, 1, 0), [2, 2, 0, 2, 0], Rule(against="student")) == [False]
+    assert better(PIVOT, source(3, 0, 1, 1, 1, 0), [2, 2, 0, 2, 0], SelectionRule(against="student")) == [False]
 
 
 def test_each_response_by_itself() -> None:
     one = source(3, 0, 1, 1, 1, 0)  # 3/8 and 3/4 nats per byte, 3 and 1 per token
-    assert better(PIVOT, one, [2, 2, 0, 2.9, 99], Rule(level="response", against="student")) == [True, False]
-    by_token = Rule(level="response", unit="token", against="student")
+    assert better(PIVOT, one, [2, 2, 0, 2.9, 99], SelectionRule(level="response", against="student")) == [True, False]
+    by_token = SelectionRule(level="response", unit="token", against="student")
     assert better(PIVOT, one, [2, 2, 99, 1.1, 0], by_token) == [False, True]
 
 
 def test_of_a_response_that_the_source_lost_it_is_not_better() -> None:
     one = source(0, 0, responses=[(1, 8)])
-    assert better(PIVOT, one, [5, 5, 5, 5, 5], Rule(level="response", against="student")) == [True, False]
+    assert better(PIVOT, one, [5, 5, 5, 5, 5], SelectionRule(level="response", against="student")) == [True, False]
 
 
 def test_responses_that_either_lost_are_not_compared() -> None:
     one = source(7, 0, responses=[(1, 8)])
-    assert better(PIVOT, one, [4, 4, 0, 0, 0], Rule(against="student")) == [True]
-    assert better(PIVOT, one, [3, 3, 99, 99, 99], Rule(against="student")) == [False]
+    assert better(PIVOT, one, [4, 4, 0, 0, 0], SelectionRule(against="student")) == [True]
+    assert better(PIVOT, one, [3, 3, 99, 99, 99], SelectionRule(against="student")) == [False]
 
 
 def test_the_sources_nats_on_a_response_that_the_pivot_lost_do_not_count() -> None:
     """Over the first response alone the source needs 1/8 nats per byte, the student 4/8; the second one would make it 41/12."""
     one = Candidate(prepared("a", [(1, 8), (3, 4)]), nll(1, 0, 20, 10, 10, 0), sparse([{}] * 3))
-    assert better(prepared("a", [(2, 8)]), one, [2, 2, 0], Rule(against="student")) == [True]
+    assert better(prepared("a", [(2, 8)]), one, [2, 2, 0], SelectionRule(against="student")) == [True]
 
 
 def test_of_positions_no_probability_counts_as_less_than_the_floor() -> None:
@@ -98,17 +100,19 @@ def test_of_positions_no_probability_counts_as_less_than_the_floor() -> None:
     rows = [{7: 0.5}, {8: 1e-6}, {}, {12: 0.5}, {13: 1.0}]
     one = Candidate(prepared("a", [(1, 8)]), nll(0, 0), sparse(rows))
     floor = -math.log(1e-4)
-    found = better(PIVOT, one, [0.7, 20.0, 20.0, 0.6, 1e-3], Rule(level="position", against="student"))
+    found = better(PIVOT, one, [0.7, 20.0, 20.0, 0.6, 1e-3], SelectionRule(level="position", against="student"))
     assert found == [True, False, False, False, True]
-    unlikely = better(PIVOT, one, [20.0, floor - 0.01, 20.0, 20.0, 20.0], Rule(level="position", against="student"))
+    unlikely = better(
+        PIVOT, one, [20.0, floor - 0.01, 20.0, 20.0, 20.0], SelectionRule(level="position", against="student")
+    )
     assert unlikely == [True, False, False, True, True]
 
 
 def test_the_best_of_several_sources_is_named() -> None:
     good, bad = source(1, 0, 9, 9, 9, 0), source(4, 0, 1, 1, 1, 0)
-    found = comparison(PIVOT, [good, bad], Rule(level="response", against="student"), [4, 2])
+    found = comparison(PIVOT, [good, bad], SelectionRule(level="response", against="student"), [4, 2])
     assert found.chosen.tolist() == [4, 2]
-    assert found.bar.tolist() == [1 / 8, 3 / 4]
+    assert found.best_source_ce.tolist() == [1 / 8, 3 / 4]
     assert found.size.tolist() == [8, 4]
     assert found.counted.tolist() == [True, True, False, True, False]
 
@@ -124,7 +128,7 @@ def test_the_students_nll_takes_no_gradient_from_the_comparison() -> None:
 
 
 def test_groups_are_numbered_through_a_batch_and_items_without_a_source_are_never_better() -> None:
-    rule = Rule(level="response", against="student")
+    rule = SelectionRule(level="response", against="student")
     one = comparison(PIVOT, [source(1, 0, 1, 1, 1, 0)], rule)
     short = prepared("b", [(1, 2)])
     other = comparison(short, [Candidate(short, nll(0.5, 0), sparse([{}] * 2))], rule, [3])
@@ -133,7 +137,7 @@ def test_groups_are_numbered_through_a_batch_and_items_without_a_source_are_neve
     batch = joined((one, 0), (alone, 1), (fills, 0), (other, 1))
     assert batch["groups"].tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert batch["set"].tolist() == [0, 0, 1, 1, 1]
-    assert batch["bar"].tolist() == [1 / 8, 3 / 4, INF, INF, 0.25]
+    assert batch["best_source_ce"].tolist() == [1 / 8, 3 / 4, INF, INF, 0.25]
     assert batch["size"].tolist() == [8, 4, 2, 3, 2]
     assert batch["chosen"].tolist() == [1, 1, 0, 0, 3]
     assert batch["counted"].tolist() == [True, True, False, True, False, True, False, True, False, True, False]
@@ -143,7 +147,7 @@ def test_groups_are_numbered_through_a_batch_and_items_without_a_source_are_neve
 
 
 @st.composite
-def batches(draw: Callable) -> tuple[Rule, list[tuple[list[Candidate], list[float]]]]:
+def batches(draw: Callable) -> tuple[SelectionRule, list[tuple[list[Candidate], list[float]]]]:
     """Items of some sources on a conversation (the first candidate is how the pivot sees it; alone it has no comparison), and the
     student's nll."""
     rule = draw(st.sampled_from(RULES))
@@ -155,7 +159,7 @@ def batches(draw: Callable) -> tuple[Rule, list[tuple[list[Candidate], list[floa
     return rule, items
 
 
-def naive_better(several: list[Candidate], student: list[float], rule: Rule) -> list[bool | None]:
+def naive_better(several: list[Candidate], student: list[float], rule: SelectionRule) -> list[bool | None]:
     """Of each group whether the best source is better; None where it is too close for single precision."""
     pivot, sources = several[0].rows, several[1:]
     bars = naive_cross_entropies(sources, pivot, rule)
@@ -173,7 +177,9 @@ def naive_better(several: list[Candidate], student: list[float], rule: Rule) -> 
 
 
 @given(batches())
-def test_as_plain_loops_find_it_in_any_batch(given_: tuple[Rule, list[tuple[list[Candidate], list[float]]]]) -> None:
+def test_as_plain_loops_find_it_in_any_batch(
+    given_: tuple[SelectionRule, list[tuple[list[Candidate], list[float]]]],
+) -> None:
     rule, items = given_
     parts: list[tuple[Comparison, int]] = []
     expected: list[bool | None] = []
@@ -194,7 +200,9 @@ def test_as_plain_loops_find_it_in_any_batch(given_: tuple[Rule, list[tuple[list
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @given(several=conversation_of_several(2))
-def test_what_the_student_gets_better_at_never_makes_the_source_better(rule: Rule, several: list[Candidate]) -> None:
+def test_what_the_student_gets_better_at_never_makes_the_source_better(
+    rule: SelectionRule, several: list[Candidate]
+) -> None:
     pivot, one = several[0].rows, several[1]
     assume(len(pivot) > 0)
     before, after = several[0].nll, several[0].nll * 0.5

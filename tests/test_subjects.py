@@ -38,10 +38,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_here(here: Path, text: str, label: str, path: str) -> None:
     found = parse_model(text)
     assert (found.role, found.label, found.server) == ("", label, None)
-    assert found.chatter is not None
-    assert found.chatter.name == label
-    assert found.chatter.reference == Reference((str(here / path),))
-    assert found.local("harness") is found.chatter
+    assert found.chat_model is not None
+    assert found.chat_model.name == label
+    assert found.chat_model.reference == Reference((str(here / path),))
+    assert found.local("harness") is found.chat_model
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_what_is_here(here: Path, text: str, label: str, path: str) -> None:
 def test_what_is_elsewhere(here: Path, text: str, label: str, reference: str) -> None:
     found = parse_model(text)
     assert found.label == label
-    assert found.chatter is not None
-    assert found.chatter.reference == Reference((reference,))
+    assert found.chat_model is not None
+    assert found.chat_model.reference == Reference((reference,))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_what_is_elsewhere(here: Path, text: str, label: str, reference: str) ->
 )
 def test_what_a_server_has(text: str, label: str, server: Server) -> None:
     found = parse_model(text)
-    assert (found.role, found.label, found.chatter, found.server) == ("", label, None, server)
+    assert (found.role, found.label, found.chat_model, found.server) == ("", label, None, server)
     assert found.identity == f"served:{server.name}"
     with pytest.raises(RecipeError) as refused:
         found.local("harness")

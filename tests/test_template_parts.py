@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusechat.commands.run import run
 
 import runs
 import tiny
 from fusechat.align.sequence import align_rows
+from fusechat.commands.run import run
 from fusechat.data.messages import Conversation
 from fusechat.data.prepared import PreparedSet
 from fusechat.data.records import conversation_of
 from fusechat.errors import ModelError
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.dates import dated
 from fusechat.models.reference import Reference
 from fusechat.models.saved_template import asking
@@ -196,7 +196,7 @@ def test_the_day_is_kept_in_the_work_directory_and_counts_only_where_it_is_asked
     monkeypatch.setattr("fusechat.pipeline.today", lambda: "2021-06-18")
     assert run(load_recipe(file), work, until="prepare") == 0
     assert load_recipe(work / "recipe.yaml").date == "2020-05-17"
-    tokenizer = template({"llama": Chatter("m", Reference((str(models["mistral"]),))).tokenizer()}, None).tokenizer
+    tokenizer = template({"llama": ChatModel("m", Reference((str(models["mistral"]),))).tokenizer()}, None).tokenizer
     text = tokenizer.decode(PreparedSet(work / "prepare" / "mistral" / "data")[0].input_ids)
     assert "2020" in text
     assert "2021" not in text
@@ -234,14 +234,14 @@ def test_a_recipe_chooses_template_and_variables(tmp_path: Path, models: dict[st
         "chat_template_kwargs": {"on": True},
     }
     recipe = load_recipe(runs.write_recipe(tmp_path, models, sources={"mistral": spec}))
-    chatter = recipe.chatter("mistral")
-    assert (chatter.chat_template, chatter.template_name, json.loads(chatter.variables)) == (
+    chat_model = recipe.chat_model("mistral")
+    assert (chat_model.chat_template, chat_model.template_name, json.loads(chat_model.variables)) == (
         None,
         "tool_use",
         {"on": True},
     )
-    plain = Chatter("mistral", chatter.reference)
-    assert chatter.tokenizer_identity != plain.tokenizer_identity
+    plain = ChatModel("mistral", chat_model.reference)
+    assert chat_model.tokenizer_identity != plain.tokenizer_identity
     with pytest.raises(Exception, match="tokenize is no variable"):
         load_recipe(tmp_path / "recipe.yaml", ["pivot.chat_template_kwargs.tokenize=true"])
 

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.errors import RecipeError, TrainingError
 from fusechat.evaluate.bits_per_byte import compare, score_responses
 from fusechat.fuse.dataset import FusionData
-from fusechat.fuse.epochs import steps_an_epoch
+from fusechat.fuse.epochs import steps_per_epoch
 from fusechat.fuse.trainer import FusionTrainer
 from fusechat.fuse.training import make_trainer, total_steps, training_arguments
 from fusechat.fuse.validation import Validation
@@ -218,7 +218,7 @@ def test_steps_an_epoch_are_the_trainers(
         seed=0,
         device="cpu",
     )
-    assert len(log) == total_steps(arguments, len(data)) == 3 * steps_an_epoch(arguments, len(data))
+    assert len(log) == total_steps(arguments, len(data)) == 3 * steps_per_epoch(arguments, len(data))
 
 
 @pytest.mark.parametrize(("named", "index"), [("cuda:1", 1), ("cuda:0", 0), ("cuda", 0)])

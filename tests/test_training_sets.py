@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from fusechat.commands.run import run
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.data.tables import Table
 from fusechat.errors import RecipeError
-from fusechat.fuse.dataset import NOBODY, FusionData, TeachingSet
+from fusechat.fuse.dataset import PAD_INDEX, FusionData, TeachingSet
 from fusechat.fuse.epochs import epoch_members, epoch_size
 from fusechat.fuse.sampler import FilledSampler, WeightedSampler
-from fusechat.fuse.teacher_selection import Rule
+from fusechat.fuse.teacher_selection import SelectionRule
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.load import is_saved, save_recipe
 from fusing import prepared, prepared_set
@@ -191,12 +191,13 @@ def weighted(tmp_path: Path) -> FusionData:
     rows = [prepared(f"{number}", [(2, 4)], first=10 * number) for number in range(12)]
     parts = {"a": (rows[:6], 0.5), "b": (rows[5:8], 2.0), "c": (rows[8:], 1.0)}
     return FusionData(
-        [TeachingSet(name, prepared_set(tmp_path / name, part), weight=w) for name, (part, w) in parts.items()], Rule()
+        [TeachingSet(name, prepared_set(tmp_path / name, part), weight=w) for name, (part, w) in parts.items()],
+        SelectionRule(),
     )
 
 
 def test_sets_are_seen_by_their_own_weights(weighted: FusionData) -> None:
-    assert (len(weighted), weighted.an_epoch) == (12, 3 + 4 + 4)
+    assert (len(weighted), weighted.examples_per_epoch) == (12, 3 + 4 + 4)
     for epoch in range(2):
         counts = Counter(weighted[index]["conversation"].id for index in weighted.epoch(epoch, seed=5))
         assert [counts[f"{number}"] for number in range(6, 12)] == [2, 2, 1, 1, 1, 1]
@@ -242,7 +243,7 @@ def test_two_processes_have_the_order_of_one(weighted: FusionData, order: Any) -
         assert (alone == weighted.epoch(epoch, seed=3)) is (order is SequentialSampler)
         both = zip(*(batches(weighted, order, epoch=epoch, process=process) for process in range(2)), strict=True)
         together = [index for pair in both for batch in pair for index in batch]
-        assert together == [*alone, NOBODY]
+        assert together == [*alone, PAD_INDEX]
         for process in (None, 0, 1):
             whole = batches(weighted, order, epoch=epoch, process=process)
             assert batches(weighted, order, epoch=epoch, process=process, skip=2) == whole[2:]

@@ -253,7 +253,7 @@ def aligner_of(pair: Pair, sides: Any = ()) -> Aligner:
     survey = Survey(pair)
     for one, other, _ in sides:
         survey.count(one, other)
-    is_open = pair.open_tokens(survey.counts())
+    is_open = pair.extendable_tokens(survey.counts())
     survey = Survey(pair, is_open)
     for one, other, rows in sides:
         survey.count(one, other)

@@ -131,8 +131,8 @@ def test_parts_hold_some_tokens_each_and_keep_the_order(monkeypatch: pytest.Monk
 
 
 def opened(directory: Path, url: str | None = None, k: int = 4) -> Any:
-    chatter = vllm_like.chatter(directory)
-    return vllm.open_vllm(chatter, dtype="float32", k=k, max_length=256, tensor_parallel=1, url=url)
+    chat_model = vllm_like.chat_model(directory)
+    return vllm.open_vllm(chat_model, dtype="float32", k=k, max_length=256, tensor_parallel=1, url=url)
 
 
 def refusal(directory: Path, url: str | None = None, k: int = 4) -> str:

@@ -15,7 +15,7 @@ import tiny
 from aligning import rows_of
 from fusechat.align.back_off import ORIGINS, SAME_TOKEN, SEEN, SPECIAL, TAIL, BackOff
 from fusechat.align.counts import Seen, count_pairs
-from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map, same_tokens
+from fusechat.align.vocabulary import SpecialTokens, VocabularyMap, build_map, same_tokens, special_token_map
 from fusechat.models.token_bytes import TokenBytes
 
 Batches = list[list[tuple[int, int]]]
@@ -130,11 +130,11 @@ def test_other_vocabularies_are_not_the_same(table: dict[str, TokenBytes], token
 
 
 def test_roles_pair_what_tokens_do_and_end_of_turn_goes_last() -> None:
-    both = role_map(Roles(11, 12, 13), Roles(21, 22, 23))
+    both = special_token_map(SpecialTokens(11, 12, 13), SpecialTokens(21, 22, 23))
     assert both == {21: 11, 22: 12, 23: 13}
-    assert role_map(Roles(11, 12, 13), Roles(22, 22, 23)) == {22: 11, 23: 13}
-    assert role_map(Roles(11, 12, None), Roles(21, 22, 23)) == {21: 11, 22: 12, 23: TAIL}
-    assert role_map(Roles(11, 12, 13), Roles(None, 22, None)) == {22: 12}
+    assert special_token_map(SpecialTokens(11, 12, 13), SpecialTokens(22, 22, 23)) == {22: 11, 23: 13}
+    assert special_token_map(SpecialTokens(11, 12, None), SpecialTokens(21, 22, 23)) == {21: 11, 22: 12, 23: TAIL}
+    assert special_token_map(SpecialTokens(11, 12, 13), SpecialTokens(None, 22, None)) == {22: 12}
 
 
 def test_an_unknown_token_is_an_error_not_another_tokens_row(table: dict[str, TokenBytes]) -> None:
@@ -236,7 +236,7 @@ def test_rows_for_bytes_come_after_those_for_tokens(table: dict[str, TokenBytes]
     x = letters(table["gemma"], "x")[0]
     everything = seen([[(b, x)]], tokens=[a], parts={(b"zz", x): 1}, rests=[b"a"])
     found = build_map(everything, source=table["llama"], back_off=BackOff(table["gemma"]), roles={})
-    assert found.row_of_rest == {b"a": 2, b"zz": 3}
+    assert found.row_of_remainder == {b"a": 2, b"zz": 3}
     assert found.rows_of(np.array([a, b])).tolist() == [0, 1]
     assert len(found.offset) == 5
     assert origins(found) == ["same bytes", SEEN, "same bytes", SEEN]

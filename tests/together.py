@@ -102,7 +102,7 @@ def main() -> None:
         try:
             do()
         except TrainingError as error:
-            return str(error), error.told
+            return str(error), error.reported
         return "", False
 
     found["log"], by_step = gradients(fresh(), data, out / "ddp", per_device_train_batch_size=4)
@@ -137,7 +137,7 @@ def main() -> None:
         save_file(own_gradients, out / "own.safetensors")
         save_file({name: g.contiguous() for name, g in sharded.items()}, out / "sharded.safetensors")
         write_json(out / "found.json", found)
-    ranks.leave()
+    ranks.shut_down()
     assert not dist.is_initialized()
 
 

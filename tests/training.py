@@ -9,7 +9,7 @@ import torch
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
-from fusechat.fuse.teacher_selection import Rule
+from fusechat.fuse.teacher_selection import SelectionRule
 from fusechat.fuse.trainer import FusionTrainer
 from fusechat.fuse.training import make_trainer, train, training_arguments
 from fusechat.fuse.validation import Validation
@@ -26,8 +26,10 @@ def fusion_data(work: Path, *sources: str, **rule: str) -> FusionData:
 
     pivot = PreparedSet(work / "prepare" / "pivot" / "data")
     captured = open_distributions(work / "capture" / "pivot" / "data")
-    own = captured if Rule(**rule).compares_with_pivot else None
-    return FusionData([TeachingSet("data", pivot, own, {name: teacher(name) for name in sources})], Rule(**rule))
+    own = captured if SelectionRule(**rule).compares_with_pivot else None
+    return FusionData(
+        [TeachingSet("data", pivot, own, {name: teacher(name) for name in sources})], SelectionRule(**rule)
+    )
 
 
 def weighted(data: FusionData, weight: float) -> FusionData:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fusechat.data.prepared import Prepared
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.reference import Reference
 
 
@@ -28,8 +28,8 @@ class Logprob:
     decoded_token: str | None = None
 
 
-def chatter(directory: Path, name: str = "pivot") -> Chatter:
-    return Chatter(name, Reference((str(directory),)))
+def chat_model(directory: Path, name: str = "pivot") -> ChatModel:
+    return ChatModel(name, Reference((str(directory),)))
 
 
 def conversation(tokens: Sequence[int], rows: Sequence[int] | None = None, name: str = "one") -> Prepared:

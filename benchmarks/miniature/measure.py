@@ -8,7 +8,7 @@ from typing import Any
 from fusechat.data.conversations import Conversation, Message
 from fusechat.evaluate.bits_per_byte import score_responses
 from fusechat.models.answers import Answer, Prompt
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.generator import Generator
 from fusechat.models.reference import Reference
 from fusechat.models.tokenise import prepare_conversation
@@ -21,9 +21,9 @@ LONGEST = 24  # tokens of an answer
 def measure(model: Path, split: str, questions: int) -> dict[str, dict[str, float]]:
     """Skill → `exact_match` (share of questions) and `bits_per_byte` of all responses in it."""
     asked = [(skill, dialogue) for skill in SKILLS for dialogue in corpus.distinct(split, skill, questions)]
-    chatter = Chatter(model.name, Reference((str(model),)))
-    right = _exact_matches(chatter, [dialogue for _, dialogue in asked])
-    bits = _bits(chatter, asked)
+    chat_model = ChatModel(model.name, Reference((str(model),)))
+    right = _exact_matches(chat_model, [dialogue for _, dialogue in asked])
+    bits = _bits(chat_model, asked)
     by_skill: dict[str, list[bool]] = defaultdict(list)
     for (skill, _), hit in zip(asked, right, strict=True):
         by_skill[skill].append(hit)
@@ -33,20 +33,20 @@ def measure(model: Path, split: str, questions: int) -> dict[str, dict[str, floa
     }
 
 
-def _exact_matches(chatter: Chatter, dialogues: list[corpus.Dialogue]) -> list[bool]:
+def _exact_matches(chat_model: ChatModel, dialogues: list[corpus.Dialogue]) -> list[bool]:
     """Whether the answer to each last question, greedy, is the dialogue's to the letter."""
     prompts = [
         Prompt(str(at), tuple((turn["role"], turn["content"]) for turn in corpus.messages(dialogue)[:-1]), 0.0, LONGEST)
         for at, dialogue in enumerate(dialogues)
     ]
     found: dict[int, Any] = {}
-    generator = Generator(chatter, dtype="float32", device="cpu", batch_tokens=24000, seed=0)
+    generator = Generator(chat_model, dtype="float32", device="cpu", batch_tokens=24000, seed=0)
     generator.answer(prompts, found.__setitem__, [False] * len(prompts))
     return [isinstance(found[at], Answer) and found[at].text == dialogue[-1] for at, dialogue in enumerate(dialogues)]
 
 
-def _bits(chatter: Chatter, asked: list[tuple[str, corpus.Dialogue]]) -> dict[str, float]:
-    model, template = chatter.model(dtype="float32", device="cpu"), chatter.template()
+def _bits(chat_model: ChatModel, asked: list[tuple[str, corpus.Dialogue]]) -> dict[str, float]:
+    model, template = chat_model.model(dtype="float32", device="cpu"), chat_model.template()
     prepared, skill_of = [], {}
     for skill, dialogue in asked:
         turns = [Message(turn["role"], turn["content"]) for turn in corpus.messages(dialogue)]

@@ -21,7 +21,7 @@ from pathlib import Path
 class FuseChatError(Exception):
     """What the user can mend; `messages` holds one line for each thing that is wrong."""
 
-    told = False  # of several processes another one tells it
+    reported = False  # another process of the launch reports it
 
     def __init__(self, *messages: str) -> None:
         self.messages = tuple(" ".join(message.split()) for message in messages)

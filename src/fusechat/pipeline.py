@@ -18,7 +18,7 @@ from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
 from fusechat.merge import stage as merge
 from fusechat.merge.settings import problems as merge_problems
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.dates import day_of, today
 from fusechat.models.reference import Reference
 from fusechat.prepare import stage as prepare
@@ -77,7 +77,7 @@ def _overlap(recipe: Recipe, workdir: Path) -> dict[str, Step]:
 
 def _target(recipe: Recipe, workdir: Path, target: str) -> Step:
     """The fuse step of one target, and through it all that its branch needs: nothing but tokens for plain fine-tuning."""
-    pivot, sets, weights = recipe.chatter(PIVOT), [], recipe.weights()
+    pivot, sets, weights = recipe.chat_model(PIVOT), [], recipe.weights()
     is_taught = fuse.is_taught(recipe, target)
     branches = {name: _branch(recipe, workdir, name) for name in recipe.teachers()[target] if is_taught}
     for data, sources in recipe.training_sets(target).items():
@@ -92,7 +92,7 @@ def _target(recipe: Recipe, workdir: Path, target: str) -> Step:
 
 def _branch(recipe: Recipe, workdir: Path, source: str) -> dict[str, fuse.SourceSteps]:
     """One source on each set of its conversations, by the set's name, up to its distributions in the pivot's tokens."""
-    pivot, teacher = recipe.chatter(PIVOT), recipe.chatter(source)
+    pivot, teacher = recipe.chat_model(PIVOT), recipe.chat_model(source)
     sets: dict[str, dict[str, Step]] = {}
     for data in recipe.sets_of(source):
         ours, theirs = (prepare.step(recipe, workdir, each, data) for each in (pivot, teacher))
@@ -125,7 +125,7 @@ class RunModel:
     role: str
     name: str
     label: str
-    chatter: Chatter
+    chat_model: ChatModel
     made_by: Step | None = None
 
 
@@ -133,28 +133,30 @@ def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[R
     """Pivot, sources, targets and the fused model. Sources that are one model with one template are there once."""
     models, seen = [], set()
     for name in (PIVOT, *recipe.sources):
-        chatter = recipe.chatter(name)
+        chat_model = recipe.chat_model(name)
         role = PIVOT if name == PIVOT else "source"
-        if (role, chatter.tokenizer_identity) not in seen:
-            seen.add((role, chatter.tokenizer_identity))
-            models.append(RunModel(role, name if name == PIVOT else f"source-{name}", chatter.reference.label, chatter))
+        if (role, chat_model.tokenizer_identity) not in seen:
+            seen.add((role, chat_model.tokenizer_identity))
+            models.append(
+                RunModel(role, name if name == PIVOT else f"source-{name}", chat_model.reference.label, chat_model)
+            )
     for role, name, label, step in (
         *(("target", f"target-{name}", name, step) for name, step in targets.items()),
         (FUSED, FUSED, recipe.name, merged),
     ):
         trust = recipe.pivot.reference.trust_remote_code
         reference = Reference((str(step.directory / "model"),), trust_remote_code=trust)
-        models.append(RunModel(role, name, label, Chatter(name, reference, date=recipe.date), step))
+        models.append(RunModel(role, name, label, ChatModel(name, reference, date=recipe.date), step))
     called = Counter((model.role, model.label) for model in models)
     return [replace(one, label=one.name) if called[one.role, one.label] > 1 else one for one in models]
 
 
 def _subject(recipe: Recipe, workdir: Path, model: RunModel, held_out: list[DataSet]) -> evaluate.Measured:
     """How a model of the run is measured: a target or the fused model with the pivot's tokens."""
-    tokens = model.chatter if model.made_by is None else recipe.chatter(PIVOT)
+    tokens = model.chat_model if model.made_by is None else recipe.chat_model(PIVOT)
     prepared = {data.name: prepare.step(recipe, workdir, tokens, data) for data in held_out}
-    step = evaluate.model_step(recipe, workdir, model.name, model.chatter, prepared, model.made_by)
-    return evaluate.Measured(model.role, model.label, step, model.chatter, model.made_by)
+    step = evaluate.model_step(recipe, workdir, model.name, model.chat_model, prepared, model.made_by)
+    return evaluate.Measured(model.role, model.label, step, model.chat_model, model.made_by)
 
 
 def _check_files(sets: list[DataSet]) -> None:

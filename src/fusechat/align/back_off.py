@@ -37,7 +37,7 @@ class BackOff:
                 self._by_bytes.setdefault(data, token)  # of equal spellings the lowest id
         self._longest = max(map(len, self._by_bytes), default=0)
 
-    def __call__(self, data: bytes) -> tuple[int, str]:
+    def lookup(self, data: bytes) -> tuple[int, str]:
         """The pivot token (or TAIL) for `data`, and how it was found."""
         found = self.same_bytes(data)
         if found[0] != TAIL or not data:

@@ -16,7 +16,7 @@ ROWS = 1 << 14  # of the pivot, that are done at a time
 
 
 @dataclass(frozen=True)
-class Joined:
+class ConversationBatch:
     """Both models' rows of several conversations, and the source's distributions, if there are any, in the same order."""
 
     ids: list[str]
@@ -26,11 +26,13 @@ class Joined:
     lengths: list[int]  # rows of the pivot in each conversation
 
 
-def join(several: Sequence[tuple[Prepared, Prepared]], captured: Sequence[SparseDistribution] | None = None) -> Joined:
+def join(
+    several: Sequence[tuple[Prepared, Prepared]], captured: Sequence[SparseDistribution] | None = None
+) -> ConversationBatch:
     """The (pivot, source) pairs one after another. All distributions keep the same number of tokens."""
     room = [max(len(side.content_bytes) for side in pair) for pair in several]
     first = np.concatenate([[0], np.cumsum(room)])[:-1].tolist()
-    return Joined(
+    return ConversationBatch(
         ids=[pivot.id for pivot, _ in several],
         pivot=_one([pivot for pivot, _ in several], first),
         source=_one([source for _, source in several], first),

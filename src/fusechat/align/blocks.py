@@ -13,11 +13,11 @@ import numpy as np
 
 from fusechat.align.aligner import Aligner, Pair, Survey
 from fusechat.align.back_off import BackOff
-from fusechat.align.batching import Joined, groups, join, join_distributions, split
+from fusechat.align.batching import ConversationBatch, groups, join, join_distributions, split
 from fusechat.align.check import check_conversation
 from fusechat.align.counts import Counts, Seen, add_counts, add_seen
 from fusechat.align.processes import Processes, cores
-from fusechat.align.stats import Figures, add_figures
+from fusechat.align.stats import AlignmentStats, add_figures
 from fusechat.align.vocabulary import VocabularyMap
 from fusechat.data.distributions import DistributionSet, SparseDistribution, nothing, open_distributions
 from fusechat.data.prepared import Prepared, PreparedSet
@@ -142,13 +142,13 @@ class Blocks:
     def build_map(self, back_off: BackOff, advance: Advance) -> tuple[VocabularyMap, np.ndarray]:
         """Passes one and two, and the map that they lead to; and which source tokens longer pivot tokens start with."""
         counts = self.count(advance)
-        is_open = self.pair.open_tokens(counts)
+        is_open = self.pair.extendable_tokens(counts)
         seen = self.survey(is_open, advance)
         seen.pairs = counts
         return self.pair.build_map(seen, back_off), is_open
 
     def align(
-        self, vocabulary_map: VocabularyMap, is_open: np.ndarray, *, k: int, advance: Advance, figures: Figures
+        self, vocabulary_map: VocabularyMap, is_open: np.ndarray, *, k: int, advance: Advance, figures: AlignmentStats
     ) -> Iterator[tuple[str, SparseDistribution]]:
         """Pass three: targets for all conversations of the pivot, in order; adds to `figures`."""
         state = (self.pair, self.data, vocabulary_map, is_open, k)
@@ -166,7 +166,7 @@ class Blocks:
             advance(len(block))
 
 
-def _joined(data: Conversations, block: list[str]) -> Iterator[Joined]:
+def _joined(data: Conversations, block: list[str]) -> Iterator[ConversationBatch]:
     """The conversations of a block that both models have, several at a time."""
     both = [identity for identity in block if data.has(identity)]
     pairs = [data.pair(identity) for identity in both]
@@ -194,7 +194,9 @@ def _survey(state: tuple[Pair, Conversations, np.ndarray], block: list[str]) -> 
     return survey.seen()
 
 
-def _align(state: tuple[Pair, Conversations, VocabularyMap, np.ndarray, int], block: list[str]) -> tuple[Rows, Figures]:
+def _align(
+    state: tuple[Pair, Conversations, VocabularyMap, np.ndarray, int], block: list[str]
+) -> tuple[Rows, AlignmentStats]:
     pair, data, vocabulary_map, is_open, k = state
     aligner = Aligner(pair, vocabulary_map, is_open)
     rows: dict[str, SparseDistribution] = {}

@@ -10,10 +10,12 @@ from fusechat.align.spelling import Spelling
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-RARELY = 0.1  # of the source's mass on what begins with the bytes of the token before, at most this on that very token
+RARE_BOUNDARY = (
+    0.1  # of the source's mass on what begins with the bytes of the token before, at most this on that very token
+)
 
 
-def cut_share(source: Prepared, captured: SparseDistribution, spelling: Spelling) -> np.ndarray:
+def boundary_probability(source: Prepared, captured: SparseDistribution, spelling: Spelling) -> np.ndarray:
     """For every source row the share of its mass, one row before, on the very token that stands there, among that token and
     the kept candidates that go on after its bytes: float64 [n]; 1 at the start of a response and at its end of turn."""
     lengths = spelling.lengths

@@ -28,7 +28,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Rests:
+class Remainders:
     """Bytes that candidates have left, at [i] `pivot_row[i]` int64, `column[i]` int64 of the captured distribution. `mass` float64:
     what the candidate has; `data`: the bytes, empty where it has none left and goes to the tail."""
 
@@ -38,9 +38,9 @@ class Rests:
     data: list[bytes]
 
 
-def rests_inside(
+def remainders_inside(
     alignment: Alignment, source: Prepared, captured: SparseDistribution, *, tokens: TokenBytes, spelling: Spelling
-) -> Rests:
+) -> Remainders:
     """Where a pivot token starts inside a source token: the source's distribution at that token, given its bytes before.
 
     Of the kept candidates those that begin with the bytes given stay, their mass divided by that of all of them; one that has
@@ -56,17 +56,17 @@ def rests_inside(
     at, column = np.nonzero(left > 0)
     begin = given[at].tolist()
     data = [tokens[token][first:] for token, first in zip(candidates[at, column].tolist(), begin, strict=True)]
-    return Rests(rows[at], column, mass[at, column], data)
+    return Remainders(rows[at], column, mass[at, column], data)
 
 
-def rests_clipped(
+def remainders_clipped(
     alignment: Alignment,
     pivot: Prepared,
     source: Prepared,
     captured: SparseDistribution,
     *,
     spell: tuple[TokenBytes, TokenBytes],
-) -> Rests:
+) -> Remainders:
     """Where a token takes in template text before the content (`▁Hello`): a candidate loses what the source's own token took in,
     and gets what the pivot's did; one that does not begin with it goes to the tail. Not where both take in the same: those go over
     whole."""
@@ -82,7 +82,7 @@ def rests_clipped(
                 data = spell[1][candidate]
                 rest = put + data[len(taken) :] if data.startswith(taken) and len(data) > len(taken) else b""
                 found.append((pivot_row, column, float(probabilities[at, column]), rest))
-    return Rests(
+    return Remainders(
         pivot_row=np.array([row for row, _, _, _ in found], dtype=np.int64),
         column=np.array([column for _, column, _, _ in found], dtype=np.int64),
         mass=np.array([mass for _, _, mass, _ in found], dtype=np.float64),
@@ -91,7 +91,7 @@ def rests_clipped(
 
 
 def gather(
-    alignment: Alignment, captured: SparseDistribution, vocabulary_map: VocabularyMap, several: list[Rests]
+    alignment: Alignment, captured: SparseDistribution, vocabulary_map: VocabularyMap, several: list[Remainders]
 ) -> Candidates:
     """The candidates of every pivot row: whole source tokens where rows are aligned, and the bytes that `several` have left."""
     n, k = len(alignment.source_row), captured.ids.shape[1]
@@ -102,8 +102,8 @@ def gather(
     whole = np.full(ids.shape, NONE, dtype=np.int64)
     whole[ids >= 0] = vocabulary_map.rows_of(ids[ids >= 0])
     row[aligned], mass[aligned] = whole, captured.take(source_rows).probabilities
-    for rests in several:
-        known = vocabulary_map.row_of_rest
-        row[rests.pivot_row, rests.column] = [known[data] if data else NONE for data in rests.data]
-        mass[rests.pivot_row, rests.column] = rests.mass
+    for remainders in several:
+        known = vocabulary_map.row_of_remainder
+        row[remainders.pivot_row, remainders.column] = [known[data] if data else NONE for data in remainders.data]
+        mass[remainders.pivot_row, remainders.column] = remainders.mass
     return Candidates(row, mass, own=np.zeros(n, dtype=bool), chained=np.full(n, np.nan))

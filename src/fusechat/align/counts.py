@@ -65,14 +65,14 @@ class Seen:
     """What the map must know, as a pass over conversations finds it.
 
     `pairs`: counts of tokens at shared starts. `parts`: how often a pivot token started where these bytes of the source came next,
-    up to the end of a source token. `tokens`: the source tokens that any captured distribution holds. `rests`: bytes that stand for
-    candidates which are no whole source token.
+    up to the end of a source token. `tokens`: the source tokens that any captured distribution holds. `remaining_bytes`: bytes that
+    stand for candidates which are no whole source token.
     """
 
     pairs: Counts = field(default_factory=lambda: count_pairs([]))
     parts: Counter[tuple[bytes, int]] = field(default_factory=Counter)
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    rests: set[bytes] = field(default_factory=set)
+    remaining_bytes: set[bytes] = field(default_factory=set)
 
 
 def add_seen(parts: Iterable[Seen]) -> Seen:
@@ -85,5 +85,5 @@ def add_seen(parts: Iterable[Seen]) -> Seen:
         pairs=add_counts(part.pairs for part in parts),
         parts=total,
         tokens=np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *(part.tokens for part in parts)])),
-        rests=set().union(*(part.rests for part in parts)),
+        remaining_bytes=set().union(*(part.remaining_bytes for part in parts)),
     )

@@ -17,17 +17,19 @@ from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 from fusechat.models.token_bytes import TokenBytes
 
-OPEN = 0.01  # a source token is open where at least this share of its counts is with longer pivot tokens, or has none
-FAINT = 0.01  # continuations less likely than this are left to W
+MIN_EXTENDED_SHARE = (
+    0.01  # a source token is open where at least this share of its counts is with longer pivot tokens, or has none
+)
+MIN_CONTINUATION = 0.01  # continuations less likely than this are left to W
 
 
-def open_tokens(counts: Counts, pivot: TokenBytes, source: TokenBytes) -> np.ndarray:
+def extendable_tokens(counts: Counts, pivot: TokenBytes, source: TokenBytes) -> np.ndarray:
     """bool [source tokens]: which of them a longer pivot token may well start with; all of those that were never counted."""
     own, other = _lengths(source, counts.source), _lengths(pivot, counts.pivot)
     size = max(len(source), int(counts.source.max(initial=-1)) + 1)
     longer = np.bincount(counts.source, weights=counts.count * (other > own), minlength=size)
     total = np.bincount(counts.source, weights=counts.count, minlength=size)
-    return (longer >= OPEN * total) & ((longer > 0) | (total == 0))
+    return (longer >= MIN_EXTENDED_SHARE * total) & ((longer > 0) | (total == 0))
 
 
 def _lengths(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:
@@ -62,7 +64,7 @@ def next_candidates(ahead: Ahead, captured: SparseDistribution) -> tuple[np.ndar
     """What the source says after its own token: ids [b, k], -1 for none and for faint ones, and their probabilities float64."""
     rows = captured.take(ahead.source_row + 1)
     share = rows.probabilities
-    return np.where(share >= FAINT, rows.ids, NONE), np.where(share >= FAINT, share, 0.0)
+    return np.where(share >= MIN_CONTINUATION, rows.ids, NONE), np.where(share >= MIN_CONTINUATION, share, 0.0)
 
 
 def bytes_ahead(ahead: Ahead, candidates: np.ndarray, tokens: TokenBytes) -> tuple[list[bytes], np.ndarray]:
@@ -72,13 +74,13 @@ def bytes_ahead(ahead: Ahead, candidates: np.ndarray, tokens: TokenBytes) -> tup
     """
     number: dict[bytes, int] = {}
     rest = np.array([number.setdefault(data, len(number)) for data in ahead.rest], dtype=np.int64)
-    rests = list(number)
+    remaining_bytes = list(number)
     keys = np.where(candidates >= 0, (rest[:, None] << 32) | candidates, NONE)
     different, which = np.unique(keys, return_inverse=True)
     lacking = int(len(different) > 0 and different[0] < 0)
     at, token = (different >> 32)[lacking:].tolist(), (different & 0xFFFFFFFF)[lacking:].tolist()
     spelt = {each: b"" if each in tokens.special else tokens[each] for each in set(token)}
-    data = [rests[index] + spelt[each] for index, each in zip(at, token, strict=True)]
+    data = [remaining_bytes[index] + spelt[each] for index, each in zip(at, token, strict=True)]
     return data, which.reshape(candidates.shape) - lacking
 
 
@@ -100,7 +102,7 @@ def with_ahead(
     mass = np.concatenate([np.zeros((n, k)), candidates.mass], axis=1)
     column = own[use] + k
     next_ids, share = next_candidates(ahead, captured)
-    known = vocabulary_map.row_of_rest
+    known = vocabulary_map.row_of_remainder
     different, which = bytes_ahead(ahead, next_ids, tokens)
     found = np.array([known[data] if data else NONE for data in different] + [NONE], dtype=np.int64)
     whole = mass[ahead.pivot_row, column]

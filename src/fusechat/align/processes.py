@@ -45,9 +45,9 @@ class Processes:
         """`work(state, item)` of every item, in order. Raises WorkdirError where a process was killed."""
         if min(self.number, len(items)) < 2:
             return (work(state, item) for item in items)
-        return self._spread(work, state, items)
+        return self._fan_out(work, state, items)
 
-    def _spread(self, work: Callable[[Any, I], R], state: Any, items: Sequence[I]) -> Iterator[R]:
+    def _fan_out(self, work: Callable[[Any, I], R], state: Any, items: Sequence[I]) -> Iterator[R]:
         """No more than two items a process are under way, so that results do not pile up."""
         waiting: deque[Future[R]] = deque()
         with tempfile.NamedTemporaryFile(dir=self.directory, suffix=PARTIAL) as file:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.data.distributions import open_distributions, write_distributions, write_store
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json
 from fusechat.run.progress import log, progress
@@ -58,20 +58,20 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     from fusechat.align.vocabulary import same_tokens
     from fusechat.models.token_bytes import token_bytes
 
-    chatters: tuple[Chatter, Chatter] = (recipe.chatter(PIVOT), recipe.chatter(source))
-    sizes = tuple(each.vocabulary_size() for each in chatters)
+    chat_models: tuple[ChatModel, ChatModel] = (recipe.chat_model(PIVOT), recipe.chat_model(source))
+    sizes = tuple(each.vocabulary_size() for each in chat_models)
     pivot, teacher = (
         Side.of(token_bytes(each.tokenizer()), each.template().end_of_turn, rows=rows)
-        for each, rows in zip(chatters, sizes, strict=True)
+        for each, rows in zip(chat_models, sizes, strict=True)
     )
-    about = {"names": tuple(f"{each.name} ({each.reference})" for each in chatters), "sizes": sizes}
+    about = {"names": tuple(f"{each.name} ({each.reference})" for each in chat_models), "sizes": sizes}
     same = same_tokens(pivot.tokens, teacher.tokens)
     return Pair(pivot, teacher, Strategy.of(recipe.align), same), BackOff(pivot.tokens, sizes[0]), about
 
 
 def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source: str) -> dict[str, Any]:
     from fusechat.align.blocks import Blocks, Conversations
-    from fusechat.align.stats import Figures
+    from fusechat.align.stats import AlignmentStats
 
     pair, back_off, about = models(recipe, source)
     if pair.same_tokens:
@@ -79,7 +79,7 @@ def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source
     data = Conversations(*(parts[part] for part in PARTS), fill=parts.get(FILL, []), **about)
     common, total = len(data.common()), len(data.ids)
     k = recipe.align.top_k or open_distributions(*parts["capture"], verify=False).k
-    sums = Figures()
+    sums = AlignmentStats()
     with Blocks(pair, data, processes=recipe.align.processes, directory=directory) as blocks:
         with progress(f"count {source}", 2 * common, "conversations") as advance:
             vocabulary_map, is_open = blocks.build_map(back_off, advance)

@@ -13,7 +13,7 @@ from fusechat.align.vocabulary import VocabularyMap
 
 
 @dataclass
-class Figures:
+class AlignmentStats:
     """Sums over conversations; `summary` turns them into shares."""
 
     conversations: int = 0
@@ -24,7 +24,7 @@ class Figures:
     inside: int = 0  # pivot tokens that start inside a source token
     conditioned: int = 0  # those of them that have a distribution
     chained: int = 0  # pivot tokens whose probability the chain rule gave
-    rarely_cut: int = 0  # aligned where the source itself would rarely have cut
+    improbable_boundaries: int = 0  # aligned where the source itself would rarely have cut
     empty: int = 0  # aligned, but no candidate corresponds to a pivot token
     little: int = 0  # aligned or conditioned, but too little mass reached pivot tokens: no target
     mapped_mass: float = 0.0
@@ -80,7 +80,7 @@ class Figures:
             "positions_inside_a_source_token": self.inside,
             "positions_conditioned": self.conditioned,
             "positions_by_the_chain_rule": self.chained,
-            "positions_where_the_source_rarely_cuts": self.rarely_cut,
+            "positions_where_the_source_rarely_cuts": self.improbable_boundaries,
             "positions_without_candidate": self.empty,
             "positions_of_little_mass": self.little,
             "lead_positions": self.lead,
@@ -92,9 +92,9 @@ class Figures:
         }
 
 
-def add_figures(total: Figures, part: Figures) -> None:
+def add_figures(total: AlignmentStats, part: AlignmentStats) -> None:
     """Adds `part` to `total`."""
-    for each in fields(Figures):
+    for each in fields(AlignmentStats):
         if each.name == "mass_by_origin":
             total.mass_by_origin.update(part.mass_by_origin)
         else:

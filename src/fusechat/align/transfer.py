@@ -66,7 +66,7 @@ def _transfer(
     touched = np.empty(len(dense), dtype=np.int64)
     for i in range(n):
         share = chained[i] if own[i] else np.nan
-        count = _spread(row[i], mass[i], gold[i], share, entries, dense, touched)
+        count = _scatter(row[i], mass[i], gold[i], share, entries, dense, touched)
         own_mass = dense[gold[i]]
         mapped[i] = _largest(dense, touched[:count], ids[i], kept[i])
         if own[i] and own_mass > 0.0 and not (ids[i] == gold[i]).any():
@@ -75,7 +75,7 @@ def _transfer(
 
 
 @compiled()
-def _spread(
+def _scatter(
     row: np.ndarray,
     mass: np.ndarray,
     gold: int,

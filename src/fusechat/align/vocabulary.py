@@ -22,7 +22,7 @@ Lookup = Callable[[Sequence[bytes]], list[tuple[int, str]]]
 
 
 @dataclass(frozen=True)
-class Roles:
+class SpecialTokens:
     """Special tokens by what they do, each an id or None."""
 
     end_of_turn: int | None
@@ -35,7 +35,7 @@ def same_tokens(one: TokenBytes, other: TokenBytes) -> bool:
     return one.pieces == other.pieces and one.special == other.special and one.added.keys() == other.added.keys()
 
 
-def role_map(pivot: Roles, source: Roles) -> dict[int, int]:
+def special_token_map(pivot: SpecialTokens, source: SpecialTokens) -> dict[int, int]:
     """Source special token → pivot special token of the same role. End of turn goes last: where a model ends turns with its
     end-of-sequence token, that token means end of turn."""
     pairs = (
@@ -49,13 +49,13 @@ def role_map(pivot: Roles, source: Roles) -> dict[int, int]:
 @dataclass
 class VocabularyMap:
     """W in compressed rows: row r has the entries `pivot[offset[r] : offset[r + 1]]` with `weight`s that sum to one; what goes
-    to the tail has none. The first rows are source tokens, `source`, the others bytes, `rests`, in order.
+    to the tail has none. The first rows are source tokens, `source`, the others bytes, `remaining_bytes`, in order.
 
     `origin` says, for each row, where it comes from, as an index into `ORIGINS`: the counts, a special token's role, a back-off.
     """
 
     source: np.ndarray  # int64 [token rows], sorted
-    rests: list[bytes]
+    remaining_bytes: list[bytes]
     offset: np.ndarray  # int64 [rows + 1]
     pivot: np.ndarray  # int64 [entries]
     weight: np.ndarray  # float64 [entries]
@@ -76,9 +76,9 @@ class VocabularyMap:
         return rows
 
     @cached_property
-    def row_of_rest(self) -> dict[bytes, int]:
-        """Index of the row of each `rests`."""
-        return {rest: len(self.source) + index for index, rest in enumerate(self.rests)}
+    def row_of_remainder(self) -> dict[bytes, int]:
+        """Index of the row of each `remaining_bytes`."""
+        return {rest: len(self.source) + index for index, rest in enumerate(self.remaining_bytes)}
 
     def entropy(self) -> float:
         """Mean entropy of the counted rows, in bits: 0 where every source token always met the same pivot token."""
@@ -98,13 +98,13 @@ class VocabularyMap:
         row of a token), `pivot` int32, `weight` float32, `origin` string."""
         length = np.diff(self.offset)
         tokens = len(self.source)
-        source = np.repeat(np.append(self.source, np.full(len(self.rests), -1)), length).astype(np.int32)
-        rest = np.repeat(np.append(np.full(tokens, -1), np.arange(len(self.rests))), length).astype(np.int32)
+        source = np.repeat(np.append(self.source, np.full(len(self.remaining_bytes), -1)), length).astype(np.int32)
+        rest = np.repeat(np.append(np.full(tokens, -1), np.arange(len(self.remaining_bytes))), length).astype(np.int32)
         origin = pa.array(np.repeat(self.origin, length).astype(np.int8))
         table = pa.table(
             {
                 "source": pa.array(source, mask=source < 0),
-                "rest": pa.array(self.rests, pa.binary()).take(pa.array(rest, mask=rest < 0)),
+                "rest": pa.array(self.remaining_bytes, pa.binary()).take(pa.array(rest, mask=rest < 0)),
                 "pivot": pa.array(self.pivot.astype(np.int32)),
                 "weight": pa.array(self.weight.astype(np.float32)),
                 "origin": pa.DictionaryArray.from_arrays(origin, pa.array(ORIGINS)).cast(pa.string()),
@@ -138,25 +138,27 @@ def build_map(
     special = np.array(sorted(source.special | roles.keys()), dtype=np.int64)
     # A special token of either side that is written in a text is that text, and no other token's correspondence.
     counts = _without(counts, special, back_off.pivot.special)
-    parts, rests = _parts(seen, counted=vocabulary == "statistics")
+    parts, remaining_bytes = _parts(seen, counted=vocabulary == "statistics")
     parts = _without(parts, np.zeros(0, dtype=np.int64), back_off.pivot.special)
     # One table of counts for both kinds of rows: the row's index in the place of the source token.
     index = np.concatenate([np.searchsorted(tokens, counts.source), len(tokens) + parts.source])
     counts = Counts(index, np.concatenate([counts.pivot, parts.pivot]), np.concatenate([counts.count, parts.count]))
     if top_1:
         counts = _most_frequent(counts)
-    rows = len(tokens) + len(rests)
+    rows = len(tokens) + len(remaining_bytes)
     length = np.bincount(counts.source, minlength=rows)
     origin = np.full(rows, ORIGINS.index(SEEN), dtype=np.int8)
     single = np.full(rows, TAIL, dtype=np.int64)
     own = np.flatnonzero(tokens < back_off.size) if same_tokens else np.zeros(0, dtype=np.int64)
     single[own], origin[own] = tokens[own], ORIGINS.index(SAME_TOKEN)
     unseen = np.flatnonzero((length == 0) & (single == TAIL))
-    data = [source[int(tokens[row])] if row < len(tokens) else rests[row - len(tokens)] for row in unseen.tolist()]
+    data = [
+        source[int(tokens[row])] if row < len(tokens) else remaining_bytes[row - len(tokens)] for row in unseen.tolist()
+    ]
     lookups: dict[str, Lookup] = {
         "exact": lambda several: [back_off.same_bytes(data) for data in several],
         "edit": back_off.nearest,
-        "statistics": lambda several: [back_off(data) for data in several],
+        "statistics": lambda several: [back_off.lookup(data) for data in several],
     }
     found = lookups[vocabulary](data)
     for row, (target, how) in zip(unseen.tolist(), found, strict=True):
@@ -164,11 +166,16 @@ def build_map(
     for row in np.flatnonzero(np.isin(tokens, special)).tolist():
         single[row] = roles.get(int(tokens[row]), int(single[row]) if same_tokens else TAIL)
         origin[row] = ORIGINS.index(SPECIAL if single[row] != TAIL else TO_TAIL)
-    return _assemble(tokens, rests, counts, length, single, origin)
+    return _assemble(tokens, remaining_bytes, counts, length, single, origin)
 
 
 def _assemble(
-    tokens: np.ndarray, rests: list[bytes], counts: Counts, length: np.ndarray, single: np.ndarray, origin: np.ndarray
+    tokens: np.ndarray,
+    remaining_bytes: list[bytes],
+    counts: Counts,
+    length: np.ndarray,
+    single: np.ndarray,
+    origin: np.ndarray,
 ) -> VocabularyMap:
     """Joins counted rows and those of one entry or none."""
     alone = np.flatnonzero(single != TAIL)
@@ -177,7 +184,7 @@ def _assemble(
     order = np.argsort(row, kind="stable")
     return VocabularyMap(
         source=tokens,
-        rests=rests,
+        remaining_bytes=remaining_bytes,
         offset=np.concatenate([[0], np.cumsum(length + (single != TAIL))]).astype(np.int64),
         pivot=np.concatenate([counts.pivot, single[alone]])[order],
         weight=np.concatenate([counts.count / total[counts.source], np.ones(len(alone))])[order],
@@ -194,11 +201,11 @@ def _without(counts: Counts, source: np.ndarray, pivot: frozenset[int]) -> Count
 def _parts(seen: Seen, *, counted: bool) -> tuple[Counts, list[bytes]]:
     """All rests in order, and the counts of theirs, with the rest's index in the place of the source token."""
     parts = sorted(seen.parts.items()) if counted else []
-    rests = sorted(seen.rests | {rest for (rest, _), _ in parts})
-    index = {rest: at for at, rest in enumerate(rests)}
+    remaining_bytes = sorted(seen.remaining_bytes | {rest for (rest, _), _ in parts})
+    index = {rest: at for at, rest in enumerate(remaining_bytes)}
     columns = [(index[rest], pivot, count) for (rest, pivot), count in parts]
     table = np.array(columns, dtype=np.int64).reshape(-1, 3)
-    return Counts(table[:, 0], table[:, 1], table[:, 2]), rests
+    return Counts(table[:, 0], table[:, 1], table[:, 2]), remaining_bytes
 
 
 def _most_frequent(counts: Counts) -> Counts:

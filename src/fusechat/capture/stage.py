@@ -15,7 +15,7 @@ from fusechat.data.distributions import SHARDS, begun_format, is_sound, shards_o
 from fusechat.data.prepared import PreparedSet
 from fusechat.data.tables import Table
 from fusechat.errors import DataError
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import Recipe
 from fusechat.run import ranks
 from fusechat.run.files import PARTIAL
@@ -26,19 +26,19 @@ from fusechat.run.steps import Step
 FORMAT = 2  # of the step: captures of older versions, without tails, stay done; see `data/distributions.py`
 
 
-def step(recipe: Recipe, workdir: Path, chatter: Chatter, prepared: Step, *, at_least: int = 1) -> Step:
+def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, prepared: Step, *, at_least: int = 1) -> Step:
     """Runs one model over one prepared data set. Keeps `at_least` so many tokens, whatever the recipe says."""
-    capture = recipe.capture_for(chatter.name)
+    capture = recipe.capture_for(chat_model.name)
     capture = capture.model_copy(update={"top_k": max(capture.top_k, at_least)})
     where = capture.model_dump(include={"device_map", "url", "tensor_parallel"})  # which results do not depend on
-    settings = {"model": chatter.identity, "device": recipe.device, **capture.model_dump(exclude=set(where))}
+    settings = {"model": chat_model.identity, "device": recipe.device, **capture.model_dump(exclude=set(where))}
     name = prepared.name
 
     def work(directory: Path) -> dict[str, Any]:
-        return _capture(directory, PreparedSet(prepared.directory), chatter, {**settings, **where})
+        return _capture(directory, PreparedSet(prepared.directory), chat_model, {**settings, **where})
 
     def join(counts: list[dict[str, Any]]) -> dict[str, Any]:
-        return ranks.from_first(lambda: _join(counts, chatter))
+        return ranks.from_first(lambda: _join(counts, chat_model))
 
     return Step(
         "capture",
@@ -60,14 +60,14 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in settings.items() if key != "batch_tokens"}, **which_device(settings)}
 
 
-def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dict[str, Any]) -> dict[str, Any]:
+def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings: dict[str, Any]) -> dict[str, Any]:
     """Makes this process's shards, every so many-th, where they are missing or damaged; returns what is in all of them."""
     size = settings["shard_conversations"]
     every = [range(begin, min(begin + size, len(data))) for begin in range(0, len(data), size)]
-    workers = _workers(chatter, settings)
+    workers = _workers(chat_model, settings)
     mine = [number for number in range(len(every)) if workers[number % len(workers)] == ranks.rank()]
     shards = {number: every[number] for number in mine}
-    vocabulary = chatter.vocabulary_size()
+    vocabulary = chat_model.vocabulary_size()
     k = min(settings["top_k"], vocabulary)
     store_format = ranks.from_first(lambda: begun_format(directory))
     if ranks.is_first():
@@ -77,8 +77,8 @@ def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dic
     if missing:
         with (
             TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room,
-            closing(_open(chatter, settings, k, data, Path(room))) as backend,
-            progress(f"capture {chatter.name}", sum(map(len, shards.values())), "conversations") as advance,
+            closing(_open(chat_model, settings, k, data, Path(room))) as backend,
+            progress(f"capture {chat_model.name}", sum(map(len, shards.values())), "conversations") as advance,
         ):
             advance(sum(len(shards[number]) for number in paths))
             for number, rows in missing.items():
@@ -90,14 +90,14 @@ def _capture(directory: Path, data: PreparedSet, chatter: Chatter, settings: dic
     return _counts([Table([path]) for path in paths.values()], data, [row for rows in shards.values() for row in rows])
 
 
-def _workers(chatter: Chatter, settings: dict[str, Any]) -> list[int]:
+def _workers(chat_model: ChatModel, settings: dict[str, Any]) -> list[int]:
     """The processes that share the shards: all, or one on each machine where the model is spread over the machine's devices."""
     local = ranks.gather(ranks.local_rank())
     if settings["backend"] == "vllm" or settings["device_map"] is None:
         return list(range(len(local)))
     first = [rank for rank, number in enumerate(local) if number == 0]
     if len(first) < len(local) and ranks.is_first():
-        log.info("capture %s: capture.device_map spreads it: one process on each machine runs it", chatter.name)
+        log.info("capture %s: capture.device_map spreads it: one process on each machine runs it", chat_model.name)
     return first
 
 
@@ -113,13 +113,13 @@ def _sound_shard(directory: Path, number: int) -> Path | None:
     return sound
 
 
-def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet, room: Path) -> Any:
+def _open(chat_model: ChatModel, settings: dict[str, Any], k: int, data: PreparedSet, room: Path) -> Any:
     """What runs the model: see `Local`; it may write to `room`. vLLM is imported where it is asked for."""
     if settings["backend"] == "vllm":
         from fusechat.models.vllm import open_vllm
 
         return open_vllm(
-            chatter,
+            chat_model,
             dtype=settings["dtype"],
             k=k,
             max_length=int(data.lengths().max()),
@@ -129,13 +129,13 @@ def _open(chatter: Chatter, settings: dict[str, Any], k: int, data: PreparedSet,
     from fusechat.capture.local import Local
     from fusechat.models.load import choose_device
 
-    model = chatter.model(
+    model = chat_model.model(
         dtype=settings["dtype"],
         device=choose_device(settings["device"]),
         device_map=settings["device_map"],
         offload=room,
     )
-    return Local(model, k=k, batch_tokens=settings["batch_tokens"], name=f"{chatter.name} ({chatter.reference})")
+    return Local(model, k=k, batch_tokens=settings["batch_tokens"], name=f"{chat_model.name} ({chat_model.reference})")
 
 
 def _counts(shards: list[Table], data: PreparedSet, rows: list[int]) -> dict[str, Any]:
@@ -149,10 +149,12 @@ def _counts(shards: list[Table], data: PreparedSet, rows: list[int]) -> dict[str
     }
 
 
-def _join(counts: list[dict[str, Any]], chatter: Chatter) -> dict[str, Any]:
+def _join(counts: list[dict[str, Any]], chat_model: ChatModel) -> dict[str, Any]:
     """The sums of all processes' counts, and the ids of rejected conversations in the order of the data."""
     rejected = sorted(pair for each in counts for pair in each["rejected_not_finite"])
     total = {key: sum(each[key] for each in counts) for key in ("conversations", "positions", "shards")}
     if not total["conversations"]:
-        raise DataError(f"{chatter.name} ({chatter.reference}): every conversation gave values that are not finite")
+        raise DataError(
+            f"{chat_model.name} ({chat_model.reference}): every conversation gave values that are not finite"
+        )
     return {**total, "rejected_not_finite": [identity for _, identity in rejected]}

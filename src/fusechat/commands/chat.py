@@ -6,7 +6,7 @@ from typing import Any
 
 from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
-from fusechat.models.chat_model import Chatter, with_template
+from fusechat.models.chat_model import ChatModel, with_template
 from fusechat.models.dates import day_of
 from fusechat.models.reference import Reference
 
@@ -33,10 +33,10 @@ def talk(
     problem = reference.check()
     if problem:
         raise ModelError(problem)
-    chatter = with_template(Chatter(model, reference, date=day_of(Path(model).resolve())), chat_template)
-    template = chatter.template()
+    chat_model = with_template(ChatModel(model, reference, date=day_of(Path(model).resolve())), chat_template)
+    template = chat_model.template()
     tokenizer, place = template.tokenizer, choose_device(device)
-    network = chatter.model(dtype=default_dtype(place), device=place)
+    network = chat_model.model(dtype=default_dtype(place), device=place)
     rows = int(network.get_input_embeddings().weight.shape[0])
     stops = stop_tokens(network, tokenizer, template.end_of_turn)
     torch.manual_seed(seed)

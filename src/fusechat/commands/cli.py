@@ -70,11 +70,11 @@ def plan(
     from fusechat.plan.command import make_plan
     from fusechat.plan.table import as_json as in_json
     from fusechat.plan.table import show
-    from fusechat.recipe.pinned import settled
+    from fusechat.recipe.pinned import pin
 
     loaded = load_recipe(recipe, set_, dtype=dtype_on(device))
     workdir = workdir or Path("runs") / loaded.name
-    loaded = settled(loaded, workdir, automatic=device is None)
+    loaded = pin(loaded, workdir, automatic=device is None)
     made = make_plan(loaded, workdir, choose(device, loaded.device, workdir), conversations=conversations)
     if as_json:
         print(json.dumps(in_json(made), indent=1))
@@ -96,11 +96,11 @@ def status(
     from fusechat.data.rejected import LeftOut, left_out
     from fusechat.errors import WorkdirError
     from fusechat.pipeline import RECIPE, build_steps, load_recipe
-    from fusechat.recipe.pinned import settled
+    from fusechat.recipe.pinned import pin
 
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    loaded = settled(load_recipe(recipe or workdir / RECIPE, set_), workdir)
+    loaded = pin(load_recipe(recipe or workdir / RECIPE, set_), workdir)
     check_workdir(loaded, workdir)
     rows: list[tuple[str, str, str, LeftOut | None]] = []
     for step in build_steps(loaded, workdir):
@@ -269,7 +269,7 @@ def main() -> Any:
             raise KeyboardInterrupt
         sys.exit(status)
     except FuseChatError as error:
-        _fail(*(() if error.told else error.messages))
+        _fail(*(() if error.reported else error.messages))
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", status=INTERRUPTED)
     except BrokenPipeError:
@@ -279,7 +279,7 @@ def main() -> Any:
         if hasattr(error, "format_message"):  # a mistake in the command itself, as Typer reports it
             _usage(error)
         storage = storage_error(error)
-        if storage is None and ranks.left_alone(error):
+        if storage is None and ranks.peer_died(error):
             _fail(f"process {ranks.rank()}: another process of this run has ended; run again to go on where it was")
         if storage is None:
             raise

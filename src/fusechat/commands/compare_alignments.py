@@ -7,7 +7,7 @@ from typing import Any
 from fusechat.align.aligner import Aligner, Pair, Strategy, with_strategy
 from fusechat.align.back_off import BackOff
 from fusechat.align.blocks import Blocks, Conversations
-from fusechat.align.boundary_bias import RARELY, cut_share
+from fusechat.align.boundary_bias import RARE_BOUNDARY, boundary_probability
 from fusechat.align.quality import Quality
 from fusechat.align.stage import models
 from fusechat.capture import stage as capture
@@ -15,7 +15,7 @@ from fusechat.commands.run import lock
 from fusechat.pipeline import RECIPE, of_day
 from fusechat.prepare import stage as prepare
 from fusechat.recipe.load import save_recipe
-from fusechat.recipe.pinned import settled
+from fusechat.recipe.pinned import pin
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.progress import Advance, progress
 from fusechat.run.steps import Step
@@ -58,7 +58,7 @@ def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> l
     held_out = {source: recipe.validation_set(source) for source in recipe.sources}
     records = []
     with lock(recipe, workdir):
-        recipe = settled(recipe, workdir, begin=True)
+        recipe = pin(recipe, workdir, begin=True)
         save_recipe(recipe, workdir / RECIPE)
         for source in recipe.sources:
             data = _conversations(recipe, workdir, source, held_out[source], k=max(top_ks))
@@ -73,12 +73,12 @@ def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *,
         step.run(needed=True)
         return [step.directory]
 
-    chatters = recipe.chatter(PIVOT), recipe.chatter(source)
+    chat_models = recipe.chat_model(PIVOT), recipe.chat_model(source)
     training, measured = (
-        [[prepare.step(recipe, workdir, chatter, data) for data in sets] for chatter in chatters]
+        [[prepare.step(recipe, workdir, chat_model, data) for data in sets] for chat_model in chat_models]
         for sets in (recipe.sets_of(source), [held_out])
     )
-    captured = capture.step(recipe, workdir, chatters[1], measured[1][0], at_least=k)
+    captured = capture.step(recipe, workdir, chat_models[1], measured[1][0], at_least=k)
     counted, judged = (
         [[path for step in side for path in done(step)] for side in part] for part in (training, measured)
     )
@@ -113,7 +113,7 @@ def _measure(
     """One strategy's quality at each k."""
     with Blocks(pair, data, processes=processes) as training:
         counts = training.count(advance)
-        is_open = pair.open_tokens(counts)
+        is_open = pair.extendable_tokens(counts)
         counted = training.survey(is_open, advance)
     seen = Blocks(pair, held_out, processes=1).survey(is_open, advance)
     seen.pairs, seen.parts = counts, counted.parts  # of the training set alone
@@ -130,7 +130,7 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
         captured = held_out.captured[identity].cut(k)
         alignment, _, result = aligner.transferred(pivot, source, captured, k=k)
         common = boundary.align(pivot, source).aligned & warped.align(pivot, source).aligned
-        share = cut_share(source, captured, aligner.pair.source.spelling)[alignment.source_row]
+        share = boundary_probability(source, captured, aligner.pair.source.spelling)[alignment.source_row]
         covered, little = aligner.taught(alignment, result)
         quality.add(
             pivot,
@@ -141,7 +141,7 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
             covered=covered & ~pivot.lead,
             little=little,
             common=common,
-            rare=alignment.aligned & (share < RARELY),
+            rare=alignment.aligned & (share < RARE_BOUNDARY),
         )
         advance()
     return quality

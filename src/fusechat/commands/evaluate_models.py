@@ -21,14 +21,14 @@ from fusechat.errors import DataError, FuseChatError, ModelError, RecipeError, S
 from fusechat.evaluate.answers import Answering
 from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep, records, write_results
 from fusechat.evaluate.subjects import Subject, check_labels, parse_model
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.client import MODEL_KEY, check_url
 from fusechat.models.tokenise import RejectedError, prepare_conversation
 from fusechat.pipeline import RECIPE, build_steps, run_models
 from fusechat.recipe.pinned import recipe_of
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json
-from fusechat.run.lock import only_one
+from fusechat.run.lock import exclusive_lock
 from fusechat.run.manifests import versions
 from fusechat.run.progress import log
 from fusechat.run.steps import MANIFEST, STARTED, Step
@@ -96,7 +96,7 @@ def evaluation(
             if file.is_dir():
                 raise RecipeError(f"--out {file}: is a directory; name a file in it, such as {file / RESULTS}")
             _make(file)
-            held.enter_context(only_one(file.parent / ".lock", file.parent, remove=True))
+            held.enter_context(exclusive_lock(file.parent / ".lock", file.parent, remove=True))
             pivot = subjects[0].label if subjects else None
             found = Evaluation(suite, tuple(subjects), file.parent, file, pivot)
         else:
@@ -198,8 +198,8 @@ def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject
         if model.made_by is not None:
             _refuse_unfinished(model.made_by, workdir)
         label = model.label if labels.count(model.label) == 1 else f"{model.label} ({model.role})"
-        chatter = replace(model.chatter, name=label)
-        subjects.append(Subject(model.role, label, chatter, shown=model.label, name=name))
+        chat_model = replace(model.chat_model, name=label)
+        subjects.append(Subject(model.role, label, chat_model, shown=model.label, name=name))
     if any(subject.role for subject in subjects) and not any(subject.role == PIVOT for subject in subjects):
         log.info("the pivot is measured as well: the others are compared with it")
         return _of_run(recipe, workdir, [PIVOT, *names])
@@ -244,10 +244,10 @@ def bits_per_byte(
     held_out = DataSet(Path(data).name, data, on_error)
     conversations = list(islice(_usable(held_out), limit))
     found: dict[str, Responses] = {}
-    chatters = [subject.local("bits-per-byte") for subject in subjects]
-    for subject, chatter in zip(subjects, chatters, strict=True):
-        prepared = _prepared(conversations, chatter, max_length=max_length)
-        model = chatter.model(dtype=dtype, device=choose_device(device))
+    chat_models = [subject.local("bits-per-byte") for subject in subjects]
+    for subject, chat_model in zip(subjects, chat_models, strict=True):
+        prepared = _prepared(conversations, chat_model, max_length=max_length)
+        model = chat_model.model(dtype=dtype, device=choose_device(device))
         with progress(f"bits per byte of {subject.label}", len(prepared), "conversations") as advance:
             found[subject.label] = score_responses(model, prepared, batch_tokens=batch_tokens, advance=advance)
         del model
@@ -272,11 +272,11 @@ def _usable(data: DataSet) -> Iterator[Conversation]:
             yield record
 
 
-def _prepared(conversations: Sequence[Conversation], chatter: Chatter, *, max_length: int) -> list[Prepared]:
+def _prepared(conversations: Sequence[Conversation], chat_model: ChatModel, *, max_length: int) -> list[Prepared]:
     """As a model sees them; what it cannot use is counted and said, and then missing for all."""
     from fusechat.models.load import without_embedding
 
-    template, rows = chatter.template(), chatter.vocabulary_size()
+    template, rows = chat_model.template(), chat_model.vocabulary_size()
     found, lost = [], []
     for conversation in conversations:
         try:
@@ -286,8 +286,8 @@ def _prepared(conversations: Sequence[Conversation], chatter: Chatter, *, max_le
             continue
         wrong = without_embedding([int(one.input_ids.max())], rows, template.tokenizer)
         if wrong:
-            raise ModelError(f"{chatter.name}: {conversation.where} has {wrong}")
+            raise ModelError(f"{chat_model.name}: {conversation.where} has {wrong}")
         found.append(one)
     if lost:
-        log.warning("%s cannot use %d of %d conversations: %s", chatter.name, len(lost), len(conversations), lost[0])
+        log.warning("%s cannot use %d of %d conversations: %s", chat_model.name, len(lost), len(conversations), lost[0])
     return found

@@ -12,10 +12,10 @@ from fusechat.models.gguf_parallel import convert_together
 from fusechat.pipeline import RECIPE, build_steps, of_day, select_steps
 from fusechat.plan import preflight
 from fusechat.recipe.load import is_saved, recipe_identity, save_recipe
-from fusechat.recipe.pinned import settled
+from fusechat.recipe.pinned import pin
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run import ranks
-from fusechat.run.lock import in_turn, only_one, together
+from fusechat.run.lock import exclusive_lock, shared_lock, wait_for_lock
 from fusechat.run.progress import log
 
 LOCK, STARTING = ".lock", ".starting.lock"
@@ -27,7 +27,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
     Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `run/ranks.py`.
     """
     recipe = ranks.from_first(partial(of_day, recipe, workdir))
-    with beside_others(recipe, workdir, until=until, only=only) as recipe:
+    with shared_workdir(recipe, workdir, until=until, only=only) as recipe:
         ranks.on_every_machine(lambda: _get_ready(recipe, workdir, until, only))
         steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
         done_now = 0
@@ -36,7 +36,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
             done_now += sum(step.run(needed=stage == until) for step in members)
             ranks.from_first(partial(tell, members, recipe.data.max_rejected))
         log.info("%d steps done now, %d were done before", done_now, len(steps) - done_now)
-    ranks.leave()
+    ranks.shut_down()
     return done_now
 
 
@@ -47,7 +47,7 @@ def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | Non
     preflight.check_settings(recipe, waiting)
     if any(step.stage != "report" for step in waiting):
         sources = recipe.teachers()[only] if only else recipe.sources
-        convert_together([recipe.chatter(name).reference for name in (PIVOT, *sources)])
+        convert_together([recipe.chat_model(name).reference for name in (PIVOT, *sources)])
     preflight.check_models(recipe, waiting)
 
 
@@ -76,7 +76,7 @@ def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
 
     def take() -> None:
         check_workdir(recipe, workdir)
-        held.enter_context(only_one(workdir / LOCK, workdir))
+        held.enter_context(exclusive_lock(workdir / LOCK, workdir))
 
     with ExitStack() as held:
         ranks.from_first(take)
@@ -84,16 +84,16 @@ def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def beside_others(recipe: Recipe, workdir: Path, *, until: str | None, only: str | None) -> Iterator[Recipe]:
+def shared_workdir(recipe: Recipe, workdir: Path, *, until: str | None, only: str | None) -> Iterator[Recipe]:
     """A work directory that is this recipe's, together with other runs of the very same recipe. Writes the recipe down, and gives
     it as it is written: with all that is settled."""
 
     def take() -> Recipe:
         check_workdir(recipe, workdir)
-        with in_turn(workdir / STARTING, f"beginning in {workdir}"):
-            first = held.enter_context(together(workdir / LOCK, workdir))
+        with wait_for_lock(workdir / STARTING, f"beginning in {workdir}"):
+            first = held.enter_context(shared_lock(workdir / LOCK, workdir))
             check_workdir(recipe, workdir)  # another one may have begun meanwhile
-            whole = settled(recipe, workdir, begin=first)
+            whole = pin(recipe, workdir, begin=first)
             select_steps(build_steps(whole, workdir), until=until, only=only)
             if first:
                 save_recipe(whole, workdir / RECIPE)

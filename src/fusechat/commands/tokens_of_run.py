@@ -7,10 +7,10 @@ from fusechat.pipeline import RECIPE, build_steps
 from fusechat.recipe.pinned import recipe_of
 from fusechat.run.steps import Step, with_upstream
 from fusechat.show.conversation import PIVOT, Branch
-from fusechat.show.passages import Shown
+from fusechat.show.passages import TokenView
 
 
-def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Shown:
+def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> TokenView:
     """One conversation that `source` taught in the run; `conversation` is its number from 0 on, its id or how that begins."""
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
@@ -18,7 +18,7 @@ def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Show
         raise RecipeError(f"{pivot}: with --workdir the first argument is {PIVOT}, the second a source of the run")
     recipe = recipe_of(workdir)
     step = _align_step(build_steps(recipe, workdir), source, workdir)
-    branch = Branch(step, recipe.chatter(PIVOT), recipe.chatter(source))
+    branch = Branch(step, recipe.chat_model(PIVOT), recipe.chat_model(source))
     identity = _find(conversation, branch.ids, source)
     return branch.shown(recipe.sets_of(source), [identity])[0]
 

@@ -53,7 +53,7 @@ class Answering:
     def _local(
         self, subject: Subject, prompts: Sequence[Prompt], file: Path, loaded: list[Any]
     ) -> list[Answer | Missing]:
-        assert subject.chatter is not None
+        assert subject.chat_model is not None
         settings = [ASKED, subject.identity, self.dtype, self.device, self.batch_tokens, self.seed, len(prompts)]
         batches = digest_json([*settings, [_as_json(prompt) for prompt in prompts]])  # one batch draws together
         keys = [digest_json([batches, prompt.key]) for prompt in prompts]
@@ -67,7 +67,7 @@ class Answering:
                     from fusechat.models.generator import Generator
 
                     options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "seed": self.seed}
-                    loaded.append(Generator(subject.chatter, batch_tokens=self.batch_tokens, **options))
+                    loaded.append(Generator(subject.chat_model, batch_tokens=self.batch_tokens, **options))
                 with progress(f"answers of {subject.label}", waiting, "prompts") as advance:
 
                     def done(index: int, answer: Answer | Missing) -> None:

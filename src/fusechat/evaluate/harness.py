@@ -77,12 +77,12 @@ def run(
     the harness's own words."""
     found = {}
     place = choose_device(device)
-    chatters = [subject.local(SUITE) for subject in subjects]
-    for chatter in chatters:
-        chatter.template()  # one that has none, before hours go by with the others
+    chat_models = [subject.local(SUITE) for subject in subjects]
+    for chat_model in chat_models:
+        chat_model.template()  # one that has none, before hours go by with the others
     how: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "few_shot": few_shot, "batch_size": batch_size}
     how |= {"dtype": dtype, "seed": seed}
-    for subject, chatter in zip(subjects, chatters, strict=True):
+    for subject, chat_model in zip(subjects, chat_models, strict=True):
         file, key = directory / subject.folder / INTERRUPTED, _key(subject, include, how)
         kept = _kept(file, key)
         if kept is not None:
@@ -91,7 +91,7 @@ def run(
             continue
         log.info("harness: %s on %s", subject.label, ", ".join(tasks))
         with _quietly():
-            results = _measure(chatter, manager=manager, place=place, **how)
+            results = _measure(chat_model, manager=manager, place=place, **how)
         write_text(directory / subject.folder / SAMPLES, "".join(_lines(results)))
         found[subject.label] = measurements(results)
         write_json(file, {"key": key, "measured": [asdict(one) for one in found[subject.label]]})
@@ -123,7 +123,7 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _measure(
-    chatter: Any,
+    chat_model: Any,
     *,
     tasks: Sequence[str],
     manager: Any,
@@ -139,17 +139,17 @@ def _measure(
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
 
-    template = chatter.template()
+    template = chat_model.template()
     tokenizer = template.tokenizer
     own, pad = tokenizer.chat_template, tokenizer.pad_token
     asks = asking(template)
     if not asks.exact:
-        log.warning("harness: %s: %s", chatter.name, asks.note)
+        log.warning("harness: %s: %s", chat_model.name, asks.note)
     tokenizer.chat_template = template.on_its_day(asks.template)
     if pad is not None:
-        tokenizer.pad_token_id = padding(tokenizer, chatter.vocabulary_size())
+        tokenizer.pad_token_id = padding(tokenizer, chat_model.vocabulary_size())
     try:
-        model = HFLM(pretrained=chatter.model(dtype=dtype, device=place), tokenizer=tokenizer, batch_size=batch_size)
+        model = HFLM(pretrained=chat_model.model(dtype=dtype, device=place), tokenizer=tokenizer, batch_size=batch_size)
         # It would ask git for the commit of the current directory, and git complains where there is none.
         with patch.object(evaluator, "get_git_commit_hash", return_value=None):
             results: Mapping[str, Any] = evaluator.simple_evaluate(
@@ -170,7 +170,9 @@ def _measure(
         raise
     except Exception as error:  # of any kind: a task is a program with data of its own
         if out_of_memory(error):
-            raise ModelError(f"{chatter.name}: does not fit in memory with its batches; lower --batch-size") from error
+            raise ModelError(
+                f"{chat_model.name}: does not fit in memory with its batches; lower --batch-size"
+            ) from error
         if storage_error(error):
             raise
         raise RecipeError(f"--tasks {', '.join(tasks)}: {type(error).__name__}: {first_line(error)}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 from fusechat.data.conversations import DataSet
 from fusechat.evaluate.records import ASKED, RECORDS, RESULTS
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.cache import known_digest
 from fusechat.run.files import PARTIAL, read_json, write_json
@@ -32,21 +32,21 @@ class Measured:
     role: str
     label: str
     step: Step
-    chatter: Chatter
+    chat_model: ChatModel
     made_by: Step | None
 
 
 def model_step(
-    recipe: Recipe, workdir: Path, name: str, chatter: Chatter, prepared: dict[str, Step], made_by: Step | None
+    recipe: Recipe, workdir: Path, name: str, chat_model: ChatModel, prepared: dict[str, Step], made_by: Step | None
 ) -> Step:
     """Measures a model: one that the recipe names, or the target or fused model that step `made_by` wrote. `prepared`: held-out
     data set → its prepare step for the tokens of this model. A further set leaves what was measured on the others."""
     settings = _settings(recipe)
-    named = {} if made_by else {"model": chatter.identity}
-    device_map = _device_map(recipe, chatter, made_by)
+    named = {} if made_by else {"model": chat_model.identity}
+    device_map = _device_map(recipe, chat_model, made_by)
 
     def work(directory: Path) -> dict[str, Any]:
-        return _score(directory, chatter, prepared, settings, device_map, label=name)
+        return _score(directory, chat_model, prepared, settings, device_map, label=name)
 
     made = {"model": made_by} if made_by else {}
     parts = {_scores(data): [*made, data] for data in prepared}
@@ -88,10 +88,10 @@ def results_step(workdir: Path, subjects: list[Measured], sets: list[str]) -> St
 
 def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: list[DataSet]) -> Step:
     """Answers to the first questions of the held-out conversations, greedily."""
-    chatter, made_by = subject.chatter, subject.made_by
+    chat_model, made_by = subject.chat_model, subject.made_by
     settings = {
-        "model": None if made_by else chatter.identity,
-        "template": chatter.template_key,
+        "model": None if made_by else chat_model.identity,
+        "template": chat_model.template_key,
         "data": {data.name: data.identity() for data in held_out},
         "answers": recipe.evaluate.answers,
         "tokens": recipe.evaluate.answer_tokens,
@@ -99,8 +99,8 @@ def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: lis
     }
 
     def work(directory: Path) -> dict[str, Any]:
-        device_map = _device_map(recipe, chatter, made_by)
-        return _answer(directory, recipe, chatter, held_out, device_map, label=subject.label)
+        device_map = _device_map(recipe, chat_model, made_by)
+        return _answer(directory, recipe, chat_model, held_out, device_map, label=subject.label)
 
     name = subject.step.name
     upstream = {"model": made_by} if made_by else {}
@@ -112,9 +112,9 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {"dtype": recipe.evaluate.dtype, "batch_tokens": recipe.evaluate.batch_tokens, "device": recipe.device}
 
 
-def _device_map(recipe: Recipe, chatter: Chatter, made_by: Step | None) -> Any:
+def _device_map(recipe: Recipe, chat_model: ChatModel, made_by: Step | None) -> Any:
     """How a model that the recipe names is spread, as in its capture. Results do not depend on it."""
-    return None if made_by else recipe.capture_for(chatter.name).device_map
+    return None if made_by else recipe.capture_for(chat_model.name).device_map
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def _room(directory: Path) -> Iterator[Path]:
 
 def _score(
     directory: Path,
-    chatter: Chatter,
+    chat_model: ChatModel,
     prepared: dict[str, Step],
     settings: dict[str, Any],
     device_map: Any,
@@ -145,7 +145,7 @@ def _score(
             progress(f"evaluate {label}", sum(map(len, waiting.values())), "conversations") as advance,
         ):
             device = choose_device(settings["device"])
-            model = chatter.model(dtype=settings["dtype"], device=device, device_map=device_map, offload=room)
+            model = chat_model.model(dtype=settings["dtype"], device=device, device_map=device_map, offload=room)
             for name, data in waiting.items():
                 scores = score_responses(model, data, batch_tokens=settings["batch_tokens"], advance=advance)
                 write_json(files[name], scores)
@@ -153,7 +153,7 @@ def _score(
 
 
 def _answer(
-    directory: Path, recipe: Recipe, chatter: Chatter, held_out: list[DataSet], device_map: Any, *, label: str
+    directory: Path, recipe: Recipe, chat_model: ChatModel, held_out: list[DataSet], device_map: Any, *, label: str
 ) -> dict[str, Any]:
     from fusechat.models.answers import Answer, Missing, Prompt
     from fusechat.models.generator import Generator
@@ -167,7 +167,7 @@ def _answer(
     found: dict[int, Answer | Missing] = {}
     with _room(directory) as room, progress(f"answers of {label}", len(prompts), "questions") as advance:
         options: dict[str, Any] = {"dtype": evaluate.dtype, "device": recipe.device, "seed": recipe.seed}
-        generator = Generator(chatter, batch_tokens=ANSWER_BATCH, device_map=device_map, offload=room, **options)
+        generator = Generator(chat_model, batch_tokens=ANSWER_BATCH, device_map=device_map, offload=room, **options)
 
         def done(index: int, answer: Answer | Missing) -> None:
             found[index] = answer
@@ -215,7 +215,7 @@ def _results(directory: Path, subjects: list[Measured], sets: list[str]) -> dict
         measured = {step: [score.measurement(name)] for step, score in compared.items()}
         roles = {subject.step.name: subject.role for subject in subjects}
         labels = {subject.step.name: subject.label for subject in subjects}
-        identities = {subject.step.name: subject.chatter.tokenizer_identity for subject in subjects}
+        identities = {subject.step.name: subject.chat_model.tokenizer_identity for subject in subjects}
         own = records(
             "bits-per-byte",
             measured,
@@ -242,7 +242,7 @@ def _of_suites(directory: Path, subjects: list[Measured]) -> list[dict[str, Any]
     from fusechat.evaluate.records import gather
 
     every = gather(directory)
-    now = {subject.chatter.tokenizer_identity for subject in subjects} if every else set()
+    now = {subject.chat_model.tokenizer_identity for subject in subjects} if every else set()
     kept = [record for record in every if not record["role"] or record["identity"] in now]
     for suite, role in dict.fromkeys((record["suite"], record["role"]) for record in every if record not in kept):
         log.warning("evaluate: %s measured a %s model that is another now; measure it again", suite, role)

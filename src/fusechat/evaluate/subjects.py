@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fusechat.errors import ModelError, RecipeError
-from fusechat.models.chat_model import Chatter, with_template
+from fusechat.models.chat_model import ChatModel, with_template
 from fusechat.models.dates import day_of
 from fusechat.models.reference import Reference
 
@@ -30,11 +30,11 @@ class Server:
 @dataclass(frozen=True)
 class Subject:
     """`role`: pivot, source, target or fused; empty for a model given by itself. `label`: unique, what tables call it. Either
-    `chatter` or `server` tells what it is."""
+    `chat_model` or `server` tells what it is."""
 
     role: str
     label: str
-    chatter: Chatter | None = None
+    chat_model: ChatModel | None = None
     server: Server | None = None
     shown: str | None = None  # what results call it, where `label` tells it from the others of its run
     name: str | None = None  # of a model of a run: pivot, fused, source-NAME, target-NAME
@@ -44,19 +44,19 @@ class Subject:
         """What its answers depend on. Of a server only its model's name is known."""
         if self.server is not None:
             return f"served:{self.server.name}"
-        assert self.chatter is not None
-        return self.chatter.tokenizer_identity
+        assert self.chat_model is not None
+        return self.chat_model.tokenizer_identity
 
     @property
     def folder(self) -> str:
         """A name for files."""
         return re.sub(r"[^\w.-]+", "_", self.label).strip("._") or "model"
 
-    def local(self, suite: str) -> Chatter:
+    def local(self, suite: str) -> ChatModel:
         """The model, where a suite needs its probabilities. Raises RecipeError for one that is behind a server."""
-        if self.chatter is None:
+        if self.chat_model is None:
             raise RecipeError(f"{self.label}: {suite} needs the model itself, not a server; name its directory")
-        return self.chatter
+        return self.chat_model
 
 
 def parse_model(text: str, chat_template: str | None = None) -> Subject:
@@ -80,8 +80,8 @@ def parse_model(text: str, chat_template: str | None = None) -> Subject:
     if problem:
         raise ModelError(problem)
     name = label or (model.rstrip("/") if path.is_dir() else reference.label)
-    chatter = Chatter(name, reference, date=day_of(path.resolve()))
-    return Subject("", name, chatter=with_template(chatter, chat_template))
+    chat_model = ChatModel(name, reference, date=day_of(path.resolve()))
+    return Subject("", name, chat_model=with_template(chat_model, chat_template))
 
 
 def check_labels(subjects: Sequence[Subject]) -> None:

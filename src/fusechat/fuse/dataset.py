@@ -12,15 +12,15 @@ from torch.utils.data import Dataset
 
 from fusechat.data.distributions import DistributionSet, SparseDistribution, nothing
 from fusechat.data.prepared import Prepared, PreparedSet
-from fusechat.fuse import teacher_selection as choice
+from fusechat.fuse import teacher_selection
 from fusechat.fuse.epochs import epoch_members, epoch_size
 from fusechat.fuse.mixture import mix
 from fusechat.fuse.student import Comparison, join_comparisons
-from fusechat.fuse.teacher_selection import Candidate, Rule
+from fusechat.fuse.teacher_selection import Candidate, SelectionRule
 from fusechat.models.forward import collate
 
-PIVOT, NONE, TIES, ALONE = "pivot", "none", "ties", "without comparison"
-NOBODY = -1  # the index of an item that only fills up a batch
+PIVOT, NONE, TIES, SINGLE_CANDIDATE = "pivot", "none", "ties", "without comparison"
+PAD_INDEX = -1  # the index of an item that only fills up a batch
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FusionData(Dataset[dict[str, Any]]):
     """The conversations of one target: those of its sets, one set after the other, each conversation once, in the first of its
     sets."""
 
-    def __init__(self, sets: Sequence[TeachingSet], rule: Rule) -> None:
+    def __init__(self, sets: Sequence[TeachingSet], rule: SelectionRule) -> None:
         self.sets, self.rule = list(sets), rule
         self.candidates = [PIVOT, *dict.fromkeys(name for one in sets for name in one.teachers or {})]
         seen: set[str] = set()
@@ -66,7 +66,7 @@ class FusionData(Dataset[dict[str, Any]]):
         return any(one.weight != 1 for one in self.sets)
 
     @property
-    def an_epoch(self) -> int:
+    def examples_per_epoch(self) -> int:
         """How many conversations an epoch has, those that come twice counted twice."""
         return sum(epoch_size(len(part), one.weight) for part, one in zip(self._parts, self.sets, strict=True))
 
@@ -85,7 +85,7 @@ class FusionData(Dataset[dict[str, Any]]):
         return [range(begin, end) for begin, end in pairwise(ends)]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index == NOBODY:
+        if index == PAD_INDEX:
             return _item(EMPTY, nothing(0), self._alone(EMPTY), 0)
         place, row = self.places[index]
         conversation = self.sets[place].pivot[row]
@@ -93,13 +93,15 @@ class FusionData(Dataset[dict[str, Any]]):
         if not candidates:
             return _item(conversation, nothing(len(conversation)), self._alone(conversation), place)
         found, share = self._compare(candidates, conversation)
-        groups = choice.groups_of(conversation, self.rule.level)
+        groups = teacher_selection.groups_of(conversation, self.rule.level)
         targets = mix([one.targets for one in candidates.values()], share[:, groups])
         comparison = None
         if self.rule.compares_with_student:
             numbers = np.array([self.candidates.index(name) for name in candidates])
             rows = [one.rows for one in candidates.values()]
-            comparison = Comparison.of(conversation, rows, self.rule, bar=found.min(0), chosen=numbers[found.argmin(0)])
+            comparison = Comparison.of(
+                conversation, rows, self.rule, best_source_ce=found.min(0), chosen=numbers[found.argmin(0)]
+            )
         return _item(conversation, targets, comparison, place)
 
     def _alone(self, conversation: Prepared) -> Comparison | None:
@@ -120,27 +122,29 @@ class FusionData(Dataset[dict[str, Any]]):
     def _compare(self, candidates: Mapping[str, Candidate], conversation: Prepared) -> tuple[np.ndarray, np.ndarray]:
         """The candidates' cross-entropies and weights [candidates, groups]."""
         each, how = list(candidates.values()), {"unit": self.rule.unit, "level": self.rule.level}
-        found = choice.cross_entropies(each, conversation, **how)
-        return found, choice.weights(found, self.rule.function, choice.token_sizes(each, conversation, **how))
+        found = teacher_selection.cross_entropies(each, conversation, **how)
+        return found, teacher_selection.weights(
+            found, self.rule.function, teacher_selection.token_sizes(each, conversation, **how)
+        )
 
     @cached_property
     def chosen(self) -> dict[str, dict[str, float]]:
         """For each set, of how many groups (conversations, responses or positions) each candidate is the teacher, or, of AvgCE, the
         sum of its weights; of how many nobody is; how many were ties, and how many had one candidate only."""
-        counts = {one.name: dict.fromkeys([*self._of(one), NONE, TIES, ALONE], 0.0) for one in self.sets}
+        counts = {one.name: dict.fromkeys([*self._of(one), NONE, TIES, SINGLE_CANDIDATE], 0.0) for one in self.sets}
         for place, row in self.places:
             data = self.sets[place]
             conversation, count = data.pivot[row], counts[data.name]
             candidates = self._candidates(data, conversation)
             if not candidates:
-                count[NONE] += len(np.unique(choice.groups_of(conversation, self.rule.level)))
+                count[NONE] += len(np.unique(teacher_selection.groups_of(conversation, self.rule.level)))
                 continue
             found, share = self._compare(candidates, conversation)
             for name, weight in zip(candidates, share.sum(axis=1).tolist(), strict=True):
                 count[name] += weight
             count[NONE] += int(np.count_nonzero(share.sum(axis=0) == 0))
-            count[TIES] += choice.ties(found)
-            count[ALONE] += int(np.count_nonzero(np.isfinite(found).sum(axis=0) == 1))
+            count[TIES] += teacher_selection.ties(found)
+            count[SINGLE_CANDIDATE] += int(np.count_nonzero(np.isfinite(found).sum(axis=0) == 1))
         return {name: {key: round(value, 4) for key, value in count.items()} for name, count in counts.items()}
 
     @staticmethod

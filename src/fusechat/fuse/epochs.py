@@ -38,7 +38,7 @@ def left_out(arguments: Any, conversations: int) -> int:
     return conversations % size if arguments.dataloader_drop_last else 0
 
 
-def steps_an_epoch(arguments: Any, conversations: int) -> int:
+def steps_per_epoch(arguments: Any, conversations: int) -> int:
     """Optimiser steps of an epoch of so many conversations."""
     size = arguments.train_batch_size * max(1, arguments.world_size)
     batches = math.ceil((conversations - left_out(arguments, conversations)) / size)

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, RandomSampler, Sampler, Subset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from fusechat.fuse.dataset import NOBODY, FusionData
+from fusechat.fuse.dataset import PAD_INDEX, FusionData
 
 Epoch = Callable[[], int]  # which epoch begins, from 0 on
 
@@ -40,7 +40,7 @@ class WeightedSampler(Sampler[int]):
         self.data, self.order, self.seed, self.epoch = data, order, seed, epoch
 
     def __len__(self) -> int:
-        return self.data.an_epoch
+        return self.data.examples_per_epoch
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch()
@@ -50,8 +50,8 @@ class WeightedSampler(Sampler[int]):
 
 
 class FilledSampler(Sampler[int]):
-    """`sampler`'s indices, then as many of `NOBODY` as make their number a multiple of `multiple`; or, where `drop_last` says so,
-    without the last ones that are no such multiple.
+    """`sampler`'s indices, padded with `PAD_INDEX` to a multiple of `multiple`; with `drop_last`, without the last ones that make
+    no whole multiple.
 
     Accelerate would fill up with conversations from the beginning of the epoch, which then counted twice; nor does it tell the
     epoch to samplers of several processes that go on in the middle of one.
@@ -67,4 +67,4 @@ class FilledSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         yield from islice(_at(self.sampler, self.epoch(), self.seed), len(self))
-        yield from [NOBODY] * (len(self) - len(self.sampler))
+        yield from [PAD_INDEX] * (len(self) - len(self.sampler))

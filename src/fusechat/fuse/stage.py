@@ -14,7 +14,7 @@ from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.recipe.training_arguments import counted
 from fusechat.run import ranks
 from fusechat.run.files import atomic_directory, write_text
-from fusechat.run.integrity import is_sealed, seal
+from fusechat.run.integrity import matches_record, record
 from fusechat.run.manifests import which_device
 from fusechat.run.progress import log, progress
 from fusechat.run.steps import SEALED, Step
@@ -76,7 +76,7 @@ def measures(recipe: Recipe) -> bool:
 
 def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], held_out: Mapping[str, Step]) -> Step:
     """Fine-tunes a copy of the pivot. `held_out`: the pivot's prepared sets that are measured meanwhile."""
-    pivot = recipe.chatter(PIVOT)
+    pivot = recipe.chat_model(PIVOT)
     unread = set() if is_taught(recipe, target) else set(type(recipe.fuse).model_fields) - {"training", "lora"}
     settings = {
         **recipe.fuse.model_dump(exclude=unread),
@@ -136,7 +136,7 @@ def check_pivot(recipe: Recipe) -> None:
     """Raises ModelError for a pivot that can only be run."""
     from fusechat.models.load import quantised
 
-    pivot = recipe.chatter(PIVOT)
+    pivot = recipe.chat_model(PIVOT)
     kind = quantised(pivot.directory)
     if kind:
         raise ModelError(
@@ -160,8 +160,8 @@ def _fuse(
     for name, counts in chosen.items():
         log.info("fuse %s: on %s %s", target, name, ", ".join(f"{who} {count:g}" for who, count in counts.items()))
     if data.is_weighted:
-        log.info("fuse %s: %d conversations an epoch, of %d", target, data.an_epoch, len(data))
-    if not ranks.from_first(lambda: is_sealed(directory / SEALED, directory / MODEL, directory / LOSSES)):
+        log.info("fuse %s: %d conversations an epoch, of %d", target, data.examples_per_epoch, len(data))
+    if not ranks.from_first(lambda: matches_record(directory / SEALED, directory / MODEL, directory / LOSSES)):
         _train(directory, logs, target, data, held_out, recipe, own_prompt=own_prompt)
     if not ranks.is_first():  # what was written and counted, the first one tells
         return {}
@@ -170,7 +170,7 @@ def _fuse(
     steps = max((entry["step"] for entry in entries), default=0)
     return {
         "conversations": len(data),
-        "an_epoch": data.an_epoch,
+        "an_epoch": data.examples_per_epoch,
         "steps": steps,
         "level": data.rule.level,
         "chosen": _against_student(chosen, entries),
@@ -181,7 +181,7 @@ def _fuse(
 def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
     from fusechat.data.prepared import PreparedSet
     from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
-    from fusechat.fuse.teacher_selection import Rule
+    from fusechat.fuse.teacher_selection import SelectionRule
 
     fuse = recipe.fuse
 
@@ -205,9 +205,9 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
             )
             for one in sets
         ],
-        Rule(function=fuse.function, unit=fuse.unit, level=fuse.level, against=fuse.against)
+        SelectionRule(function=fuse.function, unit=fuse.unit, level=fuse.level, against=fuse.against)
         if is_taught(recipe, target)
-        else Rule(),  # nobody is compared with anybody
+        else SelectionRule(),  # nobody is compared with anybody
     )
 
 
@@ -229,7 +229,7 @@ def _train(
     from fusechat.fuse.validation import Validation
     from fusechat.models.load import choose_device, padding
 
-    pivot, fuse, device = recipe.chatter(PIVOT), recipe.fuse, choose_device(recipe.device)
+    pivot, fuse, device = recipe.chat_model(PIVOT), recipe.fuse, choose_device(recipe.device)
     arguments = training_arguments(
         fuse.training,
         output=(directory / "checkpoints").absolute(),
@@ -242,7 +242,7 @@ def _train(
         model = pivot.model(dtype="float32", device=where)  # master weights; see METHOD, "Precision"
         return with_adapters(model, fuse.lora, seed=recipe.seed) if fuse.lora is not None else model
 
-    with progress(f"fuse {target}", total_steps(arguments, data.an_epoch), "steps") as advance:
+    with progress(f"fuse {target}", total_steps(arguments, data.examples_per_epoch), "steps") as advance:
         trainer = make_trainer(
             student(torch.device("cpu") if arguments.fsdp else device),  # FSDP takes each process's share of it
             data,
@@ -272,7 +272,7 @@ def _train(
     with atomic_directory(directory / MODEL) as saved:
         model.save_pretrained(saved)
         write_chat_files(pivot, saved, own_prompt=own_prompt, name=f"fuse {target}")
-        seal(directory / SEALED, saved, directory / LOSSES)
+        record(directory / SEALED, saved, directory / LOSSES)
 
 
 def _against_student(

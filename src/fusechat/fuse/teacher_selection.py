@@ -15,7 +15,7 @@ FLOOR = 1e-4  # the least probability of a gold token that a kept distribution i
 
 
 @dataclass(frozen=True)
-class Rule:
+class SelectionRule:
     """How candidates are compared: the recipe's `fuse.function`, `unit`, `level` and `against`."""
 
     function: str = "mince"

@@ -15,7 +15,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData
-from fusechat.fuse.epochs import steps_an_epoch
+from fusechat.fuse.epochs import steps_per_epoch
 from fusechat.fuse.loss import fusion_loss_parts
 from fusechat.fuse.sampler import FilledSampler, WeightedSampler
 from fusechat.fuse.student import source_is_better
@@ -121,7 +121,7 @@ class FusionTrainer(Trainer):
                 f"the loss is not finite at step {self.state.global_step + 1}, conversations "
                 f"{', '.join(conversations)}; the last checkpoint is kept"
             )
-            error.told = not ranks.is_first()
+            error.reported = not ranks.is_first()
             raise error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -185,7 +185,7 @@ class FusionTrainer(Trainer):
 
     def _epoch(self) -> int:
         """Which epoch the next step is of, from 0 on."""
-        return self.state.global_step // steps_an_epoch(self.args, self.train_dataset.an_epoch)
+        return self.state.global_step // steps_per_epoch(self.args, self.train_dataset.examples_per_epoch)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Marks a checkpoint complete once all processes have written their part, and only then clears older ones away."""

@@ -14,7 +14,7 @@ from transformers.training_args import ParallelMode
 
 from fusechat.errors import RecipeError, TrainingError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
-from fusechat.fuse.epochs import left_out, steps_an_epoch
+from fusechat.fuse.epochs import left_out, steps_per_epoch
 from fusechat.fuse.trainer import FusionTrainer, best_of, last_checkpoint
 from fusechat.fuse.validation import Validation
 from fusechat.run import ranks
@@ -121,14 +121,16 @@ def make_trainer(
     logs: Path | None = None,
 ) -> FusionTrainer:
     """A trainer of `model` on `data`. `logs` is where TensorBoard and W&B write, if the arguments report to them."""
-    lost = left_out(arguments, data.an_epoch)
-    if lost == data.an_epoch:
+    lost = left_out(arguments, data.examples_per_epoch)
+    if lost == data.examples_per_epoch:
         raise TrainingError(
             f"fuse.training.dataloader_drop_last: the {lost} conversations of an epoch make no whole batch, so that nothing would "
             "be learnt: leave it out, or set a smaller per_device_train_batch_size"
         )
     if lost and ranks.is_first():
-        log.warning("fuse: dataloader_drop_last leaves %d of %d conversations out of every epoch", lost, data.an_epoch)
+        log.warning(
+            "fuse: dataloader_drop_last leaves %d of %d conversations out of every epoch", lost, data.examples_per_epoch
+        )
     with _logging_to(logs):
         trainer = FusionTrainer(
             model=model,
@@ -182,7 +184,7 @@ def total_steps(arguments: TrainingArguments, conversations: int) -> int:
     """Optimiser steps of the whole training, with so many conversations an epoch, for the progress bar."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    return math.ceil(steps_an_epoch(arguments, conversations) * arguments.num_train_epochs)
+    return math.ceil(steps_per_epoch(arguments, conversations) * arguments.num_train_epochs)
 
 
 @contextmanager

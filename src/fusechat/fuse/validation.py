@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from fusechat.data.distributions import nothing
 from fusechat.data.prepared import PreparedSet
-from fusechat.fuse.dataset import EMPTY, NOBODY
+from fusechat.fuse.dataset import EMPTY, PAD_INDEX
 from fusechat.fuse.row_losses import row_losses
 from fusechat.models.forward import Batch, response_logits
 from fusechat.run import ranks
@@ -26,7 +26,7 @@ class Validation(Dataset[dict[str, Any]]):
         return len(self.prepared)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        rows = EMPTY if index == NOBODY else self.prepared[index]
+        rows = EMPTY if index == PAD_INDEX else self.prepared[index]
         return {
             "input_ids": rows.input_ids,
             "conversation": rows,

@@ -8,7 +8,7 @@ import numpy as np
 
 from fusechat.merge.parameters import DENSITY, LAMBDA, SEED, WEIGHT, Parameter, Values
 from fusechat.merge.random import keep_mask, tensor_key
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 from fusechat.merge.task_vectors import Sparsify, combine_updates, drop, rescaling
 from fusechat.merge.tensor import Tensor, scratch
 
@@ -22,15 +22,15 @@ PARAMETERS = (
 )
 
 
-def measure(tensor: Tensor, values: Values) -> Measured:
+def measure(tensor: Tensor, values: Values) -> TensorStats:
     key = tensor_key(values["seed"], tensor.name)
     sparse = any(density < 1 for density in values["density"])
     scales = rescaling(tensor, _dropping(key, values)) if sparse and values["rescale"] else None
-    return Measured(np.array(values["weight"], np.float64), scales=scales, key=key)
+    return TensorStats(np.array(values["weight"], np.float64), scales=scales, key=key)
 
 
 def combine(
-    block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray, *, consensus: bool
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray, *, consensus: bool
 ) -> tuple[int, int, int]:
     return combine_updates(
         block,

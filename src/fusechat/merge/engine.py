@@ -20,9 +20,9 @@ from fusechat.merge.checkpoint import FLOATS, INDEX, Checkpoint
 from fusechat.merge.kernels import CHUNK, count_not_finite, encode_bfloat16, encode_float16, update_squares
 from fusechat.merge.methods import load_method
 from fusechat.merge.parameters import Values
-from fusechat.merge.plan import Piece, Plan
+from fusechat.merge.plan import OutputTensor, Plan
 from fusechat.merge.shard import Shard, new_shard
-from fusechat.merge.stats import Measured, shares
+from fusechat.merge.stats import TensorStats, shares
 from fusechat.merge.tensor import Tensor, Workers, scratch
 from fusechat.merge.values import stack_of
 from fusechat.run.files import remove_partial, seen, write_json
@@ -35,7 +35,7 @@ COPIED = 1 << 24  # bytes of a buffer that are copied at once
 
 
 @dataclass(frozen=True)
-class Job:
+class MergeJob:
     """`inputs`: the base first where the method has one, then the targets, whose names in the report are `names`."""
 
     method: str
@@ -47,7 +47,7 @@ class Job:
     shard_bytes: int = SHARD_BYTES
 
 
-def merge_tensors(job: Job, output: Path, workers: Workers, advance: Callable[[int], None]) -> dict[str, Any]:
+def merge_tensors(job: MergeJob, output: Path, workers: Workers, advance: Callable[[int], None]) -> dict[str, Any]:
     """Writes the merged tensors to `output` and returns what happened to each, by name; `advance` is told bytes written.
 
     Shards that an earlier, killed merge wrote whole are kept with their part of the report. Raises ModelError for values that
@@ -75,7 +75,7 @@ def merge_tensors(job: Job, output: Path, workers: Workers, advance: Callable[[i
     return report
 
 
-def forget_parts(job: Job, output: Path) -> None:
+def forget_parts(job: MergeJob, output: Path) -> None:
     """Removes what only a merge that goes on would need; the last thing to do before the model is whole."""
     for file, _ in job.plan.shards(job.shard_bytes):
         _part(output, file).unlink(missing_ok=True)
@@ -86,7 +86,7 @@ def _part(output: Path, file: str) -> Path:
     return output / f"{file}{PART}"
 
 
-def _sound_part(output: Path, file: str, pieces: list[Piece]) -> dict[str, Any] | None:
+def _sound_part(output: Path, file: str, pieces: list[OutputTensor]) -> dict[str, Any] | None:
     """The report's part of a shard that is whole and as it was written, and has these pieces; nothing is read to see that."""
     part = read_sealed(_part(output, file))
     whole = part is not None and (output / file).is_file() and part["shard"] == seen(output / file)
@@ -98,9 +98,9 @@ def _sound_part(output: Path, file: str, pieces: list[Piece]) -> dict[str, Any] 
 
 
 def _write_shard(
-    job: Job,
+    job: MergeJob,
     path: Path,
-    pieces: list[Piece],
+    pieces: list[OutputTensor],
     workers: Workers,
     pooled: dict[str, list[float]],
     advance: Callable[[int], None],
@@ -116,8 +116,8 @@ def _write_shard(
 
 
 def _piece(
-    job: Job,
-    piece: Piece,
+    job: MergeJob,
+    piece: OutputTensor,
     shard: Shard,
     workers: Workers,
     pooled: dict[str, list[float]],
@@ -137,8 +137,8 @@ def _piece(
 
 
 def _merge(
-    job: Job,
-    piece: Piece,
+    job: MergeJob,
+    piece: OutputTensor,
     shard: Shard,
     workers: Workers,
     pooled: dict[str, list[float]],
@@ -178,7 +178,7 @@ def _total(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _entry(
-    job: Job, tensor: Tensor, measured: Measured, counts: np.ndarray, squares: list[np.ndarray]
+    job: MergeJob, tensor: Tensor, measured: TensorStats, counts: np.ndarray, squares: list[np.ndarray]
 ) -> dict[str, Any]:
     """What the report says of a merged tensor."""
     names = job.names
@@ -204,12 +204,12 @@ def _rounded(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _tensor(job: Job, piece: Piece, workers: Workers) -> Tensor:
+def _tensor(job: MergeJob, piece: OutputTensor, workers: Workers) -> Tensor:
     stored = tuple(checkpoint.stored(name) for checkpoint, name in zip(job.inputs, piece.sources, strict=True))
     return Tensor(piece.name, stored, piece.merged, workers)
 
 
-def _writer(piece: Piece, shard: Shard, advance: Callable[[int], None]) -> Callable[[int, np.ndarray], None]:
+def _writer(piece: OutputTensor, shard: Shard, advance: Callable[[int], None]) -> Callable[[int, np.ndarray], None]:
     """Writes float32 values from an element on in the piece's type. Raises ModelError where they are not finite there."""
     lock = Lock()
 
@@ -232,14 +232,16 @@ def _writer(piece: Piece, shard: Shard, advance: Callable[[int], None]) -> Calla
     return put
 
 
-def _copy_rest(first: Checkpoint, piece: Piece, shard: Shard, workers: Workers, advance: Callable[[int], None]) -> None:
+def _copy_rest(
+    first: Checkpoint, piece: OutputTensor, shard: Shard, workers: Workers, advance: Callable[[int], None]
+) -> None:
     """The elements that are not merged, from the first input."""
     rest = first.stored(piece.sources[0]).rest(piece.merged)
     put = _writer(piece, shard, advance)
     Tensor(piece.name, (rest,), rest.size, workers).blocks(lambda start, block: put(piece.merged + start, block[0]))
 
 
-def _copy_bytes(job: Job, piece: Piece, shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
+def _copy_bytes(job: MergeJob, piece: OutputTensor, shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
     """A buffer of whole numbers: the first input's."""
     differs = False
     for start in range(0, piece.bytes, COPIED):
@@ -256,7 +258,7 @@ def _copy_bytes(job: Job, piece: Piece, shard: Shard, advance: Callable[[int], N
     return {"copied": True, "differs": differs}
 
 
-def _pooled(job: Job, output: Path, workers: Workers) -> dict[str, list[float]]:
+def _pooled(job: MergeJob, output: Path, workers: Workers) -> dict[str, list[float]]:
     """The coefficients of every tensor, from updates added up over its layer or the whole model. Kept for a merge that goes on."""
     method = load_method(job.method)
     file = output / SQUARES

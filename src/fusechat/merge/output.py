@@ -11,7 +11,7 @@ import yaml
 
 from fusechat.merge.card import portable
 from fusechat.merge.checkpoint import read_config
-from fusechat.merge.plan import CODES, Piece, Plan
+from fusechat.merge.plan import CODES, OutputTensor, Plan
 from fusechat.models.companion_files import beside
 from fusechat.run.files import atomic_file, write_text
 from fusechat.run.progress import log
@@ -38,7 +38,7 @@ def copy_files(donor: Path, output: Path, plan: Plan) -> None:
     write_text(output / "config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
-def _main_dtype(pieces: list[Piece]) -> str | None:
+def _main_dtype(pieces: list[OutputTensor]) -> str | None:
     """The type of most of the elements, by the name that PyTorch gives it; None where there are whole numbers only."""
     counts: Counter[str] = Counter()
     for piece in pieces:

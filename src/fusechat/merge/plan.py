@@ -15,7 +15,7 @@ BASE, WIDEST = "base", "widest"  # types of the output: as the base has each ten
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputTensor:
     """One tensor of the output. `sources`: for every input, under which name it has the tensor. The first `merged` elements are
     merged, the rest are the first input's; 0 where the tensor is copied."""
 
@@ -36,14 +36,14 @@ class Plan:
     """`left_out`: copies of tied tensors, and buffers that the class does not read. `only_base`: copied since no target has them.
     `untied`: embeddings are merged apart, though the donor's configuration ties them."""
 
-    pieces: list[Piece]
+    pieces: list[OutputTensor]
     left_out: list[str]
     only_base: list[str]
     untied: bool = False
 
-    def shards(self, limit: int) -> list[tuple[str, list[Piece]]]:
+    def shards(self, limit: int) -> list[tuple[str, list[OutputTensor]]]:
         """(file name, pieces) of the output: at most `limit` bytes of tensors a file, and at least one tensor."""
-        groups: list[list[Piece]] = [[]]
+        groups: list[list[OutputTensor]] = [[]]
         filled = 0
         for piece in self.pieces:
             if groups[-1] and filled + piece.bytes > limit:
@@ -68,7 +68,7 @@ def make_plan(
     ask = _in_question(inputs)
     ties = find_ties(inputs, donor, names) if ask else Ties()
     unread = _unread(inputs, donor, names) if ask else set()
-    pieces: list[Piece] = []
+    pieces: list[OutputTensor] = []
     missing: list[Missing] = []
     left_out, only_base = [], []
     for name in names:
@@ -96,12 +96,12 @@ def make_plan(
 
 def _piece(
     name: str, inputs: list[Checkpoint], sources: list[str], donor: Checkpoint, *, dtype: str, resize: bool
-) -> Piece:
+) -> OutputTensor:
     """The tensor as the output has it; copied where only the first input has a source. Raises ModelError."""
     entries = [checkpoint.entries[source] for checkpoint, source in zip(inputs, sources, strict=False)]
     merged = _merged(name, inputs, entries, resize)
     code = _output(dtype, donor.entries.get(name, entries[0]), entries)
-    return Piece(
+    return OutputTensor(
         name, entries[0].shape, code, tuple(sources), entries[0].size, merged if len(entries) == len(inputs) else 0
     )
 

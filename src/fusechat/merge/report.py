@@ -3,10 +3,10 @@
 from typing import Any
 
 from fusechat.merge.card import portable
-from fusechat.merge.engine import Job
+from fusechat.merge.engine import MergeJob
 
 
-def make_report(job: Job, tensors: dict[str, Any]) -> dict[str, Any]:
+def make_report(job: MergeJob, tensors: dict[str, Any]) -> dict[str, Any]:
     """`tensors` by name: `coefficients` of each target; `selected`, the share of entries that were not dropped; `erased`, of the
     updates kept those zeroed for their sign; `updates` and `merged_update`, root mean squares; or `copied`, and whether the
     models differ there. `mean_coefficients` is over the tensors that were merged."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fusechat.merge.checkpoint import BYTES
-from fusechat.merge.plan import Piece
+from fusechat.merge.plan import OutputTensor
 from fusechat.run.files import atomic_file
 
 FLUSH = 1 << 28  # bytes after which the disk is set to work while the next ones are computed
@@ -20,7 +20,7 @@ FLUSH = 1 << 28  # bytes after which the disk is set to work while the next ones
 class Shard:
     """An open file with room for all of its tensors."""
 
-    def __init__(self, handle: int, pieces: list[Piece]) -> None:
+    def __init__(self, handle: int, pieces: list[OutputTensor]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         starts = {}
@@ -43,11 +43,11 @@ class Shard:
         self._flushing: Future[None] | None = None
         self._unflushed = 0
 
-    def put(self, piece: Piece, element: int, values: np.ndarray) -> None:
+    def put(self, piece: OutputTensor, element: int, values: np.ndarray) -> None:
         """Writes `values`, of the piece's type, from its element number `element` on."""
         self.put_bytes(piece, element * BYTES[piece.dtype], values.reshape(-1).view(np.uint8).data)
 
-    def put_bytes(self, piece: Piece, start: int, data: Any) -> None:
+    def put_bytes(self, piece: OutputTensor, start: int, data: Any) -> None:
         """Writes bytes of the piece from its byte number `start` on."""
         self._write(self._starts[piece.name] + start, data)
 
@@ -75,7 +75,7 @@ class Shard:
 
 
 @contextmanager
-def new_shard(path: Path, pieces: list[Piece]) -> Iterator[Shard]:
+def new_shard(path: Path, pieces: list[OutputTensor]) -> Iterator[Shard]:
     """A shard that becomes `path` when all went well, and leaves nothing otherwise."""
     with atomic_file(path) as temporary:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.models.chat_files import how_to_ask, write_chat_files
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json
-from fusechat.run.integrity import is_sealed, seal
+from fusechat.run.integrity import matches_record, record
 from fusechat.run.progress import BYTES, log, progress
 from fusechat.run.steps import SEALED, Step
 
@@ -18,13 +18,13 @@ FORMAT = 2
 
 def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
     """Merges all targets into the fused model."""
-    pivot = recipe.chatter(PIVOT)
+    pivot = recipe.chat_model(PIVOT)
     settings = {
         **recipe.merge.model_dump(),
         "pivot": pivot.identity,
         "chat_template": pivot.template_key,
         "name": recipe.name,
-        "sources": {name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
+        "sources": {name: str(recipe.chat_model(name).reference) for name in _sources(recipe)},
         "seed": recipe.seed,
     }
 
@@ -34,7 +34,7 @@ def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
     return Step("merge", "", workdir / "merge", settings, work, dict(targets), format=FORMAT)
 
 
-def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, Step]) -> dict[str, Any]:
+def _merge(directory: Path, recipe: Recipe, pivot: ChatModel, targets: dict[str, Step]) -> dict[str, Any]:
     from fusechat.merge.engine import forget_parts, merge_tensors
     from fusechat.merge.merge_file import read_merge_file
     from fusechat.merge.output import copy_files
@@ -52,9 +52,9 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
     )
     job = open_job(read_merge_file(settings), pivot.directory, dtype=recipe.merge.dtype or BASE, names=list(targets))
     model, building = directory / MODEL, directory / "model.building"  # kept by a killed run: finished shards count
-    if is_sealed(directory / SEALED, building, directory / REPORT):  # killed before it got its name
+    if matches_record(directory / SEALED, building, directory / REPORT):  # killed before it got its name
         building.rename(model)
-    if not is_sealed(directory / SEALED, model, directory / REPORT):
+    if not matches_record(directory / SEALED, model, directory / REPORT):
         if model.exists():
             log.warning("merge: %s is not what was written, or not all of it: merged again", model)
             shutil.rmtree(model)
@@ -71,7 +71,7 @@ def _merge(directory: Path, recipe: Recipe, pivot: Chatter, targets: dict[str, S
         write_chat_files(pivot, building, own_prompt=own_prompt, name="merge")
         (building / "README.md").write_text(_card(recipe, pivot, report, note), encoding="utf-8")
         forget_parts(job, building)
-        seal(directory / SEALED, building, directory / REPORT)
+        record(directory / SEALED, building, directory / REPORT)
         building.rename(model)
     found = {"tensors": len(job.plan.pieces), "targets": len(targets), "left_out": job.plan.left_out}
     return found | ({"how_to_ask": note} if note else {})
@@ -87,14 +87,14 @@ def _sources(recipe: Recipe) -> list[str]:
     return [name for name in recipe.sources if name in merged]
 
 
-def _card(recipe: Recipe, pivot: Chatter, report: dict[str, Any], note: str | None) -> str:
+def _card(recipe: Recipe, pivot: ChatModel, report: dict[str, Any], note: str | None) -> str:
     from fusechat.merge.card import model_card
 
     return model_card(
         name=recipe.name,
         method=recipe.merge.method,
         pivot=str(pivot.reference),
-        sources={name: str(recipe.chatter(name).reference) for name in _sources(recipe)},
+        sources={name: str(recipe.chat_model(name).reference) for name in _sources(recipe)},
         how_to_ask=note,
         data={name: ", ".join(Path(data.path).name for data in recipe.sets_of(name)) for name in _sources(recipe)},
         coefficients=report["mean_coefficients"],

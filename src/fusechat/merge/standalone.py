@@ -12,7 +12,7 @@ from fusechat import __version__
 from fusechat.errors import FuseChatError, ModelError, StorageError, WorkdirError, storage_error
 from fusechat.merge.checkpoint import INDEX, Checkpoint
 from fusechat.merge.compatibility import configuration_lines, token_lines
-from fusechat.merge.engine import PART, SHARD_BYTES, SQUARES, Job, forget_parts, merge_tensors
+from fusechat.merge.engine import PART, SHARD_BYTES, SQUARES, MergeJob, forget_parts, merge_tensors
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import load_method
 from fusechat.merge.output import copy_files, merge_card
@@ -25,7 +25,7 @@ from fusechat.models.companion_files import beside
 from fusechat.models.reference import Reference
 from fusechat.models.resolve import local_directory
 from fusechat.run.files import digest_json, read_json, write_json, write_text
-from fusechat.run.lock import only_one
+from fusechat.run.lock import exclusive_lock
 from fusechat.run.progress import BYTES, log, progress
 from fusechat.run.unfinished import lost, seconds_spent
 
@@ -71,7 +71,7 @@ def run(
     try:
         place = _place(out)
         hidden = place.with_name(f".{place.name}.merging")  # becomes `place` once it is whole
-        with only_one(hidden.with_suffix(".lock"), out, remove=True):
+        with exclusive_lock(hidden.with_suffix(".lock"), out, remove=True):
             began = time.monotonic()
             report, seconds = _finished(place, job, identity), None
             if report is None:
@@ -104,7 +104,7 @@ def open_job(
     names: list[str] | None = None,
     allow_vocab_resize: bool = False,
     shard_bytes: int = SHARD_BYTES,
-) -> Job:
+) -> MergeJob:
     """Opens the models and checks everything that can be checked without reading weights.
 
     `donor`: a directory to take the configuration from, where it is no model of the settings. `dtype`: where they name none.
@@ -136,7 +136,7 @@ def open_job(
             if check:
                 check(piece.name, found)
     names = names or _names(targets)
-    return Job(
+    return MergeJob(
         settings.method, inputs, [names[index] for index in order], plan, values, settings.granularity, shard_bytes
     )
 
@@ -159,7 +159,7 @@ def _names(targets: list[Reference]) -> list[str]:
     return [f"{name} ({count + 1})" if count else name for name, count in zip(found, before, strict=True)]
 
 
-def _identity(settings: MergeFile, job: Job, resize: bool) -> str:
+def _identity(settings: MergeFile, job: MergeJob, resize: bool) -> str:
     """Changes with whatever changes the output. Of the models' files, size and time of change: terabytes are not read for it."""
     donor = job.inputs[0].directory
     files = [file for checkpoint in job.inputs for file in (checkpoint.directory / "config.json", *checkpoint.files)]
@@ -183,7 +183,7 @@ def _place(out: Path) -> Path:
     return place
 
 
-def _finished(out: Path, job: Job, identity: str) -> dict[str, Any] | None:
+def _finished(out: Path, job: MergeJob, identity: str) -> dict[str, Any] | None:
     """The report of a merge that is there already. Raises WorkdirError for something else in its place, and where it is not
     whole any more."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
@@ -214,7 +214,7 @@ def _report(directory: Path, identity: str) -> dict[str, Any] | None:
         return None
 
 
-def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads: int | None) -> dict[str, Any]:
+def _build(settings: MergeFile, job: MergeJob, building: Path, identity: str, threads: int | None) -> dict[str, Any]:
     """Everything in the directory `building`, going on where a killed merge of the same identity stopped."""
     begun = building / BEGUN
     report = _report(building, identity)
@@ -250,7 +250,7 @@ def _build(settings: MergeFile, job: Job, building: Path, identity: str, threads
     return _tidied(job, building, report)
 
 
-def _tell_rest(job: Job, building: Path) -> None:
+def _tell_rest(job: MergeJob, building: Path) -> None:
     """What a merge that ended with an error leaves: what a further one can go on from, or nothing."""
     files = [part.with_name(part.name.removesuffix(PART)) for part in building.glob(f"*{PART}")]
     if not files and not (building / SQUARES).is_file():
@@ -262,7 +262,7 @@ def _tell_rest(job: Job, building: Path) -> None:
     log.warning("%s: %s; delete it if none shall", building, what)
 
 
-def _tidied(job: Job, building: Path, report: dict[str, Any]) -> dict[str, Any]:
+def _tidied(job: MergeJob, building: Path, report: dict[str, Any]) -> dict[str, Any]:
     """The report, once nothing but the merged model is in the directory."""
     forget_parts(job, building)
     (building / BEGUN).unlink(missing_ok=True)

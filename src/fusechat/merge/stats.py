@@ -8,7 +8,7 @@ from fusechat.merge.selection import Selection
 
 
 @dataclass(frozen=True)
-class Measured:
+class TensorStats:
     """`coefficients` float64 [targets]: how much each target counts. Where they come from the size of the updates,
     `squares` float64 [targets] are the sums that they are the shares of, which may be added up over a layer or the model."""
 

@@ -3,27 +3,27 @@
 import copy
 from pathlib import Path
 
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.saved_template import asking
 from fusechat.run.files import read_json, write_json
 from fusechat.run.progress import log
 
 
-def how_to_ask(chatter: Chatter, *, own_prompt: bool) -> str | None:
+def how_to_ask(chat_model: ChatModel, *, own_prompt: bool) -> str | None:
     """What a user of a model that learned from this one's conversations should know of how to ask it; mostly nothing."""
-    return asking(chatter.template(), own_prompt=own_prompt).note
+    return asking(chat_model.template(), own_prompt=own_prompt).note
 
 
-def write_chat_files(chatter: Chatter, directory: Path, *, own_prompt: bool, name: str) -> None:
-    """Writes the tokenizer of `chatter` to the directory of a model that learned from its conversations, with a chat template that
-    asks as it was taught, and adds what ends a turn to what ends generation. `own_prompt`: as `asking` has it; `name`: what
+def write_chat_files(chat_model: ChatModel, directory: Path, *, own_prompt: bool, name: str) -> None:
+    """Writes the tokenizer of `chat_model` to the directory of a model that was trained on its conversations, with a chat template
+    that asks as it was taught, and adds what ends a turn to what ends generation. `own_prompt`: as `asking` has it; `name`: what
     messages call the model."""
-    template = chatter.template()
+    template = chat_model.template()
     found = asking(template, own_prompt=own_prompt)
     tokenizer = copy.deepcopy(template.tokenizer)  # it is shared by all who load it
     tokenizer.chat_template = found.template
     ends = template.end_of_turn
-    if (chatter.chat_template is not None or chatter.template_name) and ends is not None:
+    if (chat_model.chat_template is not None or chat_model.template_name) and ends is not None:
         end = tokenizer.convert_ids_to_tokens(ends)
         if tokenizer.eos_token != end and "eos_token" in found.template:
             log.warning(

@@ -14,7 +14,7 @@ from fusechat.run.files import digest_json
 
 
 @dataclass(frozen=True)
-class Chatter:
+class ChatModel:
     """`name` is `pivot` or the source's key in the recipe; `chat_template` overrides the model's own, `template_name` says which
     one of several; `variables`: what the template reads where a conversation says nothing, as JSON; `date`: what it is told of
     the day."""
@@ -113,13 +113,13 @@ def is_template_file(text: str) -> bool:
     return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text
 
 
-def with_template(chatter: Chatter, given: str | None) -> Chatter:
+def with_template(chat_model: ChatModel, given: str | None) -> ChatModel:
     """With the chat template that a command line names: a file, or one of the model's own. Raises RecipeError."""
     if given is None:
-        return chatter
+        return chat_model
     if not is_template_file(given):
-        return replace(chatter, template_name=given)
+        return replace(chat_model, template_name=given)
     try:
-        return replace(chatter, chat_template=Path(given).read_text(encoding="utf-8"))
+        return replace(chat_model, chat_template=Path(given).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--chat-template {given}: cannot be read ({error})") from None

@@ -9,7 +9,7 @@ import torch
 from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
 from fusechat.models.answers import Answer, Missing, Prompt
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.forward import device_of, length_batches
 from fusechat.models.load import choose_device, default_dtype, stop_tokens, without_embedding
 from fusechat.models.memory import free_memory, out_of_memory
@@ -22,13 +22,20 @@ class Generator:
     """A loaded model. `batch_tokens`: tokens of a batch at most, with the room for answers. `spread`: as `Chatter.model` has it."""
 
     def __init__(
-        self, chatter: Chatter, *, dtype: str | None, device: str | None, batch_tokens: int, seed: int, **spread: Any
+        self,
+        chat_model: ChatModel,
+        *,
+        dtype: str | None,
+        device: str | None,
+        batch_tokens: int,
+        seed: int,
+        **spread: Any,
     ) -> None:
         place = choose_device(device)
-        self._name = chatter.name
-        self._template = chatter.template()
+        self._name = chat_model.name
+        self._template = chat_model.template()
         self._tokenizer = self._template.tokenizer
-        self._model = chatter.model(dtype=dtype or default_dtype(place), device=place, **spread)
+        self._model = chat_model.model(dtype=dtype or default_dtype(place), device=place, **spread)
         self._batch_tokens, self._seed = batch_tokens, seed
         self._most = 1 << 30  # answers at once; less where memory did not suffice
         config = self._model.config.get_text_config()

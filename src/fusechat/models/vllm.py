@@ -16,7 +16,7 @@ from typing import Any
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError, RecipeError, first_line
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
 from fusechat.run import ranks
 from fusechat.run.progress import Advance
@@ -45,7 +45,7 @@ _ENVIRONMENT = {
 
 
 def open_vllm(
-    chatter: Chatter, *, dtype: str, k: int, max_length: int, tensor_parallel: int, url: str | None
+    chat_model: ChatModel, *, dtype: str, k: int, max_length: int, tensor_parallel: int, url: str | None
 ) -> "InProcess | Any":
     """A backend of the capture: `capture(conversations, advance)`, then `close()`.
 
@@ -55,27 +55,27 @@ def open_vllm(
     if url is not None:
         from fusechat.models.vllm_server import Server
 
-        return Server(chatter, k=k, url=url)
+        return Server(chat_model, k=k, url=url)
     if ranks.world() > 1:
         raise RecipeError(
             "capture.backend: vllm starts the processes for its GPUs itself; run the capture without torchrun "
             "(capture.tensor_parallel spreads a model), or give capture.url"
         )
-    return InProcess(chatter, dtype=dtype, k=k, max_length=max_length, tensor_parallel=tensor_parallel)
+    return InProcess(chat_model, dtype=dtype, k=k, max_length=max_length, tensor_parallel=tensor_parallel)
 
 
 class InProcess:
     """vLLM's engine, in processes that this one starts and `close()` ends."""
 
-    def __init__(self, chatter: Chatter, *, dtype: str, k: int, max_length: int, tensor_parallel: int) -> None:
+    def __init__(self, chat_model: ChatModel, *, dtype: str, k: int, max_length: int, tensor_parallel: int) -> None:
         vllm = _import_vllm()
-        self._who = f"{chatter.name} ({chatter.reference})"
-        self._vocabulary = chatter.vocabulary_size()
+        self._who = f"{chat_model.name} ({chat_model.reference})"
+        self._vocabulary = chat_model.vocabulary_size()
         self._k = min(k, self._vocabulary)
         model = {
-            "model": str(chatter.directory),
+            "model": str(chat_model.directory),
             "dtype": dtype,
-            "trust_remote_code": chatter.reference.trust_remote_code,
+            "trust_remote_code": chat_model.reference.trust_remote_code,
             "skip_tokenizer_init": True,
             "load_format": "safetensors",  # never a pickle
             "generation_config": "vllm",

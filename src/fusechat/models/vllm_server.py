@@ -14,7 +14,7 @@ import numpy as np
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError, RecipeError, first_line
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
 from fusechat.run.progress import Advance, log
 
@@ -31,12 +31,12 @@ _NO_VLLM = "does not answer as vLLM does; is the URL the one that ends in /v1?"
 class Server:
     """A client of one server and one of its models."""
 
-    def __init__(self, chatter: Chatter, *, k: int, url: str) -> None:
+    def __init__(self, chat_model: ChatModel, *, k: int, url: str) -> None:
         self._openai = _import_openai()
         self._url = url.rstrip("/")
         self._who = f"capture.url: the server at {self._url}"
-        self._name = f"{chatter.name} ({chatter.reference})"
-        self._vocabulary = chatter.vocabulary_size()
+        self._name = f"{chat_model.name} ({chat_model.reference})"
+        self._vocabulary = chat_model.vocabulary_size()
         self._k = min(k, self._vocabulary)
         self._loop = asyncio.Runner()
         self._client = self._openai.AsyncOpenAI(
@@ -46,7 +46,7 @@ class Server:
             max_retries=_RETRIES,
         )
         try:
-            self._loop.run(self._open(chatter))
+            self._loop.run(self._open(chat_model))
         except BaseException:
             self.close()
             raise
@@ -95,11 +95,15 @@ class Server:
             raise ModelError(f"{self._who}: {_NO_VLLM}") from error
         return sparse_distribution(conversation, found, k=self._k, vocabulary=self._vocabulary, who=self._who)
 
-    async def _open(self, chatter: Chatter) -> None:
+    async def _open(self, chat_model: ChatModel) -> None:
         """Finds the model, and asks a short question, so that what is wrong is known before the work begins."""
-        names = {chatter.reference.parts[0], chatter.reference.parts[0].partition("@")[0], str(chatter.directory)}
+        names = {
+            chat_model.reference.parts[0],
+            chat_model.reference.parts[0].partition("@")[0],
+            str(chat_model.directory),
+        }
         self._model, self._takes = await self._choose(names)
-        tokenizer = chatter.tokenizer()
+        tokenizer = chat_model.tokenizer()
         await self._ask(_conversation([0, min(self._vocabulary, len(tokenizer)) - 1]))
         ours = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
         theirs = await self._tokenize(_TEXT)

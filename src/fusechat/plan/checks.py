@@ -11,7 +11,7 @@ import torch
 from fusechat.data.conversations import Message
 from fusechat.data.rejected import advice
 from fusechat.fuse import stage as fuse
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.facts import facts
 from fusechat.models.load import is_slow, without_embedding
 from fusechat.models.reference import Reference
@@ -88,14 +88,14 @@ def of_template(who: str, template: Any, rows: int) -> list[str]:
     return [f"{who}: its chat template writes {wrong}"] if wrong else []
 
 
-def of_licences(chatters: Mapping[str, Chatter]) -> list[str]:
+def of_licences(chat_models: Mapping[str, ChatModel]) -> list[str]:
     """What is stated, and which models ask for consent; the hub is asked for its models. A line for each model."""
     names: dict[Reference, list[str]] = {}
-    for name, chatter in chatters.items():
-        names.setdefault(chatter.reference, []).append(name)
+    for name, chat_model in chat_models.items():
+        names.setdefault(chat_model.reference, []).append(name)
     notes = []
     for reference, who in names.items():
-        licence, gated = facts(chatters[who[0]].directory).licence, False
+        licence, gated = facts(chat_models[who[0]].directory).licence, False
         if not reference.is_file and not Path(reference.parts[0]).is_dir():
             stated, gated = _hub(reference)
             licence = licence or stated

@@ -10,14 +10,14 @@ from typing import TypeVar
 
 from fusechat.errors import FuseChatError
 from fusechat.fuse import stage as fuse
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.gguf_parallel import convert_together
 from fusechat.pipeline import build_steps, evaluation_texts, of_day
 from fusechat.plan import checks, estimate
 from fusechat.plan.arguments import training_of
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
-from fusechat.plan.metadata import Unread
+from fusechat.plan.metadata import WithoutWeights
 from fusechat.plan.sampling import Counted, Texts, count, read_texts
 from fusechat.plan.shapes import shape_of
 from fusechat.plan.table import totals
@@ -42,11 +42,11 @@ class Plan:
 
 
 class _Planned(Recipe):
-    def chatter(self, name: str) -> Chatter:
-        return _unread(super().chatter(name))
+    def chat_model(self, name: str) -> ChatModel:
+        return _unread(super().chat_model(name))
 
 
-_unread = lru_cache(maxsize=None)(Unread.of)
+_unread = lru_cache(maxsize=None)(WithoutWeights.of)
 
 
 def make_plan(recipe: Recipe, workdir: Path, device: Device, *, conversations: int | None = None) -> Plan:
@@ -66,10 +66,10 @@ class _Planner:
         wanted = {step.name.partition("/")[2] for step in self.steps if step.stage == "prepare"}
         held_out = [data for data in recipe.validation_sets() if data.name in wanted]
         self.compared = training, evaluation_texts(recipe)
-        convert_together([recipe.chatter(name).reference for name in names])
+        convert_together([recipe.chat_model(name).reference for name in names])
         failed: list[str] = []
         self.models = _each(names, self._model, failed)
-        self.templates = _each(names, lambda name: recipe.chatter(name).template(), failed)
+        self.templates = _each(names, lambda name: recipe.chat_model(name).template(), failed)
         found = _each((*training, *held_out), read_texts, failed)
         self.texts: dict[str, Texts] = {data.name: texts for data, texts in found.items()}
         anywhere = recipe.model_copy(update={"device": "cpu"})
@@ -89,14 +89,14 @@ class _Planner:
         return Plan(self.recipe.name, self.device, steps, *self._found(steps))
 
     def _model(self, name: str) -> Model:
-        chatter = self.recipe.chatter(name)
-        trust, lora = chatter.reference.trust_remote_code, self.recipe.fuse.lora if name == PIVOT else None
-        shape = shape_of(chatter.directory, trust_remote_code=trust, lora=lora)
+        chat_model = self.recipe.chat_model(name)
+        trust, lora = chat_model.reference.trust_remote_code, self.recipe.fuse.lora if name == PIVOT else None
+        shape = shape_of(chat_model.directory, trust_remote_code=trust, lora=lora)
         began = time.perf_counter()
-        chatter.tokenizer()
+        chat_model.tokenizer()
         opening = time.perf_counter() - began
-        weights = sum(file.stat().st_size for file in chatter.directory.glob("*.safetensors"))
-        tokenizer = sum(file.stat().st_size for file in chatter.directory.glob("*token*") if file.is_file())
+        weights = sum(file.stat().st_size for file in chat_model.directory.glob("*.safetensors"))
+        tokenizer = sum(file.stat().st_size for file in chat_model.directory.glob("*token*") if file.is_file())
         return Model(shape, weights or shape.stored, tokenizer, opening)
 
     def _estimate(self, step: Step) -> Estimate:
@@ -222,7 +222,7 @@ class _Planner:
         fuse, evaluate = self.training.dtype, recipe.evaluate.dtype
         types = {"capture.dtype": recipe.capture.dtype, "evaluate.dtype": evaluate, "fuse.training.bf16": fuse}
         notes += checks.of_precision(types, self.device)
-        notes += checks.of_licences({name: recipe.chatter(name) for name in self.models})
+        notes += checks.of_licences({name: recipe.chat_model(name) for name in self.models})
         return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
 
     def _of(self, name: str) -> Model:
@@ -233,7 +233,7 @@ class _Planner:
         return sum(
             model.stored
             for name, model in self.models.items()
-            if not any(self.recipe.chatter(name).directory.glob("*.safetensors"))
+            if not any(self.recipe.chat_model(name).directory.glob("*.safetensors"))
         )
 
 

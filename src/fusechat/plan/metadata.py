@@ -4,12 +4,12 @@ from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.resolve import configuration
 from fusechat.run.files import digest_json
 
 
-class Unread(Chatter):
+class WithoutWeights(ChatModel):
     @cached_property
     def identity(self) -> str:
         return digest_json([self.reference.parts, self.reference.sha256])
@@ -19,5 +19,5 @@ class Unread(Chatter):
         return configuration(self.reference)
 
     @classmethod
-    def of(cls, chatter: Chatter) -> "Unread":
-        return cls(*(getattr(chatter, field.name) for field in fields(chatter)))
+    def of(cls, chat_model: ChatModel) -> "WithoutWeights":
+        return cls(*(getattr(chat_model, field.name) for field in fields(chat_model)))

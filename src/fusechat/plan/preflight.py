@@ -10,7 +10,7 @@ from fusechat.errors import FuseChatError, RecipeError
 from fusechat.fuse import stage as fuse
 from fusechat.models.load import check_causal, choose_device, read_configuration
 from fusechat.plan import checks
-from fusechat.plan.metadata import Unread
+from fusechat.plan.metadata import WithoutWeights
 from fusechat.plan.shapes import on_meta
 from fusechat.recipe.schema import PIVOT
 from fusechat.run import ranks
@@ -49,13 +49,13 @@ def check_models(recipe: Any, waiting: Sequence[Step]) -> None:
 
 def _check_model(recipe: Any, name: str) -> None:
     """Its configuration, tokenizer and template, and that the tokens of the template have embeddings."""
-    chatter = recipe.chatter(name)
-    if not chatter.reference.is_directory:
-        chatter = Unread.of(chatter)
-    rows = chatter.vocabulary_size()
+    chat_model = recipe.chat_model(name)
+    if not chat_model.reference.is_directory:
+        chat_model = WithoutWeights.of(chat_model)
+    rows = chat_model.vocabulary_size()
     if name == PIVOT or recipe.capture_for(name).backend == "transformers":  # vLLM has models of its own
-        check_causal(chatter.directory, trust_remote_code=chatter.reference.trust_remote_code)
-    _refuse(checks.of_template(name, chatter.template(), rows))
+        check_causal(chat_model.directory, trust_remote_code=chat_model.reference.trust_remote_code)
+    _refuse(checks.of_template(name, chat_model.template(), rows))
 
 
 def _check_lora(recipe: Any) -> None:
@@ -64,7 +64,7 @@ def _check_lora(recipe: Any) -> None:
         return
     from fusechat.fuse.lora import with_adapters
 
-    pivot = Unread.of(recipe.chatter(PIVOT))
+    pivot = WithoutWeights.of(recipe.chat_model(PIVOT))
     trust = pivot.reference.trust_remote_code
     try:
         empty = on_meta(read_configuration(pivot.directory, trust_remote_code=trust), trust_remote_code=trust)

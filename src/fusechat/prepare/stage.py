@@ -12,7 +12,7 @@ from fusechat.data.conversations import Conversation, DataSet, Malformed, Questi
 from fusechat.data.prepared import FILE, Prepared, PreparedSet, write_prepared
 from fusechat.data.rejected import BY_PIVOT, MALFORMED, REJECTED, REPEATED, advice
 from fusechat.errors import DataError, ModelError
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_text
 from fusechat.run.progress import log, progress
@@ -23,23 +23,23 @@ _USUAL = {"join_turns": False, "truncate": "response"}  # what fingerprints say 
 OVERLAP, HITS = "overlap", "overlap.jsonl"
 
 
-def step(recipe: Recipe, workdir: Path, chatter: Chatter, data: DataSet) -> Step:
+def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, data: DataSet) -> Step:
     """Renders and tokenises one data set for one model: for a source, what the pivot could use of it."""
     how = rules(recipe, data)
     settings = {
-        "model": chatter.tokenizer_identity,
+        "model": chat_model.tokenizer_identity,
         "data": data.identity(),
         "on_error": data.on_error,
         **{key: value for key, value in how.items() if key == "max_length" or value != _USUAL[key]},
     }
-    before = {} if chatter.name == PIVOT else {PIVOT: step(recipe, workdir, recipe.chatter(PIVOT), data)}
+    before = {} if chat_model.name == PIVOT else {PIVOT: step(recipe, workdir, recipe.chat_model(PIVOT), data)}
 
     def work(directory: Path) -> dict[str, Any]:
         usable = set(PreparedSet(before[PIVOT].directory).ids) if before else None
-        return _prepare(directory, chatter, data, usable, how)
+        return _prepare(directory, chat_model, data, usable, how)
 
-    directory = workdir / "prepare" / chatter.name / data.name
-    return Step("prepare", f"{chatter.name}/{data.name}", directory, settings, work, before, format=FORMAT)
+    directory = workdir / "prepare" / chat_model.name / data.name
+    return Step("prepare", f"{chat_model.name}/{data.name}", directory, settings, work, before, format=FORMAT)
 
 
 def rules(recipe: Recipe, data: DataSet) -> dict[str, Any]:
@@ -49,13 +49,13 @@ def rules(recipe: Recipe, data: DataSet) -> dict[str, Any]:
 
 
 def _prepare(
-    directory: Path, chatter: Chatter, data: DataSet, usable: set[str] | None, how: dict[str, Any]
+    directory: Path, chat_model: ChatModel, data: DataSet, usable: set[str] | None, how: dict[str, Any]
 ) -> dict[str, Any]:
     """`usable`: ids of what the pivot could use, None where this is the pivot."""
     from fusechat.models.load import without_embedding
     from fusechat.models.tokenise import RejectedError, prepare_conversation
 
-    template, rows, positions = chatter.template(), chatter.vocabulary_size(), chatter.positions()
+    template, rows, positions = chat_model.template(), chat_model.vocabulary_size(), chat_model.positions()
     counts: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     rejected: list[str] = []
@@ -67,7 +67,7 @@ def _prepare(
         rejected.append(json.dumps({"where": where, "reason": reason}, ensure_ascii=False))
 
     def prepared() -> Iterator[Prepared]:
-        with progress(f"prepare {chatter.name}/{data.name}", None, "conversations") as advance:
+        with progress(f"prepare {chat_model.name}/{data.name}", None, "conversations") as advance:
             for conversation in read_conversations(data):
                 advance()
                 if isinstance(conversation, Malformed):
@@ -95,7 +95,7 @@ def _prepare(
             return None
         wrong = without_embedding([int(result.input_ids.max())], rows, template.tokenizer)
         if wrong:
-            raise ModelError(f"{chatter.name} ({chatter.reference}): {conversation.where} has {wrong}")
+            raise ModelError(f"{chat_model.name} ({chat_model.reference}): {conversation.where} has {wrong}")
         counts.update({mark: 1 for mark, happened in marks.items() if happened})
         if positions is not None and len(result.input_ids) > positions:
             counts["past_positions"] += 1
@@ -109,18 +109,18 @@ def _prepare(
     if not kept:
         why = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3)) or "it holds no records"
         say = advice(reason for reason, _ in reasons.most_common())
-        raise DataError(f"{data.path}: no usable conversation for {chatter.name}: {why}{f'; {say}' if say else ''}")
+        raise DataError(f"{data.path}: no usable conversation for {chat_model.name}: {why}{f'; {say}' if say else ''}")
     if counts["other_class"]:
         log.warning(
             "prepare %s/%s: the class that Transformers takes for this tokenizer would make other tokens of %d conversations; "
             "tokenizer.json decides",
-            *(chatter.name, data.name, counts["other_class"]),
+            *(chat_model.name, data.name, counts["other_class"]),
         )
     if counts["past_positions"]:
         log.warning(
             "prepare %s/%s: %d of %d conversations have more than the %d tokens that the model is made for: set data.max_length to "
             "%d",
-            *(chatter.name, data.name, counts["past_positions"], kept, positions, positions),
+            *(chat_model.name, data.name, counts["past_positions"], kept, positions, positions),
         )
     write_text(directory / REJECTED, "".join(line + "\n" for line in rejected))
     more = {"unused_keys": sorted(unused)} if unused else {}

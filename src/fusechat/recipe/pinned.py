@@ -26,7 +26,7 @@ T = TypeVar("T")
 Asked = tuple[str, str]  # model or dataset, and an id of the hub as a recipe has it
 
 
-def settled(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bool = True) -> Recipe:
+def pin(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bool = True) -> Recipe:
     """The recipe with the commits that the work directory has, and what `auto` was when it began. `begin`: what is new is settled
     as well, and what this machine, or the hub, would say otherwise today is told. `automatic`: `auto` too."""
     saved = raw_recipe(workdir / RECIPE) if (workdir / RECIPE).is_file() else {}
@@ -62,7 +62,7 @@ def settled(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bo
 
 def recipe_of(workdir: Path) -> Recipe:
     """The recipe of a run, as it was run."""
-    return settled(read_recipe(workdir / RECIPE), workdir)
+    return pin(read_recipe(workdir / RECIPE), workdir)
 
 
 def _asked(spec: Any) -> tuple[str | None, str]:

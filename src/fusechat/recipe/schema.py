@@ -18,7 +18,7 @@ from pydantic import (
 
 from fusechat.data.conversations import DataSet
 from fusechat.errors import RecipeError
-from fusechat.models.chat_model import Chatter, is_template_file
+from fusechat.models.chat_model import ChatModel, is_template_file
 from fusechat.recipe.precision import Place, automatic, with_dtypes
 from fusechat.recipe.presets import with_preset
 from fusechat.recipe.sections import (
@@ -161,12 +161,12 @@ class Recipe(Section):
             raise ValueError(*found)
         return merge
 
-    def chatter(self, name: str) -> Chatter:
+    def chat_model(self, name: str) -> ChatModel:
         spec = self.pivot if name == PIVOT else self.sources[name]
         given = spec.chat_template
         text, own = (given, None) if given is None or isinstance(given, str) else (None, given.name)
         variables = json.dumps(spec.chat_template_kwargs, sort_keys=True) if spec.chat_template_kwargs else ""
-        return Chatter(name, spec.reference, text, own, variables, self.date)
+        return ChatModel(name, spec.reference, text, own, variables, self.date)
 
     def teachers(self) -> dict[str, list[str]]:
         """Every target, and the sources that teach it: one of each source's name, then the recipe's own; none for plain SFT."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from fusechat.report.plots import Figure, axis, layout, number, plain
+from fusechat.report.plots import Plot, axis, layout, number, plain
 
 OUTSIDE = "–"  # the row of tensors that are in no layer
 CELL, HEADER = 15, 190  # pixels
@@ -20,7 +20,7 @@ HOVER = (
 _SCALE = [[0, "#c2570c"], [0.5, "#e8e6e3"], [1, "#2563c9"]]
 
 
-def heat_maps(report: Mapping[str, Any]) -> list[Figure]:
+def heat_maps(report: Mapping[str, Any]) -> list[Plot]:
     """A figure a target, none where nothing was merged. `report`: merge_report.json."""
     tensors = {name: entry for name, entry in report["tensors"].items() if "coefficients" in entry}
     if not tensors:
@@ -55,7 +55,7 @@ def heat_maps(report: Mapping[str, Any]) -> list[Figure]:
             yaxis=axis("layer", autorange="reversed", type="category", showgrid=False, dtick=max(1, len(rows) // 20)),
             margin={"l": 45, "r": 10, "t": 40, "b": 110},
         )
-        figures.append(Figure(f"coefficients-{place}", [trace], drawn))
+        figures.append(Plot(f"coefficients-{place}", [trace], drawn))
     return figures
 
 

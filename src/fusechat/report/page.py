@@ -17,7 +17,7 @@ from fusechat.report.results import INTERVAL, ResultTable
 from fusechat.report.samples import Sample
 from fusechat.report.scripts import scripts
 from fusechat.report.teaching import ChoiceRow
-from fusechat.run import units as numbers
+from fusechat.run import units
 
 _HERE = Path(__file__).parent
 _ALL = "all"  # the whole of a suite, beside its turns and categories
@@ -78,10 +78,10 @@ def render_page(contents: Contents) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "size": numbers.size,
-        "amount": numbers.amount,
-        "duration": numbers.duration,
-        "percent": numbers.percent,
+        "size": units.size,
+        "amount": units.amount,
+        "duration": units.duration,
+        "percent": units.percent,
         "short": short,
         "figure": _figure,
         "count_of": lambda value: f"{value:,.10g}",
@@ -111,7 +111,7 @@ def _figure(figures: dict[str, Any], key: str, form: str) -> str:
     value = figures.get(key)
     if value is None:
         return "–"
-    return {"d": lambda: f"{value:,}", "%": lambda: numbers.percent(value), "f": lambda: f"{value:.4f}"}.get(
+    return {"d": lambda: f"{value:,}", "%": lambda: units.percent(value), "f": lambda: f"{value:.4f}"}.get(
         form, lambda: str(value)
     )()
 

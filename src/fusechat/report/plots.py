@@ -12,7 +12,7 @@ _SFT, _HELD_OUT, _FUSION = "#3b82c4", "#b45bcf", "#d9822b"
 
 
 @dataclass(frozen=True)
-class Figure:
+class Plot:
     """`caption`: what the page says below it."""
 
     name: str
@@ -54,7 +54,7 @@ def axis(title: str = "", **more: Any) -> dict[str, Any]:
     return {"title": {"text": title}, "gridcolor": _GRID, "zeroline": False, "ticks": "", "automargin": True, **more}
 
 
-def loss_figures(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Figure]:
+def loss_figures(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Plot]:
     """For each target the SFT term, in training and held out, and the fusion term apart from it, which has another scale."""
     figures = []
     for number, (target, entries) in enumerate(losses.items()):
@@ -78,7 +78,7 @@ def loss_figures(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Fi
                     legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1.16},
                 )
                 said = f"{target}, {title}: each point is the mean of up to {width} steps" if width > 1 else ""
-                figures.append(Figure(f"{key}-{number}", traces, drawn, said))
+                figures.append(Plot(f"{key}-{number}", traces, drawn, said))
     return figures
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from fusechat.data.conversations import DataSet
 from fusechat.show.conversation import Branch
 from fusechat.show.page import Group, groups
-from fusechat.show.passages import Passage, Token
+from fusechat.show.passages import AlignedText, Token
 
 EACH, TOKENS, CANDIDATES = 3, 80, 4  # conversations of a source, pivot tokens of one, tokens of a distribution
 _ALL = 720  # pivot tokens on the page: what its size allows
@@ -24,7 +24,7 @@ class Sample:
     coverage: float | None
     shown: int
     tokens: int
-    passages: tuple[tuple[Passage, tuple[Group, ...]], ...]
+    passages: tuple[tuple[AlignedText, tuple[Group, ...]], ...]
     notes: tuple[str, ...]
 
 
@@ -40,7 +40,7 @@ def _of(branch: Branch, sets: Sequence[DataSet], *, each: int, room: int) -> lis
     found = branch.shown(sets, list(chosen))
     result = []
     for shown, (identity, why) in zip(found, chosen.items(), strict=True):
-        passages: list[Passage] = []
+        passages: list[AlignedText] = []
         left = room
         for passage in shown.passages:
             if left > 0:
@@ -69,7 +69,7 @@ def choose(branch: Branch) -> dict[str, str]:
     return {identity: why for identity, why in picked if identity != worst or why == picked[0][1]}
 
 
-def _small(passage: Passage) -> Passage:
+def _small(passage: AlignedText) -> AlignedText:
     asked = passage.asked if len(passage.asked) <= _ASKED else passage.asked[:_ASKED] + "…"
     pivot, source = (tuple(map(_short, tokens)) for tokens in (passage.pivot, passage.source))
     return replace(passage, asked=asked, pivot=pivot, source=source)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from fusechat.report.plots import Figure
+from fusechat.report.plots import Plot
 
 _OWN = Path(__file__).with_name("page.js")
 _ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
@@ -27,7 +27,7 @@ class Scripts:
     policy: str
 
 
-def scripts(figures: Sequence[Figure]) -> Scripts:
+def scripts(figures: Sequence[Plot]) -> Scripts:
     """Without figures Plotly is left out."""
     own = _OWN.read_text(encoding="utf-8")
     packed, digest = _plotly() if figures else ("", "")

@@ -87,7 +87,7 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
 
     models = []
     for name in (PIVOT, *recipe.sources):
-        reference = recipe.chatter(name).reference
+        reference = recipe.chat_model(name).reference
         role = PIVOT if name == PIVOT else "source"
         data = "" if name == PIVOT else _files(recipe.sets_of(name))
         directory = find_cached(reference)
@@ -156,17 +156,18 @@ def _samples(recipe: Recipe, aligned: dict[str, Step]) -> dict[str, Any]:
     from fusechat.report.samples import samples
     from fusechat.show.conversation import Branch
 
-    pivot = recipe.chatter(PIVOT)
+    pivot = recipe.chat_model(PIVOT)
     here = {
         name: step
         for name, step in aligned.items()
-        if find_cached(recipe.chatter(name).reference) and not any(one.freed for one in (step, *step.upstream.values()))
+        if find_cached(recipe.chat_model(name).reference)
+        and not any(one.freed for one in (step, *step.upstream.values()))
     }
     if find_cached(pivot.reference) is None:
         return {}
     return samples(
         {
-            name: (Branch(step, pivot, recipe.chatter(name), verify=False), recipe.sets_of(name))
+            name: (Branch(step, pivot, recipe.chat_model(name), verify=False), recipe.sets_of(name))
             for name, step in here.items()
         }
     )

@@ -44,12 +44,12 @@ def read_checked(path: Path) -> dict[str, Any] | None:
     return found if checksum in (None, _digest(found)) else None
 
 
-def seal(path: Path, *places: Path) -> None:
+def record(path: Path, *places: Path) -> None:
     """Writes down what the files at these places are, or below them, by their sizes and times of change: nothing is read."""
     write_sealed(path, _state(places))
 
 
-def is_sealed(path: Path, *places: Path) -> bool:
+def matches_record(path: Path, *places: Path) -> bool:
     """Whether just these files are there, as they were when they were sealed; a directory may have another name now."""
     found = read_sealed(path)
     return found is not None and found == _state(places)

@@ -15,7 +15,7 @@ _PAUSE = 0.2  # seconds between two looks at a lock that another process holds
 
 
 @contextmanager
-def only_one(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
+def exclusive_lock(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
     """Raises WorkdirError, naming `what` and the process that uses it, where another one holds the lock. With `remove` the file
     is not left behind."""
     with _held(file, lambda handle: _refuse(handle, what), remove=remove):
@@ -23,7 +23,7 @@ def only_one(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(file: Path, what: str) -> Iterator[None]:
+def wait_for_lock(file: Path, what: str) -> Iterator[None]:
     """Waits for the process that holds the lock, and says so. The file is not left behind."""
 
     def wait(handle: TextIO) -> None:
@@ -36,8 +36,8 @@ def in_turn(file: Path, what: str) -> Iterator[None]:
 
 
 @contextmanager
-def together(file: Path, what: Path) -> Iterator[bool]:
-    """Several processes may hold the lock so, and none while one holds it by `only_one`, which raises WorkdirError. Gives
+def shared_lock(file: Path, what: Path) -> Iterator[bool]:
+    """Several processes may hold the lock so, and none while one holds it by `exclusive_lock`, which raises WorkdirError. Gives
     whether this is the first of them. Of two that begin at once neither may be: begin one after the other."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as handle:

@@ -55,7 +55,7 @@ def from_first(compute: Callable[[], T]) -> T:
     if done:
         return value
     if isinstance(value, FuseChatError):
-        value.told = not is_first()
+        value.reported = not is_first()
     raise value
 
 
@@ -71,7 +71,7 @@ def on_every_machine(do: Callable[[], object]) -> None:
     failed = [(number, found) for number, found in enumerate(gather(error)) if found is not None]
     if failed:
         number, raised = failed[0]
-        raised.told = number != rank()
+        raised.reported = number != rank()
         raise raised
 
 
@@ -108,7 +108,7 @@ def _group() -> Any:
     return dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
-def left_alone(error: BaseException) -> bool:
+def peer_died(error: BaseException) -> bool:
     """Whether an error says no more than that another rank has ended, which tells why itself, or was killed."""
     seen: BaseException | None = error
     while seen is not None and world() > 1:
@@ -118,7 +118,7 @@ def left_alone(error: BaseException) -> bool:
     return False
 
 
-def leave() -> None:
+def shut_down() -> None:
     """Takes leave of the other ranks, at the end of a run that went well."""
     if world() == 1 or not _group.cache_info().currsize:
         return

@@ -18,7 +18,7 @@ from fusechat.errors import naming_storage
 from fusechat.run import manifests, ranks
 from fusechat.run.files import digest_json, remove, remove_partial
 from fusechat.run.integrity import read_checked, write_checked
-from fusechat.run.lock import in_turn, is_held
+from fusechat.run.lock import is_held, wait_for_lock
 from fusechat.run.manifests import BEFORE, FREED, LOCK, MANIFEST, asked_once, damaged, difference
 from fusechat.run.progress import log
 from fusechat.run.unfinished import STARTED, begin, beginning, lost, seconds_spent
@@ -166,7 +166,7 @@ class Step:
         if ranks.from_first(lambda: self._settled(needed)):
             return False
         with ExitStack() as held:
-            ranks.from_first(lambda: held.enter_context(in_turn(self._lock, self.label)))  # another one waits
+            ranks.from_first(lambda: held.enter_context(wait_for_lock(self._lock, self.label)))  # another one waits
             return self._run(needed)
 
     def _run(self, needed: bool) -> bool:

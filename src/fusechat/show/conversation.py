@@ -13,11 +13,11 @@ from fusechat.data.conversations import Conversation, DataSet, read_conversation
 from fusechat.data.distributions import SparseDistribution, open_distributions
 from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.errors import DataError
-from fusechat.models.chat_model import Chatter
+from fusechat.models.chat_model import ChatModel
 from fusechat.models.token_bytes import token_bytes
 from fusechat.run.steps import Step
 from fusechat.show.glyphs import visible
-from fusechat.show.passages import Candidate, Forecast, Model, Passage, Shown, Token, piece_of, tokens_of
+from fusechat.show.passages import AlignedText, Candidate, Model, NextTokens, Token, TokenView, piece_of, tokens_of
 
 PIVOT = "pivot"
 
@@ -26,8 +26,8 @@ class Branch:
     """What both models made of the conversations that a source taught, from the files of its finished align step and of those
     before it. `verify`: whether captures are read as a whole first, for their checksums."""
 
-    def __init__(self, aligned: Step, pivot: Chatter, source: Chatter, *, verify: bool = True) -> None:
-        self.chatters = (pivot, source)
+    def __init__(self, aligned: Step, pivot: ChatModel, source: ChatModel, *, verify: bool = True) -> None:
+        self.chat_models = (pivot, source)
         self.sides = tuple(PreparedSet(*directories(aligned, part)) for part in (PIVOT, "source"))
         captured = open_distributions(*directories(aligned, "capture"), verify=verify)
         self.forecasts = (open_distributions(aligned.directory, verify=verify), captured)
@@ -43,20 +43,20 @@ class Branch:
             return None
         return float(np.isin(starts[0], starts[1]).mean()) if len(starts) == 2 else 0.0
 
-    def shown(self, sets: Sequence[DataSet], identities: Sequence[str]) -> list[Shown]:
+    def shown(self, sets: Sequence[DataSet], identities: Sequence[str]) -> list[TokenView]:
         """The conversations as they are drawn; `sets` are what they were read from. Raises DataError where it has changed."""
         messages = _read(sets, identities)
         return [self._shown(messages[identity]) for identity in identities]
 
-    def _shown(self, messages: Conversation) -> Shown:
+    def _shown(self, messages: Conversation) -> TokenView:
         identity = messages.id
         rows = []
-        for chatter, data, forecasts in zip(self.chatters, self.sides, self.forecasts, strict=True):
+        for chat_model, data, forecasts in zip(self.chat_models, self.sides, self.forecasts, strict=True):
             known = identity in data.row_of
-            table = token_bytes(chatter.tokenizer())
+            table = token_bytes(chat_model.tokenizer())
             distributions = forecasts[identity] if known and identity in forecasts else None
             rows.append(_Row(table, data[data.row_of[identity]] if known else None, distributions))
-        pivot, source = self.chatters
+        pivot, source = self.chat_models
         labels = [pivot.reference.label, f"{source.name} ({source.reference.label})"]
         return _shown(messages, rows[0], rows[1], labels=labels, conversation=identity)
 
@@ -103,11 +103,11 @@ class _Row:
             replace(token, forecast=self.forecast(int(row), token)) for row, token in zip(rows, tokens, strict=True)
         )
 
-    def forecast(self, row: int, token: Token) -> Forecast:
+    def forecast(self, row: int, token: Token) -> NextTokens:
         if self.distributions is None or (self.distributions.ids[row] < 0).all():
-            return Forecast()
+            return NextTokens()
         nll = self.distributions.nll
-        return Forecast(
+        return NextTokens(
             tuple(
                 Candidate(int(other), self._text(int(other)), float(probability), int(other) == token.id)
                 for other, probability in zip(
@@ -124,8 +124,8 @@ class _Row:
         return visible(data) if data else piece_of(self.table, token)
 
 
-def _shown(messages: Conversation, pivot: _Row, source: _Row, *, labels: list[str], conversation: str) -> Shown:
-    passages: list[Passage] = []
+def _shown(messages: Conversation, pivot: _Row, source: _Row, *, labels: list[str], conversation: str) -> TokenView:
+    passages: list[AlignedText] = []
     asked: list[str] = []
     count = len(messages.responses)
     for message in messages.messages:
@@ -133,7 +133,7 @@ def _shown(messages: Conversation, pivot: _Row, source: _Row, *, labels: list[st
             asked.append(message.content)
             continue
         number, data = len(passages), message.content.encode()
-        passage = Passage(
+        passage = AlignedText(
             message.content,
             pivot.tokens(number, data),
             source.tokens(number, data),
@@ -148,4 +148,4 @@ def _shown(messages: Conversation, pivot: _Row, source: _Row, *, labels: list[st
         if row.prepared is None or len(row.prepared.content_bytes) < count
     ]
     models = [Model(label, row.exact) for label, row in zip(labels, (pivot, source), strict=True)]
-    return Shown(models[0], models[1], tuple(passages), conversation=conversation, notes=tuple(lost))
+    return TokenView(models[0], models[1], tuple(passages), conversation=conversation, notes=tuple(lost))

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from fusechat.show.passages import Forecast, Model, Shown, Token, bytes_per_token
+from fusechat.show.passages import Model, NextTokens, Token, TokenView, bytes_per_token
 
 
-def to_json(shown: Shown) -> dict[str, Any]:
+def to_json(shown: TokenView) -> dict[str, Any]:
     """`passages` holds each text with both token lists and `alignment`: for every pivot token the index of the source token
     that starts at the same byte, or null. `piece` is the vocabulary's spelling, `begin` and `end` are bytes of the text."""
     pivot, source = shown.tokens("pivot"), shown.tokens("source")
@@ -51,7 +51,7 @@ def _token(token: Token) -> dict[str, Any]:
     }
 
 
-def _distribution(forecast: Forecast) -> dict[str, Any] | None:
+def _distribution(forecast: NextTokens) -> dict[str, Any] | None:
     if not forecast.candidates:
         return None
     return {

@@ -8,7 +8,7 @@ import jinja2
 
 from fusechat.show.columns import Segment
 from fusechat.show.glyphs import Glyph
-from fusechat.show.passages import Passage, Shown, Token
+from fusechat.show.passages import AlignedText, Token, TokenView
 from fusechat.show.terminal import summary
 
 
@@ -46,7 +46,7 @@ class Group:
     new_line: bool
 
 
-def render_page(shown: Shown) -> str:
+def render_page(shown: TokenView) -> str:
     """The page as HTML. Every text in it is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -62,7 +62,7 @@ def render_page(shown: Shown) -> str:
     )
 
 
-def groups(passage: Passage) -> Iterator[Group]:
+def groups(passage: AlignedText) -> Iterator[Group]:
     """The tokens cut at shared starts, which no token crosses, so that lines may be broken there."""
     waiting: list[Segment] = []
     for segment in passage.segments:
@@ -74,7 +74,7 @@ def groups(passage: Passage) -> Iterator[Group]:
         yield _group(passage, waiting)
 
 
-def _group(passage: Passage, inside: Sequence[Segment]) -> Group:
+def _group(passage: AlignedText, inside: Sequence[Segment]) -> Group:
     blocks = []
     for row, (tokens, partners) in enumerate(
         ((passage.pivot, passage.partner), (passage.source, passage.partner_of_source))

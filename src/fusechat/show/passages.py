@@ -23,19 +23,19 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Forecast:
+class NextTokens:
     """The distribution at a token, most likely first; no candidates where the position is unaligned."""
 
     candidates: tuple[Candidate, ...] = ()
     tail: float | None = None  # the probability of all that was not kept
     gold: float | None = None  # the gold token's own probability, where it is known
 
-    def likeliest(self, count: int) -> "Forecast":
+    def likeliest(self, count: int) -> "NextTokens":
         """With at most `count` candidates; the others join the tail."""
         kept, others = self.candidates[:count], self.candidates[count:]
         own = next((candidate.probability for candidate in others if candidate.gold), self.gold)
         tail = None if self.tail is None else self.tail + sum(candidate.probability for candidate in others)
-        return Forecast(kept, tail, own)
+        return NextTokens(kept, tail, own)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Token:
     glyphs: tuple[Glyph, ...]
     end_of_turn: bool = False
     lead: bool = False
-    forecast: Forecast | None = None
+    forecast: NextTokens | None = None
 
     @property
     def span(self) -> tuple[int, int]:
@@ -60,7 +60,7 @@ class Token:
 
 
 @dataclass(frozen=True)
-class Passage:
+class AlignedText:
     """One text. `asked` and `title` tell where it stands in a conversation."""
 
     text: str
@@ -83,7 +83,7 @@ class Passage:
                 result[partner] = token
         return result
 
-    def beginning(self, tokens: int) -> "Passage":
+    def beginning(self, tokens: int) -> "AlignedText":
         """Up to a start that both share, after `tokens` pivot tokens or the first one past them; the whole where there is none."""
         for at in range(tokens, len(self.pivot)):
             if self.partner[at] >= 0:
@@ -116,10 +116,10 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Shown:
+class TokenView:
     pivot: Model
     source: Model
-    passages: tuple[Passage, ...]
+    passages: tuple[AlignedText, ...]
     conversation: str | None = None
     notes: tuple[str, ...] = ()
 

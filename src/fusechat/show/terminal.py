@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from fusechat.show.columns import LOWER, SHARED, UPPER, Column, lines
-from fusechat.show.passages import Passage, Shown, Token, bytes_per_token
+from fusechat.show.passages import AlignedText, Token, TokenView, bytes_per_token
 
 _GUTTER = 8
 _PIPED = 80  # columns where there is no terminal
@@ -27,7 +27,7 @@ def console() -> Console:
     return found if found.is_terminal else Console(width=_width_in_pipe(), highlight=False, emoji=False, markup=False)
 
 
-def print_drawing(shown: Shown, to: Console) -> None:
+def print_drawing(shown: TokenView, to: Console) -> None:
     for passage in shown.passages:
         if passage.title:
             to.print(Text(passage.title, style="bold"), end="\n\n")
@@ -37,12 +37,12 @@ def print_drawing(shown: Shown, to: Console) -> None:
     print_summary(shown, to)
 
 
-def print_summary(shown: Shown, to: Console) -> None:
+def print_summary(shown: TokenView, to: Console) -> None:
     for line in summary(shown):
         to.print(Text(line), soft_wrap=True)
 
 
-def drawing(passage: Passage, *, width: int) -> Iterator[Text]:
+def drawing(passage: AlignedText, *, width: int) -> Iterator[Text]:
     """Lines of at most `width` columns, three for each line of tokens and an empty one after them."""
     room = max(width - _GUTTER, 1)
     partners = passage.partner, passage.partner_of_source
@@ -53,7 +53,7 @@ def drawing(passage: Passage, *, width: int) -> Iterator[Text]:
         yield Text()
 
 
-def summary(shown: Shown) -> Iterator[str]:
+def summary(shown: TokenView) -> Iterator[str]:
     """What there was to see."""
     rows = (("pivot", shown.pivot, shown.tokens("pivot")), ("source", shown.source, shown.tokens("source")))
     for row, model, tokens in rows:

@@ -12,13 +12,13 @@ from fusechat.models.spans import encode_with_spans
 from fusechat.models.token_bytes import token_bytes
 from fusechat.models.tokenizer import load_tokenizer
 from fusechat.run.files import write_text
-from fusechat.show.passages import Model, Passage, Shown, tokens_of
+from fusechat.show.passages import AlignedText, Model, TokenView, tokens_of
 
 FILE = "tokenizer.json"
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 
-def of_text(pivot: str, source: str, *, text: str) -> Shown:
+def of_text(pivot: str, source: str, *, text: str) -> TokenView:
     """The tokens of `text`; `-` is standard input."""
     if text == "-":
         text = _standard_input()
@@ -31,10 +31,10 @@ def of_text(pivot: str, source: str, *, text: str) -> Shown:
             raise ModelError(*(f"{name}: {message}" for message in error.messages)) from None
         models.append(Model(_label(name), encoded.exact))
         rows.append(tokens_of(token_bytes(tokenizer), text.encode(), ids=encoded.ids, spans=encoded.spans))
-    return Shown(models[0], models[1], (Passage(text, rows[0], rows[1]),))
+    return TokenView(models[0], models[1], (AlignedText(text, rows[0], rows[1]),))
 
 
-def present(shown: Shown, *, html: Path | None, as_json: bool) -> None:
+def present(shown: TokenView, *, html: Path | None, as_json: bool) -> None:
     """Writes the page where one is asked for, and prints JSON, else the drawing; with a page only its summary."""
     from fusechat.show.export import to_json
     from fusechat.show.page import render_page

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from fusechat.merge.parameters import Parameter, Values
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 from fusechat.merge.tensor import Tensor
 
 
@@ -29,10 +29,10 @@ class Method(Protocol):
     BASE: bool
     TARGETS: int | None
 
-    def measure(self, tensor: Tensor, values: Values) -> Measured: ...
+    def measure(self, tensor: Tensor, values: Values) -> TensorStats: ...
 
     def combine(
-        self, block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray
+        self, block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
     ) -> tuple[int, int, int]: ...
 
 

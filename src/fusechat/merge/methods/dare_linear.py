@@ -4,7 +4,7 @@ import numpy as np
 
 from fusechat.merge import dare
 from fusechat.merge.parameters import Values
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 
 PARAMETERS = dare.PARAMETERS
 BASE = True
@@ -12,5 +12,7 @@ TARGETS = None
 measure = dare.measure
 
 
-def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+def combine(
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
+) -> tuple[int, int, int]:
     return dare.combine(block, start, measured, values, out, consensus=False)

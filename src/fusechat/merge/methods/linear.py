@@ -5,7 +5,7 @@ import numpy as np
 from fusechat.errors import RecipeError
 from fusechat.merge.kernels import kernel
 from fusechat.merge.parameters import WEIGHT, Parameter, Values
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 from fusechat.merge.tensor import Tensor
 
 PARAMETERS = (WEIGHT, Parameter("normalize", kind=bool, default=True))
@@ -18,12 +18,14 @@ def check(name: str, values: Values) -> None:
         raise RecipeError(f"weight: the weights of {name} add up to zero, and normalize divides by their sum")
 
 
-def measure(tensor: Tensor, values: Values) -> Measured:
+def measure(tensor: Tensor, values: Values) -> TensorStats:
     check(tensor.name, values)
-    return Measured(np.array(values["weight"], np.float64))
+    return TensorStats(np.array(values["weight"], np.float64))
 
 
-def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+def combine(
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
+) -> tuple[int, int, int]:
     weights = measured.coefficients
     _weighted_sum(block, weights.astype(np.float32), np.float32(weights.sum() if values["normalize"] else 1.0), out)
     entries = block.size

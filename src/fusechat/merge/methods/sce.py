@@ -14,7 +14,7 @@ import numpy as np
 from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.parameters import SCOPES, Parameter, Values
 from fusechat.merge.selection import Selection, kept, select
-from fusechat.merge.stats import Measured, shares
+from fusechat.merge.stats import TensorStats, shares
 from fusechat.merge.tensor import Tensor, scratch
 
 PARAMETERS = (
@@ -28,7 +28,7 @@ TARGETS = None
 TILE = 1024  # positions that a kernel has in the core's nearest cache
 
 
-def measure(tensor: Tensor, values: Values) -> Measured:
+def measure(tensor: Tensor, values: Values) -> TensorStats:
     selection = None
     if values["select_topk"] < 1 and len(tensor.inputs) > 2:
 
@@ -42,14 +42,14 @@ def measure(tensor: Tensor, values: Values) -> Measured:
             squares = above + [
                 np.concatenate([inside[target] for _, inside in visits])[chosen].sum() for target in range(len(above))
             ]
-            return Measured(shares(squares), squares, replace(selection, visited=None))
+            return TensorStats(shares(squares), squares, replace(selection, visited=None))
 
     def work(start: int, block: np.ndarray) -> np.ndarray:
         return _sums(block, _mask(block, start, selection))
 
     parts = [np.zeros((len(tensor.inputs) - 1, 0)), *tensor.blocks(work)]
     squares = np.concatenate(parts, axis=1).sum(axis=1)
-    return Measured(shares(squares), squares, selection)
+    return TensorStats(shares(squares), squares, selection)
 
 
 def _visit(block: np.ndarray, keys: np.ndarray, high: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -63,7 +63,9 @@ def _sums(block: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return sums
 
 
-def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+def combine(
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
+) -> tuple[int, int, int]:
     mask = _mask(block, start, measured.selection if values["select_deltas"] else None)
     return _merge(block, mask, measured.coefficients, values["normalize"], out)
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.parameters import Parameter, Values
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 from fusechat.merge.tensor import Tensor
 
 PARAMETERS = (Parameter("t", low=0, high=1),)
@@ -19,7 +19,7 @@ TARGETS = 1
 PARALLEL = 0.9995
 
 
-def measure(tensor: Tensor, values: Values) -> Measured:
+def measure(tensor: Tensor, values: Values) -> TensorStats:
     def work(start: int, block: np.ndarray) -> np.ndarray:
         sums = np.zeros((3, -(-block.shape[1] // CHUNK)))
         _products(block, sums)
@@ -28,7 +28,7 @@ def measure(tensor: Tensor, values: Values) -> Measured:
     squares, products, others = np.concatenate([np.zeros((3, 0)), *tensor.blocks(work)], axis=1).sum(axis=1)
     lengths = [length if length > 1e-8 else 1.0 for length in (math.sqrt(squares), math.sqrt(others))]
     own, other = slerp_factors(products / (lengths[0] * lengths[1]), values["t"])
-    return Measured(np.array([other]), scales=np.array([own]))
+    return TensorStats(np.array([other]), scales=np.array([own]))
 
 
 def slerp_factors(cosine: float, t: float) -> tuple[float, float]:
@@ -39,7 +39,9 @@ def slerp_factors(cosine: float, t: float) -> tuple[float, float]:
     return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
 
 
-def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+def combine(
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
+) -> tuple[int, int, int]:
     assert measured.scales is not None
     np.multiply(block[0], np.float32(measured.scales[0]), out=out)
     out += np.float32(measured.coefficients[0]) * block[1]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from fusechat.merge.parameters import LAMBDA, WEIGHT, Parameter, Values
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 from fusechat.merge.task_vectors import combine_updates
 from fusechat.merge.tensor import Tensor
 
@@ -12,9 +12,11 @@ BASE = True
 TARGETS = None
 
 
-def measure(tensor: Tensor, values: Values) -> Measured:
-    return Measured(np.array(values["weight"], np.float64))
+def measure(tensor: Tensor, values: Values) -> TensorStats:
+    return TensorStats(np.array(values["weight"], np.float64))
 
 
-def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+def combine(
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
+) -> tuple[int, int, int]:
     return combine_updates(block, start, values, out)

@@ -9,7 +9,7 @@ import numpy as np
 from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.parameters import DENSITY, LAMBDA, WEIGHT, Parameter, Values
 from fusechat.merge.selection import Selection, select
-from fusechat.merge.stats import Measured
+from fusechat.merge.stats import TensorStats
 from fusechat.merge.task_vectors import Sparsify, combine_updates, no_sparsify, rescaling
 from fusechat.merge.tensor import Tensor
 
@@ -24,17 +24,19 @@ BASE = True
 TARGETS = None
 
 
-def measure(tensor: Tensor, values: Values) -> Measured:
+def measure(tensor: Tensor, values: Values) -> TensorStats:
     weights = np.array(values["weight"], np.float64)
     if all(density >= 1 for density in values["density"]):
-        return Measured(weights)
+        return TensorStats(weights)
     keep = np.array([_keep(density, tensor.size) for density in values["density"]], np.int64)
     selection = select(tensor, _keys, len(keep), lambda nonzero: keep)
     scales = rescaling(tensor, _trim(selection)) if values["rescale"] else None
-    return Measured(weights, selection=selection, scales=scales)
+    return TensorStats(weights, selection=selection, scales=scales)
 
 
-def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+def combine(
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
+) -> tuple[int, int, int]:
     sparsify = _trim(measured.selection) if measured.selection else no_sparsify
     return combine_updates(block, start, values, out, sparsify=sparsify, scales=measured.scales, consensus=True)
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from fusechat.merge.kernels import CHUNK, kernel, update_squares
 from fusechat.merge.parameters import SCOPES, Parameter, Values
-from fusechat.merge.stats import Measured, shares
+from fusechat.merge.stats import TensorStats, shares
 from fusechat.merge.tensor import Tensor
 
 PARAMETERS: tuple[Parameter, ...] = ()
@@ -13,7 +13,7 @@ GRANULARITIES = SCOPES
 TARGETS = None
 
 
-def measure(tensor: Tensor, values: Values) -> Measured:
+def measure(tensor: Tensor, values: Values) -> TensorStats:
     targets = len(tensor.inputs) - 1
 
     def work(start: int, block: np.ndarray) -> np.ndarray:
@@ -22,10 +22,12 @@ def measure(tensor: Tensor, values: Values) -> Measured:
         return sums
 
     squares = np.concatenate([np.zeros((targets, 0)), *tensor.blocks(work)], axis=1).sum(axis=1)
-    return Measured(shares(squares), squares)
+    return TensorStats(shares(squares), squares)
 
 
-def combine(block: np.ndarray, start: int, measured: Measured, values: Values, out: np.ndarray) -> tuple[int, int, int]:
+def combine(
+    block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
+) -> tuple[int, int, int]:
     _add_shares(block, measured.coefficients.astype(np.float32), out)
     entries = (block.shape[0] - 1) * block.shape[1]
     return entries, entries, entries
