@@ -1,4 +1,5 @@
-"""The two losses of each row as METHOD writes them, every distribution built in full: float64 [n, V], derivatives by autograd."""
+"""The two losses of each row as docs/training.md defines them: every distribution built in full: float64 [n, V], derivatives
+by autograd."""
 
 import torch
 

@@ -1,7 +1,7 @@
 """Every method in float64, written down as plainly as it goes, one tensor at a time, and what an output differs from it.
 
-Source: METHOD, "Merging", and for the methods other than SCE and VaRM what mergekit's parameters mean. Nothing is rounded but where
-a difference says so. Nothing of FuseChat is used, except that DARE's random masks are given.
+Source: arXiv 2408.07990, Algorithm 1, for SCE; for the methods other than SCE and VaRM what mergekit's parameters mean. Nothing is
+rounded but where a difference says so. Nothing of FuseChat is used, except that DARE's random masks are given.
 """
 
 from dataclasses import dataclass

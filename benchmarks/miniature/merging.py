@@ -1,4 +1,5 @@
-"""Merging as `fusechat merge` does it, and SCE with its steps left out, one tensor at a time in NumPy (METHOD, "Merging")."""
+"""Merging as `fusechat merge` does it, and SCE with its steps left out, one tensor at a time in NumPy
+(arXiv 2408.07990, Algorithm 1)."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A pivot token for bytes that no count speaks of. Source: METHOD, "Vocabulary map": exact, unseen tokens, edit."""
+"""A pivot token for bytes that no count speaks of. See docs/alignment.md; `edit` is of FuseLLM (arXiv 2401.10491)."""
 
 from collections.abc import Sequence
 

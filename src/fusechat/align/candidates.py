@@ -1,4 +1,4 @@
-"""What a source says at each pivot row, before the vocabulary map: rows of W with their mass. Source: METHOD, "Vocabulary map"."""
+"""What a source says at each pivot row, before the vocabulary map: rows of W with their mass. See docs/alignment.md."""
 
 from dataclasses import dataclass
 

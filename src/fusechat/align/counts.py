@@ -1,4 +1,4 @@
-"""How often tokens met at shared starts, over a whole training set. Source: the paper, section 3.3; METHOD, "Vocabulary map"."""
+"""How often tokens met at shared starts, over a whole training set. Source: the paper (arXiv 2408.07990), section 3.3."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Dynamic time warping over token surfaces, as the paper aligns sequences. Source: METHOD, "Sequence alignment" (`dtw`);
+"""Dynamic time warping over token surfaces, as the paper aligns sequences. Source:
 FuseLLM (arXiv 2401.10491), section 3.2.
 
 The cost of a cell is the edit distance between two surfaces, computed once for each pair of distinct ones. A pair of the path is

@@ -1,4 +1,4 @@
-"""Distribution transfer: `q_i(t) = Σ_s p_j(s) · W[s, t]`, collisions summed, mass conserved. Source: METHOD, "Vocabulary map"."""
+"""Distribution transfer: `q_i(t) = Σ_s p_j(s) · W[s, t]`, collisions summed, mass conserved. See docs/alignment.md."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The vocabulary map W: which pivot token stands where a source token does. Source: METHOD, "Vocabulary map".
+"""The vocabulary map W: which pivot token stands where a source token does. See docs/alignment.md.
 
 W is sparse and row-stochastic, [source vocabulary × pivot vocabulary]: `W[s, t]` is the probability that the pivot's token is
 `t` where the source's is `s` and both start at the same byte. It also has rows for bytes: what is left of a source token

@@ -1,4 +1,4 @@
-"""From logits to sparse distributions: top-k and log-softmax in float32. Source: METHOD, "Capture".
+"""From logits to sparse distributions: top-k and log-softmax in float32. See docs/training.md.
 
 A vocabulary of 262,144 makes `torch.topk` on a CPU slower than the model's head. There, a kernel reads each row three times,
 out of the cache: the greatest value of every block of the vocabulary; the values in blocks that may have one of the k; the

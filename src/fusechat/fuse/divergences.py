@@ -1,4 +1,4 @@
-"""Divergences between the targets P and the model's Q over a row's kept outcomes. Source: METHOD, "Fusion".
+"""Divergences between the targets P and the model's Q over a row's kept outcomes. See docs/training.md.
 
 All of them take natural logarithms [n, m] of m outcomes a row, `log_p` with -inf where there is none. A divergence gives its
 values [n] and its derivatives with respect to `log_q` [n, m]; a row without any outcome gives anything, NaN too.

@@ -1,4 +1,4 @@
-"""The fusion loss. Source: METHOD, "Fusion"; the paper's equations for L_SFT and L_Fusion."""
+"""The fusion loss. Source: L_SFT and L_Fusion of the paper (arXiv 2408.07990), section 3.3."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

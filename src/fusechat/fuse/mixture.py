@@ -1,4 +1,4 @@
-"""Distributions of several candidates as one, by row. Source: METHOD, "Fusion" (AvgCE: the average over the union of ids)."""
+"""Distributions of several candidates as one, by row. AvgCE averages over the union of ids (arXiv 2401.10491)."""
 
 from collections.abc import Sequence
 

@@ -1,6 +1,6 @@
 """The two losses of every response position, and their gradient, without anything of the logits' size but that gradient.
 
-Source: METHOD, "Fusion". With `z` the logits of a row, `q = softmax(z / T)` and `g_j = dD / d log q_j` for the kept tokens (and
+See docs/training.md. With `z` the logits of a row, `q = softmax(z / T)` and `g_j = dD / d log q_j` for the kept tokens (and
 `g_b` for the bucket, whose probability is `q_b`), `G = Σ g`, the divergence's derivative with respect to `z_v` is
 
     1/T · (g_j - G · q_v)                 at a kept token j = v

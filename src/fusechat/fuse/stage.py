@@ -239,7 +239,7 @@ def _train(
     )
 
     def student(where: Any) -> Any:
-        model = pivot.model(dtype="float32", device=where)  # master weights; see METHOD, "Precision"
+        model = pivot.model(dtype="float32", device=where)  # master weights
         return with_adapters(model, fuse.lora, seed=recipe.seed) if fuse.lora is not None else model
 
     with progress(f"fuse {target}", total_steps(arguments, data.examples_per_epoch), "steps") as advance:

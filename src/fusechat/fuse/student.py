@@ -1,4 +1,4 @@
-"""Sources compared with the student as it is at each step. Source: METHOD, "Fusion" (`against: student`).
+"""Sources compared with the student as it is at each step. See docs/training.md, `fuse.against: student`.
 
 The student's cross-entropy of a group comes from the nll that the loss has anyway; the fusion term counts only where the
 best source's is lower.

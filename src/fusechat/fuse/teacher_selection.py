@@ -1,4 +1,5 @@
-"""Which models' distributions teach, and with what weight. Source: METHOD, "Fusion"; the paper's MinCE and AvgCE.
+"""Which models' distributions teach, and with what weight. Source: MinCE and AvgCE
+of FuseLLM (arXiv 2401.10491) and the paper (arXiv 2408.07990).
 
 Candidates are compared in *groups* of the pivot's rows: all rows of a conversation, those of each response, or each row.
 """

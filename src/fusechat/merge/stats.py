@@ -20,6 +20,6 @@ class TensorStats:
 
 
 def shares(squares: np.ndarray) -> np.ndarray:
-    """float64 [targets]: each target's part of the sum; equal parts where nothing moved (equation 7, METHOD "Merging")."""
+    """float64 [targets]: each target's part of the sum; equal parts where nothing moved (arXiv 2408.07990, equation 7)."""
     total = squares.sum()
     return squares / total if total > 0 else np.full(len(squares), 1.0 / len(squares))

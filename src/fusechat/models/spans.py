@@ -30,8 +30,7 @@ def token_spans(tokenizer: Any, text: str) -> np.ndarray:
 
     Returns int64 [n, 2], monotone; where the tokenizer keeps the text, the spans tile it. A token that stands for nothing
     in the text (a dummy prefix) has an empty span; an added token that swallows the space around it covers that. Raises
-    ModelError for a slow tokenizer, or for a text that holds half a surrogate pair. Source: METHOD, "Positions" and
-    "Sequence alignment".
+    ModelError for a slow tokenizer, or for a text that holds half a surrogate pair.
     """
     return encode_with_spans(tokenizer, text).spans
 

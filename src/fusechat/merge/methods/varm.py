@@ -1,4 +1,4 @@
-"""VaRM (FuseChat's first version; METHOD, "Merging"): θ = Σ w θ of the targets, w their shares in the squared updates."""
+"""VaRM (of FuseChat's first version, arXiv 2402.16107): θ = Σ w θ of the targets, w their shares in the squared updates."""
 
 import numpy as np
 
