@@ -4,7 +4,7 @@
 
 DATA has `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl` and `oasst_threads.jsonl`, conversations in `messages` form. All is
 done twice, as in the miniature: on the answers as they are, and with the last answer of every fifth conversation taken from another
-one. Within an hour on two cores; what is done is not done again.
+one. Less than an hour on two cores; finished work is not repeated.
 """
 
 import argparse
@@ -43,16 +43,43 @@ TRAINING: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 1,
 }
-FUSION = {"sft_weight": 0.3, "training": {**TRAINING, "num_train_epochs": 2}}
+FUSION: dict[str, Any] = {"sft_weight": 0.3, "training": {**TRAINING, "num_train_epochs": 2}}
 TOPKS = (1.0, 0.5, 0.1)  # of SCE
 COMMON: dict[str, Any] = {"data": {"max_length": 512}, "evaluate": {"answers": 0, "batch_tokens": 1024}}
+Rows = dict[str, dict[str, list[str]]]  # set → model → its three cells
+PAGE = """\
+# Two real models
+
+This page has the figures of fusion on two real models: SmolLM2-135M-Instruct is the pivot, Gemma 3 270M the source.
+[Results](../results.md) says what they show.
+
+```
+PYTHONPATH=benchmarks .venv/bin/python -m miniature.real DATA --docs docs
+```
+
+`DATA` is a directory with the files of this table, with conversations in `messages` form. The command took 30 minutes
+on two cores. It does not repeat finished work.
+
+{sets}
+
+- **Source.** For mathematics and code, Gemma 3 is first fine-tuned for one epoch on other conversations (*first*). For
+  dialogue it is used as it is.
+- **Fusion.** {epochs} epochs on {conversations} conversations in all (*fusion*), each with at most {length} tokens, `fuse.sft_weight: {weight}`.
+  Each part is one run, so the figures say nothing about other seeds.
+- **Wrong answers.** In the second part, the last answer of every fifth training conversation is that of another one.
+- **Figures.** Bits per byte of held-out responses, lower is better, with 95% intervals over conversations. "- pivot"
+  and "- SFT" are the paired differences to the pivot and to `target-sft`.
+- **Rows.** `target-sft` is plain fine-tuning on the conversations of all sources. All sources teach
+  `target-many-to-one`. One source teaches each other target. "fused, τ N" merges these other targets by SCE with
+  `merge.select_topk: N`.
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="miniature.real", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--workdir", type=Path, default=Path("runs/miniature/real"))
-    parser.add_argument("--docs", type=Path, help="where the table goes, as results/real.md; it is printed too")
+    parser.add_argument("--docs", type=Path, help="where the page goes, as results/real.md; it is printed too")
     given = parser.parse_args()
     work = given.workdir.resolve()
     sets = write_sets(given.data, work / "data")
@@ -67,8 +94,7 @@ def main() -> None:
     for one in sources.values():
         one["data"]["train"] = spoil(Path(one["data"]["train"]))
     fuse({**recipe, "name": "wrong"}, work / "wrong")
-    tables = [table(work / name, list(sets)) for name in ("right", "wrong")]
-    text = f"Answers as they are:\n\n{tables[0]}\nEvery fifth answer wrong:\n\n{tables[1]}"
+    text = page(*(rows(work / name, list(sets)) for name in ("right", "wrong")))
     print(text)
     if given.docs:
         (given.docs / "results").mkdir(parents=True, exist_ok=True)
@@ -135,7 +161,7 @@ def follow(recipe: dict[str, Any], workdir: Path, **options: Any) -> None:
     run(load_recipe(path), workdir, **options)
 
 
-def table(workdir: Path, sets: list[str]) -> str:
+def rows(workdir: Path, sets: list[str]) -> Rows:
     """Bits per byte of held-out responses with 95% intervals, and paired differences to pivot and plain fine-tuning."""
     measured = sorted({path.parent for path in (workdir / "evaluate").glob("*/*-held-out.json")})
     scores = {directory.name: _scores(directory) for directory in measured}
@@ -143,13 +169,32 @@ def table(workdir: Path, sets: list[str]) -> str:
     scores |= {name: json.loads(path.read_text()) for name, path in fused.items()}
     sources, targets = ([f"{role}-{name}" for name in sets] for role in ("source", "target"))
     order = ["pivot", *sources, "target-sft", "target-many-to-one", *targets, *fused]
-    heads = [f"{name} | - pivot | - SFT" for name in sets]
-    lines = [f"| model | {' | '.join(heads)} |", f"| --- |{' ---: |' * (3 * len(sets))}"]
     by_set = {name: compare({model: found[f"{name}-held-out"] for model, found in scores.items()}) for name in sets}
-    for model in order:
-        if model in scores:
-            lines.append(f"| {model} | {' | '.join(_cells(model, by_set[name]) for name in sets)} |")
-    return "\n".join(lines) + "\n"
+    return {name: {model: _cells(model, by_set[name]) for model in order if model in scores} for name in sets}
+
+
+def page(right: Rows, wrong: Rows) -> str:
+    """The page: how it was measured, then a table for each set, with the answers as they are and with wrong ones."""
+    uses = ("school", "train", "held-out")
+    sets = ["| set | files | first | fusion | held out |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, parts in SETS.items():
+        files = dict.fromkeys(f"`{file}.jsonl`" for file, _, _ in parts.values())
+        counts = [str(parts[use][2] - parts[use][1]) if use in parts else "" for use in uses]
+        sets.append(f"| {' | '.join([name, ', '.join(files), *counts])} |")
+    text = PAGE.format(
+        sets="\n".join(sets),
+        epochs=FUSION["training"]["num_train_epochs"],
+        conversations=sum(parts["train"][2] - parts["train"][1] for parts in SETS.values()),
+        length=COMMON["data"]["max_length"],
+        weight=FUSION["sft_weight"],
+    )
+    for title, found in (("Answers as they are", right), ("Every fifth answer wrong", wrong)):
+        text += f"\n## {title}\n"
+        for name, cells in found.items():
+            lines = [f"| {name} | bits per byte | - pivot | - SFT |", "| --- | ---: | ---: | ---: |"]
+            lines += [f"| {' | '.join([model, *each])} |" for model, each in cells.items()]
+            text += "\n" + "\n".join(lines) + "\n"
+    return text
 
 
 def _scores(directory: Path) -> dict[str, Any]:
@@ -157,11 +202,11 @@ def _scores(directory: Path) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text()) for path in sorted(directory.glob("*-held-out.json"))}
 
 
-def _cells(model: str, compared: Mapping[str, Any]) -> str:
+def _cells(model: str, compared: Mapping[str, Any]) -> list[str]:
     items = compared[model].items
     others = (compared[name].items for name in ("pivot", "target-sft"))
     differences = ("" if items == other else _text(paired_difference(items, other), "+") for other in others)
-    return " | ".join([_text(ratio(items)), *differences])
+    return [_text(ratio(items)), *differences]
 
 
 def _text(found: Estimate, sign: str = "") -> str:
