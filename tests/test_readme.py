@@ -26,17 +26,40 @@ def test_commands_that_the_readme_shows_exist() -> None:
             assert option in shown.stdout, f"fusechat {verb} {option}"
 
 
-def test_every_file_in_the_tree_exists_and_every_module_stands_in_it() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
-    named = set(re.findall(r"[a-z_]+\.py", tree))
-    existing = {file.name for file in (ROOT / "src").rglob("*.py")}
-    assert named <= existing
-    for file in (ROOT / "src" / "fusechat" / "core").glob("*.py"):
-        assert file.name in named or file.name == "__init__.py", f"core/{file.name} is not in the README's tree"
-    for file in (ROOT / "src" / "fusechat").glob("*.py"):
-        assert file.name in named or file.name in ("__init__.py", "__main__.py"), file.name
-    for folder in (path for path in (ROOT / "src" / "fusechat").iterdir() if (path / "__init__.py").is_file()):
-        assert f"{folder.name}/" in tree
+def test_the_readme_is_read_in_three_minutes_and_no_line_of_a_document_is_long() -> None:
+    assert len(README.split("## Reference")[0].split()) <= 700
+    for page in (ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        long = [number for number, line in enumerate(page.read_text("utf-8").splitlines(), 1) if len(line) >= 120]
+        assert not long, f"{page}: lines {long} have 120 characters or more"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    pages = {page.resolve(): page.read_text("utf-8") for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))}
+    for page, text in pages.items():
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            where, _, anchor = link.partition("#")
+            target = (page.parent / where).resolve() if where else page
+            if not link.startswith("http"):
+                assert target.exists(), f"{page}: {link}"
+                assert not anchor or anchor in anchors(pages[target]), f"{page}: {link}"
+
+
+def anchors(text: str) -> set[str]:
+    """Of headings, as GitHub makes them, and those that a page sets itself."""
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    words = (re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings)
+    return {*words, *re.findall(r'<a (?:id|name)="([^"]+)"', text)}
+
+
+def test_every_module_stands_in_the_tree_and_every_file_of_the_tree_exists() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text("utf-8").split("## The tree")[1]
+    rooms = dict(re.findall(r"^  ([a-z]+)/ .*\n((?:    .*\n)*)", tree, flags=re.MULTILINE))
+    src = ROOT / "src" / "fusechat"
+    for room in (path for path in src.iterdir() if (path / "__init__.py").is_file()):
+        named = set(re.findall(r"[a-z_0-9]+\.py", rooms[room.name]))
+        assert named == {file.name for file in room.glob("*.py")} - {"__init__.py"}, room.name
+    for file in src.glob("*.py"):
+        assert file.name == "__main__.py" or f"  {file.name} " in tree, file.name
 
 
 def test_every_key_of_the_recipe_is_explained() -> None:

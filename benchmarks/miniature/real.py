@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fusechat.commands.run import run
 
+from fusechat.commands.run import run
 from fusechat.evaluate.bits_per_byte import compare
 from fusechat.evaluate.statistics import Estimate, paired_difference, ratio
 from fusechat.pipeline import load_recipe
@@ -64,7 +64,8 @@ on two cores. It does not repeat finished work.
 
 - **Source.** For mathematics and code, Gemma 3 is first fine-tuned for one epoch on other conversations (*first*). For
   dialogue it is used as it is.
-- **Fusion.** {epochs} epochs on {conversations} conversations in all (*fusion*), each with at most {length} tokens, `fuse.sft_weight: {weight}`.
+- **Fusion.** {epochs} epochs on {conversations} conversations in all (*fusion*), each with at most {length} tokens,
+  `fuse.sft_weight: {weight}`.
   Each part is one run, so the figures say nothing about other seeds.
 - **Wrong answers.** In the second part, the last answer of every fifth training conversation is that of another one.
 - **Figures.** Bits per byte of held-out responses, lower is better, with 95% intervals over conversations. "- pivot"
