@@ -113,7 +113,9 @@ def _evaluation(recipe: Recipe, workdir: Path, targets: dict[str, Step], merged:
             if model.role != "target":
                 found[f"answers/{model.name}"] = evaluate.answers_step(recipe, workdir, subject, measured)
     if measured or evaluate.has_suites(workdir):
-        found["evaluate"] = evaluate.results_step(workdir, subjects, [data.name for data in measured])
+        sft = recipe.sft_target()
+        sets = [data.name for data in measured]
+        found["evaluate"] = evaluate.results_step(workdir, subjects, sets, f"target-{sft}" if sft else None)
     return found
 
 

@@ -58,6 +58,12 @@ class Evaluation:
     def title(self) -> str:
         return self.recipe.name if self.recipe is not None else self.suite
 
+    @property
+    def sft(self) -> str | None:
+        """The label of the run's target of plain fine-tuning, where that is measured."""
+        target = self.recipe.sft_target() if self.recipe is not None else None
+        return next((one.label for one in self.subjects if target and one.name == f"target-{target}"), None)
+
     def label_of(self, name: str) -> str:
         """What tables call the model of that name in the run: `pivot`, `fused`; any other name is a label already."""
         return next((subject.label for subject in self.subjects if name in (subject.name, subject.shown)), name)
@@ -147,13 +153,13 @@ def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any
         roles=roles,
         identities=identities,
         pivot=evaluated.pivot,
+        sft=evaluated.sft,
         settings=settings,
         versions=used,
     )
     shown = {subject.label: subject.shown or subject.label for subject in evaluated.subjects}
     for record in new:
-        record["model"] = shown.get(record["model"], record["model"])
-        record["compared_with"] = shown.get(record["compared_with"], record["compared_with"])
+        record |= {key: shown.get(record[key], record[key]) for key in ("model", "compared_with", "sft_target")}
     keep(evaluated.directory, new)
     timings = {"seconds": round(time.monotonic() - evaluated.began, 3)}
     manifest = {"stage": "evaluate", "name": evaluated.suite, "versions": used, "timings": timings}

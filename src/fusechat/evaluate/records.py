@@ -10,6 +10,8 @@ Schema 2: `{"schema": 2, "scores": [record, …]}`, a record for each model, dat
 - `higher_is_better`: null where neither
 - `compared_with`: the pivot's name, null where there is none, and its fingerprint `pivot_identity`
 - `difference_to_pivot`, `difference_standard_error`: over the `difference_n` items that both have
+- `sft_target`, `sft_identity`: the run's target of plain fine-tuning, null where it has none or that is not measured; the paired
+  difference to it, as to the pivot: `difference_to_sft`, `difference_to_sft_standard_error`, `difference_to_sft_n`
 - `settings`, `versions`: what the value depends on
 - of bits per byte also `bytes`
 
@@ -70,19 +72,22 @@ def records(
     roles: Mapping[str, str],
     identities: Mapping[str, str],
     pivot: str | None,
+    sft: str | None = None,
     settings: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> list[Record]:
     """The records of a suite. `measured`: model → its measurements; `roles`, `identities`: of each model, the latter None for one
-    that is known by its name alone; `pivot`: the model that the others are compared with, None for none."""
-    reference = {(one.data, one.metric): one for one in measured.get(pivot or "", ())}
+    that is known by its name alone; `pivot`, `sft`: the models that the others are compared with, None for none."""
+    sft = sft if sft in measured else None
+    references = {name: {(one.data, one.metric): one for one in measured.get(name or "", ())} for name in (pivot, sft)}
     found = []
     for model, measurements in measured.items():
         for one in measurements:
             estimate = one.estimate
-            against = reference.get((one.data, one.metric)) if model != pivot else None
-            nothing = against is None or estimate.value is None or against.estimate.value is None
-            difference = Estimate(None, None, 0) if nothing else _difference(one, against)  # type: ignore[arg-type]
+            difference, to_sft = (
+                _difference(one, references[name].get((one.data, one.metric)) if model != name else None)
+                for name in (pivot, sft)
+            )
             found.append(
                 {
                     "suite": suite,
@@ -103,6 +108,11 @@ def records(
                     "difference_to_pivot": difference.value,
                     "difference_standard_error": difference.standard_error,
                     "difference_n": difference.n,
+                    "sft_target": sft if model != sft else None,
+                    "sft_identity": identities.get(sft or ""),
+                    "difference_to_sft": to_sft.value,
+                    "difference_to_sft_standard_error": to_sft.standard_error,
+                    "difference_to_sft_n": to_sft.n,
                     "settings": dict(settings),
                     "versions": dict(versions),
                     **(one.more or {}),
@@ -111,8 +121,17 @@ def records(
     return found
 
 
-def _difference(one: Measurement, other: Measurement) -> Estimate:
-    """Over common items; of metrics that are no ratio over items, of the stated values, without a standard error."""
+def without_sft(record: Record) -> Record:
+    """The record without its difference to a target of plain fine-tuning that is another now."""
+    nothing = {"difference_to_sft": None, "difference_to_sft_standard_error": None, "difference_to_sft_n": 0}
+    return {**record, "sft_target": None, "sft_identity": None, **nothing}
+
+
+def _difference(one: Measurement, other: Measurement | None) -> Estimate:
+    """Over common items; of metrics that are no ratio over items, of the stated values, without a standard error. None where one
+    of the two has no value."""
+    if other is None or one.estimate.value is None or other.estimate.value is None:
+        return Estimate(None, None, 0)
     if one.items and other.items:
         return paired_difference(one.items, other.items)
     assert one.value is not None

@@ -71,17 +71,19 @@ def has_suites(workdir: Path) -> bool:
     return any((workdir / "evaluate").glob(f"*/{RECORDS}"))
 
 
-def results_step(workdir: Path, subjects: list[Measured], sets: list[str]) -> Step:
-    """Joins the scores of all models on the data sets, and the records of suites in the same directory."""
+def results_step(workdir: Path, subjects: list[Measured], sets: list[str], sft: str | None) -> Step:
+    """Joins the scores of all models on the data sets, and the records of suites in the same directory. `sft`: which model, by the
+    name of its step, is plain fine-tuning."""
     suites = {file.parent.name: known_digest(file) for file in sorted((workdir / "evaluate").glob(f"*/{RECORDS}"))}
     named = [[subject.role, subject.label] for subject in subjects] if sets else []
     settings: dict[str, Any] = {"subjects": named, "sets": sets, **({"suites": suites} if suites else {})}
+    settings |= {"sft": sft} if sft and sets else {}
     upstream = {subject.step.name: subject.step for subject in subjects if sets}
     if suites:
         upstream |= {f"model {one.step.name}": one.made_by for one in subjects if one.made_by is not None}
 
     def work(directory: Path) -> dict[str, Any]:
-        return _results(directory, subjects, sets)
+        return _results(directory, subjects, sets, sft)
 
     return Step("evaluate", "results", workdir / "evaluate", settings, work, upstream, format=2)
 
@@ -203,7 +205,7 @@ def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
     return shown
 
 
-def _results(directory: Path, subjects: list[Measured], sets: list[str]) -> dict[str, Any]:
+def _results(directory: Path, subjects: list[Measured], sets: list[str], sft: str | None) -> dict[str, Any]:
     from fusechat.evaluate.bits_per_byte import compare
     from fusechat.evaluate.records import records, write_results
 
@@ -222,12 +224,14 @@ def _results(directory: Path, subjects: list[Measured], sets: list[str]) -> dict
             roles=roles,
             identities=identities,
             pivot=PIVOT,
+            sft=sft,
             settings=settings,
             versions=versions(),
         )
         for record in own:
             record["model"] = labels[record["model"]]
             record["compared_with"] = record["compared_with"] and labels[PIVOT]
+            record["sft_target"] = record["sft_target"] and labels[record["sft_target"]]
         found += own
         if compared and compared[PIVOT].missing:
             log.warning(
@@ -238,12 +242,12 @@ def _results(directory: Path, subjects: list[Measured], sets: list[str]) -> dict
 
 
 def _of_suites(directory: Path, subjects: list[Measured]) -> list[dict[str, Any]]:
-    """The suites' records, without those of models that the run no longer has."""
-    from fusechat.evaluate.records import gather
+    """The suites' records, without those of models that the run no longer has, and without differences to them."""
+    from fusechat.evaluate.records import gather, without_sft
 
     every = gather(directory)
     now = {subject.chat_model.tokenizer_identity for subject in subjects} if every else set()
     kept = [record for record in every if not record["role"] or record["identity"] in now]
     for suite, role in dict.fromkeys((record["suite"], record["role"]) for record in every if record not in kept):
         log.warning("evaluate: %s measured a %s model that is another now; measure it again", suite, role)
-    return kept
+    return [record if record.get("sft_identity") in {None, *now} else without_sft(record) for record in kept]

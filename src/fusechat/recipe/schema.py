@@ -172,6 +172,10 @@ class Recipe(Section):
         """Every target, and the sources that teach it: one of each source's name, then the recipe's own; none for plain SFT."""
         return {**{name: [name] for name in self.sources}, **self.targets}
 
+    def sft_target(self) -> str | None:
+        """The target of plain fine-tuning, the first that no source teaches."""
+        return next((name for name, sources in self.targets.items() if not sources), None)
+
     def merged_targets(self) -> list[str]:
         return self.merge.targets or list(self.sources)
 
