@@ -10,6 +10,7 @@ from fusechat.report.answers import cards
 from fusechat.report.costs import Cost, StageCost
 from fusechat.report.page import Contents
 from fusechat.report.results import result_tables
+from fusechat.report.summary import summarise
 from fusechat.report.teaching import ChoiceRow
 
 OWN = "document.title='owned'"
@@ -79,11 +80,11 @@ def contents(text: str = "text", **changes: Any) -> Contents:
     model = Model(
         "source", text, text, (text,), f"sha256:{'a' * 64}", text, Facts(text, 2, 1000, text, 1, 9, text, text)
     )
+    scores = results(record(model=text), compared(-0.5, 0.1, model=text, why=text, settings={text: text}))
     given: dict[str, Any] = {
         "name": text,
-        "tables": result_tables(
-            results(record(model=text), compared(-0.5, 0.1, model=text, why=text, settings={text: text}))
-        ),
+        "summary": summarise(scores, text),
+        "tables": result_tables(scores),
         "models": [model],
         "data": [DataFile(text, text, text, text, {"conversations": 1, "responses": 1, "response_tokens": 1})],
         "overlap": [

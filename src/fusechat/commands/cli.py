@@ -249,14 +249,10 @@ def _common(
 def _print_results(workdir: Path, name: str) -> None:
     from rich.console import Console
 
-    from fusechat.report.results import result_tables, terminal_tables
-    from fusechat.run.files import read_json
+    from fusechat.report.summary import print_results
 
     console = Console()
-    results = workdir / "evaluate" / "results.json"
-    if results.is_file():
-        for table in terminal_tables(result_tables(read_json(results)), name):
-            console.print(table)
+    print_results(console, workdir / "evaluate" / "results.json", name)
     console.print(f"fused model: {workdir / 'merge' / 'model'}", soft_wrap=True)
     console.print(f"report:      {workdir / 'report' / 'index.html'}", soft_wrap=True)
 

@@ -23,6 +23,19 @@ def half_width(items: int | None) -> float:
     return math.sqrt(freedom) * math.tan((low + high) / 2)
 
 
+def half_interval(error: float | None, items: int | None) -> float | None:
+    """Half of the 95% interval by a standard error over so many items; None without a standard error."""
+    return None if error is None else half_width(items) * error
+
+
+def is_better(difference: float, half: float | None, higher_is_better: bool | None) -> bool | None:
+    """Whether a difference is one for the better. None where its interval, `half` to each side, has 0 in it, where it has no
+    interval, and for a metric that is better neither way."""
+    if half is None or higher_is_better is None or not abs(difference) > half:
+        return None
+    return (difference > 0) == higher_is_better
+
+
 def _inside(theta: float, freedom: int) -> float:
     """The probability that |t| is at most sqrt(freedom) * tan(theta), as a finite sum (Abramowitz and Stegun, Mathematical
     Functions, 26.7.3 and 26.7.4)."""

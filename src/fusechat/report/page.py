@@ -16,12 +16,11 @@ from fusechat.report.plots import loss_figures
 from fusechat.report.results import INTERVAL, ResultTable
 from fusechat.report.samples import Sample
 from fusechat.report.scripts import scripts
+from fusechat.report.summary import Answer
 from fusechat.report.teaching import ChoiceRow
 from fusechat.run import units
 
 _HERE = Path(__file__).parent
-_ALL = "all"  # the whole of a suite, beside its turns and categories
-_FEW = 3  # columns whose differences the header has room for
 _ALIGNMENT = {
     "pivot positions": ("positions", "d"),
     "covered: share of positions": ("coverage_of_positions", "%"),
@@ -48,6 +47,7 @@ class Contents:
     measured."""
 
     name: str
+    summary: Sequence[Answer]
     tables: Sequence[ResultTable]
     models: Sequence[Model]
     data: Sequence[DataFile]
@@ -89,7 +89,6 @@ def render_page(contents: Contents) -> str:
     return environment.get_template("page.html.j2").render(
         page=contents,
         interval=INTERVAL,
-        verdicts=[verdict for table in contents.tables if (verdict := _verdict(table))],
         alignment_rows=[(title, *place) for title, place in _ALIGNMENT.items()],
         colours=_colours(contents.choices),
         losses=losses,
@@ -114,27 +113,6 @@ def _figure(figures: dict[str, Any], key: str, form: str) -> str:
     return {"d": lambda: f"{value:,}", "%": lambda: units.percent(value), "f": lambda: f"{value:.4f}"}.get(
         form, lambda: str(value)
     )()
-
-
-def _verdict(table: ResultTable) -> tuple[str, str, str] | None:
-    """How the fused model did against the pivot in a suite: title, in how many columns it is better, and more of that."""
-    for row in table.rows:
-        compared = [
-            (column, cell)
-            for column, cell in zip(table.columns, row.cells, strict=True)
-            if "±" in cell.difference and (column.data == _ALL or _ALL not in {each.data for each in table.columns})
-        ]  # with an interval, and no part of a suite beside the whole of it
-        if row.role == "fused" and compared:
-            better, worse = (sum(cell.better is which for _, cell in compared) for which in (True, False))
-            open_ = len(compared) - better - worse
-            rest = [f"{worse} worse"] if worse else []
-            rest += [f"{open_} too close to tell"] if open_ else []
-            if len(compared) <= _FEW:
-                one_set = len({column.data for column, _ in compared}) < len(compared)
-                names = [column.metric if one_set else column.data for column, _ in compared]
-                rest = [f"{name} {cell.difference.split()[0]}" for name, (_, cell) in zip(names, compared, strict=True)]
-            return table.title, f"better on {better} of {len(compared)}", ", ".join(rest)
-    return None
 
 
 def _colours(choices: Sequence[ChoiceRow]) -> dict[str, int]:

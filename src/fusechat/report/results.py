@@ -9,14 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from fusechat.errors import WorkdirError
-from fusechat.report.intervals import half_width
+from fusechat.report.intervals import half_interval, is_better
 
 SCHEMA = 2
 MISSING = "missing"
 INTERVAL = (
     "± is half of the 95% interval (Student's t); the second line is the difference to the pivot, over what both have"
 )
-_TITLES = {
+TITLES = {
     "bits-per-byte": "Bits per byte",
     "mt-bench": "MT-Bench",
     "alpaca-eval": "AlpacaEval",
@@ -29,7 +29,7 @@ _WHAT = {
     "harness": "As the harness itself reports them.",
 }
 _USUAL = {"bits-per-byte": "bits per byte", "mt-bench": "score"}  # metrics that go without saying
-_DECIMALS = {"mt-bench": 2, "alpaca-eval": 2}  # scores and percent; shares and bits have four
+DECIMALS = {"mt-bench": 2, "alpaca-eval": 2}  # scores and percent; shares and bits have four
 _BORDER, _LONGEST_NAME = 3, 21  # of a terminal's columns: between two of a table, and for a name before it folds
 
 
@@ -89,7 +89,7 @@ def _table(suite: str, scores: Sequence[Mapping[str, Any]]) -> ResultTable:
         counts = [score["n"] for score in scores if (score["data"], score["metric"]) == (data, metric)]
         better = {score["higher_is_better"] for score in scores if (score["data"], score["metric"]) == (data, metric)}
         items.append(max(counts))
-        columns.append(Column(data.removesuffix("-held-out"), _words(metric), str(max(counts)), _direction(better)))
+        columns.append(Column(data.removesuffix("-held-out"), words(metric), str(max(counts)), _direction(better)))
     rows = [
         Row(role, model, tuple(_cell(found.get((*at, role, model)), n) for at, n in zip(places, items, strict=True)))
         for role, model in models
@@ -98,7 +98,7 @@ def _table(suite: str, scores: Sequence[Mapping[str, Any]]) -> ResultTable:
     shared = f" {next(iter(directions)).capitalize()}." if len(directions) == 1 and "" not in directions else ""
     caption = _WHAT.get(suite, "") + shared
     return ResultTable(
-        suite, _TITLES.get(suite, suite), tuple(columns), tuple(rows), caption.strip(), tuple(_settings(scores))
+        suite, TITLES.get(suite, suite), tuple(columns), tuple(rows), caption.strip(), tuple(_settings(scores))
     )
 
 
@@ -108,7 +108,8 @@ def _direction(higher_is_better: set[bool | None]) -> str:
     return {True: "more is better", False: "less is better", None: ""}[higher_is_better.pop()]
 
 
-def _words(metric: str) -> str:
+def words(metric: str) -> str:
+    """A metric as a person reads it."""
     return metric.replace("_", " ").removesuffix(",none")
 
 
@@ -127,26 +128,24 @@ def _cell(score: Mapping[str, Any] | None, most: int) -> Cell:
     if score is None:
         return Cell(MISSING, why="not measured")
     gone = score["missing"]
-    value, decimals = score["value"], _DECIMALS.get(score["suite"], 4)
+    value, decimals = score["value"], DECIMALS.get(score["suite"], 4)
     if value is None:
         return Cell(f"{gone} {MISSING}" if gone else MISSING, why=score["why"] or "")
     notes = [f"n={score['n']}"] if score["n"] != most else []
     notes += [f"{gone} missing"] if gone else []
-    width = half_width(score.get("items") or score["n"])  # results of older versions do not say of how many items
-    text = _with_interval(value, score["standard_error"], width, f".{decimals}f", decimals)
-    difference, error = score["difference_to_pivot"], score["difference_standard_error"]
-    width = half_width(score["difference_n"])
+    items = score.get("items") or score["n"]  # results of older versions do not say of how many items
+    text = with_interval(value, half_interval(score["standard_error"], items), decimals)
+    difference = score["difference_to_pivot"]
+    half = half_interval(score["difference_standard_error"], score["difference_n"])
     if score["role"] == "pivot" or difference is None:
         return Cell(text, note=", ".join(notes))
-    better = None
-    if error is not None and score["higher_is_better"] is not None and abs(difference) > width * error:
-        better = (difference > 0) == score["higher_is_better"]
-    return Cell(text, _with_interval(difference, error, width, f"+.{decimals}f", decimals), better, ", ".join(notes))
+    better = is_better(difference, half, score["higher_is_better"])
+    return Cell(text, with_interval(difference, half, decimals, "+"), better, ", ".join(notes))
 
 
-def _with_interval(value: float, error: float | None, width: float, form: str, decimals: int) -> str:
-    half = f" ± {width * error:.{decimals}f}" if error is not None else ""
-    return f"{value:{form}}{half}"
+def with_interval(value: float, half: float | None, decimals: int, sign: str = "") -> str:
+    """`sign`: that of a format, `+` for differences."""
+    return f"{value:{sign}.{decimals}f}" + (f" ± {half:.{decimals}f}" if half is not None else "")
 
 
 def terminal_tables(tables: Sequence[ResultTable], title: str, *, width: int | None = None) -> list[Table]:

@@ -17,7 +17,7 @@ from fusechat.run.progress import in_bytes, log
 from fusechat.run.steps import Step, with_upstream
 
 PAGE, LIMIT = "index.html", 5_000_000  # bytes that the page should not pass
-FORMAT = 2  # 2: more sections, Plotly packed
+FORMAT = 3  # 2: more sections, Plotly packed; 3: the summary
 
 
 def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
@@ -37,16 +37,19 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
     from fusechat.report.costs import stage_costs
     from fusechat.report.page import Contents, render_page
     from fusechat.report.results import result_tables
+    from fusechat.report.summary import summarise
     from fusechat.report.teaching import choice_rows
 
     evaluated = upstream.get("evaluate")
+    results = read_json(evaluated.directory / "results.json") if evaluated else None
     fused, aligned = _named(upstream, "fuse"), _named(upstream, "align")
     answers = {name: read_json(step.directory / "answers.json") for name, step in _named(upstream, "answers").items()}
     every = list(with_upstream(list(upstream.values())))
     page = render_page(
         Contents(
             name=recipe.name,
-            tables=result_tables(read_json(evaluated.directory / "results.json")) if evaluated else [],
+            tables=result_tables(results) if results else [],
+            summary=summarise(results, recipe.sft_target()),
             models=_models(recipe, fused, upstream["merge"]),
             data=_data(recipe, every),
             left_out=[found for step in every if (found := left_out(step)) is not None],
