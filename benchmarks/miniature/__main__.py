@@ -1,4 +1,5 @@
-"""`make miniature`: schools six tiny models, fuses them by every row of every table, and writes docs/results.md.
+"""`make miniature`: schools six tiny models, fuses them by every row of every table, and writes docs/results.md and
+docs/results/miniature.md.
 
     python -m miniature [--workdir DIR] [--docs DIR] [--table NAME]… [--quick]
 
@@ -29,7 +30,9 @@ def main() -> None:
         "--workdir", type=Path, default=Path("runs/miniature"), help="where models and all else are kept"
     )
     parser.add_argument(
-        "--docs", type=Path, help="where results.md and its figures go; without it, tables go to the terminal"
+        "--docs",
+        type=Path,
+        help="where results.md, results/miniature.md and the figures go; without it, tables go to the terminal",
     )
     parser.add_argument("--table", action="append", help="only this one, as often as wanted")
     parser.add_argument("--quick", action="store_true", help="a small form of two tables, in minutes")
@@ -51,8 +54,8 @@ def main() -> None:
         scores = Scores(place, "test")
         drawn = {name: figures.figure(table, page.chosen(table, place), scores) for name, table in wanted.items()}
         figures.write(drawn, given.docs / "results")
-        template = "plain.md.j2" if given.quick else "results.md.j2"
-        page.write(wanted, place, given.docs / "results.md", template=template)
+        pages = {"results.md.j2": given.docs / "results.md", "miniature.md.j2": given.docs / "results" / "miniature.md"}
+        page.write(wanted, place, {"plain.md.j2": given.docs / "results.md"} if given.quick else pages)
 
 
 def run(table: rows.Table, place: Place) -> None:

@@ -1,6 +1,6 @@
-"""docs/results.md: what was measured as tables, between what people say of it in `results.md.j2`."""
+"""docs/results.md and docs/results/miniature.md: computed tables, between the text of `results.md.j2` and `miniature.md.j2`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,17 @@ def chosen(table: Table, place: Place) -> dict[str, Row]:
     return found
 
 
-def table_text(table: Table, place: Place) -> str:
-    """Exact match in per cent, bits per byte; differences paired by seed."""
+def table_text(table: Table, place: Place, only: Sequence[str] = ()) -> str:
+    """Exact match in per cent, bits per byte; differences paired by seed. `only`: rows that begin with one of these words."""
     scores = Scores(place, "test")
     lines = [
         "| row | exact match, % | - pivot | - SFT | bits per byte | - pivot | - SFT |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for label, row in chosen(table, place).items():
-        cells = [label]
+        if only and not label.startswith(tuple(only)):
+            continue
+        cells = [label.replace("SFT five times", "5 SFTs")]
         for metric, scale, digits in ((EXACT, 100, 1), (BITS, 1, 4)):
             cells.append(_text(scores.mean(row, table.seeds, metric), scale, digits))
             for other in (PIVOT_ROW, table.beside(label)):
@@ -53,7 +55,8 @@ def skill_text(table: Table, place: Place, metric: str = EXACT) -> str:
     lines = [f"| row | {' | '.join(SKILLS)} |", f"| --- |{' ---: |' * len(SKILLS)}"]
     for label, row in chosen(table, place).items():
         means = (100 * scores.mean(row, table.seeds, metric, skill).mean for skill in SKILLS)
-        lines.append(f"| {label} | {' | '.join(f'{mean:.0f}' for mean in means)} |")
+        name = label.replace("SFT five times", "5 SFTs")
+        lines.append(f"| {name} | {' | '.join(f'{mean:.0f}' for mean in means)} |")
     return "\n".join(lines)
 
 
@@ -70,11 +73,6 @@ def _text(found: Interval, scale: float, digits: int, *, sign: bool = False) -> 
     return mean if found.half is None else f"{mean} ± {scale * found.half:.{digits}f}"
 
 
-def _real(file: Path) -> str:
-    """What `python -m miniature.real` wrote there."""
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else "(not run: `python -m miniature.real DATA`)"
-
-
 def _models(place: Place) -> list[dict[str, Any]]:
     """What the page says of each model that was schooled."""
     found = []
@@ -88,22 +86,22 @@ def _models(place: Place) -> list[dict[str, Any]]:
     return found
 
 
-def write(tables: Mapping[str, Table], place: Place, out: Path, *, template: str) -> None:
-    """The page; its figures are in the directory `results` beside it."""
+def write(tables: Mapping[str, Table], place: Place, pages: Mapping[str, Path]) -> None:
+    """Each template's page. Figures are in the directory `results` next to the first page."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    text = environment.get_template(template).render(
-        titles={name: one.title for name, one in tables.items()},
-        models=_models(place),
-        skill_names=", ".join(SKILLS),
-        conversations=settings.CONVERSATIONS,
-        fuse=settings.RECIPE["fuse"],
-        questions=place.questions,
-        table=lambda name: table_text(tables[name], place),
-        skills=lambda name: skill_text(tables[name], place),
-        difference=lambda name, row, other: difference_text(tables[name], row, other, place),
-        seeds=lambda name: tables[name].seeds,
-        real=_real(out.with_name("results") / "real.md"),
-    )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    for template, out in pages.items():
+        text = environment.get_template(template).render(
+            titles={name: one.title for name, one in tables.items()},
+            models=_models(place),
+            skill_names=", ".join(SKILLS),
+            conversations=settings.CONVERSATIONS,
+            fuse=settings.RECIPE["fuse"],
+            questions=place.questions,
+            table=lambda name, *only: table_text(tables[name], place, only),
+            skills=lambda name: skill_text(tables[name], place),
+            difference=lambda name, row, other: difference_text(tables[name], row, other, place),
+            seeds=lambda name: tables[name].seeds,
+        )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
