@@ -12,6 +12,7 @@ import torch
 from fusechat.capture.local import Local
 from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError
+from fusechat.evaluate.bits_per_byte import score_responses
 
 
 class Small(torch.nn.Module):
@@ -131,3 +132,22 @@ def test_a_real_limit_of_memory() -> None:
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) in (1920, 960)
     assert "do not fit in memory together" in done.stderr
+
+
+def test_scores_are_the_same_however_small_the_batches_have_to_be(loaded: dict[str, Any], heard: list[str]) -> None:
+    """What the evaluation measures, against each conversation by itself."""
+    everything = conversations([10, 40, 33, 7, 21])
+    model, done = Small(loaded["llama"], 90), []
+    how: dict[str, Any] = {"batch_tokens": 400, "name": "tiny", "keys": ("evaluate.batch_tokens", "data.max_length")}
+    found = score_responses(model, everything, advance=done.append, **how)
+    assert (sum(done), list(found)) == (5, [one.id for one in everything])
+    for one in everything:
+        with torch.inference_mode():
+            logits = (
+                loaded["llama"](input_ids=torch.from_numpy(one.input_ids[None].astype(np.int64))).logits[0].double()
+            )
+        exact = -logits.log_softmax(-1)[one.position - 1, one.gold].sum().item()
+        assert found[one.id] == [(pytest.approx(exact, rel=1e-5), 1)]
+    assert heard[0].endswith("not 400 (evaluate.batch_tokens)")
+    with pytest.raises(ModelError, match=r"^tiny: conversation c1 of 40 .* lower data.max_length, or run this where"):
+        score_responses(Small(loaded["llama"], 30), everything, advance=done.append, **how)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fusechat.commands.run import run
 
 import runs
-from fusechat.capture import local
+from fusechat.commands.run import run
 from fusechat.data.distributions import DistributionSet, open_distributions
 from fusechat.errors import DataError
+from fusechat.models import teacher_forcing
 from fusechat.pipeline import load_recipe
 from fusechat.run.steps import MANIFEST
 
@@ -62,13 +62,13 @@ def test_dtype(directory: Path, usual: DistributionSet) -> None:
 
 def test_batch_tokens(directory: Path, usual: DistributionSet, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[tuple[int, int]] = []
-    start = local.start_batch
+    forward = teacher_forcing.forward
 
-    def counted(model: Any, members: list[Any], *, k: int) -> Any:
+    def counted(model: Any, members: list[Any], compute: Any) -> Any:
         sizes.append((len(members), max(len(one.input_ids) for one in members)))
-        return start(model, members, k=k)
+        return forward(model, members, compute)
 
-    monkeypatch.setattr(local, "start_batch", counted)
+    monkeypatch.setattr(teacher_forcing, "forward", counted)
     found = open_distributions(capture(directory, "batch_tokens=1"))
     assert {number for number, _ in sizes} == {1}
     sizes.clear()
@@ -94,14 +94,14 @@ def test_shard_conversations(directory: Path, usual: DistributionSet) -> None:
 def test_rejected_conversations_are_named_in_the_order_of_the_data(
     directory: Path, usual: DistributionSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids, split = list(usual.index), local.split_batch
+    ids, run_all = list(usual.index), teacher_forcing.TeacherForcing.run
     bad = [ids[8], ids[1], ids[5]]
 
-    def some_not_finite(columns: Any, members: list[Any]) -> list[Any]:
-        found = split(columns, members)
-        return [None if one.id in bad else rows for one, rows in zip(members, found, strict=True)]
+    def some_not_finite(self: Any, conversations: Any, compute: Any) -> Any:
+        for index, columns in run_all(self, conversations, compute):
+            yield index, [column * np.nan for column in columns] if conversations[index].id in bad else columns
 
-    monkeypatch.setattr(local, "split_batch", some_not_finite)
+    monkeypatch.setattr(teacher_forcing.TeacherForcing, "run", some_not_finite)
     with pytest.raises(DataError, match=r"3 of the 10 conversations of data are left out.*its values are not finite"):
         capture(directory, "top_k=4")
     recipe = load_recipe(directory / "recipe.yaml", ["capture.top_k=4", "data.max_rejected=0.5"])

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tiny
-from fusechat.capture import top_k
-from fusechat.capture.top_k import capture_batch, sparse_rows
+from fusechat.capture.local import Local
+from fusechat.capture.top_k import sparse_rows
 from fusechat.data.conversations import Conversation, Message
+from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 from fusechat.models import forward
 from fusechat.models.forward import collate, keeps_logits, length_batches, response_logits
@@ -34,6 +35,11 @@ def prepare_all(tokenizers: dict[str, Any], kind: str) -> list[Prepared]:
         for turns in TURNS
     ]
     return [prepare_conversation(one, template, max_length=500)[0] for one in conversations]
+
+
+def capture(model: Any, conversations: list[Prepared], k: int) -> list[SparseDistribution | None]:
+    """All of them in one batch."""
+    return Local(model, k=k, batch_tokens=10_000, name="").capture(conversations, lambda n: None)
 
 
 @torch.no_grad()
@@ -195,7 +201,7 @@ def test_captured_rows_are_each_conversations_own(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
 ) -> None:
     conversations = prepare_all(tokenizers, kind)
-    for conversation, captured in zip(conversations, capture_batch(loaded[kind], conversations, k=6), strict=True):
+    for conversation, captured in zip(conversations, capture(loaded[kind], conversations, k=6), strict=True):
         exact = torch.log_softmax(unpadded_logits(loaded[kind], conversation).double(), dim=1)
         assert captured is not None
         assert captured.ids.shape == captured.logprobs.shape == (len(conversation), 6)
@@ -226,7 +232,7 @@ def test_a_conversation_in_which_something_is_not_finite_is_rejected_alone(bad: 
                  np.array([False, False]), np.array([2], dtype=np.int32))
         for name, ids in (("good", [0, 1, 2]), ("bad", [3, 5, 1]), ("after", [4, 3, 5]))
     ]  # fmt: skip
-    good, rejected, after = capture_batch(Table(table), conversations, k=3)
+    good, rejected, after = capture(Table(table), conversations, k=3)
     assert rejected is None
     assert good is not None
     assert after is not None  # it ends with the token, from which nothing is predicted
@@ -238,7 +244,7 @@ def test_more_candidates_than_tokens_are_all_tokens() -> None:
     table = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
     conversation = Prepared("a", np.array([0, 1], dtype=np.int32), *(np.array([1], dtype=np.int32) for _ in range(4)),
                             np.array([False]), np.array([2], dtype=np.int32))  # fmt: skip
-    (captured,) = top_k.capture_batch(Table(table), [conversation], k=10)
+    (captured,) = capture(Table(table), [conversation], k=10)
     assert captured is not None
     assert sorted(captured.ids[0].tolist()) == [0, 1, 2, 3]
     assert captured.tail == pytest.approx([0.0], abs=1e-6)

@@ -13,7 +13,7 @@ from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
 from fusechat.align.candidates import Candidates
 from fusechat.align.transfer import Transfer, Transferred
-from fusechat.capture.top_k import capture_batch
+from fusechat.capture.local import Local
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared
 from fusechat.models.templates import ChatTemplate
@@ -267,7 +267,8 @@ def test_every_row_keeps_its_mass_and_unaligned_rows_are_as_asked(
     tokenizers: dict[str, Any], loaded: dict[str, Any], pivot: str, source: str, unaligned: Any
 ) -> None:
     (our_side, ours), (their_side, theirs) = prepare(tokenizers, pivot), prepare(tokenizers, source)
-    captured = [rows for rows in capture_batch(loaded[source], theirs, k=5) if rows is not None]
+    local = Local(loaded[source], k=5, batch_tokens=10_000, name="")
+    captured = [rows for rows in local.capture(theirs, lambda n: None) if rows is not None]
     assert len(captured) == len(TURNS)
     sides = list(zip(ours, theirs, captured, strict=True))
     aligner = aligner_of(Pair(our_side, their_side, Strategy(unaligned=unaligned)), sides)

@@ -5,16 +5,14 @@ out of the cache: the greatest value of every block of the vocabulary; the value
 sum of the exponentials that are not of the k. Rows are shared among as many threads as PyTorch has, and none depends on another.
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
 
 from fusechat.data.distributions import SparseDistribution
-from fusechat.data.prepared import Prepared
-from fusechat.models.forward import collate, float_rows, gold_nll, response_logits
+from fusechat.models.forward import float_rows, gold_nll
+from fusechat.models.teacher_forcing import Columns
 from fusechat.run.compiled import compiled
 
 _BLOCK = 256  # logits
@@ -28,44 +26,20 @@ _POWER_OF_2 = tuple(np.float32(c) for c in (1.0, *(np.log(2.0) ** n / np.prod(ra
 _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = _POWER_OF_2  # Taylor's; for |x| <= 1/2 its error is below float32's
 
 
-Columns = tuple[torch.Tensor, ...]  # what `sparse_rows` gives: ids, log-probabilities, nll, tails
-
-
 def sparse_rows(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:
-    """The `k` most likely tokens of logits [n, V] (any float type): ids int32 [n, k], log-probabilities over the full
+    """The `k` most likely tokens (at most all) of logits [n, V] (any float type): ids int32 [n, k], log-probabilities over the full
     vocabulary float32 [n, k], the gold tokens' nll float32 [n], and the probability of all other tokens float32 [n], exact
     however small; where `logits` are. The log-softmax is float32.
 
     On a CPU ties go to the lower id. A row with a NaN or +inf has NaN log-probabilities; -inf is a probability of 0.
     """
-    return (_by_kernel if logits.device.type == "cpu" else _by_torch)(logits, gold, k)
+    return (_by_kernel if logits.device.type == "cpu" else _by_torch)(logits, gold, min(k, logits.shape[1]))
 
 
-@torch.inference_mode()
-def capture_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> list[SparseDistribution | None]:
-    """Distributions of each conversation's rows; None for one in which something is not finite."""
-    return split_batch(start_batch(model, conversations, k=k), conversations)
-
-
-def start_batch(model: Any, conversations: Sequence[Prepared], *, k: int) -> Columns:
-    """`sparse_rows` of the conversations' rows, one conversation after the other, where the model is."""
-    batch = collate(conversations)
-    gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]
-    logits = response_logits(model, batch)
-    return sparse_rows(logits, gold.to(logits.device), min(k, logits.shape[1]))
-
-
-def split_batch(columns: Columns, conversations: Sequence[Prepared]) -> list[SparseDistribution | None]:
-    """What `start_batch` gave, for each conversation its own."""
-    ids, logprobs, nll, tail = (column.cpu().numpy() for column in columns)
-    results: list[SparseDistribution | None] = []
-    begin = 0
-    for conversation in conversations:
-        rows = slice(begin, begin + len(conversation))
-        begin = rows.stop
-        finite = np.isfinite(nll[rows]).all() and np.isfinite(logprobs[rows]).all()
-        results.append(SparseDistribution(ids[rows], logprobs[rows], nll[rows], tail[rows]) if finite else None)
-    return results
+def distribution(ids: np.ndarray, logprobs: np.ndarray, nll: np.ndarray, tail: np.ndarray) -> SparseDistribution | None:
+    """What `sparse_rows` gave of one conversation; None where something is not finite."""
+    finite = np.isfinite(nll).all() and np.isfinite(logprobs).all()
+    return SparseDistribution(ids, logprobs, nll, tail) if finite else None
 
 
 def _by_torch(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:

@@ -255,7 +255,8 @@ def bits_per_byte(
         prepared = _prepared(conversations, chat_model, max_length=max_length)
         model = chat_model.model(dtype=dtype, device=choose_device(device))
         with progress(f"bits per byte of {subject.label}", len(prepared), "conversations") as advance:
-            found[subject.label] = score_responses(model, prepared, batch_tokens=batch_tokens, advance=advance)
+            how: dict[str, Any] = {"batch_tokens": batch_tokens, "name": subject.label}
+            found[subject.label] = score_responses(model, prepared, advance=advance, **how)
         del model
     wanted = sum(len(conversation.responses) for conversation in conversations)
     measured = {}

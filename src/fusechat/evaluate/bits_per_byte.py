@@ -4,51 +4,41 @@ It compares models whatever their tokenizer, since the bytes of a text are the s
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.evaluate.records import Measurement
-from fusechat.models.forward import collate, device_of, float_rows, gold_nll, length_batches, response_logits
+from fusechat.models.teacher_forcing import Conversations, TeacherForcing
 
 # conversation id → [nll in nats, bytes] of each of its responses
 Responses = dict[str, list[tuple[float, int]]]
 
 
-@torch.inference_mode()
 def score_responses(
-    model: Any, conversations: PreparedSet | Sequence[Prepared], *, batch_tokens: int, advance: Callable[[int], None]
+    model: Any,
+    conversations: Conversations,
+    *,
+    batch_tokens: int,
+    advance: Callable[[int], None],
+    name: str = "the model",
+    keys: tuple[str, str] = ("--batch-tokens", "--max-length"),
 ) -> Responses:
-    """The nll (nats, float64 sums of float32 terms) and bytes of every response."""
-    device = device_of(model)
-    found: Responses = {}
-    lengths = np.array([len(conversation.input_ids) for conversation in conversations], dtype=np.int64)
-    for indices in length_batches(lengths, batch_tokens):
-        members = [conversations[index] for index in indices]
-        batch = collate(members)
-        gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]].to(device)
-        nll = _nll(response_logits(model, batch.to(device)), gold)
-        begin = 0
-        for conversation in members:
-            rows = nll[begin : begin + len(conversation)]
-            begin += len(conversation)
-            content = ~conversation.end_of_turn
-            found[conversation.id] = [
-                (float(rows[content & (conversation.response == index)].astype(np.float64).sum()), int(size))
-                for index, size in enumerate(conversation.content_bytes)
-            ]
-        advance(len(members))
-    return {conversation.id: found[conversation.id] for conversation in conversations}
-
-
-def _nll(logits: torch.Tensor, gold: torch.Tensor) -> np.ndarray:
-    """float32 [n]."""
-    parts = [gold_nll(full, gold[rows], full.logsumexp(dim=1)) for rows, full in float_rows(logits)]
-    return torch.cat(parts).cpu().numpy()
+    """The nll (nats, float64 sums of float32 terms) and bytes of every response. `batch_tokens`, `name`, `keys`: see
+    `TeacherForcing`."""
+    found: Responses = {one.id: [] for one in conversations}
+    forced = TeacherForcing(model, batch_tokens=batch_tokens, name=name, keys=keys)
+    for index, nll in forced.nll(conversations):
+        one = conversations[index]
+        of_response = [~one.end_of_turn & (one.response == number) for number in range(len(one.content_bytes))]
+        found[one.id] = [
+            (float(nll[rows].astype(np.float64).sum()), int(size))
+            for rows, size in zip(of_response, one.content_bytes, strict=True)
+        ]
+        advance(1)
+    return found
 
 
 @dataclass(frozen=True)

@@ -149,7 +149,9 @@ def _score(
             device = choose_device(settings["device"])
             model = chat_model.model(dtype=settings["dtype"], device=device, device_map=device_map, offload=room)
             for name, data in waiting.items():
-                scores = score_responses(model, data, batch_tokens=settings["batch_tokens"], advance=advance)
+                keys = ("evaluate.batch_tokens", "data.max_length")
+                how: dict[str, Any] = {"batch_tokens": settings["batch_tokens"], "name": label, "keys": keys}
+                scores = score_responses(model, data, advance=advance, **how)
                 write_json(files[name], scores)
     return {name: len(read_json(file)) for name, file in files.items()}
 

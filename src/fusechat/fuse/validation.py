@@ -11,8 +11,8 @@ from torch.utils.data import Dataset
 from fusechat.data.distributions import nothing
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import EMPTY, PAD_INDEX
-from fusechat.fuse.row_losses import row_losses
-from fusechat.models.forward import Batch, response_logits
+from fusechat.models.forward import Batch, response_logits, token_nll
+from fusechat.models.teacher_forcing import split_rows
 from fusechat.run import ranks
 
 
@@ -61,20 +61,13 @@ def _sums(trainer: Any, name: str, data: Validation) -> np.ndarray:
     as many as the others; what fills them up is counted once, by the conversation's id."""
     mine: dict[str, list[float]] = {}
     for inputs in trainer.get_eval_dataloader(name):  # by name, as the trainer keeps it with its workers
-        identities = inputs["conversation_ids"]
         with trainer.compute_loss_context_manager():
-            logits = response_logits(
-                trainer.model, Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
-            )
-            nll, _ = row_losses(
-                logits, inputs["labels"], None, None, kind="cross_entropy", tail="renormalise", temperature=1.0
-            )
-        rows, values = inputs["rows"][:, 0].cpu().numpy(), nll.double().cpu().numpy()
-        for index, identity in enumerate(identities):
-            conversation = data.prepared[data.prepared.row_of[identity]]
-            own = values[rows == index]
-            content = own[~conversation.end_of_turn]
-            mine[identity] = [float(own.sum()), len(own), float(content.sum()), int(conversation.content_bytes.sum())]
+            batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
+            nll = token_nll(response_logits(trainer.model, batch), inputs["labels"])
+        members = [data.prepared[data.prepared.row_of[identity]] for identity in inputs["conversation_ids"]]
+        for one, own in zip(members, split_rows(nll.double().cpu().numpy(), members), strict=False):
+            content = own[~one.end_of_turn]
+            mine[one.id] = [float(own.sum()), len(own), float(content.sum()), int(one.content_bytes.sum())]
     every: dict[str, list[float]] = {}
     for found in ranks.gather(mine):
         every |= found

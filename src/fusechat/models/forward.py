@@ -144,3 +144,11 @@ def float_rows(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
 def gold_nll(logits: torch.Tensor, gold: torch.Tensor, logsumexp: torch.Tensor) -> torch.Tensor:
     """float32 [n]: `-log p(gold)` from float32 logits [n, V] and their logsumexp [n]."""
     return logsumexp - logits.gather(1, gold[:, None]).squeeze(1)
+
+
+def token_nll(logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
+    """float32 [n]: `-log p(gold)`, nats, from logits [n, V] of any float type and int64 [n]; softmax in float32."""
+    nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for rows, full in float_rows(logits):
+        nll[rows] = gold_nll(full, gold[rows], full.logsumexp(dim=1))
+    return nll

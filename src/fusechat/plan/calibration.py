@@ -260,11 +260,11 @@ def _conversations(length: int, batch: int, rows: int, vocabulary: int) -> list[
     ]
 
 
-@torch.inference_mode()
 def _run(model: Any, conversations: list[Prepared]) -> None:
-    from fusechat.capture.top_k import start_batch
+    from fusechat.capture.top_k import sparse_rows
+    from fusechat.models.teacher_forcing import forward
 
-    for column in start_batch(model, conversations, k=_K):
+    for column in forward(model, conversations, partial(sparse_rows, k=_K)):
         column.cpu()
 
 

@@ -1,0 +1,105 @@
+"""Teacher forcing: a model run over whole conversations, in batches of like length that are made smaller where memory does not
+suffice, and what its logits say at the response rows: log-probabilities for capture, evaluation and scores of answers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusechat.data.prepared import Prepared, PreparedSet
+from fusechat.errors import ModelError
+from fusechat.models.forward import collate, length_batches, response_logits, token_nll
+from fusechat.models.memory import free_memory, out_of_memory
+from fusechat.run.progress import log
+
+Conversations = PreparedSet | Sequence[Prepared]
+Columns = tuple[torch.Tensor, ...]  # tensors of n rows each, a row for each response row
+Compute = Callable[[torch.Tensor, torch.Tensor], Columns]  # logits [n, V] and gold tokens int64 [n] → columns
+Started = tuple[Columns, torch.cuda.Event | None]
+
+
+class TeacherForcing:
+    """A model and how it is run: at most `batch_tokens` in a batch, padding counted, fewer once memory did not suffice. `name`: how
+    errors call the model; `keys`: what sets the tokens of a batch and of the longest conversation."""
+
+    def __init__(self, model: Any, *, batch_tokens: int, name: str, keys: tuple[str, str]) -> None:
+        self.model, self.batch_tokens, self.name, self.keys = model, batch_tokens, name, keys
+
+    def run(self, conversations: Conversations, compute: Compute) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """The index of each conversation, and its rows of the columns that `compute` gives of a batch; longest conversations first.
+        Raises ModelError for a conversation that does not fit in memory by itself."""
+        lengths = np.array([len(one.input_ids) for one in conversations], dtype=np.int64)
+        waiting = list(length_batches(lengths, self.batch_tokens))
+        before: tuple[list[int], list[Prepared], Started] | None = None
+        while waiting:
+            batch = waiting.pop(0)
+            members = [conversations[index] for index in batch]
+            started = self._start(members, compute)
+            if before is not None:  # read while a GPU works on this batch
+                yield from _arrived(*before)
+            before = None if started is None else (batch, members, started)
+            if started is None:
+                self._shrink(members)
+                left = np.array([*batch, *(index for other in waiting for index in other)])
+                waiting = [left[some].tolist() for some in length_batches(lengths[left], self.batch_tokens)]
+        if before is not None:
+            yield from _arrived(*before)
+
+    def nll(self, conversations: Conversations) -> Iterator[tuple[int, np.ndarray]]:
+        """The index of each conversation, and `-log p` of its rows' own tokens: float32 [n], nats. Raises as `run` does."""
+        for index, (nll,) in self.run(conversations, lambda logits, gold: (token_nll(logits, gold),)):
+            yield index, nll
+
+    def _start(self, members: list[Prepared], compute: Compute) -> Started | None:
+        """What a batch gives, on its way to the CPU, and when it has arrived; None where it does not fit in memory."""
+        try:
+            columns = forward(self.model, members, compute)
+            gpu = columns[0].is_cuda
+            arriving = tuple(column.to("cpu", non_blocking=gpu) for column in columns)
+            return arriving, torch.cuda.current_stream(columns[0].device).record_event() if gpu else None
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        free_memory()  # not before the exception, and what its frames hold, is gone
+        return None
+
+    def _shrink(self, members: list[Prepared]) -> None:
+        """Halves the budget, until the batch that did not fit is split by it."""
+        longest = max(len(one.input_ids) for one in members)
+        if len(members) == 1:
+            raise ModelError(
+                f"{self.name}: conversation {members[0].id} of {longest} tokens does not fit in memory by itself: lower "
+                f"{self.keys[1]}, or run this where there is more memory"
+            )
+        before = self.batch_tokens
+        while len(members) * longest <= self.batch_tokens:
+            self.batch_tokens //= 2
+        log.warning(
+            "%s: %d conversations of up to %d tokens do not fit in memory together; batches have %d tokens at most from here "
+            "on, not %d (%s)",
+            *(self.name, len(members), longest, self.batch_tokens, before, self.keys[0]),
+        )
+
+
+@torch.inference_mode()
+def forward(model: Any, conversations: Sequence[Prepared], compute: Compute) -> Columns:
+    """`compute` of the logits at the conversations' rows, one conversation after the other, where the model is."""
+    batch = collate(conversations)
+    gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]
+    logits = response_logits(model, batch)
+    return compute(logits, gold.to(logits.device))
+
+
+def split_rows(column: np.ndarray, conversations: Sequence[Prepared]) -> list[np.ndarray]:
+    """The rows of each conversation, of a column that has them one conversation after the other."""
+    return np.split(column, np.cumsum([len(one) for one in conversations])[:-1])
+
+
+def _arrived(batch: list[int], members: list[Prepared], started: Started) -> Iterator[tuple[int, list[np.ndarray]]]:
+    columns, arrived = started
+    if arrived is not None:
+        arrived.synchronize()
+    parts = [split_rows(column.numpy(), members) for column in columns]
+    for place, index in enumerate(batch):
+        yield index, [part[place] for part in parts]
