@@ -73,7 +73,7 @@ def mergekit_command(given: str | None) -> Path:
     found = shutil.which(given or str(beside)) or (None if given else shutil.which("mergekit-yaml"))
     if found is None:
         where = given or f"neither beside {sys.executable} nor on the PATH"
-        raise SystemExit(f"mergekit-yaml: {where}; install the extra `mergekit`, or say --without-mergekit")
+        raise SystemExit(f"mergekit-yaml: {where}; pip install 'fusechat[mergekit]', or say --without-mergekit")
     return Path(found).absolute()
 
 

@@ -48,7 +48,7 @@ def waiting(*stages: str) -> list[Any]:
 
 def test_the_example_is_two_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     """In one process as far as `--until align`, then under torchrun; each of them alone is refused, and names the other."""
-    monkeypatch.setattr(before.checks, "_is_installed", lambda package: True)
+    monkeypatch.setattr(before.checks, "is_installed", lambda package: True)
     recipe = load_recipe(EXAMPLE)
     header = EXAMPLE.read_text().partition("name:")[0]
     assert "fusechat run examples/fusechat-7b.yaml --until align" in header
@@ -91,7 +91,7 @@ def test_a_plan_says_the_two_commands(models: dict[str, Path], tmp_path: Path) -
 
 
 def test_one_gpu_for_several_processes_and_one_that_vllm_does_not_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(before.checks, "_is_installed", lambda package: package != "vllm")
+    monkeypatch.setattr(before.checks, "is_installed", lambda package: package != "vllm")
     monkeypatch.setattr(before, "choose_device", lambda name: torch.device(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
@@ -100,7 +100,7 @@ def test_one_gpu_for_several_processes_and_one_that_vllm_does_not_choose(monkeyp
     assert [line for line in found if "needs as many devices" in line] == [
         "qwen: capture.tensor_parallel 4 needs as many devices; there are 3"
     ]
-    assert sum("which is not installed" in line for line in found) == 2
+    assert sum("vllm is not installed" in line for line in found) == 2
     assert sum("whatever device: cuda:1 says" in line for line in found) == 2
     monkeypatch.setattr(before.ranks, "world", lambda: 2)
     assert any(line.startswith("device: cuda:1 is one GPU, and there are 2 ") for line in refused(recipe, []))
@@ -110,11 +110,11 @@ def test_a_device_that_is_not_there(models: dict[str, Path], tmp_path: Path) -> 
     """Told with what else is wrong, and not only when the first model is loaded."""
     recipe = runs.write_recipe(tmp_path, models)
     options = ("--set", "device=cuda:99", "--set", "sources.mistral.capture={backend: vllm}", "--until", "capture")
-    if before.checks._is_installed("vllm") or torch.cuda.device_count() > 99:
+    if before.checks.is_installed("vllm") or torch.cuda.device_count() > 99:
         pytest.skip("this machine has both")
     device, backend = complaints("run", recipe, "--workdir", tmp_path / "work", *options)
     assert device.startswith("device: 'cuda:99' is not to be had")
-    assert backend.startswith("mistral: capture.backend: vllm, which is not installed")
+    assert backend.startswith("mistral: capture.backend: vllm is not installed (pip install 'fusechat[vllm]')")
     assert done(tmp_path / "work") == []
 
 

@@ -13,8 +13,12 @@ import sys
 import time
 from pathlib import Path
 
+from fusechat.run.extras import is_installed, not_installed
 from miniature import pool
 
+if not (is_installed("kaleido") and is_installed("scipy")):
+    print(not_installed("miniature: kaleido or scipy", "figures"), file=sys.stderr)
+    sys.exit(2)
 pool.one_thread()
 
 from miniature import figures, page, rows  # noqa: E402

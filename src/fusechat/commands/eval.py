@@ -123,6 +123,7 @@ def alpaca_eval(
     from fusechat.commands.evaluate_models import evaluation, finish, resolved
     from fusechat.evaluate.alpaca import data as instructions
     from fusechat.evaluate.alpaca import suite
+    from fusechat.evaluate.alpaca.library import library
 
     if annotations is not None:
         if models or workdir or judge_url or judge_model or limit or estimate or chat_template:
@@ -132,7 +133,8 @@ def alpaca_eval(
             measured, settings = suite.score_annotations(annotations, gamed=gamed)
             _show(finish(found, measured, settings), found, as_json)
         return
-    loaded = instructions.load(data)
+    with library():  # told to be missing now, and not after hours of answers
+        loaded = instructions.load(data)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
     with (
         evaluation("alpaca-eval", models or [], workdir=workdir, out=out, chat_template=chat_template) as found,

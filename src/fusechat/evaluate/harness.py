@@ -18,6 +18,7 @@ from fusechat.evaluate.subjects import Subject
 from fusechat.models.load import choose_device, padding
 from fusechat.models.memory import free_memory, out_of_memory
 from fusechat.models.saved_template import asking
+from fusechat.run.extras import import_extra
 from fusechat.run.files import digest, digest_json, read_json, write_json, write_text
 from fusechat.run.progress import log
 
@@ -26,17 +27,14 @@ SUITE, SAMPLES, INTERRUPTED = "harness", "samples.jsonl", "measured.json"
 
 def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
     """The harness's task manager. Raises RecipeError for a task that neither the harness nor the directory `include` has."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise RecipeError("lm_eval is not installed (pip install 'fusechat[harness]')") from error
+    library = import_extra("lm_eval.tasks", "--tasks: lm_eval", "harness")
     if include is not None and not include.is_dir():
         raise RecipeError(f"--include {include}: no such directory")
     path = str(include) if include else None
     with _quietly():
-        manager = TaskManager(include_path=path, include_defaults=False) if path else None
+        manager = library.TaskManager(include_path=path, include_defaults=False) if path else None
         if manager is None or any(task not in manager.all_tasks for task in tasks):  # its own are slow to list
-            manager = TaskManager(include_path=path, include_defaults=True)
+            manager = library.TaskManager(include_path=path, include_defaults=True)
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         if include:

@@ -6,19 +6,16 @@ from typing import Any
 import torch
 
 from fusechat.errors import RecipeError, first_line
+from fusechat.run.extras import import_extra
 
-MISSING = "fuse.lora: PEFT is not installed; run pip install 'fusechat[lora]'"
 _TASK = "CAUSAL_LM"
 
 
 def lora_config(settings: Mapping[str, Any]) -> Any:
     """PEFT's LoraConfig of the recipe's `fuse.lora`. Raises RecipeError for a value that PEFT refuses."""
+    peft = import_extra("peft", "fuse.lora: PEFT", "lora")
     try:
-        from peft import LoraConfig
-    except ImportError as error:
-        raise RecipeError(MISSING) from error
-    try:
-        return LoraConfig(task_type=_TASK, **settings)
+        return peft.LoraConfig(task_type=_TASK, **settings)
     except (ValueError, TypeError) as error:
         raise RecipeError(f"fuse.lora: {first_line(error)}") from error
 

@@ -110,12 +110,14 @@ def check(recipe: Recipe, *, here: bool = True) -> None:
     """Lets Transformers and PEFT judge what the recipe gives them before any work. Raises RecipeError. `here`: whether the
     fine-tuning is to be done by this process, and those beside it."""
     from fusechat.fuse.lora import lora_config
-    from fusechat.fuse.training import check_reporting, is_sharded_alone, training_arguments
+    from fusechat.fuse.training import check_packages, check_reporting, is_sharded_alone, training_arguments
     from fusechat.models.load import choose_device
 
     device = str(choose_device(recipe.device))
     arguments = training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
     check_reporting(arguments)
+    if here:
+        check_packages(arguments)
     if here and is_sharded_alone(arguments):
         raise RecipeError(
             f"{ONE_PROCESS}: start it as torchrun --nproc-per-node N -m fusechat run …; what comes before, vLLM's captures too, "

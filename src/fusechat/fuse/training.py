@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.training_args import ParallelMode
+from transformers.utils import is_liger_kernel_available
 
 from fusechat.errors import RecipeError, TrainingError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
@@ -18,9 +19,11 @@ from fusechat.fuse.epochs import left_out, steps_per_epoch
 from fusechat.fuse.trainer import FusionTrainer, best_of, last_checkpoint
 from fusechat.fuse.validation import Validation
 from fusechat.run import ranks
+from fusechat.run.extras import is_installed, not_installed
 from fusechat.run.progress import Advance, log
 
 _PROJECT = "fusechat"  # of Weights & Biases, where the user names none
+_REPORTERS = ("tensorboard", "wandb")  # packages that extras of the same names bring
 
 
 class _Watch(TrainerCallback):
@@ -98,14 +101,34 @@ def is_sharded_alone(arguments: TrainingArguments) -> bool:
 
 
 def check_reporting(arguments: TrainingArguments) -> None:
-    """Raises RecipeError where something that is reported to is not installed."""
+    """Raises RecipeError, a line each, where something that is reported to is not installed."""
     from transformers.integrations import get_reporting_integration_callbacks
 
+    key, problems = "fuse.training.report_to", []
+    for name in arguments.report_to:
+        try:
+            for callback in get_reporting_integration_callbacks([name]):
+                callback()
+        except (RuntimeError, ImportError, ValueError) as error:
+            ours = name in _REPORTERS and not is_installed(name)
+            problems.append(not_installed(f"{key}: {name}", name) if ours else f"{key}: {first_line(error)}")
+    if problems:
+        raise RecipeError(*problems)
+
+
+def check_packages(arguments: TrainingArguments) -> None:
+    """Raises RecipeError where the optimiser, or the kernels asked for, are of a package that is not installed."""
+    if arguments.use_liger_kernel and not is_liger_kernel_available():
+        raise RecipeError("fuse.training.use_liger_kernel: it is not installed (pip install liger-kernel)")
     try:
-        for callback in get_reporting_integration_callbacks(arguments.report_to):
-            callback()
-    except (RuntimeError, ImportError, ValueError) as error:
-        raise RecipeError(f"fuse.training.report_to: {first_line(error)}") from error
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except ImportError as error:
+        ours = "bitsandbytes" in str(error)
+        what = f"fuse.training.optim: {arguments.optim.value}"
+        line = not_installed(f"{what}: bitsandbytes", "bitsandbytes") if ours else f"{what}: {first_line(error)}"
+        raise RecipeError(line) from error
+    except ValueError:  # of arguments that need the model, which there is not yet
+        pass
 
 
 def make_trainer(

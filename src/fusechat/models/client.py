@@ -19,6 +19,7 @@ from fusechat.models.answers import Missing
 from fusechat.models.completions import Reply, Request, clean, reply_of
 from fusechat.models.journal import Journal, read_journal
 from fusechat.models.server_errors import OTHER_SHAPE, Fault, fault_of
+from fusechat.run.extras import import_extra
 from fusechat.run.progress import log, progress
 
 JUDGE_KEYS = ("FUSECHAT_JUDGE_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
@@ -75,7 +76,7 @@ class Client:
         self._key_names = " or ".join(key_names)
         what = what.replace(url, "a URL") if any(sign in url for sign in "@?#") else what  # it may hold a key
         check_url(url, what, self._key_names)
-        self._openai = _import_openai(what)
+        self._openai = import_extra("openai", f"{what}: the client of the server", "judge")
         self.address = url.rstrip("/")
         self.model = model
         self._key = (key or "").strip()
@@ -266,16 +267,6 @@ def check_url(url: str, what: str, key_names: str) -> None:
         raise RecipeError(
             f"{what}: a URL without user, password, ? and # is wanted; keys come from the environment: {key_names}"
         )
-
-
-def _import_openai(what: str) -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise RecipeError(
-            f"{what}: the client of the server is not installed (pip install 'fusechat[judge]')"
-        ) from error
-    return openai
 
 
 def _from_journal(value: Any, journal: Path) -> Reply:

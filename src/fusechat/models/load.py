@@ -12,6 +12,7 @@ import torch
 from fusechat.errors import ModelError, first_line
 from fusechat.models.forward import keeps_logits
 from fusechat.run import ranks
+from fusechat.run.extras import not_installed
 from fusechat.run.files import read_json
 from fusechat.run.progress import log
 
@@ -84,6 +85,31 @@ def quantised(directory: Path) -> str | None:
     except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
         return None
     return str(found.get("quant_method", "in some way")) if isinstance(found, dict) else None
+
+
+def missing_package(directory: Path) -> str | None:
+    """What to tell the user where the weights of a model directory are quantised in a way that needs a package that is not
+    installed; else None."""
+    if not quantised(directory):
+        return None
+    quiet_transformers()
+    from transformers.quantizers import AutoHfQuantizer
+
+    try:
+        how = read_json(directory / "config.json")["quantization_config"]
+        AutoHfQuantizer.from_config(how, pre_quantized=True).validate_environment()
+    except ImportError as error:
+        return _reason(directory, error)
+    except Exception:  # of many kinds, when the model is loaded: whoever does that says so
+        pass
+    return None
+
+
+def _reason(directory: Path, error: Exception) -> str:
+    """What an error says, as one line; which extra brings the package that quantised weights need."""
+    if isinstance(error, ImportError) and quantised(directory) == "bitsandbytes":
+        return not_installed("its weights are quantised by bitsandbytes, which", "bitsandbytes")
+    return first_line(error)
 
 
 def load_model(
@@ -195,7 +221,7 @@ def model_error(directory: Path, what: str, error: Exception) -> Exception:
     """A line about the user's model where that is what failed; the disk's and our own failures stay what they are."""
     if isinstance(error, MemoryError | AttributeError | NameError):
         return error
-    reason = first_line(error)
+    reason = _reason(directory, error)
     if "trust_remote_code" in str(error):
         reason = "it needs code of its own to run; set trust_remote_code: true for it if you trust that code"
     return ModelError(f"{directory}: {what} cannot be loaded: {reason}")

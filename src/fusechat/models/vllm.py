@@ -19,6 +19,7 @@ from fusechat.errors import ModelError, RecipeError, first_line
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
 from fusechat.run import ranks
+from fusechat.run.extras import import_extra
 from fusechat.run.progress import Advance
 
 # float32 logits that a step of the engine may hold: 512 MiB, beside what vLLM measures and takes for itself
@@ -175,13 +176,5 @@ def _import_vllm() -> Any:
     """The library, told to be quiet, to leave stdout alone and to report to nobody."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    try:
-        import vllm
-    except Exception as error:  # a package that does not fit it may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == "vllm":
-            raise RecipeError(
-                "capture.backend: vllm is not installed (pip install 'fusechat[vllm]'); a server that has it can be "
-                "named as capture.url"
-            ) from None
-        raise RecipeError(f"capture.backend: vllm is installed, but cannot be imported: {first_line(error)}") from error
-    return vllm
+    instead = "a server that has it can be named as capture.url"
+    return import_extra("vllm", "capture.backend: vllm", "vllm", instead)

@@ -7,15 +7,15 @@ import asyncio
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
-from fusechat.errors import ModelError, RecipeError, first_line
+from fusechat.errors import ModelError, first_line
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
+from fusechat.run.extras import import_extra
 from fusechat.run.progress import Advance, log
 
 KEY = "VLLM_API_KEY"  # the environment variable that vLLM's own server takes its key from
@@ -32,7 +32,7 @@ class Server:
     """A client of one server and one of its models."""
 
     def __init__(self, chat_model: ChatModel, *, k: int, url: str) -> None:
-        self._openai = _import_openai()
+        self._openai = import_extra("openai", "capture.url: the client of the server", "server")
         self._url = url.rstrip("/")
         self._who = f"capture.url: the server at {self._url}"
         self._name = f"{chat_model.name} ({chat_model.reference})"
@@ -188,13 +188,3 @@ def _conversation(tokens: list[int]) -> Prepared:
     rows = np.arange(1, len(tokens), dtype=np.int32)
     none = np.zeros_like(rows)
     return Prepared("", np.array(tokens, np.int32), rows, none, none, none, none.astype(bool), none[:1])
-
-
-def _import_openai() -> Any:
-    try:
-        import openai
-    except ImportError as error:
-        raise RecipeError(
-            "capture.url: the client of the server is not installed (pip install 'fusechat[server]')"
-        ) from error
-    return openai

@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ from fusechat.data.rejected import advice
 from fusechat.fuse import stage as fuse
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.facts import facts
-from fusechat.models.load import is_slow, without_embedding
+from fusechat.models.load import is_slow, missing_package, without_embedding
 from fusechat.models.reference import Reference
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
 from fusechat.plan.sampling import Counted, Texts
 from fusechat.run.cache import cache_directory
+from fusechat.run.extras import is_installed, not_installed
 from fusechat.run.units import percent, size
 
 _SHOWN = 3  # lines of one kind
@@ -125,21 +125,28 @@ def of_backend(recipe: Any, names: Iterable[str], *, devices: int | None, here: 
         if capture.backend != "vllm":
             continue
         if capture.url:
-            if here and not _is_installed("openai"):
-                found.append(f"{who}: capture.url needs a client: run pip install 'fusechat[server]'")
+            if here and not is_installed("openai"):
+                found.append(not_installed(f"{who}: capture.url: the client of the server", "server"))
             continue
         if devices is not None and capture.tensor_parallel > devices:
             found.append(
                 f"{who}: capture.tensor_parallel {capture.tensor_parallel} needs as many devices; there are {devices}"
             )
-        if here and not _is_installed("vllm"):
-            found.append(f"{who}: capture.backend: vllm, which is not installed; run pip install 'fusechat[vllm]'")
+        if here and not is_installed("vllm"):
+            found.append(not_installed(f"{who}: capture.backend: vllm", "vllm"))
         if here and devices is not None and recipe.device not in (None, "cuda", "cuda:0"):
             found.append(
                 f"{who}: capture.backend: vllm takes the GPUs from the first on, whatever device: {recipe.device} says; choose "
                 "them by CUDA_VISIBLE_DEVICES, without device"
             )
     return found
+
+
+def of_package(recipe: Any, who: str, directory: Path) -> list[str]:
+    """A package that Transformers needs for the weights of a model directory, where it is not installed. vLLM brings its own."""
+    measured = recipe.evaluate.bits_per_byte and recipe.validation_sets()
+    missing = missing_package(directory) if measured or recipe.capture_for(who).backend == "transformers" else None
+    return [f"{who}: {missing}"] if missing else []
 
 
 def of_processes(recipe: Any, names: Iterable[str], processes: int) -> list[str]:
@@ -179,13 +186,6 @@ def inside_vllm(recipe: Any, names: Iterable[str]) -> list[str]:
     """Those that vLLM captures in this process."""
     captures = {name: recipe.capture_for(name) for name in names}
     return [name for name, capture in captures.items() if capture.backend == "vllm" and not capture.url]
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except ValueError:  # imported already, in a way that has no spec
-        return True
 
 
 def of_memory(steps: Iterable[Estimate], device: Device) -> tuple[list[str], list[str]]:

@@ -215,6 +215,8 @@ class _Planner:
             problems += checks.of_vocabulary(who, data, self.templates[who].tokenizer, counted, rows)
         devices, here = self.device.count, self.device.measured
         problems += checks.of_backend(recipe, self.models, devices=devices, here=here)
+        for name in recipe.sources if here else ():
+            problems += checks.of_package(recipe, name, recipe.chat_model(name).directory)
         notes = [line for _, found in pairs for line in found] + checks.of_padding(steps, self.training.apart)
         (problems if recipe.data.on_overlap == "stop" else notes).extend(
             self.overlap.sentences() if self.overlap else []

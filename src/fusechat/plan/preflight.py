@@ -55,7 +55,8 @@ def _check_model(recipe: Any, name: str) -> None:
     rows = chat_model.vocabulary_size()
     if name == PIVOT or recipe.capture_for(name).backend == "transformers":  # vLLM has models of its own
         check_causal(chat_model.directory, trust_remote_code=chat_model.reference.trust_remote_code)
-    _refuse(checks.of_template(name, chat_model.template(), rows))
+    needs = checks.of_package(recipe, name, chat_model.directory) if name != PIVOT else []  # which may not be quantised
+    _refuse([*needs, *checks.of_template(name, chat_model.template(), rows)])
 
 
 def _check_lora(recipe: Any) -> None:

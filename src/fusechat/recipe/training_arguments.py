@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fusechat.run.extras import not_installed
+
 # What FuseChat sets itself, and why.
 RESERVED = {
     "output_dir": "checkpoints live in the work directory",
@@ -116,7 +118,7 @@ def check_lora(settings: dict[str, Any]) -> list[str]:
     """As `check_arguments`, for `fuse.lora`."""
     known = _fields("peft", "tuners/lora/config.py", "LoraConfig")
     if not known:
-        return ["PEFT is not installed; run pip install 'fusechat[lora]'"]
+        return [not_installed("PEFT", "lora")]
     return [line for name, value in settings.items() for line in _check(name, value, known, "LoRA argument")]
 
 

@@ -11,9 +11,10 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from fusechat.errors import RecipeError
+from fusechat.run.extras import import_extra
 
 _STAND_IN = "pkg_resources"  # imported by the library and called for a version only, which we do not ask for
+_NEEDS = ("AlpacaEval: its library", "alpaca-eval")  # what is told to be missing, and the extra that brings it
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,15 @@ def library() -> Iterator[Library]:
 
 
 def _import() -> Library:
-    try:
-        with _without_environment(), _stand_in():
-            package = import_module("alpaca_eval")
-            glm = import_module("alpaca_eval.metrics.glm_winrate")
-    except ImportError as error:
-        raise RecipeError(
-            f"AlpacaEval: its library is not installed (pip install 'fusechat[alpaca-eval]'): {error}"
-        ) from error
+    with _without_environment(), _stand_in():
+        package, glm = (import_extra(name, *_NEEDS) for name in ("alpaca_eval", "alpaca_eval.metrics.glm_winrate"))
     return Library(import_module("pandas"), package.annotators, package.constants, glm, package.utils)
 
 
 @contextmanager
 def _without_environment() -> Iterator[None]:
     """While it is imported the library would take `.env` of the current directory into the environment."""
-    dotenv: Any = import_module("dotenv")
+    dotenv = import_extra("dotenv", *_NEEDS)
     original = dotenv.load_dotenv
     dotenv.load_dotenv = lambda *_, **__: False
     try:
