@@ -25,6 +25,29 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a script t
 
 
 @app.command()
+def init(
+    pivot: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Gives the fused model its structure, size and tokenizer.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]MODEL", help="A model that teaches. Repeat the option for more."),
+    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Conversations, or a data set of the hub.")] = None,
+    validation: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Held-out conversations, to measure all models.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the fused model. [default: PIVOT-fused]")] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The recipe.")] = Path("recipe.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a recipe and check it. Asks for what is missing. A model is a directory, a .gguf file or a hub id."""
+    from fusechat.commands.init import init as write_recipe
+
+    write_recipe(pivot=pivot, sources=source or [], data=data, validation=validation, name=name, out=out, force=force)
+
+
+@app.command()
 def run(
     recipe: RecipeFile,
     workdir: Annotated[Path | None, typer.Option(help="Where the run keeps its files. [default: runs/NAME]")] = None,
