@@ -269,7 +269,7 @@ def test_an_evaluation_leaves_a_run_as_it_was(models: dict[str, Path], tmp_path:
 def error_of(*arguments: str | Path) -> str:
     status, stdout, stderr = fusechat("eval", "alignment", *arguments)
     assert (status, stdout) == (2, "")
-    [line] = [line for line in stderr.splitlines() if not line.startswith(("prepare", "capture", "compare"))]
+    [line] = [line for line in stderr.splitlines() if not line.startswith(("prepare", "capture", "compare", "see"))]
     assert line.startswith(PREFIX)
     return line.removeprefix(PREFIX)
 

@@ -22,7 +22,8 @@ def recipe(models: dict[str, Path], tmp_path: Path) -> Path:
 def refused(recipe: Path, *options: str | Path) -> tuple[str, str]:
     shown = runs.here("plan", recipe, "--device", "rtx3090", *options)
     assert shown.returncode == 2
-    assert all(line.startswith("fusechat: error: ") for line in shown.stderr.splitlines()), shown.stderr
+    told = ("fusechat: error: ", "see docs/recipe.md#")
+    assert all(line.startswith(told) for line in shown.stderr.splitlines()), shown.stderr
     return shown.stdout, shown.stderr
 
 

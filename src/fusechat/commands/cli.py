@@ -10,6 +10,7 @@ import typer
 from fusechat.commands.eval import measure
 from fusechat.commands.options import Changes, RecipeFile, TemplateChoice
 from fusechat.errors import FuseChatError, storage_error
+from fusechat.recipe.anchors import links
 from fusechat.run import ranks
 
 INTERRUPTED = 130  # exit status after Ctrl-C
@@ -316,4 +317,6 @@ def _usage(error: Any) -> None:
 def _fail(*messages: str, status: int = 2) -> None:
     for message in messages:
         print(f"fusechat: error: {message}", file=sys.stderr)
+    for link in links(messages) if "merge" not in sys.argv[1:2] else ():  # whose keys have a page of their own
+        print(f"see {link}", file=sys.stderr)
     sys.exit(status)
