@@ -16,7 +16,6 @@ from fusechat.run import ranks
 INTERRUPTED = 130  # exit status after Ctrl-C
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Fuses several chat LLMs into one model.",
 )
@@ -66,7 +65,9 @@ def run(
     workdir = workdir or Path("runs") / loaded.name
     run_pipeline(loaded, workdir, until=until, only=only)
     if until in (None, "report") and only is None and ranks.is_first():
-        _print_results(workdir, loaded.name)
+        from fusechat.commands.finished import print_finished
+
+        print_finished(loaded, workdir)
 
 
 @app.command()
@@ -116,35 +117,9 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show what is done, running, stale or damaged, and why."""
-    from fusechat.commands.run import check_workdir
-    from fusechat.data.rejected import LeftOut, left_out
-    from fusechat.errors import WorkdirError
-    from fusechat.pipeline import RECIPE, build_steps, load_recipe
-    from fusechat.recipe.pinned import pin
+    from fusechat.commands.status import show_status
 
-    if not (workdir / RECIPE).is_file():
-        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    loaded = pin(load_recipe(recipe or workdir / RECIPE, set_), workdir)
-    check_workdir(loaded, workdir)
-    rows: list[tuple[str, str, str, LeftOut | None]] = []
-    for step in build_steps(loaded, workdir):
-        state, why = step.state()
-        lost = left_out(step) if state in ("done", "freed") else None
-        rows.append((step.label, "running", "", None) if step.running else (step.label, state, why, lost))
-    if as_json:
-        found = [
-            {"step": label, "state": now, "why": reason} | ({"left_out": lost.reasons} if lost else {})
-            for label, now, reason, lost in rows
-        ]
-        print(json.dumps(found, indent=1, ensure_ascii=False))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("step", "state", "why")
-    for label, now, reason, lost in rows:
-        table.add_row(label, now, reason or (lost.sentence if lost else ""))
-    Console().print(table)
+    show_status(workdir, recipe, set_, as_json=as_json)
 
 
 @app.command()
@@ -168,6 +143,7 @@ def clean(
 @app.command()
 def report(workdir: WorkDirectory) -> None:
     """Write the report of a finished run again, and print its table."""
+    from fusechat.commands.finished import print_finished
     from fusechat.errors import WorkdirError
     from fusechat.pipeline import RECIPE, build_steps
     from fusechat.recipe.pinned import recipe_of
@@ -180,7 +156,7 @@ def report(workdir: WorkDirectory) -> None:
     if unfinished:
         raise WorkdirError(f"{workdir}: not finished: {unfinished[0]}; run the recipe first")
     page.redo()
-    _print_results(workdir, recipe.name)
+    print_finished(recipe, workdir)
 
 
 @app.command()
@@ -270,17 +246,6 @@ def _common(
         setup_logging()
 
 
-def _print_results(workdir: Path, name: str) -> None:
-    from rich.console import Console
-
-    from fusechat.report.summary import print_results
-
-    console = Console()
-    print_results(console, workdir / "evaluate" / "results.json", name)
-    console.print(f"fused model: {workdir / 'merge' / 'model'}", soft_wrap=True)
-    console.print(f"report:      {workdir / 'report' / 'index.html'}", soft_wrap=True)
-
-
 def main() -> Any:
     """Runs the command line. Exit status 0 when done, 2 for what the user can mend, 1 for a defect of FuseChat."""
     try:
@@ -290,7 +255,9 @@ def main() -> Any:
         sys.exit(status)
     except FuseChatError as error:
         _fail(*(() if error.reported else error.messages))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort) as stopped:
+        if isinstance(stopped, typer.Abort):
+            print(file=sys.stderr)  # ends the line of the question
         _fail("interrupted; run the same command again to go on", status=INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
