@@ -6,8 +6,10 @@ A step knows its upstream steps, so that its fingerprint changes when anything t
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fusechat.align import stage as align
 from fusechat.capture import stage as capture
@@ -31,9 +33,15 @@ from fusechat.run.steps import Step, with_upstream
 __all__ = ["RECIPE", "build_steps", "load_recipe"]
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None, *, dtype: str | None = None) -> Recipe:
+def load_recipe(
+    source: Path | Mapping[str, Any],
+    overrides: list[str] | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+) -> Recipe:
     """As `read_recipe`, with the merging stage's check of its parameters."""
-    return read_recipe(path, overrides, dtype=dtype, merge_check=merge_problems)
+    return read_recipe(source, overrides, changes=changes, dtype=dtype, merge_check=merge_problems)
 
 
 def of_day(recipe: Recipe, workdir: Path) -> Recipe:

@@ -1,6 +1,5 @@
 """Reading what to merge: a configuration in mergekit's format, everything wrong with it found at once."""
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from fusechat.merge.methods import Method, load_method, method_names
 from fusechat.merge.parameters import Parameter, Values
 from fusechat.merge.values import Setting, position, read_setting, resolve, shown
 from fusechat.models.reference import Reference
-from fusechat.recipe.yaml_file import Document, Place, kind, parse, read_text, second_document, suggestion
+from fusechat.recipe.yaml_file import Document, Place, kind, of_mapping, parse, read_text, second_document, suggestion
 from fusechat.run.progress import log
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -122,7 +121,7 @@ def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
 
 def _document(config: Mapping[str, Any] | str | Path) -> Document:
     if isinstance(config, Mapping):
-        return Document("merge", {str(key): copy.deepcopy(value) for key, value in config.items()})
+        return of_mapping(config, "merge")
     if not isinstance(config, str | os.PathLike):
         raise RecipeError(f"merge: {_WHAT} is a mapping of keys, not {kind(config)}")
     path = Path(config)

@@ -168,8 +168,8 @@ def _identity(settings: MergeFile, job: MergeJob, resize: bool) -> str:
 
 
 def _plain(source: dict[str, Any]) -> Any:
-    """The configuration as JSON and YAML can write it, numbers of NumPy and dates among them."""
-    return json.loads(json.dumps(source, default=lambda value: value.item() if hasattr(value, "item") else str(value)))
+    """The configuration as JSON and YAML can write it, dates as text."""
+    return json.loads(json.dumps(source, default=str))
 
 
 def _place(out: Path) -> Path:

@@ -1,7 +1,7 @@
 """Reading a recipe: YAML with line numbers, every mistake found and reported together, each with its place and, for a
 misspelt key, the right one."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,22 +12,33 @@ from fusechat.data.data_files import suffix_of
 from fusechat.errors import RecipeError
 from fusechat.models.chat_model import is_template_file
 from fusechat.recipe.schema import Recipe
-from fusechat.recipe.yaml_file import Document, Loader, kind, parse, read_text, suggestion
+from fusechat.recipe.yaml_file import Document, Loader, Place, kind, of_mapping, parse, read_text, suggestion
 from fusechat.run.files import write_text
 
 MergeCheck = Callable[[str, dict[str, Any], list[str]], list[Any]]  # method, parameters, targets → what is wrong
 
 
 def read_recipe(
-    path: Path, overrides: list[str] | None = None, *, dtype: str | None = None, merge_check: MergeCheck | None = None
+    source: Path | Mapping[str, Any],
+    overrides: list[str] | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    merge_check: MergeCheck | None = None,
 ) -> Recipe:
-    """The recipe in `path`, with `KEY=VALUE` overrides, paths made absolute. `dtype`: what `auto` stands for, None for what suits
-    this machine. `merge_check`: the merging stage's own check of its parameters. Raises RecipeError with all that is wrong."""
-    document = _parse(path)
+    """The recipe of a file, or of a mapping like one, with `KEY=VALUE` overrides; paths made absolute.
+
+    `changes`: sections in part, whose keys replace the recipe's. Relative paths start at the file's directory, those of a mapping
+    and of `changes` at the current one. `dtype`: what `auto` stands for, None for what suits this machine. `merge_check`: the
+    merging stage's own check of its parameters. Raises RecipeError with all that is wrong."""
+    document = of_mapping(source, "recipe") if isinstance(source, Mapping) else _parse(source)
+    base = Path.cwd() if isinstance(source, Mapping) else source.resolve().parent
     for override in overrides or []:
-        _set(document.content, override)
+        _override(document.content, override)
+    for place, value in _leaves(_absolute_paths(of_mapping(changes or {}, "recipe").content, Path.cwd())):
+        _set(document.content, place, value, f"{document.name}: {'.'.join(place)}")
     try:
-        content = _absolute_paths(document.content, path.resolve().parent)
+        content = _absolute_paths(document.content, base)
         recipe = Recipe.model_validate(content, context={"dtype": dtype, "merge_check": merge_check})
     except ValidationError as error:
         _explain(error, document)
@@ -69,31 +80,46 @@ def _parse(path: Path) -> Document:
     return parse(read_text(path), path, what="a recipe")
 
 
-def _set(raw: dict[str, Any], override: str) -> None:
+def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
+    said = f"--set {override}"
     if not equals or not all(key.split(".")):
-        raise RecipeError(f"--set {override}: not of the form KEY=VALUE, such as fuse.sft_weight=0.5")
-    *above, last = key.split(".")
+        raise RecipeError(f"{said}: not of the form KEY=VALUE, such as fuse.sft_weight=0.5")
+    try:
+        _set(raw, tuple(key.split(".")), yaml.load(value, Loader=Loader), said)
+    except yaml.YAMLError:
+        raise RecipeError(f"{said}: the value is not YAML") from None
+
+
+def _leaves(changes: dict[str, Any], above: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """What is to be set, and where: mappings are gone into, all else is a value."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*above, key))
+        else:
+            yield (*above, key), value
+
+
+def _set(raw: dict[str, Any], place: Place, value: Any, said: str) -> None:
+    """`said`: how the user names the change."""
+    *above, last = place
     section: Any = raw
     for name in above:
-        at = _entry(section, name, override)
+        at = _entry(section, name, said)
         inner = section[at] if isinstance(section, list) else section.get(at)
         if isinstance(inner, str):  # a bare model reference stands for {model: reference}, a bare path for {path: …}
             inner = {"path" if name in ("train", "validation") or isinstance(section, list) else "model": inner}
         section[at] = list(inner) if isinstance(inner, list) else dict(inner) if isinstance(inner, dict) else {}
         section = section[at]
-    try:
-        section[_entry(section, last, override)] = yaml.load(value, Loader=Loader)
-    except yaml.YAMLError:
-        raise RecipeError(f"--set {override}: the value is not YAML") from None
+    section[_entry(section, last, said)] = value
 
 
-def _entry(section: Any, name: str, override: str) -> Any:
+def _entry(section: Any, name: str, said: str) -> Any:
     """The key of a mapping, the index of a list, from 0 on."""
     if not isinstance(section, list):
         return name
     if not name.isdecimal() or int(name) >= len(section):
-        raise RecipeError(f"--set {override}: {name} is no index of a list of {len(section)}")
+        raise RecipeError(f"{said}: {name} is no index of a list of {len(section)}")
     return int(name)
 
 

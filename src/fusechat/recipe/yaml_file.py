@@ -1,9 +1,11 @@
 """YAML that a user writes: plain values, the line of every key, and messages that say where something is wrong."""
 
+import datetime
 import difflib
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,38 @@ def parse(text: str, path: Path, *, what: str) -> Document:
         raise RecipeError(f"{path}: {what} is a mapping of keys, not {kind(content)}")
     document.content = content
     return document
+
+
+def of_mapping(content: Mapping[str, Any], name: str) -> Document:
+    """A mapping that a program made, as a file would hold it: tuples as lists, paths as text, NumPy's values as Python's. The
+    caller's is not changed by what is done to it. Raises RecipeError for values that no file can hold."""
+    document = Document(name, {})
+    try:
+        document.content = _plain(content, (), document)
+    except RecursionError:
+        raise RecipeError(f"{name}: nests too deep, or in itself") from None
+    if document.wrong:
+        raise RecipeError(*document.wrong)
+    return document
+
+
+def _plain(value: Any, place: Place, document: Document) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner, (*place, str(key)), document) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner, (*place, str(number)), document) for number, inner in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # of NumPy, pandas or PyTorch
+        return _plain(value.tolist(), place, document)
+    if isinstance(value, str):
+        return str.__str__(value)  # of an enumeration its text
+    for simple in (bool, int, float):
+        if isinstance(value, simple):
+            return simple(value)
+    if value is not None and not isinstance(value, datetime.date):
+        document.complain(place, f"should be text, a number, a list or a mapping of keys, not {kind(value)}")
+    return value
 
 
 def second_document(text: str) -> int | None:
