@@ -1,7 +1,8 @@
-"""What a user sees while work goes on: progress bars and log lines on stderr, never on stdout."""
+"""What a user sees while work goes on: progress bars and log lines on stderr, in a notebook below the cell, never on stdout."""
 
 import logging
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,18 +29,27 @@ console = Console(stderr=True)
 log = logging.getLogger("fusechat")
 BYTES = "bytes"  # a unit: shown as kB, MB, GB
 _EVERY = 10.0  # seconds between lines where stderr is no terminal
+_REDRAWN = 0.5  # seconds between two drawings of a bar in a notebook
 
 
 class Advance(Protocol):
     def __call__(self, amount: int = 1, note: str = "") -> None: ...
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what is stderr by then: a notebook, or whoever calls, may exchange it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def setup_logging() -> None:
     handler: logging.Handler
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() or console.is_jupyter:
         handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
     else:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
@@ -48,10 +58,17 @@ def setup_logging() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def setup_logging_once() -> None:
+    """For a program that imports FuseChat: log lines are shown, unless it has handlers for them."""
+    if not log.hasHandlers():
+        setup_logging()
+
+
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
-    """A bar on a terminal, a line every ten seconds elsewhere. Without `total`, a spinner with the time that passed."""
-    if console.is_terminal and ranks.is_first():
+    """A bar on a terminal and in a notebook, a line every ten seconds elsewhere. Without `total`, a spinner with the time that
+    passed."""
+    if (console.is_terminal or console.is_jupyter) and ranks.is_first():
         yield from _bar(description, total, unit)
     else:
         yield from _lines(description, total, unit)
@@ -75,7 +92,8 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     ]
-    with Progress(*columns, console=console, redirect_stdout=False) as bar:
+    bar = Progress(*columns, console=console, redirect_stdout=False)
+    with _in_notebook(bar) if console.is_jupyter else bar:
         task = bar.add_task(description, total=total, note="")
 
         def advance(amount: int = 1, note: str = "") -> None:
@@ -84,6 +102,28 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
                 bar.update(task, note=note)
 
         yield advance
+
+
+@contextmanager
+def _in_notebook(bar: Progress) -> Iterator[None]:
+    """Shows a bar as an output of the cell that is drawn again and again. Rich would do it by ipywidgets, which may be missing, and
+    whose output takes, and then clears, what others print meanwhile."""
+    from IPython.display import display
+
+    shown, ended = display(bar, display_id=True), threading.Event()
+
+    def draw() -> None:
+        while not ended.wait(_REDRAWN):
+            shown.update(bar)
+
+    drawing = threading.Thread(target=draw, daemon=True)
+    drawing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        drawing.join()
+        shown.update(bar)
 
 
 def in_bytes(count: int) -> str:
