@@ -3,6 +3,7 @@
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import threading
 from collections import deque
@@ -11,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from fusechat.errors import WorkdirError
@@ -71,11 +73,14 @@ class Processes:
     def _submit(self, work: Callable[[Any, I], R], file: str, item: I) -> Future[R]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.number, get_context("spawn"), _begin)
-        # A process that this begins inherits what is blocked: Ctrl-C is for the one that began it.
+        # A process that this begins inherits what is blocked: Ctrl-C is for the one that began it. It would also run the user's
+        # script again, up to its `if __name__ == "__main__"`, had this process a main module with a file.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
             return self._pool.submit(_in_process, work, file, item)
         finally:
+            sys.modules["__main__"] = main
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

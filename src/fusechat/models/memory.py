@@ -3,13 +3,12 @@
 import os
 from pathlib import Path
 
-import torch
-
 _LIMITS = Path("/sys/fs/cgroup")
 
 
 def out_of_memory(error: Exception) -> bool:
     """Whether `error` says so, in any of the ways that PyTorch and its backends have."""
+    import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)

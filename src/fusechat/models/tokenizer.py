@@ -12,6 +12,7 @@ from typing import Any
 from fusechat.errors import ModelError
 from fusechat.models.companion_files import read_json_of
 from fusechat.models.load import model_error, quiet_transformers
+from fusechat.run.files import seen
 from fusechat.run.progress import log
 
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -20,16 +21,21 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model directory: that of `tokenizer.json`, where there is one; code of its own that is trusted decides by
     itself. Raises ModelError where none can be loaded, or only a slow one."""
-    return _loaded(directory, trust_remote_code)[0]
+    return _loaded(directory, trust_remote_code, _state(directory))[0]
 
 
 def class_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any | None:
     """What Transformers' automatic class makes of the same files, if that is not what `tokenizer.json` says; else None."""
-    return _loaded(directory, trust_remote_code)[1]
+    return _loaded(directory, trust_remote_code, _state(directory))[1]
+
+
+def _state(directory: Path) -> tuple[Any, ...]:
+    """Size and times of the files, so that others at the same place are loaded anew."""
+    return tuple((file.name, *seen(file).values()) for file in sorted(directory.glob("*")) if file.is_file())
 
 
 @lru_cache(maxsize=8)
-def _loaded(directory: Path, trust_remote_code: bool) -> tuple[Any, Any | None]:
+def _loaded(directory: Path, trust_remote_code: bool, state: tuple[Any, ...]) -> tuple[Any, Any | None]:
     quiet_transformers()
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -6,7 +6,9 @@ What the server has is compared with the recipe's model as far as it tells: its 
 import asyncio
 import os
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
 from fusechat.run.extras import import_extra
 from fusechat.run.progress import Advance, log
 
+T = TypeVar("T")
 KEY = "VLLM_API_KEY"  # the environment variable that vLLM's own server takes its key from
 _AT_ONCE = 16  # requests under way; the server makes its own batches
 _RETRIES = 5  # after a failed connection, a timeout, 429 and 5xx; the client waits 0.5 to 8 s in between
@@ -26,6 +29,29 @@ _TEXT = "The quick brown fox jumps over the lazy dog: 12 + 34 = 46, größer als
 _COMPARED = 8  # its last tokens; versions of a tokenizer differ in what they put before a text
 _NOT_JSON = "not JSON compliant"  # what a server says that would have to write NaN
 _NO_VLLM = "does not answer as vLLM does; is the URL the one that ends in /v1?"
+
+
+class _Loop:
+    """Runs coroutines in a thread of its own: in a notebook the caller's has a loop already."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Its result; interrupted, it is cancelled."""
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 class Server:
@@ -38,7 +64,7 @@ class Server:
         self._name = f"{chat_model.name} ({chat_model.reference})"
         self._vocabulary = chat_model.vocabulary_size()
         self._k = min(k, self._vocabulary)
-        self._loop = asyncio.Runner()
+        self._loop = _Loop()
         self._client = self._openai.AsyncOpenAI(
             base_url=self._url,
             api_key=os.environ.get(KEY) or "none",
