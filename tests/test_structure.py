@@ -59,6 +59,17 @@ def test_imports_point_down_and_no_stage_imports_another() -> None:
             assert other == room or FLOOR[other] > FLOOR[room], f"{name} imports {imported}"
 
 
+def test_the_package_itself_brings_the_errors_alone_and_no_module_takes_names_from_it() -> None:
+    """What else it names is imported when it is first used, or by type checkers: so it may name what it likes."""
+    brought = [node.module for node in ast.parse(MODULES[""].read_text()).body if isinstance(node, ast.ImportFrom)]
+    assert brought == ["importlib", "typing", "fusechat.errors"]
+    for name in filter(None, MODULES):
+        for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module == "fusechat":
+                taken = {alias.name for alias in node.names} - MODULES.keys() - {"__version__"}
+                assert not taken, f"{name} imports {taken} from the package itself"
+
+
 def test_no_circles() -> None:
     graph = {name: imports(name) - {name, ""} for name in filter(None, MODULES)}
     tuple(TopologicalSorter(graph).static_order())  # raises CycleError, which names the modules
@@ -70,6 +81,19 @@ def test_files_are_of_a_size_that_one_reads_in_a_sitting() -> None:
 
 
 def test_public_names() -> None:
+    errors = (
+        "DataError",
+        "FuseChatError",
+        "ModelError",
+        "RecipeError",
+        "StorageError",
+        "TrainingError",
+        "WorkdirError",
+    )
+    functions = ("load_recipe", "run_recipe", "plan_recipe", "merge_models", "align_text")
+    values = ("Recipe", "Run", "TextAlignment", "align_starts", "fusion_loss", "token_spans")
+    assert fusechat.__all__ == sorted([*errors, *functions, *values])
+    assert all(callable(getattr(fusechat, name)) for name in fusechat.__all__)
     assert fusechat.align.__all__ == ["align_starts", "token_spans"]
     assert fusechat.fuse.__all__ == ["fusion_loss"]
     assert all(callable(getattr(fusechat.align, name)) for name in fusechat.align.__all__)

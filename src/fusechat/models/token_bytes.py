@@ -23,7 +23,7 @@ class TokenBytes:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.name = str(tokenizer.name_or_path or type(tokenizer).__name__)
+        self.name = str(getattr(tokenizer, "name_or_path", None) or type(tokenizer).__name__)
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{self.name}: a slow tokenizer has no spans; a tokenizer.json is needed")
         self.tokenizer = tokenizer

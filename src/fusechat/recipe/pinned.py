@@ -60,6 +60,13 @@ def pin(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bool =
     return _each(recipe, pinned)
 
 
+def with_dtype(recipe: Recipe, dtype: str) -> Recipe:
+    """The recipe as it is where `auto` stands for `dtype`."""
+    for place in recipe.automatic:
+        recipe = _put(recipe, place, dtype == "bfloat16" if place[-1] == "bf16" else dtype)
+    return recipe
+
+
 def recipe_of(workdir: Path) -> Recipe:
     """The recipe of a run, as it was run."""
     return pin(read_recipe(workdir / RECIPE), workdir)

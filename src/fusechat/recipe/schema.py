@@ -46,6 +46,8 @@ STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
 
 
 class Recipe(Section):
+    """A run as a user describes it, checked as a whole. docs/recipe.md explains every key."""
+
     name: Name
     preset: Literal["paper"] | None = None
     pivot: ModelSpec

@@ -72,7 +72,7 @@ class AlignedText:
     @cached_property
     def partner(self) -> list[int]:
         """For every pivot token the source token that starts at the same byte, or -1."""
-        found = align_starts(_spans(self.pivot), _spans(self.source))
+        found = align_starts(spans_of(self.pivot), spans_of(self.source))
         return [int(token) for token in found]
 
     @cached_property
@@ -199,5 +199,6 @@ def piece_of(table: Any, token: int) -> str:
     return str(piece) if piece is not None else f"id {token}, past the tokenizer's"
 
 
-def _spans(tokens: Sequence[Token]) -> np.ndarray:
+def spans_of(tokens: Sequence[Token]) -> np.ndarray:
+    """int64 [n, 2]."""
     return np.asarray([token.span for token in tokens], dtype=np.int64).reshape(-1, 2)

@@ -20,11 +20,13 @@ _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 def of_text(pivot: str, source: str, *, text: str) -> TokenView:
     """The tokens of `text`; `-` is standard input."""
-    if text == "-":
-        text = _standard_input()
+    return of_tokenizers((pivot, load(pivot)), (source, load(source)), _standard_input() if text == "-" else text)
+
+
+def of_tokenizers(pivot: tuple[str, Any], source: tuple[str, Any], text: str) -> TokenView:
+    """The tokens of `text` by two tokenizers, each with its name."""
     models, rows = [], []
-    for name in (pivot, source):
-        tokenizer = load(name)
+    for name, tokenizer in (pivot, source):
         try:
             encoded = encode_with_spans(tokenizer, text)
         except ModelError as error:
