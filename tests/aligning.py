@@ -100,7 +100,7 @@ def map_of(matrix: np.ndarray, rests: Sequence[bytes] = ()) -> VocabularyMap:
     entries = [np.flatnonzero(row) for row in matrix]
     return VocabularyMap(
         source=np.arange(len(matrix) - len(rests)),
-        rests=list(rests),
+        remaining_bytes=list(rests),
         offset=np.concatenate([[0], np.cumsum([len(row) for row in entries])]).astype(np.int64),
         pivot=np.concatenate(entries).astype(np.int64),
         weight=np.concatenate([matrix[index, row] for index, row in enumerate(entries)]),
@@ -111,7 +111,7 @@ def map_of(matrix: np.ndarray, rests: Sequence[bytes] = ()) -> VocabularyMap:
 def rows_of(vocabulary_map: VocabularyMap) -> dict[int | bytes, dict[int, float]]:
     """Every row of W, by its source token or its bytes."""
     rows = {}
-    for index, name in enumerate([*vocabulary_map.source.tolist(), *vocabulary_map.rests]):
+    for index, name in enumerate([*vocabulary_map.source.tolist(), *vocabulary_map.remaining_bytes]):
         entries = slice(int(vocabulary_map.offset[index]), int(vocabulary_map.offset[index + 1]))
         pivot, weight = vocabulary_map.pivot[entries].tolist(), vocabulary_map.weight[entries].tolist()
         rows[name] = dict(zip(pivot, weight, strict=True))

@@ -222,7 +222,7 @@ def clipped(
     captured = sparse([{token(theirs, piece): mass for piece, mass in row.items()}])
     alignment = align_rows(one, other)
     rests = remainders_clipped(alignment, one, other, captured, spell=(ours, theirs))
-    needed = Seen(tokens=np.unique(captured.ids), rests=set(rests.data) - {b""})
+    needed = Seen(tokens=np.unique(captured.ids), remaining_bytes=set(rests.data) - {b""})
     roles = {theirs.tokenizer.eos_token_id: ours.tokenizer.eos_token_id}
     w = build_map(needed, source=theirs, back_off=BackOff(ours), roles=roles)
     gathered = gather(alignment, captured, w, [rests])

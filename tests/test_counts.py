@@ -115,13 +115,13 @@ def test_what_parts_have_seen_adds_up_in_any_order(parts: list[Seen], random: Ra
     pairs = [[(s, t)] * count for part in parts for s, t, count in columns(part.pairs)]
     continued = [key for part in parts for key, count in part.parts.items() for _ in range(count)]
     tokens = {token for part in parts for token in part.tokens.tolist()}
-    rests = {rest for part in parts for rest in part.rests}
+    rests = {rest for part in parts for rest in part.remaining_bytes}
     random.shuffle(parts)
     total = add_seen(parts)
     assert columns(total.pairs) == expected(pairs)
     assert total.parts == Counter(continued)
     assert total.tokens.tolist() == sorted(tokens)
-    assert total.rests == rests
+    assert total.remaining_bytes == rests
 
 
 def test_a_sum_leaves_its_parts_as_they_were() -> None:
@@ -129,4 +129,4 @@ def test_a_sum_leaves_its_parts_as_they_were() -> None:
     add_seen([part, part])
     assert columns(part.pairs) == [(1, 2, 1)]
     assert part.parts == Counter({(b"a", 1): 2})
-    assert part.rests == {b"a"}
+    assert part.remaining_bytes == {b"a"}

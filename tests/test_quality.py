@@ -13,7 +13,7 @@ from aligning import Response, conversation, conversations, gold_nll_of, prepare
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey, covered
 from fusechat.align.back_off import EDIT, SEEN, BackOff
 from fusechat.align.quality import Quality, covered_segments, gold_nll
-from fusechat.align.stats import Figures, add_figures
+from fusechat.align.stats import AlignmentStats, add_figures
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared
 from fusechat.models.templates import ChatTemplate
@@ -239,7 +239,7 @@ def test_figures_count_rows_and_share_out_mass() -> None:
     survey.need(pivot, source, captured)
     aligner = Aligner(pair, pair.build_map(survey.seen(), BackOff(other)), np.zeros(5, dtype=bool))
     alignment, candidates, result = aligner.transferred(pivot, source, captured, k=2)
-    figures = Figures()
+    figures = AlignmentStats()
     figures.add(alignment, candidates, result, aligner.map, little=np.zeros(6, dtype=bool))
     figures.add_without_source(6)
     assert figures.summary() == {
@@ -289,19 +289,19 @@ def test_a_row_of_which_little_is_mapped_has_no_target(unaligned: Any) -> None:
 
 
 def test_figures_of_nothing_are_undefined_and_not_zero() -> None:
-    summary = Figures().summary()
+    summary = AlignmentStats().summary()
     shares = {key for key, value in summary.items() if value is None}
     assert shares == {"coverage_of_positions", "coverage_of_mass", "kept_mass"}
     assert summary["mass_by_origin"] == {}
 
 
 def test_figures_of_parts_add_up() -> None:
-    one = Figures(conversations=1, positions=4, aligned=3, mapped_mass=1.5)
+    one = AlignmentStats(conversations=1, positions=4, aligned=3, mapped_mass=1.5)
     one.mass_by_origin.update({SEEN: 0.5})
-    two = Figures(conversations=2, positions=5, inside=1, mapped_mass=0.25)
+    two = AlignmentStats(conversations=2, positions=5, inside=1, mapped_mass=0.25)
     two.mass_by_origin.update({SEEN: 0.25, EDIT: 1.0})
     add_figures(one, two)
-    assert one == Figures(
+    assert one == AlignmentStats(
         conversations=3, positions=9, aligned=3, inside=1, mapped_mass=1.75, mass_by_origin=one.mass_by_origin
     )
     assert one.mass_by_origin == {SEEN: 0.75, EDIT: 1.0}

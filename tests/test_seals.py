@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fusechat.run.integrity import matches_record, read_sealed, seal, write_sealed
+from fusechat.run.integrity import matches_record, read_sealed, record, write_sealed
 
 VALUE = {"shard": {"bytes": 3}, "tensors": {"a.weight": [0.1, -2.5e-9], "größe": None}}
 
@@ -44,7 +44,7 @@ def sealed(tmp_path: Path) -> Path:
     (tmp_path / "model" / "deep" / "weights").write_text("0.25")
     (tmp_path / "model" / "config").write_text("{}")
     (tmp_path / "losses").write_text("1")
-    seal(tmp_path / "sealed.json", tmp_path / "model", tmp_path / "losses")
+    record(tmp_path / "sealed.json", tmp_path / "model", tmp_path / "losses")
     time.sleep(0.05)  # file systems count time in ticks
     return tmp_path
 

@@ -14,7 +14,7 @@ import pytest
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, covered
 from fusechat.align.back_off import BackOff
 from fusechat.align.blocks import Blocks, Conversations
-from fusechat.align.stats import Figures
+from fusechat.align.stats import AlignmentStats
 from fusechat.align.vocabulary import VocabularyMap
 from fusechat.data.conversations import Conversation, DataSet, Message, read_conversations
 from fusechat.data.distributions import SparseDistribution, write_distributions, write_store
@@ -142,7 +142,7 @@ class Room:
         pair = Pair(self.pivot, self.source, strategy)
         blocks = Blocks(pair, self.data[order], processes=1)
         vocabulary_map, is_open = blocks.build_map(self.back_off, lambda _=1: None)
-        figures = Figures()
+        figures = AlignmentStats()
         rows = dict(blocks.align(vocabulary_map, is_open, k=KEPT, advance=lambda _=1: None, figures=figures))
         return Outcome(pair, vocabulary_map, is_open, rows, figures)
 
@@ -155,7 +155,7 @@ class Outcome:
     map: VocabularyMap
     is_open: np.ndarray
     rows: dict[str, SparseDistribution]
-    figures: Figures
+    figures: AlignmentStats
 
 
 @pytest.fixture(scope="module", params=PAIRS, ids="<-".join)

@@ -224,7 +224,7 @@ def test_bytes_have_rows_of_their_counts_or_of_their_back_off(table: dict[str, T
     byte = pivot.tokenizer.convert_tokens_to_ids("<0xFF>")
     assert rows_of(found) == {b"a": {x: 0.75, y: 0.25}, b"qq": {y: 1.0}, b"x": {x: 1.0}, b"\xff\xff": {byte: 1.0}}
     assert origins(found) == ["seen", "seen", "same bytes", "longest prefix"]
-    assert found.rests == sorted(found.rests)
+    assert found.remaining_bytes == sorted(found.remaining_bytes)
     assert rows_of(build_map(seen(parts=parts), top_1=True, **common))[b"a"] == {x: 1.0}
     for vocabulary in ("exact", "edit"):  # which count nothing
         uncounted = build_map(seen(parts=parts, rests=[b"a"]), vocabulary=vocabulary, **common)
