@@ -4,32 +4,32 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 ALL = os.environ.get("FUSECHAT_TESTS") == "all"  # `make test-all`
 
 
 def each(names: str, cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """As `pytest.mark.parametrize`, in one item: every case is tried, and those that fail are named. Each has an empty `tmp_path` of
-    its own, and what it changed by `monkeypatch` is as before for the next."""
+    """As `pytest.mark.parametrize`, in one item: every case is tried, and those that fail are named. Each has an empty `tmp_path`
+    of its own, and what it changed by `monkeypatch` is as before for the next."""
     keys, cases = [name.strip() for name in names.split(",")], list(cases)
 
     def around(test: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(test).parameters
 
         def every(subtests: Any, **fixtures: Any) -> None:
-            directory = fixtures.get("tmp_path")
-            if "subtests" in own:  # this decorator once more
-                fixtures["subtests"] = subtests
+            directory, patch = fixtures.get("tmp_path"), fixtures.get("monkeypatch")
             for number, values in enumerate(cases):
                 case = dict(zip(keys, [values] if len(keys) == 1 else values, strict=True))
-                if directory is not None:
-                    fixtures["tmp_path"] = directory / str(number)
-                    fixtures["tmp_path"].mkdir()
-                with subtests.test(**{key: getattr(value, "__name__", value) for key, value in case.items()}):
-                    test(**fixtures, **case)
-                if "monkeypatch" in fixtures:
-                    fixtures["monkeypatch"].undo()
+                told = {key: getattr(value, "__name__", value) for key, value in case.items()}
+                with subtests.test(**told), ExitStack() as stack:
+                    if directory:
+                        case["tmp_path"] = directory / str(number)
+                        case["tmp_path"].mkdir()
+                    if patch:
+                        case["monkeypatch"] = stack.enter_context(patch.context())
+                    test(**{**fixtures, **case}, **({"subtests": subtests} if "subtests" in own else {}))
 
         inner = [one for name, one in own.items() if name not in keys and name != "subtests"]
         every.__name__, every.__doc__, every.__module__ = test.__name__, test.__doc__, test.__module__

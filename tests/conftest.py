@@ -15,13 +15,14 @@ import pytest
 import torch
 from hypothesis import settings
 
-import showing
+import cases
+import paper
 import tiny
 from fusechat.run.progress import log
-from fusechat.show.tokens import load
 
-settings.register_profile("fusechat", deadline=None, derandomize=True, database=None)
-settings.load_profile("fusechat")
+settings.register_profile("few", max_examples=25, deadline=None, derandomize=True, database=None)
+settings.register_profile("many", settings.get_profile("few"), max_examples=200)
+settings.load_profile("many" if cases.ALL else "few")
 
 
 # Files of tests that take longest, in order: begun last, one process would wait for them at the end.
@@ -70,9 +71,7 @@ def tokenizer(tokenizers: dict[str, Any]) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         if name not in loaded:
-            if not (showing.VOCABULARIES / name).is_dir():
-                pytest.skip(f"the vocabulary {name} is not here")
-            loaded[name] = load(str(showing.VOCABULARIES / name))
+            loaded[name] = paper.vocabulary(name)
         return loaded[name]
 
     return find

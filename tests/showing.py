@@ -18,7 +18,6 @@ from fusechat.models.token_bytes import token_bytes
 from fusechat.show.glyphs import glyphs_of
 from fusechat.show.passages import AlignedText, Token, tokens_of
 
-VOCABULARIES = Path(__file__).parents[2] / "shared" / "tokenizers"
 PAIRS = [("llama", "mistral"), ("gemma", "llama"), ("qwen1_5", "openchat_3_5"), ("internlm2", "nh2_solar")]
 GUTTER = 8
 # Of everything that does not stand still on a terminal: joiners, marks, flags, tones, controls, both directions, wide and wider.

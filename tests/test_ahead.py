@@ -4,10 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aligning import conversation, dense, map_of, sparse, toy
+from cases import each
 from fusechat.align.candidates import NONE, Candidates, gather, remainders_inside
 from fusechat.align.counts import Counts
 from fusechat.align.lookahead import (
@@ -26,7 +27,6 @@ from fusechat.align.vocabulary import VocabularyMap
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-FEW = settings(max_examples=100, deadline=None)
 SOURCE = toy("a", "b", "c", "ab")
 A, B, C, AB, END = range(5)
 PIVOT = toy("a", "b", "c", "ab", "ac", "abc", "bc")
@@ -122,7 +122,7 @@ def test_bytes_ahead_end_with_the_rest_where_a_special_token_comes_and_pads_have
     assert found == [[b"xa", b"xab", b"x"], [b"yzc", None, b"yz"], [None, b"xa", b"xab"]]
 
 
-@pytest.mark.parametrize("candidates", [np.zeros((0, 2), dtype=np.int32), np.full((1, 2), -1, dtype=np.int32)])
+@each("candidates", [np.zeros((0, 2), dtype=np.int32), np.full((1, 2), -1, dtype=np.int32)])
 def test_no_candidates_have_no_bytes(candidates: np.ndarray) -> None:
     ahead = Ahead(np.arange(len(candidates)), np.arange(len(candidates)), [b"x"] * len(candidates))
     different, which = bytes_ahead(ahead, candidates, SOURCE)
@@ -219,7 +219,6 @@ def test_where_the_chain_rule_says_more_nothing_changes() -> None:
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 
-@FEW
 @given(st.lists(TOKENS, min_size=1, max_size=2), st.booleans(), st.data())
 def test_the_total_mass_of_every_row_is_what_it_was(responses: list[list[int]], ends: bool, data: Any) -> None:
     """The pivot has single letters, so that it starts with source tokens and inside them."""

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from alpaca_evaluating import GAMED, annotation_records, baseline_records, published, write
+from cases import each
 from fusechat.errors import DataError
 from fusechat.evaluate.alpaca import data
 from fusechat.evaluate.alpaca.data import gamed_file, is_official, load, read_annotations, write_annotations
@@ -49,29 +50,23 @@ def changed(records: list[dict[str, Any]], number: int, **values: Any) -> list[d
     return [*records[:number], record, *records[number + 1 :]]
 
 
-@pytest.mark.parametrize(
-    ("records", "said"),
-    [
-        ({}, r"x\.json: holds no list of records"),
-        ([], r"x\.json: holds no list of records"),
-        ([*baseline_records(1), 7], r"x\.json, record 2: is int, not an object"),
-        (changed(baseline_records(), 3, output=...), r'x\.json, record 4: lacks "output"'),
-        (changed(baseline_records(), 0, generator=...), r'x\.json, record 1: lacks "generator"'),
-        (changed(baseline_records(), 3, instruction=None), r'record 4: "instruction" is NoneType, not text'),
-        (changed(baseline_records(), 3, output="\ud800"), r'record 4: "output" holds half a surrogate pair'),
-        (
-            changed(baseline_records(), 3, instruction="What is 0 + 1?"),
-            r"record 4: has the instruction of .*record 1 again",
-        ),
-        (changed(baseline_records(), 3, generator="gpt"), r"record 4: its generator is 'gpt', that of others 'base'"),
-    ],
-)
+@each("records, said", [
+    ({}, r"x\.json: holds no list of records"),
+    ([], r"x\.json: holds no list of records"),
+    ([*baseline_records(1), 7], r"x\.json, record 2: is int, not an object"),
+    (changed(baseline_records(), 3, output=...), r'x\.json, record 4: lacks "output"'),
+    (changed(baseline_records(), 0, generator=...), r'x\.json, record 1: lacks "generator"'),
+    (changed(baseline_records(), 3, instruction=None), r'record 4: "instruction" is NoneType, not text'),
+    (changed(baseline_records(), 3, output="\ud800"), r'record 4: "output" holds half a surrogate pair'),
+    (changed(baseline_records(), 3, instruction="What is 0 + 1?"), r"record 4: has the instruction of .*record 1 again"),
+    (changed(baseline_records(), 3, generator="gpt"), r"record 4: its generator is 'gpt', that of others 'base'"),
+])  # fmt: skip
 def test_what_is_wrong_with_outputs_is_told_by_record(tmp_path: Path, records: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         load(write(tmp_path / "x.json", records))
 
 
-@pytest.mark.parametrize("read", [load, read_annotations])
+@each("read", [load, read_annotations])
 def test_a_file_that_cannot_be_read(tmp_path: Path, read: Any) -> None:
     with pytest.raises(DataError, match="no such file"):
         read(tmp_path / "x.json")
@@ -86,19 +81,16 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, read: Any) -> None:
         read(tmp_path / "x.json")
 
 
-@pytest.mark.parametrize(
-    ("values", "said"),
-    [
-        ({"preference": ...}, r'x\.json, record 2: lacks "preference"'),
-        ({"preference": "2"}, r'record 2: "preference" is str, not a number'),
-        ({"preference": True}, r'record 2: "preference" is bool, not a number'),
-        ({"preference": 2.5}, r'record 2: "preference" is 2\.5; it is 0, 1 to 2, or null'),
-        ({"preference": -1}, r'record 2: "preference" is -1'),
-        ({"generator_2": ...}, r'record 2: lacks "generator_2"'),
-        ({"output_2": ...}, r'record 2: lacks "output_2"'),
-        ({"instruction": "What is 0 + 1?"}, r"record 2: has the instruction of .*record 1 again"),
-    ],
-)
+@each("values, said", [
+    ({"preference": ...}, r'x\.json, record 2: lacks "preference"'),
+    ({"preference": "2"}, r'record 2: "preference" is str, not a number'),
+    ({"preference": True}, r'record 2: "preference" is bool, not a number'),
+    ({"preference": 2.5}, r'record 2: "preference" is 2\.5; it is 0, 1 to 2, or null'),
+    ({"preference": -1}, r'record 2: "preference" is -1'),
+    ({"generator_2": ...}, r'record 2: lacks "generator_2"'),
+    ({"output_2": ...}, r'record 2: lacks "output_2"'),
+    ({"instruction": "What is 0 + 1?"}, r"record 2: has the instruction of .*record 1 again"),
+])  # fmt: skip
 def test_what_is_wrong_with_annotations_is_told_by_record(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     with pytest.raises(DataError, match=said):
         read_annotations(write(tmp_path / "x.json", changed(annotation_records(), 1, **values)))

@@ -3,16 +3,15 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from aligning import edit_distance, toy
+from cases import each
 from fusechat.align.back_off import EDIT, TAIL, BackOff
 from fusechat.align.dtw import surface
 from fusechat.models.token_bytes import TokenBytes
-
-FEW = settings(max_examples=60, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +27,8 @@ def test_back_off_takes_the_same_bytes_first(table: dict[str, TokenBytes]) -> No
     assert BackOff(table["llama"]).lookup(b" the") == (table["llama"].tokenizer.get_vocab()["Ġthe"], "same bytes")
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma"])
-@pytest.mark.parametrize("character", ["a", "1", "\n", "!"])
+@each("kind", ["mistral", "gemma"])
+@each("character", ["a", "1", "\n", "!"])
 def test_of_two_tokens_with_the_same_bytes_the_one_that_the_pivot_writes(
     table: dict[str, TokenBytes], kind: str, character: str
 ) -> None:
@@ -40,8 +39,8 @@ def test_of_two_tokens_with_the_same_bytes_the_one_that_the_pivot_writes(
     assert BackOff(table[kind]).lookup(character.encode()) == (written, "same bytes")
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@pytest.mark.parametrize("text", ["qzx", " thezz", "zthe", "\u00f0\u00f0", "日京", "  the", "𝄞!"])
+@each("kind", tiny.KINDS)
+@each("text", ["qzx", " thezz", "zthe", "\u00f0\u00f0", "日京", "  the", "𝄞!"])
 def test_back_off_is_then_the_first_token_in_the_middle_of_a_text(
     table: dict[str, TokenBytes], kind: str, text: str
 ) -> None:
@@ -56,7 +55,7 @@ def test_back_off_is_then_the_first_token_in_the_middle_of_a_text(
     assert how == "first token"
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 def test_bytes_that_are_no_text_take_the_longest_token_that_begins_them(
     table: dict[str, TokenBytes], kind: str
 ) -> None:
@@ -91,7 +90,6 @@ def test_what_no_pivot_token_begins_goes_to_the_tail_never_to_unk_or_end_of_sequ
     assert back_off.lookup(b"ab")[0] == 2
 
 
-@FEW
 @given(data=st.binary(max_size=8))
 def test_a_back_off_token_always_begins_the_bytes(tokenizers: dict[str, Any], data: bytes) -> None:
     for kind in tiny.KINDS:
@@ -133,8 +131,7 @@ def naive_nearest(pivot: TokenBytes, data: bytes) -> int:
     return best
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-@settings(max_examples=25, deadline=None)
+@each("kind", tiny.KINDS)
 @given(
     several=st.lists(
         st.text("the qzß日", min_size=1, max_size=6).map(str.encode) | st.binary(min_size=1, max_size=3), max_size=3

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aligning import conversation, sparse, toy
@@ -79,7 +79,6 @@ def naive(source: Prepared, captured: SparseDistribution, tokens: TokenBytes) ->
     return result
 
 
-@settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.integers(0, HE), min_size=1, max_size=5), min_size=1, max_size=3), st.integers(0, 1000))
 def test_shares_are_those_of_the_loop_over_bytes(responses: list[list[int]], seed: int) -> None:
     chance, source = np.random.default_rng(seed), conversation(TOKENS, *responses, ends=END)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import tiny
+from cases import each
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared
 from fusechat.evaluate.bits_per_byte import compare, score_responses
@@ -47,8 +48,8 @@ def naive_scores(model: Any, conversation: Prepared, turns: tuple[str, ...]) -> 
     return scores
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 10_000])
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("batch_tokens", [1, 10_000])
+@each("kind", tiny.KINDS)
 def test_scores_are_those_of_a_naive_loop(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str, batch_tokens: int
 ) -> None:

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from transformers import (
     Gemma2Config,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 import tiny
+from cases import each
 from fusechat.capture.local import Local
 from fusechat.data.prepared import Prepared
 
@@ -78,8 +78,8 @@ def by_itself(model: Any, conversation: Prepared) -> np.ndarray:
     return logits.log_softmax(dim=1)[torch.from_numpy(conversation.position.astype(np.int64)) - 1].numpy()
 
 
-@pytest.mark.parametrize("kind", [*MODELS, *tiny.KINDS])
-@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+@each("kind", [*MODELS, *tiny.KINDS])
+@each("batch_tokens", [1, 100, 10_000])
 def test_captures_are_what_a_plain_forward_pass_says(kind: str, batch_tokens: int, loaded: dict[str, Any]) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ def test_captures_are_what_a_plain_forward_pass_says(kind: str, batch_tokens: in
     assert all(rows.ids.max() > 256 for rows in found if rows is not None and len(rows) > 10)
 
 
-@pytest.mark.parametrize("kind", ["mistral, sliding window", "qwen2, windows from its second layer on"])
+@each("kind", ["mistral, sliding window", "qwen2, windows from its second layer on"])
 def test_the_windows_are_shorter_than_what_was_captured(kind: str) -> None:
     """Else the test above would not see a mask that is wrong: what lies before the windows of both layers changes nothing."""
     with torch.random.fork_rng(devices=[]):

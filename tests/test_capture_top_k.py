@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import each
 from fusechat.capture import top_k
 from fusechat.capture.top_k import sparse_rows
 
@@ -71,8 +72,8 @@ def test_the_way_for_other_devices_gives_the_same(case: tuple[torch.Tensor, int]
     assert all(len(set(row)) == k for row in ids.tolist())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [50_000, 262_144])
+@each("dtype", DTYPES)
+@each("size", [50_000, 262_144])
 def test_large_vocabularies_lose_nothing(dtype: torch.dtype, size: int) -> None:
     """Sums over many terms of like size are where float32 would lose digits."""
     rows = torch.randn(4, size, generator=torch.Generator().manual_seed(0)).mul(0.1).to(dtype)
@@ -86,9 +87,9 @@ def test_large_vocabularies_lose_nothing(dtype: torch.dtype, size: int) -> None:
     torch.testing.assert_close(tail.double(), expected.values[:, 50:].exp().sum(dim=1), rtol=4e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), INF])
-@pytest.mark.parametrize("where", [0, 299, 511])
+@each("dtype", DTYPES)
+@each("bad", [float("nan"), -float("nan"), INF])
+@each("where", [0, 299, 511])
 def test_what_is_not_finite_spoils_its_own_row(dtype: torch.dtype, bad: float, where: int) -> None:
     rows = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     rows[1, where] = bad
@@ -103,7 +104,7 @@ def test_a_row_of_nothing_but_minus_infinity_has_no_distribution() -> None:
     assert nll.isnan().all()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@each("threads", [1, 2, 3])
 def test_threads_change_nothing(threads: int) -> None:
     rows = torch.randn(5, 700, generator=torch.Generator().manual_seed(0))
     gold = torch.arange(5)

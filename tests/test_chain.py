@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aligning import Response, conversation, conversations, dense, gold_nll_of, map_of, prepared, sparse, toy
@@ -19,7 +19,6 @@ from fusechat.align.vocabulary import VocabularyMap, build_map
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-FEW = settings(max_examples=150, deadline=None)
 NAN = pytest.approx(float("nan"), nan_ok=True)
 SOURCE = toy("a", "b", "c", "ab", "bc")
 A, B, C, AB, BC, END = range(6)
@@ -93,7 +92,6 @@ def naive_following(pivot: Prepared, source: Prepared, nll: np.ndarray) -> list[
     return result
 
 
-@FEW
 @given(conversations(), st.integers(0, 1000))
 def test_the_product_is_that_of_the_double_loop(sides: tuple[list[Response], list[Response]], seed: int) -> None:
     pivot, source = (prepared(responses) for responses in sides)
@@ -176,7 +174,6 @@ def texts(draw: Any) -> tuple[Prepared, Prepared]:
     return conversation(PIVOT, ids(*words), ends=len(WORDS)), conversation(SOURCE, tokens, ends=END)
 
 
-@FEW
 @given(texts(), st.integers(0, 1000), st.sampled_from([1, 3, len(WORDS)]), st.booleans())
 def test_a_gold_token_over_whole_source_tokens_has_at_least_the_product_of_all(
     sides: tuple[Prepared, Prepared], seed: int, k: int, counted: bool

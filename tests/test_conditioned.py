@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from aligning import conversation, map_of, sparse, toy
+from cases import each
 from fusechat.align.back_off import BackOff
 from fusechat.align.candidates import NONE, Candidates, Remainders, gather, remainders_clipped, remainders_inside
 from fusechat.align.counts import Seen
@@ -23,7 +24,6 @@ from fusechat.models.templates import ChatTemplate
 from fusechat.models.token_bytes import TokenBytes
 from fusechat.models.tokenise import prepare_conversation
 
-FEW = settings(max_examples=100, deadline=None)
 Found = dict[tuple[int, int], tuple[float, bytes]]
 
 
@@ -137,7 +137,6 @@ def cases(draw: Any) -> tuple[Prepared, Prepared, SparseDistribution]:
     return pivot, source, sparse(rows, k=6)
 
 
-@FEW
 @given(cases())
 def test_rests_inside_are_the_loop_over_bytes(case: tuple[Prepared, Prepared, SparseDistribution]) -> None:
     result, expected = inside(*case, LETTERS), naive_inside(*case, LETTERS)
@@ -149,7 +148,7 @@ def test_rests_inside_are_the_loop_over_bytes(case: tuple[Prepared, Prepared, Sp
 ANSWERS = ["The answer is 3: größer.", " the capital of 日本 is 東京 🙂"]
 
 
-@pytest.mark.parametrize(("pivot", "source"), [("llama", "mistral"), ("mistral", "gemma"), ("gemma", "llama")])
+@each("pivot, source", [("llama", "mistral"), ("mistral", "gemma"), ("gemma", "llama")])
 def test_rests_inside_of_real_tokenizers_are_the_loop_over_bytes(
     tokenizers: dict[str, Any], table: dict[str, TokenBytes], pivot: str, source: str
 ) -> None:
@@ -178,7 +177,6 @@ def test_rests_inside_of_real_tokenizers_are_the_loop_over_bytes(
     assert looked_at > 5
 
 
-@FEW
 @given(
     st.lists(st.tuples(st.lists(st.integers(-1, 30), min_size=3, max_size=3), st.integers(0, 30), st.integers(1, 5)))
 )

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cases import each
 from fusechat.errors import RecipeError
 from fusechat.pipeline import load_recipe
 from fusechat.recipe.load import recipe_identity, save_recipe
@@ -86,7 +87,7 @@ def test_alignment_looks_ahead_by_default_where_the_map_is_counted(tmp_path: Pat
     assert not looks_ahead("vocabulary=edit", "look_ahead=false")
 
 
-@pytest.mark.parametrize("text", ["5e-6", "5.0e-6", "0.000005", "5E-6", "+5e-6", "50e-7"])
+@each("text", ["5e-6", "5.0e-6", "0.000005", "5E-6", "+5e-6", "50e-7"])
 def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
     path = write(tmp_path)
     path.write_text(f"{path.read_text()}fuse: {{training: {{learning_rate: {text}}}}}\n")
@@ -96,7 +97,7 @@ def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -
     assert load_recipe(write(tmp_path), [f"fuse.training.learning_rate={text}"]).fuse.training["learning_rate"] == rate
 
 
-@pytest.mark.parametrize("text", ["e5", "1e", "model-5e-6", '"5e-6"', "0x1e5f"])
+@each("text", ["e5", "1e", "model-5e-6", '"5e-6"', "0x1e5f"])
 def test_what_only_looks_like_a_number_is_none(tmp_path: Path, text: str) -> None:
     path = write(tmp_path)
     path.write_text(f"{path.read_text()}fuse: {{training: {{lr_scheduler_kwargs: {{power: {text}}}}}}}\n")
@@ -197,43 +198,33 @@ def test_a_saved_recipe_says_whose_it_is_though_its_models_are_gone(tmp_path: Pa
     assert recipe_identity(tmp_path / "saved.yaml") == ("tiny", ("wheel:part1==1/a", "wheel:part2==1/b"))
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"wheel": ["a==1/x", "wheel:b==1/y"], "sha256": "ab" * 32},
-        {"model": {"wheel": ["wheel:a==1/x", "b==1/y"], "sha256": "ab" * 32}},
-    ],
-)
+@each("spec", [
+    {"wheel": ["a==1/x", "wheel:b==1/y"], "sha256": "ab" * 32},
+    {"model": {"wheel": ["wheel:a==1/x", "b==1/y"], "sha256": "ab" * 32}},
+])  # fmt: skip
 def test_both_ways_of_writing_a_model_in_wheels(tmp_path: Path, spec: dict[str, Any]) -> None:
     reference = load_recipe(write(tmp_path, pivot=spec)).pivot.reference
     assert reference.parts == ("wheel:a==1/x", "wheel:b==1/y")
     assert reference.sha256 == "ab" * 32
 
 
-@pytest.mark.parametrize(
-    ("change", "read", "expected"),
-    [
-        ("fuse.sft_weight=1", lambda recipe: recipe.fuse.sft_weight, 1.0),
-        ("seed=7", lambda recipe: recipe.seed, 7),
-        ("device=null", lambda recipe: recipe.device, None),
-        ("align.top_1=true", lambda recipe: recipe.align.top_1, True),
-        ("targets.sft=[]", lambda recipe: recipe.targets, {"sft": []}),
-        ("fuse.lora.r=8", lambda recipe: recipe.fuse.lora, {"r": 8}),
-        ("merge.method=linear", lambda recipe: recipe.merge.method, "linear"),
-        ("fuse.training.run_name=a=b", lambda recipe: recipe.fuse.training["run_name"], "a=b"),
-        (
-            "fuse.training.lr_scheduler_kwargs={power: 2}",
-            lambda recipe: recipe.fuse.training["lr_scheduler_kwargs"],
-            {"power": 2},
-        ),
-        ("sources.first.trust_remote_code=true", lambda recipe: recipe.sources["first"].trust_remote_code, True),
-        ("sources.first.capture.top_k=3", lambda recipe: recipe.capture_for("first").top_k, 3),
-        ("sources.third=org/third", lambda recipe: list(recipe.sources), ["first", "third"]),
-        ("data.train=other.jsonl", lambda recipe: Path(recipe.data.train.path).name, "other.jsonl"),
-        ("data.train.path=other.jsonl", lambda recipe: Path(recipe.data.train.path).name, "other.jsonl"),
-        ("pivot.chat_template='{{ messages }}'", lambda recipe: recipe.pivot.chat_template, "{{ messages }}"),
-    ],
-)
+@each("change, read, expected", [
+    ("fuse.sft_weight=1", lambda recipe: recipe.fuse.sft_weight, 1.0),
+    ("seed=7", lambda recipe: recipe.seed, 7),
+    ("device=null", lambda recipe: recipe.device, None),
+    ("align.top_1=true", lambda recipe: recipe.align.top_1, True),
+    ("targets.sft=[]", lambda recipe: recipe.targets, {"sft": []}),
+    ("fuse.lora.r=8", lambda recipe: recipe.fuse.lora, {"r": 8}),
+    ("merge.method=linear", lambda recipe: recipe.merge.method, "linear"),
+    ("fuse.training.run_name=a=b", lambda recipe: recipe.fuse.training["run_name"], "a=b"),
+    ("fuse.training.lr_scheduler_kwargs={power: 2}", lambda recipe: recipe.fuse.training["lr_scheduler_kwargs"], {"power": 2}),
+    ("sources.first.trust_remote_code=true", lambda recipe: recipe.sources["first"].trust_remote_code, True),
+    ("sources.first.capture.top_k=3", lambda recipe: recipe.capture_for("first").top_k, 3),
+    ("sources.third=org/third", lambda recipe: list(recipe.sources), ["first", "third"]),
+    ("data.train=other.jsonl", lambda recipe: Path(recipe.data.train.path).name, "other.jsonl"),
+    ("data.train.path=other.jsonl", lambda recipe: Path(recipe.data.train.path).name, "other.jsonl"),
+    ("pivot.chat_template='{{ messages }}'", lambda recipe: recipe.pivot.chat_template, "{{ messages }}"),
+])  # fmt: skip
 def test_a_change_on_the_command_line(tmp_path: Path, change: str, read: Any, expected: Any) -> None:
     path = write(tmp_path)
     before = path.read_bytes()

@@ -6,13 +6,13 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import each
 from fusechat.align import counts as module
 from fusechat.align.counts import Counts, Seen, add_counts, add_seen, count_pairs
 
-FEW = settings(max_examples=100, deadline=None)
 Batch = list[tuple[int, int]]
 BATCHES = st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=12), max_size=6)
 
@@ -32,7 +32,6 @@ def expected(batches: list[Batch]) -> list[tuple[int, int, int]]:
     return [(*pair, count) for pair, count in sorted(Counter(pair for batch in batches for pair in batch).items())]
 
 
-@FEW
 @given(BATCHES)
 def test_a_pair_that_occurs_twice_counts_twice(batches: list[Batch]) -> None:
     counts = counted(batches)
@@ -40,7 +39,6 @@ def test_a_pair_that_occurs_twice_counts_twice(batches: list[Batch]) -> None:
     assert {counts.source.dtype, counts.pivot.dtype, counts.count.dtype} == {np.dtype(np.int64)}
 
 
-@FEW
 @given(BATCHES, st.randoms())
 def test_the_order_changes_nothing(batches: list[Batch], random: Random) -> None:
     shuffled = [list(batch) for batch in batches]
@@ -50,7 +48,6 @@ def test_the_order_changes_nothing(batches: list[Batch], random: Random) -> None
     assert columns(counted(shuffled)) == expected(batches)
 
 
-@FEW
 @given(BATCHES, st.data())
 def test_the_split_into_parts_changes_nothing(batches: list[Batch], data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(batches)), max_size=3)))
@@ -60,7 +57,7 @@ def test_the_split_into_parts_changes_nothing(batches: list[Batch], data: st.Dat
     assert columns(add_counts(parts)) == expected(batches)
 
 
-@pytest.mark.parametrize("room", [0, 1, 3, 8])
+@each("room", [0, 1, 3, 8])
 def test_folding_in_what_waits_changes_nothing(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     folds = []
     fold = module._fold
@@ -71,7 +68,6 @@ def test_folding_in_what_waits_changes_nothing(monkeypatch: pytest.MonkeyPatch, 
     assert len(folds) > 1
 
 
-@FEW
 @given(BATCHES)
 def test_little_room_counts_as_much_does(batches: list[Batch]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -109,7 +105,6 @@ SEEN = st.builds(
 )
 
 
-@FEW
 @given(st.lists(SEEN, max_size=4), st.randoms())
 def test_what_parts_have_seen_adds_up_in_any_order(parts: list[Seen], random: Random) -> None:
     pairs = [[(s, t)] * count for part in parts for s, t, count in columns(part.pairs)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cases import each
 from fusechat.run import cache
 from fusechat.run.steps import Step
 
@@ -71,7 +72,7 @@ def test_contents_are_read_once_as_long_as_nothing_changes(tmp_path: Path, monke
     assert read == ["out.txt"] * 2
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '["sha256"]', "null", '{"sha256": "0"}'])
+@each("text", ["", "{", "[]", '["sha256"]', "null", '{"sha256": "0"}'])
 def test_what_is_remembered_is_not_trusted_where_it_is_damaged_or_gone(tmp_path: Path, text: str) -> None:
     one = step(tmp_path / "s")
     one.run()
@@ -82,7 +83,7 @@ def test_what_is_remembered_is_not_trusted_where_it_is_damaged_or_gone(tmp_path:
     assert one.state()[0] == "done"
 
 
-@pytest.mark.parametrize("digit", range(0, 64, 21))
+@each("digit", range(0, 64, 21))
 def test_a_remembered_checksum_that_was_altered_itself_is_not_trusted(tmp_path: Path, digit: int) -> None:
     one = step(tmp_path / "s")
     one.run()

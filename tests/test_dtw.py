@@ -3,16 +3,15 @@
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aligning import conversation, edit_distance, prepared, toy
+from cases import each
 from fusechat.align.dtw import distinct_distances, dtw_rows, kept_pairs, surface, warping_path
 from fusechat.align.sequence import align_rows
 from fusechat.data.prepared import Prepared
 
-FEW = settings(max_examples=150, deadline=None)
 Path = list[tuple[int, int]]
 
 
@@ -55,7 +54,6 @@ def pairs_of(path: np.ndarray) -> Path:
     return [(i, j) for i, j in path.tolist()]
 
 
-@FEW
 @given(surfaces(), surfaces())
 def test_the_path_is_that_of_the_plain_dynamic_programme(pivot: list[str], source: list[str]) -> None:
     path = warping_path(pivot, source)
@@ -63,7 +61,6 @@ def test_the_path_is_that_of_the_plain_dynamic_programme(pivot: list[str], sourc
     assert pairs_of(path) == naive_path(pivot, source)
 
 
-@FEW
 @given(surfaces(), surfaces())
 def test_a_path_goes_from_the_first_pair_to_the_last_by_single_steps(pivot: list[str], source: list[str]) -> None:
     path = warping_path(pivot, source)
@@ -72,7 +69,6 @@ def test_a_path_goes_from_the_first_pair_to_the_last_by_single_steps(pivot: list
     assert {tuple(step) for step in np.diff(path, axis=0).tolist()} <= {(1, 1), (0, 1), (1, 0)}
 
 
-@settings(max_examples=80, deadline=None)
 @given(surfaces(4), surfaces(4))
 def test_no_path_is_cheaper(pivot: list[str], source: list[str]) -> None:
     cheapest = min(cost_of(path, pivot, source) for path in all_paths(len(pivot), len(source)))
@@ -93,14 +89,13 @@ def test_of_the_other_two_steps_the_one_along_the_source_is_preferred() -> None:
     assert pairs_of(warping_path(pivot, source)) == [(0, 0), (1, 0), (2, 1), (2, 2)]
 
 
-@pytest.mark.parametrize("length", [1, 2, 5])
+@each("length", [1, 2, 5])
 def test_one_token_against_several_goes_along_them(length: int) -> None:
     several = ["ab", "b", "a", "ba", "b"][:length]
     assert pairs_of(warping_path(["ab"], several)) == [(0, j) for j in range(length)]
     assert pairs_of(warping_path(several, ["ab"])) == [(i, 0) for i in range(length)]
 
 
-@FEW
 @given(surfaces(), surfaces())
 def test_distances_are_edit_distances_of_distinct_surfaces(pivot: list[str], source: list[str]) -> None:
     distances, ours, theirs = distinct_distances(pivot, source)
@@ -150,13 +145,11 @@ def naive_kept(path: Path, pivot: Sequence[str], source: Sequence[str]) -> Path:
     return found
 
 
-@FEW
 @given(surfaces(), surfaces())
 def test_kept_pairs_are_the_last_of_their_runs(pivot: list[str], source: list[str]) -> None:
     assert kept(pivot, source) == naive_kept(naive_path(pivot, source), pivot, source)
 
 
-@FEW
 @given(surfaces(), surfaces())
 def test_no_token_is_kept_twice(pivot: list[str], source: list[str]) -> None:
     pairs = kept(pivot, source)
@@ -250,7 +243,6 @@ def naive_rows(pivot: Prepared, source: Prepared) -> list[int]:
 TOKENS = st.lists(st.lists(st.integers(0, len(PIECES) - 1), min_size=1, max_size=6), min_size=1, max_size=3)
 
 
-@FEW
 @given(TOKENS, TOKENS, st.booleans())
 def test_rows_are_those_of_the_plain_dynamic_programme(one: list[list[int]], other: list[list[int]], end: bool) -> None:
     pivot, source = conversation(TABLE, *one, ends=END), conversation(TABLE, *other, ends=END if end else None)

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from cases import each
 from fusechat.data.tables import Table, write_table
 from fusechat.run.files import atomic_directory, atomic_file, read_json, remove_partial, write_json
 
@@ -14,7 +15,7 @@ class KilledError(BaseException):
     """As a signal ends a run."""
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KilledError])
+@each("error", [RuntimeError, KilledError])
 def test_an_exception_leaves_the_older_file_and_no_other(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from cases import each
 from fusechat.capture.local import Local
 from fusechat.capture.top_k import sparse_rows
 from fusechat.data.conversations import Conversation, Message
@@ -50,7 +51,7 @@ def unpadded_logits(model: Any, conversation: Prepared) -> torch.Tensor:
     return torch.stack([full[position - 1] for position in conversation.position.tolist()])
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 @torch.no_grad()
 def test_response_logits_are_those_of_each_conversation_alone(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
@@ -63,7 +64,7 @@ def test_response_logits_are_those_of_each_conversation_alone(
     assert found.std(dim=1).min() > 0.1  # the models are no uniform ones, for which any position would do
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 @torch.no_grad()
 def test_the_prediction_does_not_see_the_token_that_it_predicts(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
@@ -121,7 +122,7 @@ class Everywhere(Plain):
         return self.inner.get_output_embeddings()
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 def test_the_head_runs_for_response_rows_alone_however_the_model_is_wrapped(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
 ) -> None:
@@ -163,7 +164,6 @@ def test_collate_masks_by_position_so_that_a_padding_token_may_mean_something() 
     assert batch.rows.tolist() == [[0, 1], [0, 2], [1, 4]]
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 100))
 def test_batches_cover_each_index_once_within_the_budget(lengths: list[int], budget: int) -> None:
     batches = list(length_batches(np.array(lengths, dtype=np.int64), budget))
@@ -177,8 +177,8 @@ def test_batches_cover_each_index_once_within_the_budget(lengths: list[int], bud
         assert (len(batch) + 1) * lengths[batch[0]] > budget
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("chunk", [1 << 26, 100, 1])
+@each("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@each("chunk", [1 << 26, 100, 1])
 def test_sparse_rows_are_the_head_of_the_full_log_softmax(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
 ) -> None:
@@ -196,7 +196,7 @@ def test_sparse_rows_are_the_head_of_the_full_log_softmax(
         assert nll[row].item() == pytest.approx(-exact[gold[row]].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 def test_captured_rows_are_each_conversations_own(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
 ) -> None:
@@ -223,7 +223,7 @@ class Table(torch.nn.Module):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@each("bad", [torch.nan, torch.inf])
 def test_a_conversation_in_which_something_is_not_finite_is_rejected_alone(bad: float) -> None:
     table = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     table[5, 2] = bad

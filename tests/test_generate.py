@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import tiny
+from cases import each
 from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
 from fusechat.evaluate.answers import Answering
@@ -54,7 +55,7 @@ def greedy(model: Any, ids: list[int], stops: set[int], longest: int) -> list[in
     return said
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 def test_a_batch_gives_what_a_plain_loop_gives(kind: str, models: dict[str, Path], loaded: dict[str, Any]) -> None:
     one = chat_model(models, kind)
     template = one.template()

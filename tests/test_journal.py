@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import each
 from fusechat.errors import WorkdirError
 from fusechat.models.journal import Journal, read_journal
 
@@ -39,7 +40,7 @@ def test_of_a_key_that_is_there_twice_the_last_holds(tmp_path: Path) -> None:
 WHOLE = b'{"key": "a", "value": "gr\xc3\xb6\xc3\x9fer"}\n{"key": "b", "value": "\xf0\x9f\x99\x82"}\n'
 
 
-@pytest.mark.parametrize("end", range(len(WHOLE) + 1))
+@each("end", range(len(WHOLE) + 1))
 def test_a_last_line_cut_anywhere_is_cut_off_and_the_file_goes_on(tmp_path: Path, end: int) -> None:
     path = tmp_path / "j"
     path.write_bytes(WHOLE[:end])
@@ -60,10 +61,8 @@ def test_whatever_a_power_cut_left_at_the_end_is_cut_off(tmp_path_factory: pytes
     assert path.read_bytes() == WHOLE
 
 
-@pytest.mark.parametrize(
-    "bad", [b"", b"{", b"[1]", b"7", b'{"key": "a"}', b'{"key": 1, "value": 2}', b"\xff\x00", b"null"]
-)
-@pytest.mark.parametrize("after", [b"", WHOLE])
+@each("bad", [b"", b"{", b"[1]", b"7", b'{"key": "a"}', b'{"key": 1, "value": 2}', b"\xff\x00", b"null"])
+@each("after", [b"", WHOLE])
 def test_any_other_bad_line_is_told(tmp_path: Path, bad: bytes, after: bytes) -> None:
     path = tmp_path / "j"
     path.write_bytes(WHOLE + bad + b"\n" + after)

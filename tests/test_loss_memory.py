@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cases import each
 from dense_losses import KINDS, TAILS, TEMPERATURES, problem
 from fusechat.fuse import row_losses as module
 from fusechat.fuse.loss import row_losses
@@ -32,19 +33,17 @@ class Allocations(TorchDispatchMode):
         return [tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in self.made]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("kind", "tail", "temperature"), [*itertools.product(KINDS, TAILS, TEMPERATURES)])
+@each("dtype, kind, tail, temperature", itertools.product((torch.bfloat16, torch.float32), KINDS, TAILS, TEMPERATURES))
 def test_nothing_of_the_logits_size_but_one_gradient(
-    monkeypatch: pytest.MonkeyPatch, kind: str, tail: str, temperature: float, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, kind: str, tail: str, temperature: float
 ) -> None:
     n, vocabulary, k = 40, 301, 4
     monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", 2 * vocabulary)
     given = problem(n=n, vocabulary=vocabulary, k=k)
     logits = given["logits"].to(dtype).requires_grad_()
     bounded = 2 * (vocabulary + 1)
-    how = {"kind": kind, "tail": tail, "temperature": temperature}
     with Allocations(logits) as forward:
-        nll, divergence = row_losses(**{**given, "logits": logits}, **how)
+        nll, divergence = row_losses(**{**given, "logits": logits}, kind=kind, tail=tail, temperature=temperature)
     assert n * (k + 1) < bounded < n * vocabulary  # so that what belongs to the targets is not in the way
     assert max(forward.sizes()) <= bounded
     loss = nll.sum() + divergence.sum()

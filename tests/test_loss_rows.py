@@ -1,6 +1,7 @@
 """The losses of single rows, their gradient, and what they do at the edges."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -8,12 +9,25 @@ import torch
 from hypothesis import given as drawn
 from hypothesis import strategies as st
 
+from cases import each
 from dense_losses import KINDS, TAILS, TEMPERATURES, dense_rows, problem
 from fusechat.fuse import row_losses as module
 from fusechat.fuse.loss import row_losses
 
-WAYS = [*itertools.product(KINDS, TAILS, TEMPERATURES)]
 NAMES = ("kind", "tail", "temperature")
+
+
+def combinations(*choices: Sequence[Any]) -> list[dict[str, Any]]:
+    """Of the first of kind, tail and temperature, as arguments."""
+    return [dict(zip(NAMES, values, strict=False)) for values in itertools.product(*choices)]
+
+
+EVERY = combinations(KINDS, TAILS, TEMPERATURES)
+
+
+def assert_equal(found: Sequence[torch.Tensor], expected: Sequence[torch.Tensor], **tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
 
 
 def losses_and_gradient(
@@ -32,33 +46,31 @@ def assert_as_dense(
 ) -> None:
     found = losses_and_gradient(row_losses, given, by_row, **how)
     expected = losses_and_gradient(dense_rows, {**given, "logits": given["logits"].double()}, by_row, **how)
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=rtol, atol=atol)
+    assert_equal([one.double() for one in found], expected, rtol=rtol, atol=atol)
 
 
 def precise(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**given, "logits": given["logits"].double(), "target_logprobs": given["target_logprobs"].double()}
 
 
-@pytest.mark.parametrize(NAMES, WAYS)
-def test_rows_and_their_weighted_gradient_are_the_dense_ones(kind: str, tail: str, temperature: float) -> None:
-    how = {"kind": kind, "tail": tail, "temperature": temperature}
+@each("how", EVERY)
+def test_rows_and_their_weighted_gradient_are_the_dense_ones(how: dict[str, Any]) -> None:
     by_row = torch.randn(2, 6, generator=torch.Generator().manual_seed(5))  # of either sign
     for seed in range(4):
         assert_as_dense(precise(problem(seed=seed)), by_row, rtol=1e-9, atol=1e-12, **how)
         assert_as_dense(problem(seed=seed), by_row, rtol=1e-4, atol=2e-6, **how)
 
 
-def test_the_tail_that_was_measured_is_the_bucket() -> None:
+@each("how", EVERY)
+def test_the_tail_that_was_measured_is_the_bucket(how: dict[str, Any]) -> None:
     """However small, and whatever float16 has made of the kept tokens; the kept are scaled to what it leaves."""
     by_row = torch.randn(2, 6, generator=torch.Generator().manual_seed(5))
     measured = torch.tensor([0.3, 1e-3, 1e-7, 0.5, 1e-12, 0.0], dtype=torch.float64)
-    for seed, (kind, tail, temperature) in itertools.product(range(2), WAYS):
+    for seed in range(2):
         given = problem(seed=seed)
         given["target_logprobs"] = given["target_logprobs"].half()
-        how = {"kind": kind, "tail": tail, "temperature": temperature, "target_tail": measured}
-        assert_as_dense(precise(given), by_row, rtol=1e-9, atol=1e-12, **how)
-        assert_as_dense(given, by_row, rtol=1e-4, atol=2e-6, **how)
+        assert_as_dense(precise(given), by_row, rtol=1e-9, atol=1e-12, target_tail=measured, **how)
+        assert_as_dense(given, by_row, rtol=1e-4, atol=2e-6, target_tail=measured, **how)
 
 
 def test_without_a_tail_what_half_precision_may_have_made_is_none() -> None:
@@ -76,18 +88,16 @@ def test_without_a_tail_what_half_precision_may_have_made_is_none() -> None:
         row_losses(logits, labels, target_logprobs=logprobs, target_tail=tails[:, None], **given)
 
 
-@pytest.mark.parametrize("elements", [1, 2 * 23, 5 * 23 + 1, 6 * 23])
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+@each("how", EVERY)
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]) -> None:
     by_row = torch.rand(2, 6, generator=torch.Generator().manual_seed(5))
-    for dtype, (kind, tail, temperature) in itertools.product((torch.float32, torch.bfloat16), WAYS):
+    for dtype in (torch.float32, torch.bfloat16):
         given = {**problem(), "logits": problem()["logits"].to(dtype)}
-        how = {"kind": kind, "tail": tail, "temperature": temperature}
+        monkeypatch.undo()
         whole = losses_and_gradient(row_losses, given, by_row, **how)
-        with monkeypatch.context() as patch:
-            patch.setitem(module._CHUNK_ELEMENTS, "cpu", elements)
-            found = losses_and_gradient(row_losses, given, by_row, **how)
-        for one, other in zip(found, whole, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+        for elements in (1, 2 * 23, 5 * 23 + 1, 6 * 23):
+            monkeypatch.setitem(module._CHUNK_ELEMENTS, "cpu", elements)
+            assert_equal(losses_and_gradient(row_losses, given, by_row, **how), whole, rtol=1e-6, atol=1e-7)
 
 
 @st.composite
@@ -111,62 +121,50 @@ def problems(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     }
 
 
-@drawn(problems(), st.sampled_from(WAYS), st.integers(0, 99), st.booleans())
+@drawn(problems(), st.sampled_from(EVERY), st.integers(0, 99), st.booleans())
 def test_any_rows_are_the_dense_ones(
-    given: dict[str, torch.Tensor], way: tuple[str, str, float], seed: int, in_single: bool
+    given: dict[str, torch.Tensor], how: dict[str, Any], seed: int, in_single: bool
 ) -> None:
     by_row = torch.randn(2, len(given["labels"]), generator=torch.Generator().manual_seed(seed))
     tolerance = {"rtol": 1e-7, "atol": 1e-10}
     if in_single:
         given, tolerance = {**given, "logits": given["logits"].float()}, {"rtol": 1e-3, "atol": 1e-4}
-    assert_as_dense(given, by_row, **tolerance, **dict(zip(NAMES, way, strict=True)))
+    assert_as_dense(given, by_row, **tolerance, **how)
 
 
-@pytest.mark.parametrize(NAMES, WAYS)
-def test_the_gradient_is_that_of_the_values(kind: str, tail: str, temperature: float) -> None:
+@each("how", EVERY)
+def test_the_gradient_is_that_of_the_values(how: dict[str, Any]) -> None:
     """By finite differences of the losses themselves."""
     given = precise(problem(n=6, vocabulary=7, k=3))
     logits = given.pop("logits").requires_grad_()
-    how = {"kind": kind, "tail": tail, "temperature": temperature}
     assert torch.autograd.gradcheck(lambda z: row_losses(z, **given, **how), (logits,))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", KINDS)
-def test_half_precision_is_computed_in_float32_and_only_its_gradient_is_rounded(kind: str, dtype: torch.dtype) -> None:
+@each("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_half_precision_is_computed_in_float32_and_only_its_gradient_is_rounded(dtype: torch.dtype) -> None:
     coarse = {**problem(), "logits": problem()["logits"].to(dtype)}
     coarse["target_logprobs"] = coarse["target_logprobs"].half()
     by_row = torch.rand(2, 6, generator=torch.Generator().manual_seed(5))
     wide = torch.promote_types(dtype, torch.float32)
     same = {**coarse, "logits": coarse["logits"].to(wide), "target_logprobs": coarse["target_logprobs"].to(wide)}
-    for tail, temperature in itertools.product(TAILS, TEMPERATURES):
-        how = {"kind": kind, "tail": tail, "temperature": temperature}
+    for how in EVERY:
         *losses, gradient = losses_and_gradient(row_losses, coarse, by_row, **how)
         *expected, of_wide = losses_and_gradient(row_losses, same, by_row, **how)
-        assert [loss.dtype for loss in losses] == [wide, wide]
-        assert all(torch.equal(one, other) for one, other in zip(losses, expected, strict=True))
+        assert [loss.dtype for loss in losses] == [wide, wide], how
         assert gradient.dtype == dtype
-        assert torch.equal(gradient, of_wide.to(dtype))
+        assert_equal([*losses, gradient], [*expected, of_wide.to(dtype)], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
-    given = {**problem(), "logits": problem()["logits"].to(dtype)}
+def test_autocast_and_the_order_in_memory_change_nothing() -> None:
     by_row = torch.ones(2, 6)
-    for tail in TAILS:
+    for dtype, tail in itertools.product((torch.bfloat16, torch.float32), TAILS):
+        given = {**problem(), "logits": problem()["logits"].to(dtype)}
         expected = losses_and_gradient(row_losses, given, by_row, tail=tail)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             found = losses_and_gradient(row_losses, given, by_row, tail=tail)
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-
-
-def test_logits_need_not_be_contiguous() -> None:
-    given = problem()
-    transposed = {**given, "logits": given["logits"].T.contiguous().T}
-    by_row = torch.ones(2, 6)
-    found, expected = (losses_and_gradient(row_losses, each, by_row, tail="bucket") for each in (transposed, given))
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        assert_equal(found, expected, rtol=0, atol=0)
+        transposed = {**given, "logits": given["logits"].T.contiguous().T}
+        assert_equal(losses_and_gradient(row_losses, transposed, by_row, tail=tail), expected)
 
 
 def test_without_targets_the_nll_is_that_of_fine_tuning() -> None:
@@ -183,16 +181,14 @@ def test_without_targets_the_nll_is_that_of_fine_tuning() -> None:
         torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(NAMES, WAYS)
-def test_tokens_that_cannot_come_are_as_if_they_were_not_there(kind: str, tail: str, temperature: float) -> None:
+@each("how", EVERY)
+def test_tokens_that_cannot_come_are_as_if_they_were_not_there(how: dict[str, Any]) -> None:
     """A vocabulary padded with tokens of logit -inf."""
     given, by_row = problem(), torch.ones(2, 6)
     padded = {**given, "logits": torch.nn.functional.pad(given["logits"], (0, 5), value=-torch.inf)}
-    how = {"kind": kind, "tail": tail, "temperature": temperature}
     *losses, gradient = losses_and_gradient(row_losses, padded, by_row, **how)
     *expected, of_given = losses_and_gradient(row_losses, given, by_row, **how)
-    for one, other in zip(losses, expected, strict=True):
-        torch.testing.assert_close(one, other)
+    assert_equal(losses, expected)
     torch.testing.assert_close(gradient[:, :-5], of_given, rtol=1e-5, atol=1e-6)
     assert (gradient[:, -5:] == 0).all()
 
@@ -208,10 +204,7 @@ def test_a_bucket_with_no_token_in_it() -> None:
     }
     for kind, temperature in itertools.product(KINDS, TEMPERATURES):
         how = {"kind": kind, "temperature": temperature}
-        found = losses_and_gradient(row_losses, given, torch.ones(2, 1), tail="bucket", **how)
-        expected = losses_and_gradient(row_losses, given, torch.ones(2, 1), tail="renormalise", **how)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other)
+        assert_equal(*(losses_and_gradient(row_losses, given, torch.ones(2, 1), tail=tail, **how) for tail in TAILS))
 
 
 def test_an_outcome_that_the_model_excludes() -> None:
@@ -220,21 +213,16 @@ def test_an_outcome_that_the_model_excludes() -> None:
     low, never = given["logits"].clone(), given["logits"].clone()
     low[0, given["target_ids"][0, 0]] = -80.0
     never[0, given["target_ids"][0, 0]] = -torch.inf
-    for kind, tail in itertools.product(("reverse_kl", "jsd"), TAILS):
-        found, expected = (
-            losses_and_gradient(row_losses, {**given, "logits": logits}, torch.ones(2, 6), kind=kind, tail=tail)
-            for logits in (never, low)
-        )
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other)
-    for kind, tail in itertools.product(("cross_entropy", "kl"), TAILS):
-        _, divergence = row_losses(**{**given, "logits": never}, kind=kind, tail=tail)
+    by_row, problems = torch.ones(2, 6), [{**given, "logits": logits} for logits in (never, low)]
+    for how in combinations(("reverse_kl", "jsd"), TAILS):
+        assert_equal(*(losses_and_gradient(row_losses, each, by_row, **how) for each in problems))
+    for how in combinations(("cross_entropy", "kl"), TAILS):
+        _, divergence = row_losses(**problems[0], **how)
         assert divergence[0] == torch.inf
         assert torch.isfinite(divergence[1:]).all()
 
 
-@pytest.mark.parametrize(("kind", "temperature"), [*itertools.product(KINDS, TEMPERATURES)])
-def test_the_bucket_of_a_confident_model_is_its_own_tail(kind: str, temperature: float) -> None:
+def test_the_bucket_of_a_confident_model_is_its_own_tail() -> None:
     """The model leaves from 1e-8 to 1e-51 to the tail (1e-103 at temperature 0.5), the target a tenth: that must be said,
     and pushed."""
     logits = torch.zeros(3, 23)
@@ -246,15 +234,14 @@ def test_the_bucket_of_a_confident_model_is_its_own_tail(kind: str, temperature:
         "target_ids": torch.tensor([[0, 1]]).expand(3, 2),
         "target_logprobs": torch.tensor([[0.6, 0.3]]).log().expand(3, 2),
     }
-    how = {"kind": kind, "tail": "bucket", "temperature": temperature}
-    assert_as_dense(given, torch.tensor([[1.0, 0.5, 0.0], [1.0, 2.0, 1.0]]), rtol=1e-4, atol=1e-6, **how)
+    for how in combinations(KINDS, ("bucket",), TEMPERATURES):
+        assert_as_dense(given, torch.tensor([[1.0, 0.5, 0.0], [1.0, 2.0, 1.0]]), rtol=1e-4, atol=1e-6, **how)
 
 
-@pytest.mark.parametrize("tail", TAILS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_large_logits_give_finite_losses_and_gradients(kind: str, tail: str) -> None:
-    for found in losses_and_gradient(row_losses, problem(scale=60.0), torch.ones(2, 6), kind=kind, tail=tail):
-        assert torch.isfinite(found).all()
+def test_large_logits_give_finite_losses_and_gradients() -> None:
+    for how in combinations(KINDS, TAILS):
+        for found in losses_and_gradient(row_losses, problem(scale=60.0), torch.ones(2, 6), **how):
+            assert torch.isfinite(found).all(), how
 
 
 def test_targets_of_vanishing_mass_count_by_their_proportions() -> None:
@@ -271,9 +258,6 @@ def test_no_gradient_where_none_is_wanted() -> None:
     given = problem()
     logits = given["logits"].requires_grad_()
     with torch.no_grad():
-        nll, divergence = row_losses(**{**given, "logits": logits})
-    assert not nll.requires_grad
-    assert not divergence.requires_grad
-    nll, divergence = row_losses(**{**given, "logits": logits.detach()})
-    assert not nll.requires_grad
-    assert not divergence.requires_grad
+        found = row_losses(**{**given, "logits": logits})
+    found += row_losses(**{**given, "logits": logits.detach()})
+    assert [loss.requires_grad for loss in found] == [False] * 4

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from cases import each
 from checkpoints import configuration, read, relative, write
 from fusechat.merge import merge
 from test_bad_input import complaints
@@ -62,8 +63,8 @@ def resized(rows: int, size: int | None = None) -> Change:
 # -- values and shapes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@each("value", [float("nan"), float("inf"), float("-inf")])
+@each("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_values_that_are_not_finite(trio: list[Path], value: float, dtype: torch.dtype) -> None:
     for path in trio:
         norm = torch.ones(32, dtype=dtype)
@@ -119,7 +120,7 @@ MISFITS: list[tuple[Change, list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "expected"), MISFITS)
+@each("change, expected", MISFITS)
 def test_models_that_do_not_fit(trio: list[Path], change: Change, expected: list[str]) -> None:
     change(trio[1])
     assert refused(trio) == expected

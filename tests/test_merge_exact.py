@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cases import each
 from fusechat.merge.kernels import CHUNK
 from fusechat.merge.random import keep_mask, tensor_key
 from merging import Row, floats, merged
 
-MANY = settings(max_examples=200)
 Problem = tuple[Sequence[int], Sequence[Sequence[int]]]  # the base, and the targets' updates
 Counts = tuple[int, int, int]
 ZERO = Fraction(0)
@@ -93,19 +93,19 @@ def check_sce(problem: Problem, values: dict[str, Any], **how: int) -> None:
 SELECT = [0.0, 0.1, 0.29, 0.34, 0.5, 0.75, 0.99, 1.0, 2.0]
 
 
-@settings(max_examples=300)
 @given(problem=problems(), select_topk=st.sampled_from(SELECT), select_deltas=st.booleans(), normalize=st.booleans())
 @example(problem=([0, 0], [[3, 0], [0, 0]]), select_topk=0.5, select_deltas=True, normalize=True)
 def test_sce(problem: Problem, select_topk: float, select_deltas: bool, normalize: bool) -> None:
     check_sce(problem, {"select_topk": select_topk, "select_deltas": select_deltas, "normalize": normalize})
 
 
-@pytest.mark.parametrize("select_deltas", [True, False])
-def test_sce_over_several_blocks(select_deltas: bool) -> None:
-    check_sce(large_problem(), {"select_topk": 0.3, "select_deltas": select_deltas, "normalize": True}, block=CHUNK)
+def test_sce_over_several_blocks() -> None:
+    for select_deltas in (True, False):
+        how = {"select_topk": 0.3, "select_deltas": select_deltas, "normalize": True}
+        check_sce(large_problem(), how, block=CHUNK)
 
 
-@pytest.mark.parametrize("most", [3, 10**6], ids=["many ties", "few ties"])
+@each("most", [3, 10**6])
 def test_sce_of_so_many_elements_that_a_sample_is_looked_at_first(most: int) -> None:
     """With whole numbers still, in NumPy: 513 chunks, a tenth of which is selected."""
     deltas = np.random.default_rng(most).integers(-most, most + 1, (3, 513 * CHUNK + 7))
@@ -136,7 +136,6 @@ def check_varm(problem: Problem, **how: int) -> None:
     assert measured.coefficients == pytest.approx(np.array(weights, np.float64), rel=1e-12)
 
 
-@MANY
 @given(problems())
 def test_varm(problem: Problem) -> None:
     check_varm(problem)
@@ -150,7 +149,6 @@ def check_linear(rows: Sequence[Sequence[int]], weight: list[float], normalize: 
     assert out == pytest.approx(np.array(exact, np.float64) / float(divisor), rel=1e-6, abs=1e-5)
 
 
-@MANY
 @given(problem=problems(), weight=of_each(WEIGHTS), normalize=st.booleans())
 def test_linear(problem: Problem, weight: list[float], normalize: bool) -> None:
     _, rows = problem
@@ -220,7 +218,6 @@ def cut(problem: Problem, values: dict[str, Any]) -> dict[str, Any]:
     return {name: value[: len(problem[1])] if isinstance(value, list) else value for name, value in values.items()}
 
 
-@MANY
 @given(problem=problems(), values=st.fixed_dictionaries(FAMILY))
 @example(([1, 2], [[3, 6], [-3, 3]]), {"weight": [0.5, -0.5], "normalize": True, "lambda": 2.0})
 def test_task_arithmetic(problem: Problem, values: dict[str, Any]) -> None:
@@ -228,33 +225,26 @@ def test_task_arithmetic(problem: Problem, values: dict[str, Any]) -> None:
     check_task("task_arithmetic", problem, masks, cut(problem, values))
 
 
-@settings(max_examples=250)
 @given(problem=problems(), values=st.fixed_dictionaries(SPARSE))
 def test_ties(problem: Problem, values: dict[str, Any]) -> None:
     values = cut(problem, values)
     check_task("ties", problem, trimmed(problem[1], values["density"]), values)
 
 
-@MANY
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@each("method", ["dare_linear", "dare_ties"])
 @given(problem=problems(), values=st.fixed_dictionaries({**SPARSE, "seed": st.integers(0, 1 << 40)}))
 def test_dare(method: str, problem: Problem, values: dict[str, Any]) -> None:
     values = cut(problem, values)
     check_task(method, problem, dropped(problem[1], values["density"], values["seed"]), values)
 
 
-@pytest.mark.parametrize("method", ["varm", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties"])
-def test_others_over_several_blocks(method: str) -> None:
+def test_others_over_several_blocks() -> None:
     problem = large_problem()
-    if method == "varm":
-        check_varm(problem, block=CHUNK)
-    elif method == "linear":
-        check_linear(problem[1], [0.25, -0.5, 1.0], True, block=CHUNK)
-    else:
-        values: dict[str, Any] = {"weight": [1.0, -0.25, 0.5], "normalize": True, "lambda": 0.3}
-        masks: Masks = [[True] * len(problem[0])] * 3
-        if method != "task_arithmetic":
-            density = [0.3, 0.9, 1.0]
-            values |= {"density": density, "rescale": True}
-            masks = trimmed(problem[1], density) if method == "ties" else dropped(problem[1], density, 0)
-        check_task(method, problem, masks, values, block=CHUNK)
+    check_varm(problem, block=CHUNK)
+    check_linear(problem[1], [0.25, -0.5, 1.0], True, block=CHUNK)
+    values: dict[str, Any] = {"weight": [1.0, -0.25, 0.5], "normalize": True, "lambda": 0.3}
+    check_task("task_arithmetic", problem, [[True] * len(problem[0])] * 3, values, block=CHUNK)
+    values |= {"density": [0.3, 0.9, 1.0], "rescale": True}
+    check_task("ties", problem, trimmed(problem[1], values["density"]), values, block=CHUNK)
+    for method in ("dare_linear", "dare_ties"):
+        check_task(method, problem, dropped(problem[1], values["density"], 0), values, block=CHUNK)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from cases import each
 from fusechat.merge.merge_file import MergeFile, read_merge_file
 from fusechat.merge.methods import method_names
 from fusechat.models.reference import Reference
@@ -54,34 +55,17 @@ def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
 # -- published configurations -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("text", "values"),
-    [
-        (
-            published("sce", "bfloat16", base=OPENCHAT, parameters={"select_topk": 0.1}),
-            {"select_topk": 0.1, "select_deltas": True, "normalize": True},
-        ),
-        (
-            published("linear", "float16", base=None, parameters=None, weight=0.2),
-            {"weight": [0.2] * 5, "normalize": True},
-        ),
-        (
-            published("task_arithmetic", "bfloat16", base=OPENCHAT, parameters={"normalize": False}, weight=0.3),
-            {"weight": [0.3] * 5, "normalize": False, "lambda": 1},
-        ),
-        (
-            published("ties", "bfloat16", base=OPENCHAT, parameters={"normalize": True}, density=0.6, weight=0.2),
-            {"weight": [0.2] * 5, "density": [0.6] * 5, "normalize": True, "rescale": False, "lambda": 1},
-        ),
-        (
-            published(
-                "dare_linear", "bfloat16", base=OPENCHAT, parameters={"normalize": True}, density=0.6, weight=0.2
-            ),
-            {"weight": [0.2] * 5, "density": [0.6] * 5, "normalize": True, "rescale": True, "lambda": 1, "seed": 0},
-        ),
-    ],
-    ids=["sce", "linear", "ta", "ties", "dare"],
-)
+@each("text, values", [
+    (published("sce", "bfloat16", base=OPENCHAT, parameters={"select_topk": 0.1}),
+     {"select_topk": 0.1, "select_deltas": True, "normalize": True}),
+    (published("linear", "float16", base=None, parameters=None, weight=0.2), {"weight": [0.2] * 5, "normalize": True}),
+    (published("task_arithmetic", "bfloat16", base=OPENCHAT, parameters={"normalize": False}, weight=0.3),
+     {"weight": [0.3] * 5, "normalize": False, "lambda": 1}),
+    (published("ties", "bfloat16", base=OPENCHAT, parameters={"normalize": True}, density=0.6, weight=0.2),
+     {"weight": [0.2] * 5, "density": [0.6] * 5, "normalize": True, "rescale": False, "lambda": 1}),
+    (published("dare_linear", "bfloat16", base=OPENCHAT, parameters={"normalize": True}, density=0.6, weight=0.2),
+     {"weight": [0.2] * 5, "density": [0.6] * 5, "normalize": True, "rescale": True, "lambda": 1, "seed": 0}),
+])  # fmt: skip
 def test_fusechats_own_configurations(
     tmp_path: Path, text: str, values: dict[str, Any], logged: pytest.LogCaptureFixture
 ) -> None:
@@ -97,23 +81,13 @@ def test_fusechats_own_configurations(
     assert logged.messages == []
 
 
-@pytest.mark.parametrize(
-    ("base", "targets"),
-    [
-        ("Qwen/Qwen2.5-32B", ["Qwen/QwQ-32B-Preview", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"]),
-        (
-            "Qwen/Qwen2.5-32B",
-            ["Qwen/QwQ-32B-Preview", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "NovaSky-AI/Sky-T1-32B-Preview"],
-        ),
-        (
-            "Qwen/Qwen2.5-32B",
-            ["Qwen/QwQ-32B-Preview", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "NovaSky-AI/Sky-T1-32B-Flash"],
-        ),
-        ("Qwen/Qwen2.5-32B", ["Qwen/Qwen2.5-32B-Instruct", "DeepSeek-R1-Distill-Qwen-32B"]),
-        ("Qwen/Qwen2.5-32B-Coder", ["Qwen/Qwen2.5-32B-Coder-Instruct", "DeepSeek-R1-Distill-Qwen-32B"]),
-    ],
-    ids=["QwQ", "SkyT1", "Flash", "Instruct", "Coder"],
-)
+@each("base, targets", [
+    ("Qwen/Qwen2.5-32B", ["Qwen/QwQ-32B-Preview", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"]),
+    ("Qwen/Qwen2.5-32B", ["Qwen/QwQ-32B-Preview", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "NovaSky-AI/Sky-T1-32B-Preview"]),
+    ("Qwen/Qwen2.5-32B", ["Qwen/QwQ-32B-Preview", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B", "NovaSky-AI/Sky-T1-32B-Flash"]),
+    ("Qwen/Qwen2.5-32B", ["Qwen/Qwen2.5-32B-Instruct", "DeepSeek-R1-Distill-Qwen-32B"]),
+    ("Qwen/Qwen2.5-32B-Coder", ["Qwen/Qwen2.5-32B-Coder-Instruct", "DeepSeek-R1-Distill-Qwen-32B"]),
+])  # fmt: skip
 def test_fuseo1s_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, targets: list[str]) -> None:
     """Two of them name a directory beside the file."""
     monkeypatch.chdir(tmp_path)

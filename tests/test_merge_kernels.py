@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import each, pairwise
 from fusechat.errors import ModelError
 from fusechat.merge.kernels import (
     BFLOAT16,
@@ -37,20 +38,14 @@ def bits(values: np.ndarray) -> list[int]:
     return values.view(np.uint32).tolist()
 
 
-def test_every_float16_is_read_as_numpy_reads_it() -> None:
-    assert bits(decoded(HALVES.view(np.float16))[0]) == bits(HALVES.view(np.float16).astype(np.float32))
-
-
-def test_every_bfloat16_is_read_as_torch_reads_it() -> None:
+def test_every_number_is_read_as_numpy_and_torch_read_it_also_beside_other_types() -> None:
+    single, halves = any_floats(len(HALVES)), HALVES.view(np.float16)
+    assert bits(decoded(halves)[0]) == bits(halves.astype(np.float32))
     expected = torch.from_numpy(BFLOATS.view(np.int16)).view(torch.bfloat16).float().numpy()
     assert bits(decoded(BFLOATS)[0]) == bits(expected)
-
-
-def test_float32_is_read_as_it_is_beside_other_types() -> None:
-    single = any_floats(len(HALVES))
-    rows = decoded(single, HALVES.view(np.float16), np.resize(BFLOATS, len(HALVES)))
+    rows = decoded(single, halves, np.resize(BFLOATS, len(HALVES)))
     assert bits(rows[0]) == bits(single)
-    assert bits(rows[1]) == bits(HALVES.view(np.float16).astype(np.float32))
+    assert bits(rows[1]) == bits(halves.astype(np.float32))
     assert (rows[2].view(np.uint32) >> 16).tolist() == np.resize(BFLOATS, len(HALVES)).tolist()
 
 
@@ -75,17 +70,14 @@ def as_torch(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
 POSITIVE_HALVES = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
 POSITIVE_BFLOATS = (np.arange(0x7F80, dtype=np.uint32) << 16).view(np.float32)
 LARGEST = float(np.finfo(np.float32).max)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 EDGES = floats(0.0, -0.0, 1e-45, -1e-45, 2.0**-25, 2.0**-24, 65504, 65519.996, 65520, 65536, 1e30, LARGEST, -LARGEST)
 
 
-@pytest.mark.parametrize(
-    ("encode", "dtype", "codes"),
-    [
-        (encode_float16, torch.float16, POSITIVE_HALVES),
-        (encode_bfloat16, torch.bfloat16, POSITIVE_BFLOATS),
-    ],
-    ids=["float16", "bfloat16"],
-)
+@each("encode, dtype, codes", [
+    (encode_float16, torch.float16, POSITIVE_HALVES),
+    (encode_bfloat16, torch.bfloat16, POSITIVE_BFLOATS),
+])  # fmt: skip
 def test_numbers_are_rounded_as_torch_rounds_them(encode, dtype, codes) -> None:  # type: ignore[no-untyped-def]
     values = np.concatenate([around(codes), -around(codes), EDGES, any_floats(200_000)])
     out = np.zeros(values.size, np.uint16)
@@ -97,22 +89,19 @@ def test_numbers_are_rounded_as_torch_rounds_them(encode, dtype, codes) -> None:
     assert lost == infinite
 
 
-@pytest.mark.parametrize(("encode", "largest", "beyond"), [
-    (encode_float16, 65519.996, 65520.0),
-    (encode_bfloat16, np.nextafter(np.float32(2.0**128 - 2.0**119), np.float32(0)), 2.0**128 - 2.0**119),
-])  # fmt: skip
-def test_what_becomes_infinite_is_counted(encode, largest: float, beyond: float) -> None:  # type: ignore[no-untyped-def]
-    out = np.zeros(6, np.uint16)
-    assert encode(floats(largest, -largest, 0, -0.0, 1, 1e-45), out) == 0
-    assert out[2:4].tolist() == [0, 0x8000]
-    assert encode(floats(beyond, -beyond, math.inf, -math.inf, math.nan, largest), out) == 5
-
-
-def test_values_that_are_not_finite_are_counted() -> None:
+def test_what_is_or_becomes_infinite_is_counted() -> None:
+    for encode, largest, beyond in (
+        (encode_float16, 65519.996, 65520.0),
+        (encode_bfloat16, np.nextafter(np.float32(2.0**128 - 2.0**119), np.float32(0)), 2.0**128 - 2.0**119),
+    ):
+        out = np.zeros(6, np.uint16)
+        assert encode(floats(largest, -largest, 0, -0.0, 1, 1e-45), out) == 0, encode
+        assert out[2:4].tolist() == [0, 0x8000]
+        assert encode(floats(beyond, -beyond, math.inf, -math.inf, math.nan, largest), out) == 5
     assert count_not_finite(floats(1, math.inf, -math.inf, math.nan, LARGEST, -0.0, 1e-45)) == 3
 
 
-@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 700])
+@each("size", [0, 1, 511, 512, 513, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 700])
 def test_squared_updates_are_added_up_chunk_by_chunk_onto_what_is_there(size: int) -> None:
     block = np.random.default_rng(size).normal(size=(3, size)).astype(np.float32)
     sums = np.full((2, -(-size // CHUNK)), 5.0)
@@ -123,7 +112,7 @@ def test_squared_updates_are_added_up_chunk_by_chunk_onto_what_is_there(size: in
         assert row == pytest.approx([5 + math.fsum(part**2) for part in parts], rel=1e-13)
 
 
-@pytest.mark.parametrize("value", [1e-30, 3e38])
+@each("value", [1e-30, 3e38])
 def test_squares_of_numbers_of_any_size_are_those_of_float64(value: float) -> None:
     sums = np.zeros((1, 1))
     update_squares(np.array([[0, 1, 0], [value, 1, value]], np.float32), sums)
@@ -141,7 +130,7 @@ def words_of(counter: list[int], key: list[int]) -> list[int]:
     return words[:, 0].tolist()
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), [
+@each("counter, key, expected", [
     ("0 0 0 0", "0 0", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
     (" ".join(["ffffffff"] * 4), "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
@@ -157,7 +146,7 @@ def mask(key: int, target: int, start: int, density: float, size: int) -> np.nda
     return out
 
 
-@pytest.mark.parametrize("start", [0, 4, 4096, (1 << 34) - 8])
+@each("start", [0, 4, 4096, (1 << 34) - 8])
 def test_a_mask_is_of_the_words_that_the_counter_gives(start: int) -> None:
     """Also past element 2³⁴, where the counter's second word begins to count."""
     key, size = 0xFEDCBA9876543210, 1030
@@ -175,7 +164,7 @@ def test_a_mask_does_not_depend_on_where_it_is_begun_or_on_its_length() -> None:
                 assert mask(7, 0, start, 0.5, size).tolist() == whole[start : start + size].tolist()
 
 
-@pytest.mark.parametrize("density", [0.0, 0.001, 0.1, 0.5, 0.9, 1.0])
+@each("density", [0.0, 0.001, 0.1, 0.5, 0.9, 1.0])
 def test_the_share_kept_is_the_density(density: float) -> None:
     """Within four standard deviations, which 0 and 1 do not have."""
     size = 1 << 20
@@ -190,9 +179,7 @@ def test_masks_of_different_targets_tensors_and_seeds_are_independent() -> None:
         assert abs((one == mask(key, target, 0, 0.5, size)).mean() - 0.5) < 4 * 0.5 / math.sqrt(size)
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("place", [0, CHUNK - 1, 2 * CHUNK + 3])
+@each("wrong, dtype, place", pairwise((math.nan, math.inf, -math.inf), DTYPES, (0, CHUNK - 1, 2 * CHUNK + 3)))
 def test_a_value_that_is_not_finite_is_named(wrong: float, dtype: torch.dtype, place: int) -> None:
     values = torch.ones(2 * CHUNK + 4)
     values[place] = wrong
@@ -201,12 +188,9 @@ def test_a_value_that_is_not_finite_is_named(wrong: float, dtype: torch.dtype, p
     with pytest.raises(ModelError) as error:
         decoded(np.ones(values.numel(), np.float32), row)
     assert str(error.value) == f"tensor: holds values that are not finite in model 1 (element {place})"
-
-
-@pytest.mark.parametrize("code", [0x7C01, 0x7DFF, 0xFC01, 0xFFFF, 0x7C00])
-def test_every_float16_that_is_not_finite_is_found(code: int) -> None:
-    with pytest.raises(ModelError, match="not finite"):
-        decoded(np.array([0, code], np.uint16).view(np.float16))
+    for code in (0x7C01, 0x7DFF, 0xFC01, 0xFFFF, 0x7C00):  # of float16
+        with pytest.raises(ModelError, match="not finite"):
+            decoded(np.array([0, code], np.uint16).view(np.float16))
 
 
 def in_file(file: Path, kind: int, size: int, place: int) -> Tensor:
@@ -214,19 +198,18 @@ def in_file(file: Path, kind: int, size: int, place: int) -> Tensor:
     return Tensor("w", (Stored(kind, size, os.open(file, os.O_RDONLY), place, "model a"),), size, Workers(1), CHUNK)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(FLOAT32, np.float32), (FLOAT16, np.float16), (BFLOAT16, np.uint16)])
-@pytest.mark.parametrize("place", [0, 4, 7])
-def test_a_tensor_is_read_where_it_lies_in_a_file(tmp_path: Path, kind: int, dtype: type, place: int) -> None:
-    values = np.random.default_rng(0).integers(1, 1000, 2 * CHUNK + 5).astype(dtype)
-    file = tmp_path / "weights"
-    file.write_bytes(bytes(place) + values.tobytes())
-    tensor = in_file(file, kind, values.size, place)
-    found = np.concatenate(tensor.blocks(lambda start, rows: rows.copy()), axis=1)
-    assert found.tolist() == decoded(values).tolist()
-    os.close(tensor.inputs[0].handle)
+@each("kind, dtype", [(FLOAT32, np.float32), (FLOAT16, np.float16), (BFLOAT16, np.uint16)])
+def test_a_tensor_is_read_where_it_lies_in_a_file(tmp_path: Path, kind: int, dtype: type) -> None:
+    values, file = np.random.default_rng(0).integers(1, 1000, 2 * CHUNK + 5).astype(dtype), tmp_path / "weights"
+    for place in (0, 4, 7):
+        file.write_bytes(bytes(place) + values.tobytes())
+        tensor = in_file(file, kind, values.size, place)
+        found = np.concatenate(tensor.blocks(lambda start, rows: rows.copy()), axis=1)
+        assert found.tolist() == decoded(values).tolist(), place
+        os.close(tensor.inputs[0].handle)
 
 
-@pytest.mark.parametrize("missing", [1, 4, 8 * CHUNK + 12])
+@each("missing", [1, 4, 8 * CHUNK + 12])
 def test_a_file_that_ends_early_is_named(tmp_path: Path, missing: int) -> None:
     file = tmp_path / "weights"
     file.write_bytes(np.ones(2 * CHUNK + 5, np.float32).tobytes()[:-missing])
@@ -236,7 +219,7 @@ def test_a_file_that_ends_early_is_named(tmp_path: Path, missing: int) -> None:
     os.close(tensor.inputs[0].handle)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float16, np.uint16])
+@each("dtype", [np.float32, np.float16, np.uint16])
 def test_the_rest_of_a_tensor_begins_where_it_is_told(dtype: type) -> None:
     values = np.arange(1, CHUNK + 10).astype(dtype)
     rest = Stored.of(values).rest(7)

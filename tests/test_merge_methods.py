@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cases import each
 from fusechat.errors import RecipeError
 from fusechat.merge.kernels import CHUNK
 from fusechat.merge.methods import load_method, method_names
@@ -26,59 +27,47 @@ def test_all_methods_are_tested_here() -> None:
     assert method_names() == sorted({*WEIGHED, "sce", "slerp", "varm"})
 
 
-def test_sce_by_hand_with_every_step() -> None:
+@each("values, expected, counted", [
+    ({}, [10 + 22 / 9, 12, 10, 10, 10], (4, 4, 3)),
+    # equation 9 as printed: at 1 the 2 is left with its coefficient, 5/18
+    ({"normalize": False}, [10 + 22 / 9, 10 + 10 / 18, 10, 10, 10], (4, 4, 3)),
+    # at 2 both agree, at 3 the sum is zero and the 1 stays, at 4 the 0.5; of ten updates three are erased
+    ({"select_deltas": False}, [10 + 22 / 9, 12, 11, 11, 10.5], (10, 10, 7)),
+])  # fmt: skip
+def test_sce_by_hand_with_every_step(values: dict[str, Any], expected: list[float], counted: tuple[int, ...]) -> None:
     """Variances 1, 4, 0, 1, 0.25: of four that are not zero, int(0.5 · 4) = 2 stay: the 4, and of the two 1 the first.
 
     Selected δ: (3, -2) and (1, 2). η = 13/18 and 5/18. At 0 both are positive: (13·3 + 5·1) / 18 / 1 = 22/9. At 1 the sum
     is zero, which counts as positive: -2 is erased, 2 stays alone.
     """
-    out, measured, counts = fused("sce", TEN, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5)
+    out, measured, counts = fused("sce", TEN, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5, **values)
     assert measured.coefficients == pytest.approx([13 / 18, 5 / 18], rel=1e-12)
     assert measured.squares.tolist() == [13, 5]
     assert measured.selection.counts.tolist() == [2]
-    assert out == pytest.approx([10 + 22 / 9, 12, 10, 10, 10], rel=1e-6)
-    assert counts == (4, 4, 3)
+    assert out == pytest.approx(expected, rel=1e-6)
+    assert counts == counted
 
 
-def test_sce_without_normalisation_is_equation_9_as_printed() -> None:
-    """As above; at 1 the 2 is left with its coefficient, 5/18."""
-    out, _, _ = fused("sce", TEN, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5, normalize=False)
-    assert out == pytest.approx([10 + 22 / 9, 10 + 10 / 18, 10, 10, 10], rel=1e-6)
-
-
-def test_sce_that_selects_for_the_coefficients_only_merges_all_updates() -> None:
-    """η as above; at 2 both agree, at 3 the sum is zero and the 1 stays, at 4 the 0.5. Of ten updates three are erased."""
-    out, measured, counts = fused(
-        "sce", TEN, [3, -2, 1, 1, 0.5], [1, 2, 1, -1, -0.5], select_topk=0.5, select_deltas=False
-    )
-    assert measured.coefficients == pytest.approx([13 / 18, 5 / 18], rel=1e-12)
-    assert out == pytest.approx([10 + 22 / 9, 12, 11, 11, 10.5], rel=1e-6)
-    assert counts == (10, 10, 7)
-
-
-def test_sce_gives_ties_in_variance_to_the_lower_index() -> None:
-    """Variance 1 everywhere: int(0.5 · 4) = 2 stay, and η = (1, 0)."""
+def test_sce_gives_ties_in_variance_to_the_lower_index_in_flat_order() -> None:
+    """Variance 1 everywhere: int(0.5 · 4) = 2 stay, and η = (1, 0). In two dimensions three positions differ: int(0.67 · 3) = 2
+    stay, those of the first row and of the second row's beginning."""
     out, _, _ = fused("sce", floats(0, 0, 0, 0), [2, -2, 2, 2], [0, 0, 0, 0], select_topk=0.5)
     assert out.tolist() == [2, -2, 0, 0]
-
-
-def test_sce_counts_two_dimensions_in_flat_order() -> None:
-    """Three positions differ: int(0.67 · 3) = 2 stay, those of the first row and of the second row's beginning."""
     base = np.zeros((2, 2), np.float32)
     out, _, _ = merged("sce", base, [base + np.float32([[0, 1], [1, 1]]), base], values={"select_topk": 0.67})
     assert out.tolist() == [0, 1, 1, 0]
 
 
-@pytest.mark.parametrize("select_topk", [1.0, 1.5])
-def test_sce_zeroes_nothing_where_everything_is_selected(select_topk: float) -> None:
+def test_sce_zeroes_nothing_where_everything_is_selected() -> None:
     """The second position has no variance, and stays all the same: η = 10/28 and 18/28."""
-    out, measured, counts = fused("sce", floats(0, 0), [1, 3], [3, 3], select_topk=select_topk)
-    assert measured.coefficients == pytest.approx([10 / 28, 18 / 28], rel=1e-12)
-    assert out == pytest.approx([(10 * 1 + 18 * 3) / 28, 3])
-    assert counts == (4, 4, 4)
+    for select_topk in (1.0, 1.5):
+        out, measured, counts = fused("sce", floats(0, 0), [1, 3], [3, 3], select_topk=select_topk)
+        assert measured.coefficients == pytest.approx([10 / 28, 18 / 28], rel=1e-12), select_topk
+        assert out == pytest.approx([(10 * 1 + 18 * 3) / 28, 3])
+        assert counts == (4, 4, 4)
 
 
-@pytest.mark.parametrize("select_topk", [0.0, 0.01, 0.1, 1.0])
+@each("select_topk", [0.0, 0.01, 0.1, 1.0])
 def test_sce_takes_one_target_whole(select_topk: float) -> None:
     out, measured, counts = fused("sce", floats(1, 2, 3), [0.5, 0, -4], select_topk=select_topk)
     assert out.tolist() == [1.5, 2, -1]
@@ -86,8 +75,8 @@ def test_sce_takes_one_target_whole(select_topk: float) -> None:
     assert counts == (3, 2, 2)
 
 
-@pytest.mark.parametrize("method", ["sce", "varm"])
-@pytest.mark.parametrize("targets", [1, 2, 3])
+@each("method", ["sce", "varm"])
+@each("targets", [1, 2, 3])
 def test_a_tensor_that_did_not_change_stays_and_the_coefficients_are_equal(method: str, targets: int) -> None:
     base = floats(0.1, -0.2, 0.3)
     for values in [{}] if method == "varm" else [{}, {"select_topk": 0.1}]:
@@ -96,8 +85,8 @@ def test_a_tensor_that_did_not_change_stays_and_the_coefficients_are_equal(metho
         assert measured.coefficients == pytest.approx([1 / targets] * targets)
 
 
-@pytest.mark.parametrize("method", ["sce", "varm"])
-@pytest.mark.parametrize("scale", [1e-3, 1e-8, 1e-15, 1e-30])
+@each("method", ["sce", "varm"])
+@each("scale", [1e-3, 1e-8, 1e-15, 1e-30])
 def test_coefficients_of_a_light_fine_tuning_are_not_equal(method: str, scale: float) -> None:
     """No absolute threshold: updates of any size have the same coefficients, 4/5 and 1/5."""
     out, measured, _ = fused(method, floats(0, 0), [2 * scale, 0], [0, scale])
@@ -106,7 +95,7 @@ def test_coefficients_of_a_light_fine_tuning_are_not_equal(method: str, scale: f
     assert out == pytest.approx([2 * scale * shares[0], scale * shares[1]], rel=1e-6, abs=0)
 
 
-@pytest.mark.parametrize("targets", [2, 3, 5, 6, 7])
+@each("targets", [2, 3, 5, 6, 7])
 def test_targets_that_agree_everywhere_have_no_variance_to_select_by(targets: int) -> None:
     base, delta = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
     out, _, counts = merged("sce", base, [base + delta] * targets, values={"select_topk": 0.5})
@@ -123,13 +112,10 @@ def test_varm_by_hand() -> None:
 
 
 def test_linear_by_hand() -> None:
-    """1·1 + 2·2 + 1·6 = 11 and 1·2 + 2·4 + 1·0 = 10; normalised, over 4."""
+    """1·1 + 2·2 + 1·6 = 11 and 1·2 + 2·4 + 1·0 = 10; normalised, over 4. Weights may add up to zero where nobody divides by it."""
     models, weight = [[1, 2], [2, 4], [6, 0]], [1.0, 2.0, 1.0]
     assert merged("linear", None, models, values={"weight": weight})[0].tolist() == [11 / 4, 10 / 4]
     assert merged("linear", None, models, values={"weight": weight, "normalize": False})[0].tolist() == [11, 10]
-
-
-def test_linear_weights_may_add_up_to_zero_where_nothing_divides_by_them() -> None:
     models, weight = [[3, 4], [1, 1]], [1.0, -1.0]
     assert merged("linear", None, models, values={"weight": weight, "normalize": False})[0].tolist() == [2, 3]
     with pytest.raises(RecipeError, match=r"^weight: the weights of tensor add up to zero, and normalize divides by"):
@@ -137,16 +123,16 @@ def test_linear_weights_may_add_up_to_zero_where_nothing_divides_by_them() -> No
 
 
 def test_task_arithmetic_by_hand() -> None:
-    """0.5 · (2, -2, 0) - 1 · (1, 3, 4) = (0, -4, -4); doubled (0, -8, -8); over the weights' sum, -0.5, (0, 16, 16)."""
+    """0.5 · (2, -2, 0) - 1 · (1, 3, 4) = (0, -4, -4); doubled (0, -8, -8); over the weights' sum, -0.5, (0, 16, 16).
+
+    Nothing is divided by weights that add up to zero.
+    """
     deltas, values = ([2, -2, 0], [1, 3, 4]), {"weight": [0.5, -1.0], "lambda": 2.0}
     out, measured, counts = fused("task_arithmetic", floats(10, 10, 10), *deltas, **values)
     assert out.tolist() == [10, 2, 2]
     assert measured.coefficients.tolist() == [0.5, -1]
     assert counts == (6, 5, 5)
     assert fused("task_arithmetic", floats(10, 10, 10), *deltas, normalize=True, **values)[0].tolist() == [10, 26, 26]
-
-
-def test_task_arithmetic_does_not_divide_by_weights_that_add_up_to_zero() -> None:
     out, _, _ = fused("task_arithmetic", floats(10, 10), [2, -2], [1, 3], weight=[1.0, -1.0], normalize=True)
     assert out.tolist() == [11, 5]
 
@@ -154,7 +140,7 @@ def test_task_arithmetic_does_not_divide_by_weights_that_add_up_to_zero() -> Non
 TRIMMED = ([4, -1, 0.5, -3], [-2, 5, 1, -1], [1, 1, 1, 1])
 
 
-@pytest.mark.parametrize(("values", "expected"), [
+@each("values, expected", [
     ({}, [12, 10 + 7 / 3, 10, 7]),
     ({"normalize": False}, [16, 17, 10, 7]),
     ({"lambda": 0.5}, [11, 10 + 7 / 6, 10, 8.5]),
@@ -172,11 +158,8 @@ def test_ties_by_hand_with_every_step(values: dict[str, Any], expected: list[flo
     assert counts == (6, 6, 5)
 
 
-@pytest.mark.parametrize(("density", "expected"), [
-    (0.0, [10, 10, 10, 10]),
-    (0.01, [15, 15, 10, 10]),
-    (0.5, [15, 16, 10, 7]),
-    (0.75, [15, 16, 12, 7]),
+@each("density, expected", [
+    (0.0, [10, 10, 10, 10]), (0.01, [15, 15, 10, 10]), (0.5, [15, 16, 10, 7]), (0.75, [15, 16, 12, 7]),
     (1.0, [15, 16, 12.5, 6]),
 ])  # fmt: skip
 def test_ties_keeps_the_share_that_density_tells(density: float, expected: list[float]) -> None:
@@ -205,7 +188,7 @@ def test_ties_weighs_before_it_elects_and_divides_by_what_agrees() -> None:
     assert counts == (6, 6, 4)
 
 
-@pytest.mark.parametrize(("method", "values", "expected"), [
+@each("method, values, expected", [
     ("dare_linear", {"rescale": False}, [1, 0, -0.5, 4, 0, 0]),
     ("dare_linear", {}, [21 / 11, 0, -10 / 13, 84 / 11, 0, 318 / 143]),
     ("dare_linear", {"normalize": True, "lambda": 3.0}, [42 / 11, 0, -20 / 13, 168 / 11, 0, 636 / 143]),
@@ -224,7 +207,7 @@ def test_dare_by_hand(method: str, values: dict[str, Any], expected: list[float]
     assert counts == (5, 5, 5 if method == "dare_linear" else 4)
 
 
-@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@each("method", ["dare_linear", "dare_ties"])
 def test_dare_draws_by_seed_and_tensor(method: str) -> None:
     base, delta = np.zeros(64, np.float32), np.ones(64, np.float32)
 
@@ -236,7 +219,7 @@ def test_dare_draws_by_seed_and_tensor(method: str) -> None:
     assert len({tuple(drawn(name, seed)) for name in ("a", "b") for seed in (0, 1)}) == 4
 
 
-@pytest.mark.parametrize("t", [0.0, 0.25, 1 / 3, 0.5, 1.0])
+@each("t", [0.0, 0.25, 1 / 3, 0.5, 1.0])
 def test_slerp_by_hand(t: float) -> None:
     """Vectors of lengths 2 and 1 with 60° between: for t = 1/3, sin 40° / sin 60° and sin 20° / sin 60° of them."""
     out, measured, _ = merged("slerp", [2, 0], [[0.5, math.sqrt(0.75)]], values={"t": t})
@@ -248,7 +231,7 @@ def test_slerp_by_hand(t: float) -> None:
 ONE = {"weight": None, "density": 1.0, "lambda": 1.0}
 
 
-@pytest.mark.parametrize(("method", "parameters"), [
+@each("method, parameters", [
     ("linear", {"weight": None, "normalize": True}),
     ("slerp", {"t": None}),
     ("task_arithmetic", {"weight": None, "normalize": False, "lambda": 1.0}),
@@ -274,20 +257,15 @@ def every(method: str) -> dict[str, Any]:
     return {p.name: wanted[p.name] for p in load_method(method).PARAMETERS if p.name in wanted}
 
 
-@pytest.mark.parametrize("method", method_names())
-def test_an_empty_tensor(method: str) -> None:
-    empty = np.zeros(0, np.float32)
-    targets = [empty] * (load_method(method).TARGETS or 2)
-    out, measured, counts = merged(method, empty if load_method(method).BASE else None, targets, values=every(method))
+@each("method", method_names())
+def test_an_empty_tensor_and_inputs_left_as_they_were(method: str) -> None:
+    """Though a method may overwrite the blocks that it is given."""
+    module, empty = load_method(method), np.zeros(0, np.float32)
+    targets = [empty] * (module.TARGETS or 2)
+    out, measured, counts = merged(method, empty if module.BASE else None, targets, values=every(method))
     assert out.shape == (0,)
     assert counts == (0, 0, 0)
     assert np.isfinite(measured.coefficients).all()
-
-
-@pytest.mark.parametrize("method", method_names())
-def test_the_inputs_are_left_as_they_were(method: str) -> None:
-    """Though a method may overwrite the blocks that it is given."""
-    module = load_method(method)
     arrays = list(np.random.default_rng(0).normal(size=(3, CHUNK + 5)).astype(np.float32))[: 1 + (module.TARGETS or 2)]
     before = [array.copy() for array in arrays]
     base, targets = (arrays[0], arrays[1:]) if module.BASE else (None, arrays)

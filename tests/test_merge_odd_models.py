@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import naive_merges as naive
+from cases import each
 from checkpoints import Tensors, assert_nearest, configuration, read, relative, write
 from fusechat.errors import RecipeError
 from fusechat.merge import merge
@@ -124,7 +125,7 @@ def test_a_tensor_of_the_base_alone_is_copied(tied: tuple[Path, Path], tmp_path:
     assert torch.equal(read(tmp_path / "out")["count"], extra["count"])
 
 
-@pytest.mark.parametrize("rows", [-5, 9])
+@each("rows", [-5, 9])
 def test_vocabularies_of_different_sizes(untied: tuple[Path, Path], tmp_path: Path, rows: int) -> None:
     """The rows that both have are merged, others are the base's."""
     base, one = untied
@@ -201,18 +202,15 @@ def test_parameters_are_asked_of_what_is_merged_only(tied: tuple[Path, Path], tm
     assert not list(tmp_path.glob("*refused*"))
 
 
-@pytest.mark.parametrize(
-    ("method", "parameters"),
-    [
-        ("sce", {"select_topk": 0.1}),
-        ("varm", {}),
-        ("ties", {**HALF, "density": 0.2}),
-        ("task_arithmetic", HALF),
-        ("dare_ties", {**HALF, "density": 0.2}),
-        ("linear", HALF),
-        ("slerp", {"t": 0.25}),
-    ],
-)
+@each("method, parameters", [
+    ("sce", {"select_topk": 0.1}),
+    ("varm", {}),
+    ("ties", {**HALF, "density": 0.2}),
+    ("task_arithmetic", HALF),
+    ("dare_ties", {**HALF, "density": 0.2}),
+    ("linear", HALF),
+    ("slerp", {"t": 0.25}),
+])  # fmt: skip
 def test_tensors_that_no_model_changed_empty_ones_and_single_numbers(
     tied: tuple[Path, Path], tmp_path: Path, method: str, parameters: Any
 ) -> None:
@@ -250,24 +248,14 @@ def in_type(path: Path, directory: Path, **dtypes: torch.dtype) -> Path:
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
-@pytest.mark.parametrize(
-    ("base", "one", "keys", "rest", "norm", "name"),
-    [
-        ({"rest": BF16}, {"rest": BF16}, {}, BF16, BF16, "bfloat16"),
-        ({"rest": F16}, {"rest": BF16}, {}, F32, F32, "float32"),
-        ({"rest": BF16}, {"rest": F32}, {}, F32, F32, "float32"),
-        ({"rest": BF16, "norm": F32}, {"rest": BF16, "norm": F32}, {}, BF16, F32, "bfloat16"),
-        ({"rest": F32}, {"rest": BF16}, {"dtype": "float16"}, F16, F16, "float16"),
-        (
-            {"rest": F16, "norm": F32},
-            {"rest": F16},
-            {"dtype": "float32", "out_dtype": "bfloat16"},
-            BF16,
-            BF16,
-            "bfloat16",
-        ),
-    ],
-)
+@each("base, one, keys, rest, norm, name", [
+    ({"rest": BF16}, {"rest": BF16}, {}, BF16, BF16, "bfloat16"),
+    ({"rest": F16}, {"rest": BF16}, {}, F32, F32, "float32"),
+    ({"rest": BF16}, {"rest": F32}, {}, F32, F32, "float32"),
+    ({"rest": BF16, "norm": F32}, {"rest": BF16, "norm": F32}, {}, BF16, F32, "bfloat16"),
+    ({"rest": F32}, {"rest": BF16}, {"dtype": "float16"}, F16, F16, "float16"),
+    ({"rest": F16, "norm": F32}, {"rest": F16}, {"dtype": "float32", "out_dtype": "bfloat16"}, BF16, BF16, "bfloat16"),
+])  # fmt: skip
 def test_types_of_inputs_and_output(
     tied: tuple[Path, Path], tmp_path: Path, base: Any, one: Any, keys: Any, rest: Any, norm: Any, name: str
 ) -> None:

@@ -1,12 +1,13 @@
 """The largest entries of a tensor against a sort: ties, levels of the search, samples that mislead."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import each, pairwise
 from fusechat.merge.kernels import CHUNK
 from fusechat.merge.selection import GATHER, SAMPLE, Selection, kept, select
 from fusechat.merge.tensor import BLOCK, Workers
@@ -89,7 +90,6 @@ KINDS = ("few", "float64", "float32", "coarse", "sparse", "range", "lowest", "ri
 SIZES = [1, 2, 100, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK - 1, 3 * CHUNK + 1, 9 * CHUNK + 5]
 
 
-@settings(max_examples=120)
 @given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=1, max_size=3),
     size=st.sampled_from(SIZES),
@@ -108,17 +108,23 @@ def test_the_largest_are_those_of_a_sort(
     check(rows, keep, gather=gather, sample=sample, block=block, threads=threads)
 
 
-@pytest.mark.parametrize("gather", [0, 1, GATHER])
-@pytest.mark.parametrize("size", [1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 1])
-@pytest.mark.parametrize("key", [0, 1, 1 << 15, 1 << 31, 1 << 47, (1 << 63) - 2])
+EQUAL = pairwise(
+    (0, 1, 1 << 15, 1 << 31, 1 << 47, (1 << 63) - 2), (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 1), (0, 1, GATHER)
+)
+
+
+@each("key, size, gather", EQUAL)
 def test_of_equal_keys_the_first_are_kept(key: int, size: int, gather: int) -> None:
     for count in {0, 1, size // 2, size - 1, size}:
         check([np.full(size, key)], [count], gather=gather, block=2 * CHUNK)
 
 
-@pytest.mark.parametrize("sample", [0, 1])
-@pytest.mark.parametrize("gather", [0, GATHER])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 400, CHUNK, 2 * CHUNK + 500, 5 * CHUNK, 10 * CHUNK, 12 * CHUNK])
+COUNTS = (0, 1, 2, 3, 400, CHUNK, 2 * CHUNK + 500, 5 * CHUNK, 10 * CHUNK, 12 * CHUNK)
+
+
+@each("sample", [0, 1])
+@each("gather", [0, GATHER])
+@each("count", [0, 1, 2, 3, 400, CHUNK, 2 * CHUNK + 500, 5 * CHUNK, 10 * CHUNK, 12 * CHUNK])
 def test_ties_at_the_threshold_in_many_chunks(count: int, gather: int, sample: int) -> None:
     """Two larger keys; the threshold's, with a smaller one at every third place; zeros after them."""
     keys = np.zeros(12 * CHUNK, np.int64)
@@ -128,18 +134,18 @@ def test_ties_at_the_threshold_in_many_chunks(count: int, gather: int, sample: i
     check([keys], [count], gather=gather, sample=sample, block=2 * CHUNK)
 
 
-@pytest.mark.parametrize("gather", [0, 1, 9, GATHER])
-@pytest.mark.parametrize("bit", range(63))
-def test_keys_that_differ_in_one_bit_only(bit: int, gather: int) -> None:
+@each("gather", [0, 1, 9, GATHER])
+def test_keys_that_differ_in_one_bit_only(gather: int) -> None:
     """The levels of the search end at bits 47, 31 and 15: keys in pairs that no earlier bit tells apart."""
-    ones = 0x2AAA_5555_3333_0F0F & ~(1 << bit)
-    keys = np.full(100, ones)
-    keys[np.random.default_rng(bit).permutation(100)[:50]] |= 1 << bit
-    for count in (1, 49, 50, 51, 99):
-        check([keys], [count], gather=gather)
+    for bit in range(63):
+        keys = np.full(100, 0x2AAA_5555_3333_0F0F & ~(1 << bit))
+        keys[np.random.default_rng(bit).permutation(100)[:50]] |= 1 << bit
+        for count in (1, 49, 50, 51, 99):
+            places, found = chosen([keys], [count], gather=gather)
+            assert (places, found.counts.tolist()) == ([largest(keys, count)], [count]), (bit, count)
 
 
-@pytest.mark.parametrize("count", [1, 500, 5000])
+@each("count", [1, 500, 5000])
 def test_every_level_of_the_search_is_passed(count: int) -> None:
     """Where not one key may be gathered, every key but the last bits' has to be counted, and ties there are told by chunk."""
     generator = np.random.default_rng(0)
@@ -177,16 +183,14 @@ def test_float64_of_every_range_is_ordered() -> None:
             assert sorted(values[order][places[0]]) == sorted(values)[values.size - count :]
 
 
-@pytest.mark.parametrize("sample", [0, 1])
-def test_rows_are_selected_by_themselves(sample: int) -> None:
+def test_rows_are_selected_by_themselves() -> None:
     size = 9 * CHUNK
     rows = [drawn(kind, size, 3) for kind in ("float32", "few", "sparse", "rising", "lowest")]
-    check(rows, [0, 777, size, 1, size - 1], sample=sample, threads=2)
-    check(rows, [0, 777, size, 1, size - 1], sample=sample, threads=2, gather=3)
+    for how in ({"sample": 0}, {"sample": 1}, {"sample": 0, "gather": 3}, {"sample": 1, "gather": 3}):
+        check(rows, [0, 777, size, 1, size - 1], threads=2, **how)
 
 
-@pytest.mark.parametrize("sample", [0, 1])
-@pytest.mark.parametrize("zeros", [0, 1, CHUNK, 9 * CHUNK - 1, 9 * CHUNK])
+@each("zeros, sample", pairwise((0, 1, CHUNK, 9 * CHUNK - 1, 9 * CHUNK), (0, 1)))
 def test_how_many_are_not_zero_is_told_exactly(zeros: int, sample: int) -> None:
     """The last thing that `keep` is told; of a sample it is told an estimate before."""
     keys = drawn("float64", 9 * CHUNK, 1)
@@ -205,23 +209,17 @@ def test_how_many_are_not_zero_is_told_exactly(zeros: int, sample: int) -> None:
     assert places[0] == largest(keys, nonzero // 3)
 
 
-@pytest.mark.parametrize("sample", [0, 1])
-@pytest.mark.parametrize(("wanted", "count"), [(-5, 0), (10**9, 9 * CHUNK)])
-def test_no_more_are_kept_than_there_are(wanted: int, count: int, sample: int) -> None:
-    places, found = chosen([drawn("float64", 9 * CHUNK, 2)], [wanted], sample=sample)
-    assert found.counts.tolist() == [count]
-    assert len(places[0]) == count
-
-
-def test_an_empty_tensor_has_nothing_to_select() -> None:
+def test_no_more_are_kept_than_there_are() -> None:
+    for sample, (wanted, count) in itertools.product((0, 1), ((-5, 0), (10**9, 9 * CHUNK))):
+        places, found = chosen([drawn("float64", 9 * CHUNK, 2)], [wanted], sample=sample)
+        assert found.counts.tolist() == [count], (sample, wanted)
+        assert len(places[0]) == count
     places, found = chosen([np.zeros(0, np.int64)] * 2, [0, 3])
     assert places == [[], []]
     assert found.counts.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("count", [1, 50, CHUNK, 5 * CHUNK, 33 * CHUNK])
-@pytest.mark.parametrize("gather", [10, GATHER])
-@pytest.mark.parametrize("where", [0, 1, 17, 39])
+@each("where, gather, count", pairwise((0, 1, 17, 39), (10, GATHER), (1, 50, CHUNK, 5 * CHUNK, 33 * CHUNK)))
 def test_a_sample_that_misleads_does_not_change_what_is_found(where: int, gather: int, count: int) -> None:
     """All that is large lies in one chunk of forty, or all but one are the same."""
     keys = drawn("float64", 40 * CHUNK, where) % (1 << 40)
@@ -231,7 +229,7 @@ def test_a_sample_that_misleads_does_not_change_what_is_found(where: int, gather
     check([keys, keys[::-1].copy()], [count, count + 7], sample=5, gather=gather, block=4 * CHUNK)
 
 
-@pytest.mark.parametrize("kind", ["float64", "coarse", "few", "sparse", "falling"])
+@each("kind", ["float64", "coarse", "few", "sparse", "falling"])
 def test_a_large_tensor_is_sampled_without_being_asked(kind: str) -> None:
     size = 520 * CHUNK + 11
     keys = drawn(kind, size, 5)

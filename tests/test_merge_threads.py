@@ -3,12 +3,13 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 
+from cases import each, pairwise
 from fusechat.errors import ModelError
 from fusechat.merge.kernels import CHUNK
 from fusechat.merge.methods import load_method, method_names
@@ -61,19 +62,19 @@ def everything(method: str, models: list[np.ndarray], threads: int, block: int) 
     return {"entries": counts, **{name: array if array is None else array.tobytes() for name, array in found.items()}}
 
 
-@pytest.mark.parametrize("method", method_names())
-@pytest.mark.parametrize("order", range(3))
-def test_a_tensor_has_the_same_bits_for_any_threads_and_blocks(method: str, order: int) -> None:
-    kinds = (*KINDS[order:], *KINDS[:order])
-    models = mixed(kinds[: 1 + (load_method(method).TARGETS or 2)])
-    expected = everything(method, models, threads=1, block=16)
-    for threads in THREADS:
-        for block in BLOCKS:
+@each("method", method_names())
+def test_a_tensor_has_the_same_bits_for_any_threads_and_blocks(method: str) -> None:
+    for order in range(3):
+        kinds = (*KINDS[order:], *KINDS[:order])
+        models = mixed(kinds[: 1 + (load_method(method).TARGETS or 2)])
+        expected = everything(method, models, threads=1, block=16)
+        for threads, block in pairwise(THREADS, BLOCKS) if order == 0 else zip(THREADS, BLOCKS[::-1], strict=True):
             found = everything(method, models, threads, block)
-            assert [name for name in expected if found[name] != expected[name]] == [], (threads, block)
+            wrong = [name for name in expected if found[name] != expected[name]]
+            assert wrong == [], (order, threads, block)
 
 
-@pytest.mark.parametrize("method", ["sce", "ties"])
+@each("method", ["sce", "ties"])
 def test_a_tensor_that_is_sampled_has_the_same_bits(method: str) -> None:
     """So large that the selection takes a sample first."""
     models = mixed(("bfloat16", "float16", "float32"), 513 * CHUNK + 5)
@@ -82,14 +83,25 @@ def test_a_tensor_that_is_sampled_has_the_same_bits(method: str) -> None:
     assert everything(method, models, threads=3, block=64) == expected
 
 
-@pytest.fixture(params=THREADS)
-def workers(request: pytest.FixtureRequest) -> Iterator[Workers]:
-    made = Workers(request.param)
-    yield made
-    made.close()
+def with_workers(test: Callable[[Workers], None]) -> Callable[..., None]:
+    """Of each number of threads."""
+
+    def of(threads: int) -> None:
+        workers = Workers(threads)
+        try:
+            test(workers)
+        finally:
+            workers.close()
+
+    return each("threads", THREADS)(of)
 
 
+@with_workers
 def test_results_come_in_order_and_each_thread_keeps_its_own(workers: Workers) -> None:
+    """Of few or no blocks too."""
+    for count in (0, 1, 2):
+        assert workers.run(lambda number, _: number, count, lambda: None)[0] == list(range(count))
+
     def work(number: int, seen: list[int]) -> int:
         time.sleep(0.0003 * (number % 3))
         seen.append(number)
@@ -101,13 +113,13 @@ def test_results_come_in_order_and_each_thread_keeps_its_own(workers: Workers) -
     assert len(kept) <= workers.threads
 
 
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_few_or_no_blocks(workers: Workers, count: int) -> None:
-    assert workers.run(lambda number, _: number, count, lambda: None)[0] == list(range(count))
+@with_workers
+def test_an_exception_comes_out_once_and_nobody_goes_on(workers: Workers) -> None:
+    for kind in (ValueError, KeyboardInterrupt):
+        comes_out_once(workers, kind)
 
 
-@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
-def test_an_exception_comes_out_once_and_nobody_goes_on(workers: Workers, kind: type[BaseException]) -> None:
+def comes_out_once(workers: Workers, kind: type[BaseException]) -> None:
     begun, ended = [], []
 
     def work(number: int, _: None) -> int:
@@ -128,6 +140,7 @@ def test_an_exception_comes_out_once_and_nobody_goes_on(workers: Workers, kind: 
     assert workers.run(lambda number, _: number, 20, lambda: None)[0] == list(range(20))
 
 
+@with_workers
 def test_of_exceptions_in_all_threads_one_comes_out(workers: Workers) -> None:
     together = threading.Barrier(workers.threads)
 
@@ -173,15 +186,16 @@ def test_after_ctrl_c_no_thread_works_any_more() -> None:
     workers.close()
 
 
-@pytest.mark.parametrize("place", [0, 5 * CHUNK + 9, SIZE - 1])
-def test_a_value_that_is_not_finite_is_named_once_whichever_thread_meets_it(workers: Workers, place: int) -> None:
+@with_workers
+def test_a_value_that_is_not_finite_is_named_once_whichever_thread_meets_it(workers: Workers) -> None:
     rows = [np.ones(SIZE, np.float32), np.ones(SIZE, np.float16)]
-    rows[1][place] = np.inf
-    tensor = tensor_of(rows, workers, block=CHUNK)
-    with pytest.raises(ModelError) as raised:
-        tensor.blocks(lambda start, block: None)
-    assert str(raised.value) == f"tensor: holds values that are not finite in model 1 (element {place})"
-    rows[1][place] = 1
+    for place in (0, 5 * CHUNK + 9, SIZE - 1):
+        rows[1][place] = np.inf
+        tensor = tensor_of(rows, workers, block=CHUNK)
+        with pytest.raises(ModelError) as raised:
+            tensor.blocks(lambda start, block: None)
+        assert str(raised.value) == f"tensor: holds values that are not finite in model 1 (element {place})"
+        rows[1][place] = 1
     assert sum(tensor.blocks(lambda start, block: float(block.sum()))) == 2 * SIZE
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from cases import each
 from checkpoints import configuration, read, write
 from fusechat.errors import ModelError
 from fusechat.merge import merge
@@ -87,7 +88,7 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
     return caplog
 
 
-@pytest.mark.parametrize("make", COPIES)
+@each("make", COPIES)
 def test_copies_of_a_tied_embedding_in_the_bases_file(make: Callable[[], Any], tmp_path: Path, warnings: Any) -> None:
     """With weight 1 the result is the target, in Transformers' own words; so it is where all files have copies."""
     one, names = COPIES[make]

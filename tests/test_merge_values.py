@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cases import each
 from fusechat.merge.parameters import DENSITY, SEED, WEIGHT, Parameter
 from fusechat.merge.values import layer_of, position, read_setting, resolve
 
@@ -28,29 +29,26 @@ def over_layers(raw: Any, layers: int, parameter: Parameter = WEIGHT, part: str 
 # -- layers -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "layer"),
-    [
-        ("model.layers.3.self_attn.q_proj.weight", 3),
-        ("model.layers.12.block_sparse_moe.experts.7.w1.weight", 12),
-        ("transformer.h.0.attn.c_attn.weight", 0),
-        ("h.11.mlp.c_fc.bias", 11),
-        ("gpt_neox.layers.5.attention.dense.weight", 5),
-        ("transformer.blocks.31.norm_1.weight", 31),
-        ("bert.encoder.layer.4.output.dense.weight", 4),
-        ("decoder.block.2.layer.1.DenseReluDense.wo.weight", 2),
-        ("model.language_model.layers.9.mlp.gate_proj.weight", 9),
-        ("model.embed_tokens.weight", None),
-        ("lm_head.weight", None),
-        ("model.norm.weight", None),
-        ("model.mtp.0.weight", None),
-        ("mlp.experts.3.w1.weight", None),
-        ("adapters.2.layers.weight", None),
-        ("layers.x.3.weight", None),
-        ("layers", None),
-        ("", None),
-    ],
-)
+@each("name, layer", [
+    ("model.layers.3.self_attn.q_proj.weight", 3),
+    ("model.layers.12.block_sparse_moe.experts.7.w1.weight", 12),
+    ("transformer.h.0.attn.c_attn.weight", 0),
+    ("h.11.mlp.c_fc.bias", 11),
+    ("gpt_neox.layers.5.attention.dense.weight", 5),
+    ("transformer.blocks.31.norm_1.weight", 31),
+    ("bert.encoder.layer.4.output.dense.weight", 4),
+    ("decoder.block.2.layer.1.DenseReluDense.wo.weight", 2),
+    ("model.language_model.layers.9.mlp.gate_proj.weight", 9),
+    ("model.embed_tokens.weight", None),
+    ("lm_head.weight", None),
+    ("model.norm.weight", None),
+    ("model.mtp.0.weight", None),
+    ("mlp.experts.3.w1.weight", None),
+    ("adapters.2.layers.weight", None),
+    ("layers.x.3.weight", None),
+    ("layers", None),
+    ("", None),
+])  # fmt: skip
 def test_the_layer_of_a_tensor(name: str, layer: int | None) -> None:
     assert layer_of(name) == layer
 
@@ -163,64 +161,44 @@ def test_filters_against_a_plain_search(rules: list[tuple[str | None, float]]) -
 # -- kinds --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("raw", "parameter", "expected"),
-    [
-        (1, WEIGHT, 1.0),
-        ("1e-3", WEIGHT, 0.001),
-        (" 0.5 ", WEIGHT, 0.5),
-        (-2.5, WEIGHT, -2.5),
-        (0, DENSITY, 0.0),
-        ("1", DENSITY, 1.0),
-        (7, SEED, 7),
-        ("7", SEED, 7),
-        (2**60 + 1, SEED, 2**60 + 1),
-        (True, FLAG, True),
-        (0, FLAG, False),
-        (1.0, FLAG, True),
-        ("true", FLAG, True),
-        ("Off", FLAG, False),
-    ],
-)
+@each("raw, parameter, expected", [
+    (1, WEIGHT, 1.0), ("1e-3", WEIGHT, 0.001), (" 0.5 ", WEIGHT, 0.5), (-2.5, WEIGHT, -2.5), (0, DENSITY, 0.0),
+    ("1", DENSITY, 1.0), (7, SEED, 7), ("7", SEED, 7), (2**60 + 1, SEED, 2**60 + 1), (True, FLAG, True),
+    (0, FLAG, False), (1.0, FLAG, True), ("true", FLAG, True), ("Off", FLAG, False),
+])  # fmt: skip
 def test_a_value_is_of_its_parameters_kind(raw: Any, parameter: Parameter, expected: Any) -> None:
     found = value(raw, HEAD, 3, parameter)
     assert found == expected
     assert type(found) is parameter.kind
 
 
-@pytest.mark.parametrize(
-    ("raw", "parameter", "expected"),
-    [
-        ("half", WEIGHT, [((), "should be a number, not 'half'")]),
-        (True, WEIGHT, [((), "should be a number, not True")]),
-        (None, WEIGHT, [((), "should be a number, not nothing")]),
-        ([], WEIGHT, [((), "is an empty list")]),
-        (float("nan"), WEIGHT, [((), "should be a number, not nan")]),
-        ("inf", WEIGHT, [((), "should be a number, not 'inf'")]),
-        (10**400, Parameter("t", low=0), [((), f"should be a number, not {10**400}")]),
-        ([0.5, "x", [1]], WEIGHT, [(("1",), "should be a number, not 'x'"), (("2",), "should be a number, not list")]),
-        ([0, 1.5], DENSITY, [(("1",), "should be between 0 and 1, not 1.5")]),
-        (-1, Parameter("select_topk", low=0), [((), "should be at least 0, not -1")]),
-        (2, Parameter("least", high=1), [((), "should be at most 1, not 2")]),
-        (2, FLAG, [((), "should be true or false, not 2")]),
-        ("maybe", FLAG, [((), "should be true or false, not 'maybe'")]),
-        ([True, 0.5], FLAG, [(("1",), "should be true or false, not 0.5")]),
-        (0.5, SEED, [((), "should be a whole number, not 0.5")]),
-        (-1, SEED, [((), "should be at least 0, not -1")]),
-        ([1, 2], SEED, [((), "is one whole number for all tensors, not list")]),
-        ({"value": 1}, SEED, [((), "is one whole number for all tensors, not dict")]),
-        (
-            [{"filter": "mlp", "value": 1}, 0.5],
-            WEIGHT,
-            [(("1",), "in a list with filters, should be a mapping of value and filter, not 0.5")],
-        ),
-        ([{"filter": "mlp"}], WEIGHT, [(("0", "value"), "is missing")]),
-        ([{"filter": 3, "value": 1}], WEIGHT, [(("0", "filter"), "should be a part of a tensor's name, not 3")]),
-        ([{"value": []}], WEIGHT, [(("0", "value"), "is an empty list")]),
-        ([{"value": [{"value": 1}]}], WEIGHT, [(("0", "value", "0"), "should be a number, not dict")]),
-        ({"value": 1, "fliter": "a"}, WEIGHT, [(("fliter",), "unknown key; did you mean filter?")]),
-        ([{"value": 1, 3: 4}], WEIGHT, [(("0", "3"), "unknown key; known here: value, filter")]),
-    ],
-)
+@each("raw, parameter, expected", [
+    ("half", WEIGHT, [((), "should be a number, not 'half'")]),
+    (True, WEIGHT, [((), "should be a number, not True")]),
+    (None, WEIGHT, [((), "should be a number, not nothing")]),
+    ([], WEIGHT, [((), "is an empty list")]),
+    (float("nan"), WEIGHT, [((), "should be a number, not nan")]),
+    ("inf", WEIGHT, [((), "should be a number, not 'inf'")]),
+    (10**400, Parameter("t", low=0), [((), f"should be a number, not {10**400}")]),
+    ([0.5, "x", [1]], WEIGHT, [(("1",), "should be a number, not 'x'"), (("2",), "should be a number, not list")]),
+    ([0, 1.5], DENSITY, [(("1",), "should be between 0 and 1, not 1.5")]),
+    (-1, Parameter("select_topk", low=0), [((), "should be at least 0, not -1")]),
+    (2, Parameter("least", high=1), [((), "should be at most 1, not 2")]),
+    (2, FLAG, [((), "should be true or false, not 2")]),
+    ("maybe", FLAG, [((), "should be true or false, not 'maybe'")]),
+    ([True, 0.5], FLAG, [(("1",), "should be true or false, not 0.5")]),
+    (0.5, SEED, [((), "should be a whole number, not 0.5")]),
+    (-1, SEED, [((), "should be at least 0, not -1")]),
+    ([1, 2], SEED, [((), "is one whole number for all tensors, not list")]),
+    ({"value": 1}, SEED, [((), "is one whole number for all tensors, not dict")]),
+    ([{"filter": "mlp", "value": 1}, 0.5], WEIGHT,
+     [(("1",), "in a list with filters, should be a mapping of value and filter, not 0.5")]),
+    ([{"filter": "mlp"}], WEIGHT, [(("0", "value"), "is missing")]),
+    ([{"filter": 3, "value": 1}], WEIGHT, [(("0", "filter"), "should be a part of a tensor's name, not 3")]),
+    ([{"value": []}], WEIGHT, [(("0", "value"), "is an empty list")]),
+    ([{"value": [{"value": 1}]}], WEIGHT, [(("0", "value", "0"), "should be a number, not dict")]),
+    ({"value": 1, "fliter": "a"}, WEIGHT, [(("fliter",), "unknown key; did you mean filter?")]),
+    ([{"value": 1, 3: 4}], WEIGHT, [(("0", "3"), "unknown key; known here: value, filter")]),
+])  # fmt: skip
 def test_what_is_wrong_with_a_setting(raw: Any, parameter: Parameter, expected: list[Any]) -> None:
     assert read_setting(raw, parameter)[1] == expected

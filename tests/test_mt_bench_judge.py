@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mt_benching
+from cases import each
 from fusechat.evaluate.mt_bench.data import MtBench, Question, load
 from fusechat.evaluate.mt_bench.judge import (
     for_model,
@@ -65,7 +66,7 @@ def test_pairwise_prompts_in_both_orders(data: MtBench) -> None:
     assert pairwise(data, math, a=["y", "yy"], b=["x", "xx"])[1][1] == f"{both} A <y|yy> B <x|xx>"
 
 
-@pytest.mark.parametrize("category", mt_benching.CATEGORIES)
+@each("category", mt_benching.CATEGORIES)
 @given(answers=st.lists(st.text() | st.just(HOSTILE), min_size=1, max_size=2))
 def test_answers_stand_in_the_prompt_as_they_are(data: MtBench, category: str, answers: list[str]) -> None:
     text = single(data, of(data, category), answers)[1][1]
@@ -84,34 +85,31 @@ def test_braces_in_questions_and_references_stay(tmp_path: Path) -> None:
     assert text == "Q <def f(): return {answer}> K1 <{question}> A <{ref_answer_1}>"
 
 
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [
-        ("Rating: [[7]]", 7),
-        ("Rating: [[7.5]]", 7.5),
-        ("Rating: [[7.]]", 7),
-        ("[[1]]", 1),
-        ("[[10]]", 10),
-        ("[[10.0]]", 10),
-        ("I first thought [[3]], but no: [[8]]", 3),  # as published: the first
-        ("Rating: [6]", 6),
-        ("see [1] and [[9]]", 9),
-        ("see [2] and no rating", 2),  # as published
-        ("[[0]]", None),
-        ("[[0.9]]", None),
-        ("[[10.1]]", None),
-        ("[[11]] or rather [5]", None),
-        ("[[-5]]", None),
-        ("[[5/10]]", None),
-        ("[[ 5 ]]", None),
-        ("[[five]]", None),
-        ("[[rating]]", None),
-        ("[[٥]]", None),  # a digit, but none that a judge is asked for
-        ("Rating: 5", None),
-        ("[[" + "9" * 5000 + "]]", None),
-        ("", None),
-    ],
-)
+@each("text, score", [
+    ("Rating: [[7]]", 7),
+    ("Rating: [[7.5]]", 7.5),
+    ("Rating: [[7.]]", 7),
+    ("[[1]]", 1),
+    ("[[10]]", 10),
+    ("[[10.0]]", 10),
+    ("I first thought [[3]], but no: [[8]]", 3),  # as published: the first
+    ("Rating: [6]", 6),
+    ("see [1] and [[9]]", 9),
+    ("see [2] and no rating", 2),  # as published
+    ("[[0]]", None),
+    ("[[0.9]]", None),
+    ("[[10.1]]", None),
+    ("[[11]] or rather [5]", None),
+    ("[[-5]]", None),
+    ("[[5/10]]", None),
+    ("[[ 5 ]]", None),
+    ("[[five]]", None),
+    ("[[rating]]", None),
+    ("[[٥]]", None),  # a digit, but none that a judge is asked for
+    ("Rating: 5", None),
+    ("[[" + "9" * 5000 + "]]", None),
+    ("", None),
+])  # fmt: skip
 def test_scores(text: str, score: float | None) -> None:
     assert parse_score(text) == score
 
@@ -140,21 +138,18 @@ def test_a_score_is_none_or_in_range(text: str) -> None:
     assert score is None or 1 <= score <= 10
 
 
-@pytest.mark.parametrize(
-    ("text", "verdict"),
-    [
-        ("So: [[A]]", "A"),
-        ("[[B]].", "B"),
-        ("[[C]]", "C"),
-        ("not [[B]] but [[A]]", "A"),  # as published, where a judge names two
-        ("[[C]] [[B]]", "B"),
-        ("[A]", None),
-        ("[[a]]", None),
-        ("[[D]]", None),
-        ("Assistant A is better", None),
-        ("", None),
-    ],
-)
+@each("text, verdict", [
+    ("So: [[A]]", "A"),
+    ("[[B]].", "B"),
+    ("[[C]]", "C"),
+    ("not [[B]] but [[A]]", "A"),  # as published, where a judge names two
+    ("[[C]] [[B]]", "B"),
+    ("[A]", None),
+    ("[[a]]", None),
+    ("[[D]]", None),
+    ("Assistant A is better", None),
+    ("", None),
+])  # fmt: skip
 def test_verdicts(text: str, verdict: str | None) -> None:
     assert parse_verdict(text) == verdict
 

@@ -7,6 +7,7 @@ from random import Random
 import pytest
 
 import mt_benching
+from cases import each
 from fusechat.errors import RecipeError
 from fusechat.evaluate.mt_bench.data import MtBench, load
 from fusechat.models.answers import Missing
@@ -91,7 +92,7 @@ def test_bad_baselines(tmp_path: Path, data: MtBench) -> None:
     assert models.asked == []
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each("seed", range(5))
 def test_win_rates_as_a_loop_over_the_lines_finds_them(tmp_path: Path, seed: int) -> None:
     """From the judge's words and the model's place alone, as a table of the four words' pairs."""
     data, random = load(mt_benching.write(tmp_path / "data", each=2)), Random(seed)

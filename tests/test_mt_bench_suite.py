@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import mt_benching
+from cases import each
 from fusechat.evaluate.mt_bench.data import MtBench, load
 from fusechat.evaluate.mt_bench.suite import chosen
 from fusechat.models.answers import Answer, Missing, Prompt
@@ -174,7 +175,7 @@ def test_scores_in_one_pair_of_brackets_are_told(
     assert "2 of 16 scores were read from [n]" in caplog.text
 
 
-@pytest.mark.parametrize("limit", range(1, 25))
+@each("limit", range(1, 25))
 def test_limits_spread_over_categories(tmp_path: Path, limit: int) -> None:
     questions = load(mt_benching.write(tmp_path, each=3)).questions
     found = chosen(questions, limit)
@@ -217,7 +218,7 @@ def test_settings(tmp_path: Path, data: MtBench) -> None:
     }
 
 
-@pytest.mark.parametrize("seed", range(5))
+@each("seed", range(5))
 def test_scores_as_a_loop_over_the_lines_finds_them(tmp_path: Path, seed: int) -> None:
     """Random judges; sums over scores.jsonl, which knows nothing of items and slices."""
     data, random = load(mt_benching.write(tmp_path / "data", each=3)), Random(seed)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import families
 import tiny
+from cases import each
 from fusechat.errors import ModelError
 from fusechat.models.forward import collate, response_logits
 from fusechat.plan.calibration import Measured, _conversations, _piece, _rounded
@@ -40,7 +41,7 @@ def mixtral(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 def test_parameters_are_those_of_the_model(kind: str, models: dict[str, Path], loaded: dict[str, Any]) -> None:
     shape, model = shape_of(models[kind]), loaded[kind]
     assert shape.parameters == shape.trained == sum(parameter.numel() for parameter in model.parameters())
@@ -73,7 +74,7 @@ def test_of_adapters_only_their_weights_are_trained(models: dict[str, Path]) -> 
     assert shape.training_flops(10, 5, 10, recompute=False) == 2 * shape.forward_flops(10, 5, 10)
 
 
-@pytest.mark.parametrize(("given", "bits"), [({"load_in_4bit": True}, 4.5), ({"bits": 3}, 3.5), ({}, 8.5)])
+@each("given, bits", [({"load_in_4bit": True}, 4.5), ({"bits": 3}, 3.5), ({}, 8.5)])
 def test_quantised_weights_take_their_bits(mixtral: Path, given: dict[str, Any], bits: float) -> None:
     config = transformers.AutoConfig.from_pretrained(mixtral)
     config.quantization_config = {"quant_method": "bitsandbytes", **given}
@@ -91,8 +92,8 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path) -> None:
         shape_of(tmp_path)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral"])
-@pytest.mark.parametrize("rows", [8, 20])
+@each("kind", ["llama", "mistral"])
+@each("rows", [8, 20])
 def test_operations_are_those_that_pytorch_counts(
     kind: str, rows: int, models: dict[str, Path], loaded: dict[str, Any]
 ) -> None:
@@ -116,7 +117,7 @@ def test_operations_are_those_that_pytorch_counts(
     )
 
 
-@pytest.mark.parametrize("family", ["Llama 3", "Gemma 2", "Gemma 3", "Phi-3", "Qwen3", "SmolLM3", "Mixtral"])
+@each("family", ["Llama 3", "Gemma 2", "Gemma 3", "Phi-3", "Qwen3", "SmolLM3", "Mixtral"])
 def test_a_piece_of_every_family_runs(family: str, tmp_path: Path, mixtral: Path) -> None:
     """What is timed is the model's own class, with fewer layers and weights that are numbers."""
     directory = mixtral if family == "Mixtral" else families.build(family, tmp_path)
@@ -156,6 +157,6 @@ def test_names_of_devices() -> None:
     assert from_table("cpu") is None
 
 
-@pytest.mark.parametrize(("number", "power"), [(0, 1), (1, 1), (3, 4), (105, 128), (90, 64), (512, 512)])
+@each("number, power", [(0, 1), (1, 1), (3, 4), (105, 128), (90, 64), (512, 512)])
 def test_sizes_are_rounded_to_powers_of_two(number: float, power: int) -> None:
     assert _rounded(number) == power

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from aligning import Response, conversation, conversations, gold_nll_of, prepared, sparse, toy
+from cases import each
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey, covered
 from fusechat.align.back_off import EDIT, SEEN, BackOff
 from fusechat.align.quality import Quality, covered_segments, gold_nll
@@ -20,7 +21,6 @@ from fusechat.models.templates import ChatTemplate
 from fusechat.models.token_bytes import TokenBytes
 from fusechat.models.tokenise import prepare_conversation
 
-FEW = settings(max_examples=150, deadline=None)
 LN2 = float(np.log(2))
 
 
@@ -75,7 +75,6 @@ def segments(pivot: Prepared, source: Prepared, which: list[bool]) -> tuple[list
     return ours.tolist(), theirs.tolist()
 
 
-@FEW
 @given(conversations(lost=False), st.integers(0, 1000), st.sampled_from([0.5, 0.8, 1.0]))
 def test_segments_are_those_of_the_naive_cutting(
     sides: tuple[list[Response], list[Response]], seed: int, share: float
@@ -94,7 +93,7 @@ def test_a_segment_with_one_token_that_is_not_covered_is_left_out_on_both_sides(
     assert theirs == [True, True, False, True, True, False]  # the one without width counts with the token after it
 
 
-@pytest.mark.parametrize("lost_by", ["pivot", "source"])
+@each("lost_by", ["pivot", "source"])
 def test_a_response_that_one_model_lost_is_in_no_segment(lost_by: str) -> None:
     both, one = prepared([([(0, 2)], True), ([(0, 2)], True)]), prepared([([(0, 2)], True)])
     pivot, source = (one, both) if lost_by == "pivot" else (both, one)
@@ -183,8 +182,8 @@ def test_conversations_add_up() -> None:
 TEXTS = ["The answer is 3: größer.", " the capital of 日本 is 東京 🙂"]
 
 
-@pytest.mark.parametrize("chain_rule", [False, True])
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("chain_rule", [False, True])
+@each("kind", tiny.KINDS)
 def test_identical_tokenizers_transfer_the_sources_own(tokenizers: dict[str, Any], kind: str, chain_rule: bool) -> None:
     """With all gold tokens kept, the ratio of the two nlls is one."""
     template = ChatTemplate(tokenizers[kind], tiny.TEMPLATES[kind], kind)
@@ -264,7 +263,7 @@ def test_figures_count_rows_and_share_out_mass() -> None:
     }
 
 
-@pytest.mark.parametrize("unaligned", ["label", "condition", "skip"])
+@each("unaligned", ["label", "condition", "skip"])
 def test_a_row_of_which_little_is_mapped_has_no_target(unaligned: Any) -> None:
     """`c` is no token of the pivot's: of the first row 0.4 arrives, of the second 0.6, of the end of turn 1; of what is nowhere
     aligned the gold token may stand in, of this not."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cases import each
 from fusechat.data.conversations import Conversation, DataSet, Malformed, Message, read_conversations
 from fusechat.data.records import conversation_of
 
@@ -109,23 +110,17 @@ def test_what_nothing_reads_is_named_and_tells_records_apart() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("record", "why"),
-    [
-        ({"messages": [ASKED, ANSWERED], "conversations": [ASKED]}, '"messages" and "conversations" both hold'),
-        ({"messages": [{**ASKED, "content": [{"type": "image"}]}]}, '"content" of message 1 has a part of type image'),
-        (
-            {"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": {}}]}]},
-            "lacks the name of its function",
-        ),
-        ({"messages": [ASKED, {"role": "user", "content": "", "tool_calls": [CALL]}]}, "of role user has calls"),
-        ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "its call is not JSON"),
-        ({"messages": [ASKED, ANSWERED], "tools": "{"}, '"tools" is not JSON'),
-        ({"messages": [ASKED, ANSWERED], "chat_template_kwargs": {"tokenize": True}}, "tokenize is no variable"),
-        ({"prompt": 3, "completion": "x"}, '"prompt" is int, neither text nor'),
-        ({"messages": [ASKED, ANSWERED], "system": ["x"]}, '"system" is list, not text'),
-    ],
-)
+@each("record, why", [
+    ({"messages": [ASKED, ANSWERED], "conversations": [ASKED]}, '"messages" and "conversations" both hold'),
+    ({"messages": [{**ASKED, "content": [{"type": "image"}]}]}, '"content" of message 1 has a part of type image'),
+    ({"messages": [ASKED, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "lacks the name of its function"),
+    ({"messages": [ASKED, {"role": "user", "content": "", "tool_calls": [CALL]}]}, "of role user has calls"),
+    ({"conversations": [{"from": "function_call", "value": "f(x)"}]}, "its call is not JSON"),
+    ({"messages": [ASKED, ANSWERED], "tools": "{"}, '"tools" is not JSON'),
+    ({"messages": [ASKED, ANSWERED], "chat_template_kwargs": {"tokenize": True}}, "tokenize is no variable"),
+    ({"prompt": 3, "completion": "x"}, '"prompt" is int, neither text nor'),
+    ({"messages": [ASKED, ANSWERED], "system": ["x"]}, '"system" is list, not text'),
+])  # fmt: skip
 def test_what_cannot_be_read_is_refused_in_words(record: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
         conversation_of(record, "here")

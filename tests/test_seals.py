@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cases import each
 from fusechat.run.integrity import matches_record, read_sealed, record, write_sealed
 
 VALUE = {"shard": {"bytes": 3}, "tensors": {"a.weight": [0.1, -2.5e-9], "größe": None}}
@@ -30,7 +31,7 @@ def test_of_a_file_with_one_bit_flipped_nothing_comes_back_or_the_value(tmp_path
     assert lost > 0.9 * 8 * len(data)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"value": 1}', '{"sha256": "", "value": 1}', "[" * 100_000])
+@each("text", ["", "{", "[]", "null", '{"value": 1}', '{"sha256": "", "value": 1}', "[" * 100_000])
 def test_something_else_is_no_sealed_value(tmp_path: Path, text: str) -> None:
     (tmp_path / "value.json").write_text(text)
     assert read_sealed(tmp_path / "value.json") is None
@@ -60,7 +61,7 @@ def test_what_nobody_touched_is_as_it_was_sealed_also_by_another_name(sealed: Pa
     assert not holds(sealed)
 
 
-@pytest.mark.parametrize("name", ["model/deep/weights", "losses"])
+@each("name", ["model/deep/weights", "losses"])
 def test_a_file_altered_in_place_with_its_size_and_time_put_back(sealed: Path, name: str) -> None:
     before = (sealed / name).stat()
     data = (sealed / name).read_bytes()

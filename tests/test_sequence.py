@@ -1,16 +1,14 @@
 """Alignment by byte boundaries, and what starts inside a source token, against double loops over all pairs."""
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aligning import Response, Spans, array, conversations, prepared, tilings
+from cases import each
 from fusechat.align import align_starts
 from fusechat.align.sequence import Alignment, align_rows, containing
 from fusechat.data.prepared import Prepared
-
-FEW = settings(max_examples=150, deadline=None)
 
 
 def pairs_of_tilings() -> st.SearchStrategy[tuple[Spans, Spans]]:
@@ -26,7 +24,6 @@ def naive_starts(pivot: Spans, source: Spans) -> list[int]:
     return result
 
 
-@FEW
 @given(pairs_of_tilings())
 def test_align_starts_is_the_double_loop(pair: tuple[Spans, Spans]) -> None:
     pivot, source = pair
@@ -35,7 +32,6 @@ def test_align_starts_is_the_double_loop(pair: tuple[Spans, Spans]) -> None:
     assert found.tolist() == naive_starts(pivot, source)
 
 
-@FEW
 @given(pairs_of_tilings())
 def test_alignment_is_symmetric_and_monotone(pair: tuple[Spans, Spans]) -> None:
     pivot, source = pair
@@ -81,7 +77,6 @@ def naive_containing(pivot: Spans, source: Spans) -> list[int]:
     return result
 
 
-@FEW
 @given(pairs_of_tilings())
 def test_containing_is_the_double_loop(pair: tuple[Spans, Spans]) -> None:
     found = containing(array(pair[0]), array(pair[1]))
@@ -89,7 +84,6 @@ def test_containing_is_the_double_loop(pair: tuple[Spans, Spans]) -> None:
     assert found.tolist() == naive_containing(*pair)
 
 
-@FEW
 @given(st.integers(1, 14).flatmap(lambda size: st.tuples(tilings(size), tilings(size))))
 def test_of_one_text_every_token_with_width_starts_with_a_source_token_or_inside_one(pair: tuple[Spans, Spans]) -> None:
     starts, inside = (find(array(pair[0]), array(pair[1])) >= 0 for find in (align_starts, containing))
@@ -126,7 +120,6 @@ def naive_rows(pivot: Prepared, source: Prepared) -> list[int]:
     return result
 
 
-@FEW
 @given(conversations())
 def test_align_rows_is_the_double_loop(sides: tuple[list[Response], list[Response]]) -> None:
     pivot, source = (prepared(responses) for responses in sides)
@@ -155,7 +148,6 @@ def naive_inside(pivot: Prepared, source: Prepared) -> list[tuple[int, int]]:
     return result
 
 
-@FEW
 @given(conversations())
 def test_rows_inside_and_bytes_given_are_the_double_loop(sides: tuple[list[Response], list[Response]]) -> None:
     pivot, source = (prepared(responses) for responses in sides)
@@ -212,7 +204,7 @@ def test_an_end_of_turn_is_joined_although_the_contents_end_at_other_bytes() -> 
     assert align_rows(prepared([([(0, 4)], True)]), prepared([([(0, 3)], True)])).source_row.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("lost_by", ["pivot", "source"])
+@each("lost_by", ["pivot", "source"])
 def test_a_response_that_one_model_lost_is_unaligned_for_it(lost_by: str) -> None:
     both, one = prepared([([(0, 2)], True), ([(0, 2)], True)]), prepared([([(0, 2)], True)])
     if lost_by == "source":

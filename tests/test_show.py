@@ -5,11 +5,11 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
+from cases import each
 from fusechat.align import align_starts, token_spans
 from fusechat.show.columns import lines, segments
 from fusechat.show.glyphs import Glyph, glyphs_of, visible
@@ -20,14 +20,13 @@ from showing import GUTTER, PAIRS, hand_made, passage_of, read_back, texts
 # -- the layout's law -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pivot", "source"), PAIRS)
+@each("pivot, source", PAIRS)
 def test_every_boundary_stands_in_one_column_of_both_rows(
     pivot: str, source: str, tokenizer: Callable[[str], Any]
 ) -> None:
     """What can be read off the drawing by its marks is every token once, in order, and every shared start."""
     both = tokenizer(pivot), tokenizer(source)
 
-    @settings(max_examples=60)
     @given(texts, st.integers(12, 90))
     def law(text: str, width: int) -> None:
         passage = passage_of(*both, text)
@@ -47,7 +46,7 @@ def test_every_boundary_stands_in_one_column_of_both_rows(
     law()
 
 
-@pytest.mark.parametrize(("pivot", "source"), PAIRS)
+@each("pivot, source", PAIRS)
 def test_text_is_drawn_as_it_is(pivot: str, source: str, tokenizer: Callable[[str], Any]) -> None:
     for text in tiny.LINES:
         passage = passage_of(tokenizer(pivot), tokenizer(source), text)
@@ -97,20 +96,17 @@ def test_a_token_without_width_has_a_column_of_its_own() -> None:
     assert [segment.tokens for segment in segments([(0, 2)], [(0, 1), (1, 1), (1, 2)])] == [(0, 0), (0, 1), (0, 2)]
 
 
-@pytest.mark.parametrize(
-    ("data", "shown"),
-    [
-        (b" a\tb\r\n\x00\x7f", "·a→b␍⏎␀␡"),
-        ("\u200d\u200b\ufe0f\u202e\u2069\ufeff\u00a0\u0085".encode(), "<ZWJ><ZWSP><VS16><RLO><PDI><BOM><NBSP><U+0085>"),
-        ("👍🏽🇩🏿".encode(), "👍<TONE-4><RI-D><TONE-6>"),
-        ("e\u0301".encode(), "e\u0301"),
-        ("\u0301".encode(), "◌\u0301"),
-        (" \u0301".encode(), "·◌\u0301"),
-        ("京".encode()[:2] + "ä".encode(), "<E4><BA>ä"),
-        (b"\xff\xed\xa0\x80", "<FF><ED><A0><80>"),
-        (b"", "∅"),
-    ],
-)
+@each("data, shown", [
+    (b" a\tb\r\n\x00\x7f", "·a→b␍⏎␀␡"),
+    ("\u200d\u200b\ufe0f\u202e\u2069\ufeff\u00a0\u0085".encode(), "<ZWJ><ZWSP><VS16><RLO><PDI><BOM><NBSP><U+0085>"),
+    ("👍🏽🇩🏿".encode(), "👍<TONE-4><RI-D><TONE-6>"),
+    ("e\u0301".encode(), "e\u0301"),
+    ("\u0301".encode(), "◌\u0301"),
+    (" \u0301".encode(), "·◌\u0301"),
+    ("京".encode()[:2] + "ä".encode(), "<E4><BA>ä"),
+    (b"\xff\xed\xa0\x80", "<FF><ED><A0><80>"),
+    (b"", "∅"),
+])  # fmt: skip
 def test_nothing_is_invisible(data: bytes, shown: str) -> None:
     assert visible(data) == shown
     assert all(glyph.width >= 1 for glyph in glyphs_of(data))

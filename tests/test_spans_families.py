@@ -1,13 +1,12 @@
 """Byte spans for every family of fast tokenizer in use, each built here: those that keep a text give every token its bytes,
 those that change it cover the text and fall back to offsets only where they changed it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from io import BytesIO
 from typing import Any
 
 import numpy as np
-import pytest
 import sentencepiece
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -16,8 +15,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from cases import each
 from fusechat.models.spans import encode_with_spans
-from test_spans import FEW, TEXTS, assert_own_bytes, assert_tiles, stands_for
+from test_spans import TEXTS, assert_own_bytes, assert_tiles, stands_for
 
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ADDED = [
@@ -46,19 +46,6 @@ def byte_level(pre_tokenizer: Any, **parts: Any) -> Tokenizer:
     for name, part in parts.items():
         setattr(backend, name, part)
     return backend
-
-
-def gpt_2() -> Tokenizer:
-    return byte_level(
-        pre_tokenizers.ByteLevel(add_prefix_space=False), post_processor=processors.ByteLevel(trim_offsets=True)
-    )
-
-
-def roberta() -> Tokenizer:
-    """A dummy prefix, and offsets without leading spaces."""
-    return byte_level(
-        pre_tokenizers.ByteLevel(add_prefix_space=True), post_processor=processors.ByteLevel(trim_offsets=True)
-    )
 
 
 def llama_3(**parts: Any) -> Tokenizer:
@@ -151,9 +138,10 @@ def clip() -> Tokenizer:
     return backend
 
 
+TRIMMED = processors.ByteLevel(trim_offsets=True)  # offsets without leading spaces
 KEEPING: dict[str, Callable[[], Tokenizer]] = {
-    "gpt-2": gpt_2,
-    "roberta": roberta,
+    "gpt-2": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False), post_processor=TRIMMED),
+    "roberta": lambda: byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True), post_processor=TRIMMED),
     "llama-3": llama_3,
     **{
         f"metaspace {scheme} {split}": lambda scheme=scheme, split=split: metaspace(scheme, split=split)
@@ -169,9 +157,7 @@ CHANGING: dict[str, Callable[[], Tokenizer]] = {
     "nfc": lambda: llama_3(normalizer=normalizers.NFC()),
     "lowercase": lambda: llama_3(normalizer=normalizers.Lowercase()),
     "nfkc trimmed": lambda: byte_level(
-        pre_tokenizers.ByteLevel(add_prefix_space=True),
-        normalizer=normalizers.NFKC(),
-        post_processor=processors.ByteLevel(trim_offsets=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=True), normalizer=normalizers.NFKC(), post_processor=TRIMMED
     ),
     "strip": lambda: byte_level(pre_tokenizers.ByteLevel(), normalizer=normalizers.Strip()),
     "digits": lambda: byte_level(
@@ -194,21 +180,23 @@ def family(name: str, *, added: bool = False) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-# Line feeds that are tokens of their own, and space that another token swallows, are in no tokenizer together.
-EVERY = [(name, added) for name in [*KEEPING, *CHANGING] for added in (False, True) if (name, added) != ("gemma", True)]
+def both(names: Iterable[str]) -> list[tuple[str, bool]]:
+    """With added tokens and without; line feeds that are tokens, and space that another token swallows, are nowhere together."""
+    return [(name, added) for name in names for added in (False, True) if (name, added) != ("gemma", True)]
 
 
-@pytest.mark.parametrize(("name", "added"), [case for case in EVERY if case[0] in KEEPING])
-@FEW
+@each("name, added", both(KEEPING))
 @given(text=st.one_of(TEXTS, SPACED))
 @example(text="  <|r|>  <|r|> \n <|l|>  <|l|><|lr|>  ")
 @example(text=" a<|r|>▁<0x41> <0x3C>")
+@example(text="  ﬁ e\u0301  İ ℡ ① ")
 def test_a_tokenizer_that_keeps_the_text_gives_every_token_its_bytes(name: str, added: bool, text: str) -> None:
-    assert_own_bytes(family(name, added=added), text)
+    tokenizer = family(name, added=added)
+    assert encode_with_spans(tokenizer, text).ids.tolist() == tokenizer(text, add_special_tokens=False).input_ids
+    assert_own_bytes(tokenizer, text)
 
 
-@pytest.mark.parametrize(("name", "added"), EVERY)
-@FEW
+@each("name, added", both(CHANGING))
 @given(text=st.one_of(TEXTS, SPACED))
 @example(text="  ﬁ e\u0301  İ ℡ ① ")
 def test_spans_cover_every_byte_once_whatever_becomes_of_the_text(name: str, added: bool, text: str) -> None:
@@ -223,8 +211,7 @@ SAME = ["the", "👍🏽", "👩‍👩‍👧", "本", "a b", "dog", "é", "م�
 CHANGED = ["e\u0301", "ﬁ", "①", "\u1100\u1161", "㌔", "Ａ", "ŉ", "\u212b"]
 
 
-@pytest.mark.parametrize("name", CHANGING)
-@FEW
+@each("name", CHANGING)
 @given(parts=st.lists(st.sampled_from(SAME + CHANGED), max_size=9))
 @example(parts=["ﬁ", "👍🏽", "①", "👍🏽"])
 def test_only_what_the_tokenizer_changes_is_taken_from_offsets(name: str, parts: list[str]) -> None:

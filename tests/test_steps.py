@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cases import each
 from fusechat.run.files import digest_json, read_json
 from fusechat.run.steps import MANIFEST, STARTED, Step, with_upstream
 
@@ -177,7 +178,7 @@ def test_stale_says_what_changed_and_is_done_again(tmp_path: Path) -> None:
     assert not (tmp_path / "s" / "old.txt").exists()
 
 
-@pytest.mark.parametrize("damage", ["missing", "shorter"])
+@each("damage", ["missing", "shorter"])
 def test_damaged_names_the_file_and_is_done_again(tmp_path: Path, damage: str) -> None:
     one = step(tmp_path / "s", work=writing("shards/0.arrow"))
     one.run()
@@ -191,7 +192,7 @@ def test_damaged_names_the_file_and_is_done_again(tmp_path: Path, damage: str) -
     assert file.read_text() == "whole"
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[]", '"x"', "[1, 2]"])
+@each("text", ["", "{", "null", "[]", '"x"', "[1, 2]"])
 def test_a_manifest_that_is_no_manifest_is_not_done(tmp_path: Path, text: str) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / MANIFEST).write_text(text)
@@ -334,8 +335,8 @@ def test_a_step_done_anew_with_the_same_files_makes_nothing_after_it_stale(tmp_p
         between = step(tmp_path / "b", work=noted, upstream={"above": above})
         return [above, between, step(tmp_path / "c", work=noted, upstream={"between": between, "above": above})]
 
-    for each in chain():
-        each.run()
+    for one in chain():
+        one.run()
     again = chain(format=7)
     assert [each.state()[0] for each in again] == ["stale", "stale", "stale"]
     assert [each.run() for each in again] == [True, False, False]

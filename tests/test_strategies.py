@@ -1,7 +1,5 @@
-"""Every combination of the ways to align, on real vocabularies: laws that hold for each of them."""
+"""The ways to align, any two of their settings together, on real vocabularies: laws that hold for each of them."""
 
-import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -11,63 +9,50 @@ from typing import Any
 import numpy as np
 import pytest
 
+import paper
+import texts
+from cases import each, pairwise
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, covered
 from fusechat.align.back_off import BackOff
 from fusechat.align.blocks import Blocks, Conversations
 from fusechat.align.stats import AlignmentStats
 from fusechat.align.vocabulary import VocabularyMap
-from fusechat.data.conversations import Conversation, DataSet, Message, read_conversations
+from fusechat.data.conversations import Conversation, Message
 from fusechat.data.distributions import SparseDistribution, write_distributions, write_store
 from fusechat.data.prepared import FILE, Prepared, write_prepared
 from fusechat.models.templates import ChatTemplate
 from fusechat.models.token_bytes import token_bytes
 from fusechat.models.tokenise import prepare_conversation
 
-SHARED = Path(__file__).parents[2] / "shared"
-PAIRS = (("openchat_3_5", "qwen1_5"), ("internlm2", "mistral_v1"))  # pivot, source
+PAIRS = (("pivot", "qwen"), ("internlm", "mixtral"))  # pivot, source
 CAPTURED, KEPT, PADDING = 6, 4, 16  # tokens of a captured and of a stored row; ids of a model past its tokenizer's
-ALL = tuple(
+WAYS = pairwise(
+    ("boundary", "dtw"),
+    (("exact", False), ("edit", False), ("statistics", False), ("statistics", True)),  # and whether it looks ahead
+    (False, True),
+    ("label", "skip", "pivot", "condition"),
+    (False, True),
+)
+STRATEGIES = [
     Strategy(sequence, vocabulary, top_1=top_1, unaligned=unaligned, look_ahead=look_ahead, chain_rule=chain_rule)
-    for sequence, vocabulary, top_1, unaligned, look_ahead, chain_rule in itertools.product(
-        ("boundary", "dtw"),
-        ("exact", "edit", "statistics"),
-        (False, True),
-        ("label", "skip", "pivot", "condition"),
-        (False, True),
-        (False, True),
-    )
-    if vocabulary == "statistics" or not look_ahead
-)
-ODD = (
-    "```python\ndef größer(a, b):\n    return a if a > b else b  # 👍🏽\n```\n\n- 北京是中国的首都。\n- 日本の首都は東京です。",
-    "  Ça va ? Über 12,345.67 €… naïve café — Москва, שלום, 한국어 🏳️‍🌈👩‍👩‍👧!\r\n\tif (x) {\n\t\treturn {'a': [0]};\n\t}",
-    "Internationalization and counterrevolutionaries: 3.14159265358979, 2024-11-22.",
-)
+    for sequence, (vocabulary, look_ahead), top_1, unaligned, chain_rule in WAYS
+]
 
 
 @cache
 def conversations() -> list[Conversation]:
-    """Answers that are hard to cut, and a few real ones."""
-    few = [Conversation((Message("user", "Go on."), Message("assistant", text)), "here") for text in ODD]
+    """Answers that are hard to cut, and a few plain ones."""
+    few = [Conversation((Message("user", "Go on."), Message("assistant", text)), "here") for text in texts.ODD]
     few.append(Conversation((*few[0].messages, few[0].messages[0], Message("assistant", "Again: 你好 🙂.")), "here"))
-    for name, count in (("oasst_threads", 1), ("gsm8k_train", 3), ("mbpp", 2)):
-        file = SHARED / "data" / f"{name}.jsonl"
-        if file.is_file():
-            found = (one for one in read_conversations(DataSet(name, str(file))) if isinstance(one, Conversation))
-            few += [one for one in itertools.islice(found, 40) if len("".join(one.responses)) < 600][:count]
-    return few
+    plain = [texts.conversations()[at] for at in (0, 1, 5, 9, 13, 17)]
+    return few + [
+        Conversation(tuple(Message(one["role"], one["content"]) for one in messages), "here") for messages in plain
+    ]
 
 
 def chat_model(name: str) -> ChatTemplate:
-    """A real tokenizer with its model's own template."""
-    from transformers import PreTrainedTokenizerFast
-
-    file = SHARED / "tokenizers" / name / "tokenizer.json"
-    if not file.is_file() or not (SHARED / "models.json").is_file():
-        pytest.skip(f"the vocabulary of {name} is not at hand")
-    about = next(each for each in json.loads((SHARED / "models.json").read_text()).values() if name in str(each))
-    names = {key: about[key] for key in ("bos_token", "eos_token") if about.get(key)}
-    return ChatTemplate(PreTrainedTokenizerFast(tokenizer_file=str(file), **names), about["chat_template"], name)
+    source = paper.SOURCES[name]
+    return ChatTemplate(source.tokenizer(), source.template, name)
 
 
 def distributions(rows: Prepared, side: Side, seed: int) -> SparseDistribution:
@@ -163,11 +148,7 @@ def room(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Room(tmp_path_factory.mktemp("room"), *request.param)
 
 
-def name_of(strategy: Strategy) -> str:
-    return "-".join(str(value) if isinstance(value, str) else key for key, value in vars(strategy).items() if value)
-
-
-every = pytest.mark.parametrize("strategy", ALL, ids=name_of)
+every = each("strategy", STRATEGIES)
 
 
 def starts(rows: Prepared) -> dict[tuple[int, int | str], int]:
@@ -184,7 +165,7 @@ def starts(rows: Prepared) -> dict[tuple[int, int | str], int]:
     return found
 
 
-def each(room: Room, strategy: Strategy) -> Iterator[tuple[Prepared, Prepared, SparseDistribution, Any]]:
+def transferred(room: Room, strategy: Strategy) -> Iterator[tuple[Prepared, Prepared, SparseDistribution, Any]]:
     """Conversations that both models have, with what is transferred in them before gaps are filled."""
     outcome = room.outcome(strategy)
     aligner = Aligner(outcome.pair, outcome.map, outcome.is_open)
@@ -195,7 +176,7 @@ def each(room: Room, strategy: Strategy) -> Iterator[tuple[Prepared, Prepared, S
 
 @every
 def test_no_row_has_more_mass_than_one_and_the_tail_has_what_is_missing(room: Room, strategy: Strategy) -> None:
-    for ours, _, captured, (alignment, candidates, result) in each(room, strategy):
+    for ours, _, captured, (alignment, candidates, result) in transferred(room, strategy):
         stored = room.outcome(strategy).rows[ours.id].probabilities.sum(axis=1)
         assert stored.max() <= 1 + 2e-3  # float16 logarithms
         here = result.rows.probabilities.sum(axis=1)
@@ -271,11 +252,11 @@ def test_rows_that_the_source_says_nothing_about_are_filled_as_asked_and_no_othe
     assert filled >= lacking > 0
 
 
-@pytest.mark.parametrize("strategy", [one for one in ALL if one.chain_rule], ids=name_of)
+@each("strategy", [one for one in STRATEGIES if one.chain_rule])
 def test_the_chain_rule_keeps_every_gold_token_that_whole_source_tokens_make_up(room: Room, strategy: Strategy) -> None:
     """With at least the product of their probabilities, where there are several; captured or not."""
     alone, several = 0, 0
-    for ours, theirs, captured, (alignment, _, result) in each(room, strategy):
+    for ours, theirs, captured, (alignment, _, result) in transferred(room, strategy):
         ends = {(number, int(theirs.end[row])): row for (number, at), row in starts(theirs).items() if at != "end"}
         probability = np.where(result.rows.ids == ours.gold[:, None], result.rows.probabilities, 0.0).sum(axis=1)
         stored = (room.outcome(strategy).rows[ours.id].ids == ours.gold[:, None]).any(axis=1)
@@ -292,7 +273,7 @@ def test_the_chain_rule_keeps_every_gold_token_that_whole_source_tokens_make_up(
                 assert stored[row]
                 alone += 1
     assert several + alone > 100 or strategy.top_1
-    assert several > 20 or room.data[0].names[0] == "openchat_3_5"  # whose tokens are shorter than Qwen's
+    assert several > 10 or room.data[0].names[0] == "pivot"  # whose tokens are shorter than Qwen's
 
 
 @every

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from cases import each
 from fusechat.errors import ModelError, RecipeError
 from fusechat.evaluate.subjects import Server, Subject, check_labels, parse_model
 from fusechat.models.reference import Reference
@@ -19,22 +20,19 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("text", "label", "path"),
-    [
-        ("models/tiny", "models/tiny", "models/tiny"),
-        ("models/tiny/", "models/tiny", "models/tiny"),
-        ("./models/../models/tiny", "./models/../models/tiny", "models/tiny"),
-        ("first=models/tiny", "first", "models/tiny"),
-        ("v1.0-b_2=models/tiny", "v1.0-b_2", "models/tiny"),
-        ("größer=models/tiny", "größer", "models/tiny"),
-        ("home=~/models/tiny", "home", "models/tiny"),
-        ("a=b", "a=b", "a=b"),  # a directory of this name, and no model b
-        ("c=a=b", "c", "a=b"),
-        ("tiny.Q4_K_M.gguf", "tiny", "tiny.Q4_K_M.gguf"),
-        ("small=tiny.Q4_K_M.gguf", "small", "tiny.Q4_K_M.gguf"),
-    ],
-)
+@each("text, label, path", [
+    ("models/tiny", "models/tiny", "models/tiny"),
+    ("models/tiny/", "models/tiny", "models/tiny"),
+    ("./models/../models/tiny", "./models/../models/tiny", "models/tiny"),
+    ("first=models/tiny", "first", "models/tiny"),
+    ("v1.0-b_2=models/tiny", "v1.0-b_2", "models/tiny"),
+    ("größer=models/tiny", "größer", "models/tiny"),
+    ("home=~/models/tiny", "home", "models/tiny"),
+    ("a=b", "a=b", "a=b"),  # a directory of this name, and no model b
+    ("c=a=b", "c", "a=b"),
+    ("tiny.Q4_K_M.gguf", "tiny", "tiny.Q4_K_M.gguf"),
+    ("small=tiny.Q4_K_M.gguf", "small", "tiny.Q4_K_M.gguf"),
+])  # fmt: skip
 def test_what_is_here(here: Path, text: str, label: str, path: str) -> None:
     found = parse_model(text)
     assert (found.role, found.label, found.server) == ("", label, None)
@@ -44,16 +42,13 @@ def test_what_is_here(here: Path, text: str, label: str, path: str) -> None:
     assert found.local("harness") is found.chat_model
 
 
-@pytest.mark.parametrize(
-    ("text", "label", "reference"),
-    [
-        ("somebody/model", "model", "somebody/model"),
-        ("somebody/model@main", "model", "somebody/model@main"),
-        ("theirs=somebody/model@main", "theirs", "somebody/model@main"),
-        ("wheel:some-model==1.0/some_model/x-Q8_0.gguf", "x", "wheel:some-model==1.0/some_model/x-Q8_0.gguf"),
-        ("w=wheel:some-model==1.0/some_model/x.gguf", "w", "wheel:some-model==1.0/some_model/x.gguf"),
-    ],
-)
+@each("text, label, reference", [
+    ("somebody/model", "model", "somebody/model"),
+    ("somebody/model@main", "model", "somebody/model@main"),
+    ("theirs=somebody/model@main", "theirs", "somebody/model@main"),
+    ("wheel:some-model==1.0/some_model/x-Q8_0.gguf", "x", "wheel:some-model==1.0/some_model/x-Q8_0.gguf"),
+    ("w=wheel:some-model==1.0/some_model/x.gguf", "w", "wheel:some-model==1.0/some_model/x.gguf"),
+])  # fmt: skip
 def test_what_is_elsewhere(here: Path, text: str, label: str, reference: str) -> None:
     found = parse_model(text)
     assert found.label == label
@@ -61,15 +56,12 @@ def test_what_is_elsewhere(here: Path, text: str, label: str, reference: str) ->
     assert found.chat_model.reference == Reference((reference,))
 
 
-@pytest.mark.parametrize(
-    ("text", "label", "server"),
-    [
-        ("http://127.0.0.1:8000/v1#mixtral", "mixtral", Server("http://127.0.0.1:8000/v1", "mixtral")),
-        ("https://host/v1#some/model-1", "some/model-1", Server("https://host/v1", "some/model-1")),
-        ("mine=https://host/v1#some/model-1", "mine", Server("https://host/v1", "some/model-1")),
-        ("https://host/v1#a#b=c", "a#b=c", Server("https://host/v1", "a#b=c")),
-    ],
-)
+@each("text, label, server", [
+    ("http://127.0.0.1:8000/v1#mixtral", "mixtral", Server("http://127.0.0.1:8000/v1", "mixtral")),
+    ("https://host/v1#some/model-1", "some/model-1", Server("https://host/v1", "some/model-1")),
+    ("mine=https://host/v1#some/model-1", "mine", Server("https://host/v1", "some/model-1")),
+    ("https://host/v1#a#b=c", "a#b=c", Server("https://host/v1", "a#b=c")),
+])  # fmt: skip
 def test_what_a_server_has(text: str, label: str, server: Server) -> None:
     found = parse_model(text)
     assert (found.role, found.label, found.chat_model, found.server) == ("", label, None, server)
@@ -79,26 +71,19 @@ def test_what_a_server_has(text: str, label: str, server: Server) -> None:
     assert str(refused.value) == f"{label}: harness needs the model itself, not a server; name its directory"
 
 
-@pytest.mark.parametrize(
-    ("text", "error", "line"),
-    [
-        ("nothing", ModelError, "'nothing' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
-        ("x=nothing", ModelError, "'nothing' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
-        ("", RecipeError, "MODEL is empty"),
-        ("=models/tiny", ModelError, "'=models/tiny' is neither"),
-        ("x=", ModelError, "'x=' is neither"),
-        ("two words=models/tiny", ModelError, "'two words=models/tiny' is neither"),
-        ("gone.gguf", ModelError, "gone.gguf: no such file"),
-        ("wheel:x/y.gguf", ModelError, "'wheel:x/y.gguf' is not of the form wheel:DIST==VERSION/path/in/wheel"),
-        (
-            "http://h:1/v1",
-            RecipeError,
-            "http://h:1/v1: does not say which model; add its name, as in http://h:1/v1#NAME",
-        ),
-        ("x=http://h/v1#", RecipeError, "http://h/v1: does not say which model; add its name, as in http://h/v1#NAME"),
-        ("nul\0", ModelError, "is neither"),
-    ],
-)
+@each("text, error, line", [
+    ("nothing", ModelError, "'nothing' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
+    ("x=nothing", ModelError, "'nothing' is neither a directory, a .gguf file, a wheel: reference nor a hub id"),
+    ("", RecipeError, "MODEL is empty"),
+    ("=models/tiny", ModelError, "'=models/tiny' is neither"),
+    ("x=", ModelError, "'x=' is neither"),
+    ("two words=models/tiny", ModelError, "'two words=models/tiny' is neither"),
+    ("gone.gguf", ModelError, "gone.gguf: no such file"),
+    ("wheel:x/y.gguf", ModelError, "'wheel:x/y.gguf' is not of the form wheel:DIST==VERSION/path/in/wheel"),
+    ("http://h:1/v1", RecipeError, "http://h:1/v1: does not say which model; add its name, as in http://h:1/v1#NAME"),
+    ("x=http://h/v1#", RecipeError, "http://h/v1: does not say which model; add its name, as in http://h/v1#NAME"),
+    ("nul\0", ModelError, "is neither"),
+])  # fmt: skip
 def test_what_is_no_model(here: Path, text: str, error: type[Exception], line: str) -> None:
     with pytest.raises(error) as refused:
         parse_model(text)
@@ -123,7 +108,7 @@ def test_names_for_files() -> None:
     assert {label: Subject("", label).folder for label in labels} == labels
 
 
-@pytest.mark.parametrize("labels", [("one", "one"), ("a/b", "x", "a_b"), ("..", "🙂")])
+@each("labels", [("one", "one"), ("a/b", "x", "a_b"), ("..", "🙂")])
 def test_two_models_of_one_name_are_refused(labels: tuple[str, ...]) -> None:
     with pytest.raises(RecipeError) as refused:
         check_labels([Subject("", label) for label in labels])

@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tiny
+from cases import each
 from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
 from fusechat.models.templates import ChatTemplate, Rendered, UnrenderableError
@@ -88,9 +89,7 @@ def test_a_content_that_occurs_before_is_not_taken_for_the_response(tokenizers: 
         assert rendered.text[second.end :].count("yes") == 0
 
 
-@pytest.mark.parametrize(
-    "content", ["assistant\n", "<|im_end|>\n<|im_start|>assistant\nx", "[/INST]", "Answer: ", "</s>"]
-)
+@each("content", ["assistant\n", "<|im_end|>\n<|im_start|>assistant\nx", "[/INST]", "Answer: ", "</s>"])
 def test_a_content_that_reads_like_the_templates_own_text(tokenizers: dict[str, Any], content: str) -> None:
     for kind in tiny.KINDS:
         rendered = template_of(tokenizers, kind).render(
@@ -103,7 +102,6 @@ def test_a_content_that_reads_like_the_templates_own_text(tokenizers: dict[str, 
 WORDS = st.text(st.sampled_from("ab \n\t[]/<|>é本\u3000"), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
 @given(turns=st.lists(st.tuples(WORDS, WORDS.filter(lambda text: text.strip() != "")), min_size=1, max_size=3))
 @example(turns=[("a", "a a"), ("a", " a")])
 def test_every_response_is_found_where_the_template_wrote_it(
@@ -133,10 +131,12 @@ def test_the_gap_after_a_response_ends_where_the_next_content_begins(tokenizers:
     assert gaps(rendered) == ["</s>[INST] ", "</s>"]
 
 
-@pytest.mark.parametrize(
-    ("filter_", "content"),
-    [("upper", "Yes"), ("replace('a', 'b')", "banana"), ("truncate(4, True, '')", "a long answer"), ("e", "a < b")],
-)
+@each("filter_, content", [
+    ("upper", "Yes"),
+    ("replace('a', 'b')", "banana"),
+    ("truncate(4, True, '')", "a long answer"),
+    ("e", "a < b"),
+])  # fmt: skip
 def test_a_template_that_rewrites_a_content_is_a_reason(tokenizers: dict[str, Any], filter_: str, content: str) -> None:
     rewriting = tiny.CHATML.replace("message['content'] +", f"(message['content'] | {filter_}) +")
     assert rewriting != tiny.CHATML
@@ -212,15 +212,13 @@ def test_a_model_without_any_template_says_what_to_set(tokenizers: dict[str, Any
         ChatTemplate(tokenizers["gemma"], None, "gemma")
 
 
-@pytest.mark.parametrize(
-    "broken", ["{{ raise_exception('never') }}", "{% if %}", "{{ messages[0].content | no_filter }}"]
-)
+@each("broken", ["{{ raise_exception('never') }}", "{% if %}", "{{ messages[0].content | no_filter }}"])
 def test_a_template_that_always_fails_is_the_users_to_mend(tokenizers: dict[str, Any], broken: str) -> None:
     with pytest.raises(ModelError, match="its chat template fails on a plain question and answer"):
         ChatTemplate(tokenizers["llama"], broken, "the model")
 
 
-@pytest.mark.parametrize("answer", ["Yo", "7 apples", "  two"])
+@each("answer", ["Yo", "7 apples", "  two"])
 def test_a_template_that_cannot_ask_gives_a_prompt_whose_tokens_begin_the_conversations(
     tokenizers: dict[str, Any], answer: str
 ) -> None:

@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny
+from cases import each
 from fusechat.errors import ModelError
 from fusechat.models.token_bytes import TokenBytes, token_bytes
 from test_spans import QUICKSTART, REAL, by_name, naive_bytes
@@ -18,33 +19,28 @@ def wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend)
 
 
-@pytest.mark.parametrize("name", [*tiny.KINDS, *REAL, *QUICKSTART])
+@each("name", [*tiny.KINDS, *REAL, *QUICKSTART])
 def test_the_bytes_of_every_token(name: str) -> None:
     table = token_bytes(by_name(name))
     assert len(table) == len(by_name(name)) == len(table.pieces)
-    step = max(1, len(table) // 2000)
-    for token in range(0, len(table), step):
+    assert table.lengths.dtype == np.int32
+    assert table.lengths.tolist() == [len(data) for data in table.pieces]
+    assert table[len(table) + 3] == b"", "an id past the tokenizer's"
+    for token in range(0, len(table), max(1, len(table) // 2000)):
         expected = naive_bytes(by_name(name), token)
         if not table.byte_level:  # an added token of space marks, which the model writes for spaces too
             expected = expected.replace("▁".encode(), b" ")
         assert table[token] == table.pieces[token] == expected
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_lengths_are_those_of_the_bytes(kind: str) -> None:
-    table = token_bytes(by_name(kind))
-    assert table.lengths.dtype == np.int32
-    assert table.lengths.tolist() == [len(table[token]) for token in range(len(table))]
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
-def test_an_id_past_the_tokenizers_stands_for_nothing(kind: str) -> None:
-    assert token_bytes(by_name(kind))[len(by_name(kind)) + 3] == b""
-
-
 def test_an_id_that_no_piece_has_stands_for_nothing_and_the_ids_after_it_for_theirs() -> None:
     table = TokenBytes(wrapped(Tokenizer(models.WordLevel({"a": 0, "b": 4}, unk_token="a"))))
     assert table.pieces == [b"a", b"", b"", b"", b"b"]
+
+
+def test_a_byte_tokens_name_without_byte_fallback_is_text() -> None:
+    table = TokenBytes(wrapped(Tokenizer(models.WordLevel({"<0x41>": 0, "<0xZZ>": 1}, unk_token="<0x41>"))))
+    assert table.pieces == [b"<0x41>", b"<0xZZ>"]
 
 
 def test_byte_tokens_are_those_of_byte_fallback() -> None:
@@ -56,12 +52,7 @@ def test_byte_tokens_are_those_of_byte_fallback() -> None:
     assert token_bytes(by_name("llama")).byte_tokens == frozenset()
 
 
-def test_a_byte_tokens_name_without_byte_fallback_is_text() -> None:
-    table = TokenBytes(wrapped(Tokenizer(models.WordLevel({"<0x41>": 0, "<0xZZ>": 1}, unk_token="<0x41>"))))
-    assert table.pieces == [b"<0x41>", b"<0xZZ>"]
-
-
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 def test_a_pickled_table_has_the_bytes_and_no_tokenizer(kind: str) -> None:
     table = TokenBytes(tiny.tokenizer_of(kind))
     table.tokenizer.name_or_path = "some/model"
@@ -69,10 +60,8 @@ def test_a_pickled_table_has_the_bytes_and_no_tokenizer(kind: str) -> None:
     assert copy.tokenizer is None
     assert copy.pieces == table.pieces
     assert copy.lengths.tolist() == table.lengths.tolist()
-    assert (copy.special, copy.byte_tokens, len(copy), copy.name) == (
-        *(table.special, table.byte_tokens, len(table)),
-        "some/model",
-    )
+    assert (copy.special, copy.byte_tokens, len(copy)) == (table.special, table.byte_tokens, len(table))
+    assert copy.name == "some/model"
     assert copy.added.keys() == table.added.keys()
     assert copy.piece(" é") == table.piece(" é")
 

@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
 import tiny
+from cases import each
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
 from fusechat.models.templates import ChatTemplate
@@ -99,7 +100,6 @@ def naive_rows(tokenizer: Any, kind: str, turns: tuple[str, ...]) -> tuple[list[
 ANSWERS = st.text(st.sampled_from("the ab\n日é.1"), min_size=1, max_size=12).filter(lambda text: text.strip() != "")
 
 
-@settings(max_examples=60, deadline=None)
 @given(turns=st.lists(st.tuples(ANSWERS, ANSWERS), min_size=1, max_size=3).map(lambda pairs: sum(pairs, ())))
 @example(turns=("the", "the", "the", "the"))
 @example(turns=("a", " the "))
@@ -162,7 +162,7 @@ def test_a_template_without_end_of_turn_gives_no_such_row(tokenizers: dict[str, 
     assert prepared.content_bytes.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize("kind", tiny.KINDS)
+@each("kind", tiny.KINDS)
 def test_truncation_drops_whole_responses(tokenizers: dict[str, Any], kind: str) -> None:
     turns = ("Hi", "the one", "and", "the other one")
     template = template_of(tokenizers, kind)
@@ -182,15 +182,12 @@ def test_truncation_drops_whole_responses(tokenizers: dict[str, Any], kind: str)
         assert prepared.content_bytes.tolist() == [len(answer) for answer in turns[1::2]][: 2 if whole else 1]
 
 
-@pytest.mark.parametrize(
-    ("turns", "reason"),
-    [
-        ((), "it is empty"),
-        (("Hi",), "no assistant turn"),
-        (("Hi", ""), "an assistant turn is empty"),
-        (("Hi", "Yo", "More", " \n"), "an assistant turn is empty"),
-    ],
-)
+@each("turns, reason", [
+    ((), "it is empty"),
+    (("Hi",), "no assistant turn"),
+    (("Hi", ""), "an assistant turn is empty"),
+    (("Hi", "Yo", "More", " \n"), "an assistant turn is empty"),
+])  # fmt: skip
 def test_reasons_of_rejection(tokenizers: dict[str, Any], turns: tuple[str, ...], reason: str) -> None:
     for kind in tiny.KINDS:
         with pytest.raises(RejectedError, match=reason):
@@ -210,7 +207,7 @@ def test_a_response_that_begins_the_text_has_nothing_to_predict_it(tokenizers: d
         prepare_conversation(first, bare, max_length=99)
 
 
-@pytest.mark.parametrize(("answer", "changed"), [("cafe\u0301", True), ("caf\u00e9", False)])
+@each("answer, changed", [("cafe\u0301", True), ("caf\u00e9", False)])
 def test_a_tokenizer_that_changes_the_text_is_reported(answer: str, changed: bool) -> None:
     tokenizer = tiny.tokenizer_of("llama")
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()

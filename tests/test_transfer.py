@@ -4,11 +4,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from aligning import dense, map_of, sparse
+from cases import each
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
 from fusechat.align.candidates import Candidates
@@ -21,7 +22,6 @@ from fusechat.models.token_bytes import TokenBytes
 from fusechat.models.tokenise import prepare_conversation
 
 ROWS, PIVOT = 9, 7  # rows of W, tokens of the pivot
-FEW = settings(max_examples=150, deadline=None)
 # Rows of W in powers of two, so that sums are exact whatever their order, and ties abound; the last goes to the tail.
 SHAPES = [[1.0], [0.5, 0.5], [0.5, 0.25, 0.25], [0.25] * 4, [0.75, 0.25], []]
 
@@ -88,7 +88,6 @@ def run(given: Candidates, matrix: np.ndarray, gold: Any = None, *, k: int) -> T
     return Transfer(map_of(matrix), PIVOT)(given, gold, k=k)
 
 
-@FEW
 @given(problems())
 def test_transfer_is_the_dense_matrix_product(problem: tuple[Candidates, np.ndarray, np.ndarray]) -> None:
     given, matrix, gold = problem
@@ -102,7 +101,6 @@ def test_transfer_is_the_dense_matrix_product(problem: tuple[Candidates, np.ndar
     assert result.mapped == pytest.approx(expected.sum(axis=1), abs=1e-12)
 
 
-@FEW
 @given(problems(), st.integers(1, PIVOT + 3))
 def test_the_k_largest_are_kept_in_order_and_of_equals_the_lower_id(
     problem: tuple[Candidates, np.ndarray, np.ndarray], k: int
@@ -117,7 +115,6 @@ def test_the_k_largest_are_kept_in_order_and_of_equals_the_lower_id(
         assert np.exp(rows.logprobs[i]) == pytest.approx([row[token] for token in order] + [0.0] * (k - len(order)))
 
 
-@FEW
 @given(problems(chain=True), st.integers(1, PIVOT))
 def test_what_is_kept_and_the_tail_sum_to_one(problem: tuple[Candidates, np.ndarray, np.ndarray], k: int) -> None:
     given, matrix, gold = problem
@@ -128,7 +125,6 @@ def test_what_is_kept_and_the_tail_sum_to_one(problem: tuple[Candidates, np.ndar
     assert (result.mapped <= given.mass.sum(axis=1) + 1e-9).all()
 
 
-@FEW
 @given(problems(chain=True), problems(), st.integers(1, PIVOT))
 def test_nothing_is_left_over_from_the_call_before(problem: Any, other: Any, k: int) -> None:
     given, matrix, gold = problem
@@ -176,9 +172,6 @@ def test_nothing_at_all_is_all_pads() -> None:
 
 
 # -- the source's own token, by the chain rule --------------------------------------------------------------------------
-
-
-@FEW
 @given(problems(chain=True))
 def test_the_own_tokens_row_of_w_is_sharpened_as_the_dense_one(problem: Any) -> None:
     given, matrix, gold = problem
@@ -208,7 +201,6 @@ def test_only_the_last_candidate_is_sharpened() -> None:
     assert np.exp(first.rows.logprobs) == pytest.approx(np.array([[0.5, 0.25]]))
 
 
-@FEW
 @given(problems(chain=True), st.integers(1, 3))
 def test_the_gold_token_is_kept_in_any_case_where_the_own_token_is_a_candidate(problem: Any, k: int) -> None:
     given, matrix, gold = problem
@@ -261,8 +253,8 @@ def aligner_of(pair: Pair, sides: Any = ()) -> Aligner:
     return Aligner(pair, pair.build_map(survey.seen(), BackOff(pair.pivot.tokens)), is_open)
 
 
-@pytest.mark.parametrize("unaligned", ["label", "skip"])
-@pytest.mark.parametrize(("pivot", "source"), [("llama", "mistral"), ("mistral", "gemma"), ("gemma", "llama")])
+@each("unaligned", ["label", "skip"])
+@each("pivot, source", [("llama", "mistral"), ("mistral", "gemma"), ("gemma", "llama")])
 def test_every_row_keeps_its_mass_and_unaligned_rows_are_as_asked(
     tokenizers: dict[str, Any], loaded: dict[str, Any], pivot: str, source: str, unaligned: Any
 ) -> None:
@@ -305,7 +297,7 @@ def test_rows_without_source_have_the_pivots_own_distributions_where_asked(token
     assert found.probabilities.sum(axis=1) == pytest.approx([0.75] * len(ours[0]))
 
 
-@pytest.mark.parametrize("unaligned", ["label", "condition", "skip"])
+@each("unaligned", ["label", "condition", "skip"])
 def test_a_conversation_without_source_is_one_hot_or_nothing(tokenizers: dict[str, Any], unaligned: Any) -> None:
     (our_side, ours), (their_side, _) = prepare(tokenizers, "llama"), prepare(tokenizers, "gemma")
     found = aligner_of(Pair(our_side, their_side, Strategy(unaligned=unaligned))).unaligned(ours[0], k=3)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vllm_like
+from cases import each
 from fusechat.data.distributions import SparseDistribution
 from fusechat.errors import DataError, FuseChatError, ModelError, RecipeError
 from fusechat.models import vllm, vllm_server
@@ -27,7 +28,7 @@ def parsed(tokens: list[int], found: Any, k: int = 2, rows: list[int] | None = N
     return sparse_distribution(conversation(tokens, rows), found, k=k, vocabulary=10, who="it")
 
 
-@pytest.mark.parametrize("form", [list, vllm_like.as_json])
+@each("form", [list, vllm_like.as_json])
 def test_entries_become_rows_by_rank(form: Any) -> None:
     result = parsed([0, 3, 5], form([None, INSIDE, OUTSIDE]))
     assert result is not None
@@ -58,8 +59,8 @@ def test_without_ranks_the_log_probabilities_tell_the_order() -> None:
     assert result.ids.tolist() == [[7, 2]]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("-inf"), -9999.0, None])
-@pytest.mark.parametrize("token", [7, 5])
+@each("bad", [float("nan"), float("-inf"), -9999.0, None])
+@each("token", [7, 5])
 def test_values_that_are_not_finite_reject_a_conversation(bad: Any, token: int) -> None:
     entries = [{str(each): vars(entry) for each, entry in OUTSIDE.items()} for _ in range(2)]
     entries[1][str(token)] = {"logprob": bad, "rank": entries[1][str(token)]["rank"]}
@@ -74,24 +75,16 @@ def test_minus_infinity_of_tokens_that_nobody_asked_about_does_no_harm() -> None
     assert result.ids.tolist() == [[5, 2]]
 
 
-@pytest.mark.parametrize(
-    ("found", "line"),
-    [
-        (None, "it: asked for prompt_logprobs of 2 tokens, it gave none; is it vLLM?"),
-        ([None], "it: asked for prompt_logprobs of 2 tokens, it gave those of 1; is it vLLM?"),
-        ([None, None], "it: gave 0 tokens at a position where the 2 most likely were asked for"),
-        ([None, {7: INSIDE[7]}], "it: gave 1 tokens at a position where the 2 most likely were asked for"),
-        ([None, INSIDE], "it: left out a token that it was asked about"),
-        (
-            [None, {5: Logprob(-1.0, 1), 12: Logprob(-1.5, 2)}],
-            "it: gave token 12, but the model knows only 10; is it another model?",
-        ),
-        (
-            [None, {5: Logprob(4.0, 1), 3: Logprob(3.5, 2)}],
-            "it: gives logits instead of log-probabilities; set its --logprobs-mode raw_logprobs",
-        ),
-    ],
-)
+@each("found, line", [
+    (None, "it: asked for prompt_logprobs of 2 tokens, it gave none; is it vLLM?"),
+    ([None], "it: asked for prompt_logprobs of 2 tokens, it gave those of 1; is it vLLM?"),
+    ([None, None], "it: gave 0 tokens at a position where the 2 most likely were asked for"),
+    ([None, {7: INSIDE[7]}], "it: gave 1 tokens at a position where the 2 most likely were asked for"),
+    ([None, INSIDE], "it: left out a token that it was asked about"),
+    ([None, {5: Logprob(-1.0, 1), 12: Logprob(-1.5, 2)}], "it: gave token 12, but the model knows only 10; is it another model?"),
+    ([None, {5: Logprob(4.0, 1), 3: Logprob(3.5, 2)}],
+     "it: gives logits instead of log-probabilities; set its --logprobs-mode raw_logprobs"),
+])  # fmt: skip
 def test_what_is_no_answer_is_refused(found: Any, line: str) -> None:
     with pytest.raises(ModelError) as caught:
         parsed([0, 5], found)
@@ -359,7 +352,7 @@ def test_a_url_that_is_not_that_of_the_interface(models: dict[str, Path], engine
         )
 
 
-@pytest.mark.parametrize("answer", [b"<html>welcome</html>", {"choices": []}, {"data": "none"}, ["?"]])
+@each("answer", [b"<html>welcome</html>", {"choices": []}, {"data": "none"}, ["?"]])
 def test_a_server_of_another_kind(models: dict[str, Path], answer: Any) -> None:
     class Other:
         def get(self, path: str) -> tuple[int, Any]:

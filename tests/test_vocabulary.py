@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
 from aligning import rows_of
+from cases import each
 from fusechat.align.back_off import ORIGINS, SAME_TOKEN, SEEN, SPECIAL, TAIL, BackOff
 from fusechat.align.counts import Seen, count_pairs
 from fusechat.align.vocabulary import SpecialTokens, VocabularyMap, build_map, same_tokens, special_token_map
@@ -20,7 +21,6 @@ from fusechat.models.token_bytes import TokenBytes
 
 Batches = list[list[tuple[int, int]]]
 PAIRS = st.lists(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), max_size=12), max_size=5)
-FEW = settings(max_examples=60, deadline=None)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,6 @@ def letters(table: TokenBytes, text: str) -> list[int]:
     return [table.tokenizer.convert_tokens_to_ids(character) for character in text]
 
 
-@FEW
 @given(batches=PAIRS, needed=st.sets(st.integers(0, 9)))
 def test_rows_are_the_counts_over_their_sum(table: dict[str, TokenBytes], batches: Batches, needed: set[int]) -> None:
     """Ids are letters of both vocabularies, so that what is not seen corresponds by its bytes."""
@@ -92,7 +91,7 @@ def test_special_tokens_correspond_by_role_whatever_was_counted(table: dict[str,
         assert found.rows_by_origin() == {"special": 1, "tail": 1}
 
 
-@pytest.mark.parametrize("vocabulary", ["exact", "edit", "statistics"])
+@each("vocabulary", ["exact", "edit", "statistics"])
 def test_of_one_tokenizer_every_token_is_itself_whatever_was_counted(
     table: dict[str, TokenBytes], tokenizers: dict[str, Any], vocabulary: str
 ) -> None:
@@ -154,7 +153,7 @@ def test_a_map_of_nothing_knows_no_token(table: dict[str, TokenBytes]) -> None:
         found.rows_of(np.array([0]))
 
 
-@pytest.mark.parametrize("vocabulary", ["statistics", "exact", "edit"])
+@each("vocabulary", ["statistics", "exact", "edit"])
 def test_an_id_in_the_models_padding_goes_to_the_tail(table: dict[str, TokenBytes], vocabulary: str) -> None:
     padding = len(table["mistral"]) + 3
     found = build_map(
@@ -182,7 +181,7 @@ def test_entropy_is_the_mean_over_counted_rows(table: dict[str, TokenBytes]) -> 
 # -- exact and edit -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("pivot", "source"), [("gemma", "llama"), ("mistral", "gemma"), ("llama", "mistral")])
+@each("pivot, source", [("gemma", "llama"), ("mistral", "gemma"), ("llama", "mistral")])
 def test_exact_maps_to_a_token_of_the_same_bytes_and_all_else_to_the_tail(
     table: dict[str, TokenBytes], pivot: str, source: str
 ) -> None:
@@ -242,7 +241,6 @@ def test_rows_for_bytes_come_after_those_for_tokens(table: dict[str, TokenBytes]
     assert origins(found) == ["same bytes", SEEN, "same bytes", SEEN]
 
 
-@FEW
 @given(
     batches=PAIRS,
     parts=st.dictionaries(

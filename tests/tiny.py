@@ -8,12 +8,12 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -150,11 +150,21 @@ def _byte_level() -> tuple[Tokenizer, dict[str, str], str | None]:
 
 
 def _sentencepiece() -> tuple[Tokenizer, dict[str, str], str | None]:
+    tokenizer = sentencepiece_like(LINES[:9], 280)  # other scripts are left to the byte tokens
+    return tokenizer, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}, INST
+
+
+def sentencepiece_like(
+    lines: list[str], size: int, *, apart: str = "", prefix: bool = True, special: Sequence[str] = ()
+) -> Tokenizer:
+    """BPE with byte fallback, as Llama's and Mistral's; `prefix`: with a dummy prefix. No merge goes past a space, nor takes in a
+    character of the pattern `apart`."""
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()  # in training only: merges stay inside words
+    words = [pre_tokenizers.Metaspace(), *([pre_tokenizers.Split(Regex(apart), "isolated")] if apart else [])]
+    trained.pre_tokenizer = pre_tokenizers.Sequence(words)  # in training only
     trained.train_from_iterator(
-        LINES[:9], trainers.BpeTrainer(vocab_size=280, special_tokens=["<unk>"], show_progress=False)
-    )  # other scripts are left to the byte tokens
+        lines, trainers.BpeTrainer(vocab_size=size, special_tokens=["<unk>"], show_progress=False)
+    )
     state = _state(trained)
     pieces = ["<unk>", "<s>", "</s>", *_byte_tokens(), *sorted(state["vocab"], key=state["vocab"].get)]
     vocabulary = {piece: token for token, piece in enumerate(dict.fromkeys(pieces))}
@@ -162,12 +172,12 @@ def _sentencepiece() -> tuple[Tokenizer, dict[str, str], str | None]:
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>")])
-    return tokenizer, {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}, INST
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces] if prefix else [spaces])
+    ends = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in ("<unk>", "<s>", "</s>", *special)])
+    return tokenizer
 
 
 def _unigram() -> tuple[Tokenizer, dict[str, str], str | None]:
