@@ -15,14 +15,19 @@ from fusechat.merge import merge
 from test_bad_input import complaints
 
 HEAD, EMBEDDING, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
+NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 Change = Callable[[Path], Any]
+
+
+def trio_in(directory: Path, models: dict[str, Path]) -> list[Path]:
+    """A base whose embeddings are not tied, and two relatives: `one`, which tests spoil, and `two`."""
+    base = write(directory / "base", read(models["mistral"]), models["mistral"])
+    return [base, relative(base, directory / "one", 1), relative(base, directory / "two", 2)]
 
 
 @pytest.fixture
 def trio(models: dict[str, Path], tmp_path: Path) -> list[Path]:
-    """A base whose embeddings are not tied, and two relatives: `one`, which tests spoil, and `two`."""
-    base = write(tmp_path / "base", read(models["mistral"]), models["mistral"])
-    return [base, relative(base, tmp_path / "one", 1), relative(base, tmp_path / "two", 2)]
+    return trio_in(tmp_path, models)
 
 
 def refused(models: list[Path], *options: str, method: str = "sce", **keys: Any) -> list[str]:
@@ -63,9 +68,9 @@ def resized(rows: int, size: int | None = None) -> Change:
 # -- values and shapes --------------------------------------------------------------------------------------------------
 
 
-@each("value", [float("nan"), float("inf"), float("-inf")])
-@each("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_values_that_are_not_finite(trio: list[Path], value: float, dtype: torch.dtype) -> None:
+@each("value, dtype", zip(NOT_FINITE, (torch.float32, torch.bfloat16, torch.float16), strict=True))
+def test_values_that_are_not_finite(models: dict[str, Path], tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    trio = trio_in(tmp_path, models)
     for path in trio:
         norm = torch.ones(32, dtype=dtype)
         norm[17] = value if path.name == "two" else 1
@@ -73,58 +78,42 @@ def test_values_that_are_not_finite(trio: list[Path], value: float, dtype: torch
     assert refused(trio) == [f"{NORM}: holds values that are not finite in two (element 17)"]
     shutil.rmtree(trio[2])
     shutil.copytree(trio[1], trio[2])
-    tensors(lambda found: found[EMBEDDING][-1, -1].fill_(value))(trio[0])
+    put("score.weight", torch.tensor([1.0, value]))(trio[0])
+    assert refused(trio) == ["score.weight: holds values that are not finite in base (element 1)"], (
+        "nothing to merge it with"
+    )
+    tensors(lambda found: (found.pop("score.weight"), found[EMBEDDING][-1, -1].fill_(value)))(trio[0])
     last = read(trio[0])[EMBEDDING].numel() - 1
     assert refused(trio, method="linear", parameters={"weight": 1}) == [
         f"{EMBEDDING}: holds values that are not finite in base (element {last})"
     ]
 
 
-def test_values_that_are_not_finite_where_nothing_is_merged(trio: list[Path]) -> None:
-    put("score.weight", torch.tensor([1.0, float("nan")]))(trio[0])
-    assert refused(trio) == ["score.weight: holds values that are not finite in base (element 1)"]
-
-
-MISFITS: list[tuple[Change, list[str]]] = [
-    (tensors(lambda t: t.pop(NORM)), [f"{NORM}: is missing from one, and base has it"]),
-    (put("more.weight", torch.ones(2)), ["more.weight: is missing from base, two, and one has it"]),
-    (put(NORM, torch.ones(5)), [f"{NORM}: is [32] in base and [5] in one"]),
-    (put(NORM, torch.ones(1, 32)), [f"{NORM}: is [32] in base and [1, 32] in one"]),
-    (put(NORM, torch.tensor(1.0)), [f"{NORM}: is [32] in base and [] in one"]),
-    (
-        put("model.layers.0.mlp.up_proj.weight", torch.ones(32, 48)),
-        ["model.layers.0.mlp.up_proj.weight: is [48, 32] in base and [32, 48] in one"],
-    ),
-    (
-        put(NORM, torch.ones(32, dtype=torch.int64)),
-        [f"{NORM}: is a buffer of whole numbers in one model, and of floats in another"],
-    ),
-    (
-        tensors(lambda t: None, quantization_config={"quant_method": "gptq", "bits": 4}),
-        ["one: its weights are quantised (gptq) and cannot be merged; dequantise it first"],
-    ),
-    (
-        tensors(lambda t: None, quantization_config={"load_in_4bit": True}),
-        ["one: its weights are quantised and cannot be merged; dequantise it first"],
-    ),
-    (put(NORM, torch.ones(32, dtype=torch.float64)), [f"{NORM}: is stored as F64 in one; convert that model first"]),
-    (
-        put(NORM, torch.ones(32).to(torch.float8_e4m3fn)),
-        [f"{NORM}: is stored as F8_E4M3 in one; convert that model first"],
-    ),
-    (
-        put(NORM, torch.ones(32, dtype=torch.complex64)),
-        [f"{NORM}: is stored as C64 in one; convert that model first"],
-    ),
-    (tensors(lambda t: t.clear()), ["one: holds no tensors"]),
-]
+QUANTISED = "its weights are quantised{} and cannot be merged; dequantise it first"
+UP = "model.layers.0.mlp.up_proj.weight"
+MISFITS: list[tuple[Change, str]] = [
+    (tensors(lambda t: t.pop(NORM)), f"{NORM}: is missing from one, and base has it"),
+    (put("more.weight", torch.ones(2)), "more.weight: is missing from base, two, and one has it"),
+    (put(NORM, torch.ones(5)), f"{NORM}: is [32] in base and [5] in one"),
+    (put(NORM, torch.ones(1, 32)), f"{NORM}: is [32] in base and [1, 32] in one"),
+    (put(NORM, torch.tensor(1.0)), f"{NORM}: is [32] in base and [] in one"),
+    (put(UP, torch.ones(32, 48)), f"{UP}: is [48, 32] in base and [32, 48] in one"),
+    (put(NORM, torch.ones(32).long()), f"{NORM}: is a buffer of whole numbers in one model, and of floats in another"),
+    (tensors(len, quantization_config={"quant_method": "gptq", "bits": 4}), f"one: {QUANTISED.format(' (gptq)')}"),
+    (tensors(len, quantization_config={"load_in_4bit": True}), f"one: {QUANTISED.format('')}"),
+    (put(NORM, torch.ones(32).double()), f"{NORM}: is stored as F64 in one; convert that model first"),
+    (put(NORM, torch.ones(32).to(torch.float8_e4m3fn)), f"{NORM}: is stored as F8_E4M3 in one; convert that model first"),
+    (put(NORM, torch.ones(32).cfloat()), f"{NORM}: is stored as C64 in one; convert that model first"),
+    (tensors(lambda t: t.clear()), "one: holds no tensors"),
+]  # fmt: skip
 
 
 @each("change, expected", MISFITS)
-def test_models_that_do_not_fit(trio: list[Path], change: Change, expected: list[str]) -> None:
+def test_models_that_do_not_fit(models: dict[str, Path], tmp_path: Path, change: Change, expected: str) -> None:
+    trio = trio_in(tmp_path, models)
     change(trio[1])
-    assert refused(trio) == expected
-    assert {path.name for path in trio[0].parent.iterdir()} == {"base", "one", "two", "merge.yaml"}, "nothing is left"
+    assert refused(trio) == [expected]
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "one", "two", "merge.yaml"}, "nothing is left"
 
 
 def test_everything_that_does_not_fit_is_said_at_once(trio: list[Path]) -> None:

@@ -1,7 +1,5 @@
 """Merge files: published ones mean what they mean to mergekit, and every mistake is told with its place, all at once."""
 
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +40,6 @@ def listed(*names: str, **own: Any) -> list[dict[str, Any]]:
     return [{"model": name, "parameters": dict(own)} for name in names]
 
 
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What FuseChat warns of, also where a test before has set up logging as the command line does."""
-    log = logging.getLogger("fusechat")
-    before, log.propagate = log.propagate, True
-    with caplog.at_level(logging.WARNING, logger="fusechat"):
-        yield caplog
-    log.propagate = before
-
-
 # -- published configurations -------------------------------------------------------------------------------------------
 
 
@@ -66,9 +54,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
     (published("dare_linear", "bfloat16", base=OPENCHAT, parameters={"normalize": True}, density=0.6, weight=0.2),
      {"weight": [0.2] * 5, "density": [0.6] * 5, "normalize": True, "rescale": True, "lambda": 1, "seed": 0}),
 ])  # fmt: skip
-def test_fusechats_own_configurations(
-    tmp_path: Path, text: str, values: dict[str, Any], logged: pytest.LogCaptureFixture
-) -> None:
+def test_fusechats_own_configurations(tmp_path: Path, text: str, values: dict[str, Any], heard: list[str]) -> None:
     found = read(tmp_path, text)
     linear = found.method == "linear"
     assert found.targets == references(*TARGETS)
@@ -78,7 +64,7 @@ def test_fusechats_own_configurations(
     assert (found.name, found.granularity) == (None, "tensor")
     assert all(found.values(tensor, 32) == values for tensor in (Q, MLP, HEAD))
     assert found.source == yaml.safe_load(text)
-    assert logged.messages == []
+    assert heard == []
 
 
 @each("base, targets", [
@@ -105,14 +91,18 @@ def test_fuseo1s_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 # -- what the parts mean ------------------------------------------------------------------------------------------------
 
 
-def test_the_least(logged: pytest.LogCaptureFixture) -> None:
+def test_the_least(heard: list[str]) -> None:
     config = {"merge_method": "sce", "base_model": "org/base", "models": [{"model": "org/a"}]}
     found = read_merge_file(config)
     assert found.values(Q, 2)["select_topk"] == 1, "an omitted one keeps everything"
     assert (found.targets, found.dtype, found.source) == (references("org/a"), None, config)
+    assert (found.granularity, found.name) == ("tensor", None)
     assert found.source is not config
     assert found.source["models"] is not config["models"]
-    assert logged.messages == []
+    assert heard == []
+    parts = {"merge_method": "varm", "name": " Fused 7B ", "parameters": {"granularity": "layer"}}
+    found = read_merge_file({**config, **parts})
+    assert (found.granularity, found.name, found.values(Q, 2)) == ("layer", "Fused 7B", {})
 
 
 def test_text_and_path_name_a_file(tmp_path: Path) -> None:
@@ -144,21 +134,13 @@ def test_the_files_come_from_the_base_or_from_the_first_model() -> None:
 
 def test_the_type_of_the_output() -> None:
     config = {"merge_method": "sce", "base_model": "org/base", "models": [{"model": "org/a"}]}
-
-    def dtype(**given: str | None) -> str | None:
-        return read_merge_file({**config, **given}).dtype
-
-    assert dtype(dtype="float32") == "float32"
-    assert dtype(dtype="float32", out_dtype="bfloat16") == "bfloat16"
-    assert dtype(dtype="torch.float16", out_dtype=None) == "float16"
-    assert dtype(out_dtype="torch.bfloat16") == "bfloat16"
-
-
-def test_name_and_granularity() -> None:
-    config = {"merge_method": "varm", "base_model": "org/base", "models": [{"model": "org/a"}]}
-    assert (read_merge_file(config).granularity, read_merge_file(config).name) == ("tensor", None)
-    found = read_merge_file({**config, "name": " Fused 7B ", "parameters": {"granularity": "layer"}})
-    assert (found.granularity, found.name, found.values(Q, 2)) == ("layer", "Fused 7B", {})
+    for given, dtype in (
+        ({"dtype": "float32"}, "float32"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "torch.float16", "out_dtype": None}, "float16"),
+        ({"out_dtype": "torch.bfloat16"}, "bfloat16"),
+    ):
+        assert read_merge_file({**config, **given}).dtype == dtype, given
 
 
 def test_a_models_own_parameters_come_first_then_the_files_then_the_default() -> None:
@@ -247,7 +229,7 @@ def test_every_method_can_be_read() -> None:
 # -- warnings -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_method_does_not_read_is_told_once(tmp_path: Path, logged: pytest.LogCaptureFixture) -> None:
+def test_what_the_method_does_not_read_is_told_once(tmp_path: Path, heard: list[str]) -> None:
     read(
         tmp_path,
         """\
@@ -262,7 +244,7 @@ parameters: {int8_mask: true, smooth: false, filter_wise: false, lambda: 1.0, se
 """,
     )
     at = f"{tmp_path / 'merge.yaml'}:"
-    assert logged.messages == [
+    assert heard == [
         f"{at}8: parameters.smooth: is not read by sce; ignored",
         f"{at}8: parameters.filter_wise: is not read by sce; ignored",
         f"{at}8: parameters.lambda: is not read by sce; ignored",

@@ -1,7 +1,6 @@
 """Tied tensors by the models' classes: copies are left out, a head of its own is kept. Transformers loads what came out."""
 
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,15 +80,10 @@ COPIES = {  # as older versions of Transformers wrote them, and many converters 
 }
 
 
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("fusechat"), "propagate", True)
-    caplog.set_level(logging.WARNING, logger="fusechat")
-    return caplog
-
-
 @each("make", COPIES)
-def test_copies_of_a_tied_embedding_in_the_bases_file(make: Callable[[], Any], tmp_path: Path, warnings: Any) -> None:
+def test_copies_of_a_tied_embedding_in_the_bases_file(
+    make: Callable[[], Any], tmp_path: Path, heard: list[str]
+) -> None:
     """With weight 1 the result is the target, in Transformers' own words; so it is where all files have copies."""
     one, names = COPIES[make]
     plain, target = saved(make, tmp_path / "plain", 0), saved(make, tmp_path / "target", 1)
@@ -107,10 +101,10 @@ def test_copies_of_a_tied_embedding_in_the_bases_file(make: Callable[[], Any], t
         model, loading = type(make()).from_pretrained(out, output_loading_info=True)
         assert not loading["missing_keys"]
         torch.testing.assert_close(logits(model), right, rtol=0, atol=2e-5)
-    assert warnings.messages == []
+    assert heard == []
 
 
-def test_a_head_that_was_trained_under_a_configuration_that_ties_it(tmp_path: Path, warnings: Any) -> None:
+def test_a_head_that_was_trained_under_a_configuration_that_ties_it(tmp_path: Path, heard: list[str]) -> None:
     """What PEFT leaves of `modules_to_save: [lm_head]`. The heads are merged, and the configuration says that they are not tied."""
     base = saved(qwen2, tmp_path / "base", 0)
     tensors = read(base)
@@ -124,15 +118,14 @@ def test_a_head_that_was_trained_under_a_configuration_that_ties_it(tmp_path: Pa
     torch.testing.assert_close(model.get_input_embeddings().weight, 2 * tensors[EMBEDDING])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
     what = f"is no copy of {EMBEDDING} in {one}, though its configuration ties them; merged apart"
-    assert warnings.messages == [f"{HEAD}: {what}"]
-    warnings.clear()
+    assert heard == [f"{HEAD}: {what}"]
     merge(configuration("task_arithmetic", [one, base], {"weight": 1}), tmp_path / "onto")
     torch.testing.assert_close(
         read(tmp_path / "onto")[HEAD], tensors[EMBEDDING], msg="the target's embedding is its head"
     )
-    warnings.clear()
+    heard.clear()
     merge(configuration("task_arithmetic", [base, one], {"weight": 1}), tmp_path / "lost")
-    assert warnings.messages == [f"{HEAD}: is not tied in {one} as in {base}; left out"], "the base has no head"
+    assert heard == [f"{HEAD}: is not tied in {one} as in {base}; left out"], "the base has no head"
 
 
 def test_the_class_decides_where_configurations_say_either(tmp_path: Path) -> None:

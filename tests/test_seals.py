@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from cases import each
 from fusechat.run.integrity import matches_record, read_sealed, record, write_sealed
 
 VALUE = {"shard": {"bytes": 3}, "tensors": {"a.weight": [0.1, -2.5e-9], "größe": None}}
@@ -31,10 +30,10 @@ def test_of_a_file_with_one_bit_flipped_nothing_comes_back_or_the_value(tmp_path
     assert lost > 0.9 * 8 * len(data)
 
 
-@each("text", ["", "{", "[]", "null", '{"value": 1}', '{"sha256": "", "value": 1}', "[" * 100_000])
-def test_something_else_is_no_sealed_value(tmp_path: Path, text: str) -> None:
-    (tmp_path / "value.json").write_text(text)
-    assert read_sealed(tmp_path / "value.json") is None
+def test_something_else_is_no_sealed_value(tmp_path: Path) -> None:
+    for text in ("", "{", "[]", "null", '{"value": 1}', '{"sha256": "", "value": 1}', "[" * 100_000):
+        (tmp_path / "value.json").write_text(text)
+        assert read_sealed(tmp_path / "value.json") is None, text[:30]
     assert read_sealed(tmp_path / "no such file") is None
 
 
@@ -61,24 +60,23 @@ def test_what_nobody_touched_is_as_it_was_sealed_also_by_another_name(sealed: Pa
     assert not holds(sealed)
 
 
-@each("name", ["model/deep/weights", "losses"])
-def test_a_file_altered_in_place_with_its_size_and_time_put_back(sealed: Path, name: str) -> None:
-    before = (sealed / name).stat()
-    data = (sealed / name).read_bytes()
-    (sealed / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
-    os.utime(sealed / name, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert not holds(sealed)
+def test_a_file_altered_in_place_with_its_size_and_time_put_back(sealed: Path) -> None:
+    for name in ("model/deep/weights", "losses"):
+        record(sealed / "sealed.json", sealed / "model", sealed / "losses")
+        time.sleep(0.05)
+        before, data = (sealed / name).stat(), (sealed / name).read_bytes()
+        (sealed / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        os.utime(sealed / name, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert not holds(sealed), name
 
 
-def test_a_file_gone_and_a_file_more(sealed: Path) -> None:
+def test_a_file_gone_and_a_file_more_and_no_seal(sealed: Path) -> None:
     (sealed / "model" / "more").touch()
     assert not holds(sealed)
     (sealed / "model" / "more").unlink()
     assert holds(sealed)
-    (sealed / "losses").unlink()
+    (sealed / "losses").rename(sealed / "elsewhere")
     assert not holds(sealed)
-
-
-def test_without_a_seal_nothing_is_sealed(sealed: Path) -> None:
+    (sealed / "elsewhere").rename(sealed / "losses")
     (sealed / "sealed.json").unlink()
     assert not holds(sealed)

@@ -10,7 +10,7 @@ from fusechat.evaluate.subjects import Server, Subject, check_labels, parse_mode
 from fusechat.models.reference import Reference
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -49,11 +49,10 @@ def test_what_is_here(here: Path, text: str, label: str, path: str) -> None:
     ("wheel:some-model==1.0/some_model/x-Q8_0.gguf", "x", "wheel:some-model==1.0/some_model/x-Q8_0.gguf"),
     ("w=wheel:some-model==1.0/some_model/x.gguf", "w", "wheel:some-model==1.0/some_model/x.gguf"),
 ])  # fmt: skip
-def test_what_is_elsewhere(here: Path, text: str, label: str, reference: str) -> None:
+def test_what_is_elsewhere(text: str, label: str, reference: str) -> None:
     found = parse_model(text)
-    assert found.label == label
     assert found.chat_model is not None
-    assert found.chat_model.reference == Reference((reference,))
+    assert (found.label, found.chat_model.reference) == (label, Reference((reference,)))
 
 
 @each("text, label, server", [
@@ -84,14 +83,14 @@ def test_what_a_server_has(text: str, label: str, server: Server) -> None:
     ("x=http://h/v1#", RecipeError, "http://h/v1: does not say which model; add its name, as in http://h/v1#NAME"),
     ("nul\0", ModelError, "is neither"),
 ])  # fmt: skip
-def test_what_is_no_model(here: Path, text: str, error: type[Exception], line: str) -> None:
+def test_what_is_no_model(text: str, error: type[Exception], line: str) -> None:
     with pytest.raises(error) as refused:
         parse_model(text)
     assert line in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_key_in_an_address_is_not_told(here: Path) -> None:
+def test_a_key_in_an_address_is_not_told() -> None:
     with pytest.raises(RecipeError) as refused:
         parse_model("https://user:sesame@host/v1")
     assert "sesame" not in str(refused.value)
@@ -108,13 +107,10 @@ def test_names_for_files() -> None:
     assert {label: Subject("", label).folder for label in labels} == labels
 
 
-@each("labels", [("one", "one"), ("a/b", "x", "a_b"), ("..", "🙂")])
-def test_two_models_of_one_name_are_refused(labels: tuple[str, ...]) -> None:
-    with pytest.raises(RecipeError) as refused:
-        check_labels([Subject("", label) for label in labels])
-    assert str(refused.value) == f"{labels[-1]}: two models of this name; give one another name, as in LABEL=MODEL"
-
-
-def test_models_of_different_names_are_not() -> None:
+def test_two_models_of_one_name_are_refused() -> None:
+    for labels in (("one", "one"), ("a/b", "x", "a_b"), ("..", "🙂")):
+        with pytest.raises(RecipeError) as refused:
+            check_labels([Subject("", label) for label in labels])
+        assert str(refused.value) == f"{labels[-1]}: two models of this name; give one another name, as in LABEL=MODEL"
     check_labels([Subject("", label) for label in ("one", "two", "One/two")])
     check_labels([])

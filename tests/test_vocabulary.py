@@ -99,20 +99,14 @@ def test_of_one_tokenizer_every_token_is_itself_whatever_was_counted(
     llama, (a, b, c) = table["llama"], letters(table["llama"], "abc")
     double, unknown = len(llama), next(iter(llama.special))
     twin = copy.copy(TokenBytes(tokenizers["llama"]))
-    llama, twin = (copy.copy(each) for each in (llama, twin))
-    for each in (llama, twin):
-        each.__dict__["pieces"] = [*each.pieces, b"a"]
+    llama, twin = (copy.copy(one) for one in (llama, twin))
+    for one in (llama, twin):
+        one.__dict__["pieces"] = [*one.pieces, b"a"]
     assert same_tokens(llama, twin)
     special = sorted(llama.special)
     everything = seen([[(a, b), (b, b), (c, a)]], tokens=[double, *special])
-    found = build_map(
-        everything,
-        source=twin,
-        back_off=BackOff(llama),
-        roles={unknown: b},
-        vocabulary=vocabulary,
-        same_tokens=True,
-    )
+    how = {"roles": {unknown: b}, "vocabulary": vocabulary, "same_tokens": True}
+    found = build_map(everything, source=twin, back_off=BackOff(llama), **how)
     tokens = sorted({a, b, c, double, *special})
     assert rows_of(found) == {token: {b if token == unknown else token: 1.0} for token in tokens}
     assert set(origins(found)) == {SAME_TOKEN, SPECIAL}
@@ -156,13 +150,8 @@ def test_a_map_of_nothing_knows_no_token(table: dict[str, TokenBytes]) -> None:
 @each("vocabulary", ["statistics", "exact", "edit"])
 def test_an_id_in_the_models_padding_goes_to_the_tail(table: dict[str, TokenBytes], vocabulary: str) -> None:
     padding = len(table["mistral"]) + 3
-    found = build_map(
-        seen(tokens=[padding]),
-        source=table["mistral"],
-        back_off=BackOff(table["llama"]),
-        roles={},
-        vocabulary=vocabulary,
-    )
+    common = {"source": table["mistral"], "back_off": BackOff(table["llama"]), "roles": {}}
+    found = build_map(seen(tokens=[padding]), vocabulary=vocabulary, **common)
     assert rows_of(found) == {padding: {}}
     assert origins(found) == ["tail"]
 
@@ -204,8 +193,7 @@ def test_exact_maps_to_a_token_of_the_same_bytes_and_all_else_to_the_tail(
 
 
 def test_edit_asks_no_counts(table: dict[str, TokenBytes]) -> None:
-    a, b = letters(table["llama"], "ab")
-    x, y = letters(table["gemma"], "ab")
+    (a, b), (x, y) = letters(table["llama"], "ab"), letters(table["gemma"], "ab")
     common = {"source": table["llama"], "back_off": BackOff(table["gemma"]), "roles": {}}
     found = build_map(seen([[(a, y), (a, y), (b, x)]], tokens=[a, b]), vocabulary="edit", **common)
     assert rows_of(found) == {a: {x: 1.0}, b: {y: 1.0}}
@@ -255,14 +243,8 @@ def test_every_row_sums_to_one_or_is_empty(
 ) -> None:
     vocabulary, top_1 = strategy
     everything = seen(batches, tokens=tokens, parts=parts, rests=rests)
-    found = build_map(
-        everything,
-        source=table["llama"],
-        back_off=BackOff(table["gemma"]),
-        roles={2: 1},
-        vocabulary=vocabulary,
-        top_1=top_1,
-    )
+    common = {"source": table["llama"], "back_off": BackOff(table["gemma"]), "roles": {2: 1}}
+    found = build_map(everything, vocabulary=vocabulary, top_1=top_1, **common)
     counted = vocabulary == "statistics"
     assert set(rows_of(found)) == {s for batch in batches for s, _ in batch if counted} | tokens | rests | (
         {rest for rest, _ in parts} if counted else set()
