@@ -39,10 +39,15 @@ def test_defaults_are_those_of_the_recipe_page(tmp_path: Path) -> None:
 
 
 def test_the_defaults_are_those_that_the_results_page_gives(tmp_path: Path) -> None:
+    """Alignment looks ahead by default where the map is counted."""
     recipe = load_recipe(write(tmp_path))
     assert (recipe.capture.top_k, recipe.fuse.sft_weight, recipe.merge.select_topk) == (10, 0.9, 1.0)
     assert (recipe.fuse.function, recipe.fuse.loss, recipe.merge.method) == ("mince", "cross_entropy", "sce")
     assert (recipe.data.max_length, recipe.data.on_error, recipe.seed, recipe.device) == (2048, "stop", 0, None)
+    assert recipe.align.looks_ahead
+    for changes in (["look_ahead=false"], ["vocabulary=exact"], ["vocabulary=edit", "look_ahead=false"]):
+        changed = load_recipe(write(tmp_path), [f"align.{change}" for change in changes])
+        assert not changed.align.looks_ahead, changes
 
 
 def test_the_papers_settings_are_one_key_away(tmp_path: Path) -> None:
@@ -77,31 +82,19 @@ def test_what_a_recipe_says_itself_comes_before_a_preset(tmp_path: Path) -> None
         load_recipe(write(tmp_path, preset="paper", fuse=3))
 
 
-def test_alignment_looks_ahead_by_default_where_the_map_is_counted(tmp_path: Path) -> None:
-    def looks_ahead(*changes: str) -> bool:
-        return bool(load_recipe(write(tmp_path), [f"align.{change}" for change in changes]).align.looks_ahead)
-
-    assert looks_ahead()
-    assert not looks_ahead("look_ahead=false")
-    assert not looks_ahead("vocabulary=exact")
-    assert not looks_ahead("vocabulary=edit", "look_ahead=false")
-
-
-@each("text", ["5e-6", "5.0e-6", "0.000005", "5E-6", "+5e-6", "50e-7"])
-def test_a_number_is_a_number_however_it_is_written(tmp_path: Path, text: str) -> None:
+def test_a_number_is_a_number_however_it_is_written(tmp_path: Path) -> None:
     path = write(tmp_path)
-    path.write_text(f"{path.read_text()}fuse: {{training: {{learning_rate: {text}}}}}\n")
-    rate = load_recipe(path).fuse.training["learning_rate"]
-    assert isinstance(rate, float)
-    assert rate == pytest.approx(0.000005, rel=1e-12)
-    assert load_recipe(write(tmp_path), [f"fuse.training.learning_rate={text}"]).fuse.training["learning_rate"] == rate
-
-
-@each("text", ["e5", "1e", "model-5e-6", '"5e-6"', "0x1e5f"])
-def test_what_only_looks_like_a_number_is_none(tmp_path: Path, text: str) -> None:
-    path = write(tmp_path)
-    path.write_text(f"{path.read_text()}fuse: {{training: {{lr_scheduler_kwargs: {{power: {text}}}}}}}\n")
-    assert not isinstance(load_recipe(path).fuse.training["lr_scheduler_kwargs"]["power"], float)
+    least = path.read_text()
+    for text in ("5e-6", "5.0e-6", "0.000005", "5E-6", "+5e-6", "50e-7"):
+        path.write_text(f"{least}fuse: {{training: {{learning_rate: {text}}}}}\n")
+        rates = [load_recipe(path).fuse.training["learning_rate"]]
+        path.write_text(least)
+        rates.append(load_recipe(path, [f"fuse.training.learning_rate={text}"]).fuse.training["learning_rate"])
+        assert all(isinstance(rate, float) for rate in rates), text
+        assert rates == pytest.approx([0.000005] * 2, rel=1e-12)
+    for text in ("e5", "1e", "model-5e-6", '"5e-6"', "0x1e5f"):
+        path.write_text(f"{least}fuse: {{training: {{lr_scheduler_kwargs: {{power: {text}}}}}}}\n")
+        assert not isinstance(load_recipe(path).fuse.training["lr_scheduler_kwargs"]["power"], float), text
 
 
 def test_paths_are_meant_from_the_recipes_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,24 +117,15 @@ def test_paths_are_meant_from_the_recipes_directory(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path)
     for given in (path, Path("here/recipe.yaml"), Path("./here/../here/recipe.yaml")):
         recipe = load_recipe(given)
-        assert {name: source.model for name, source in recipe.sources.items()} == {
-            "local": str(tmp_path / "here" / "org" / "local"),
-            "dots": str(tmp_path / "here" / "model"),
-            "home": str(tmp_path / "home"),
-            "gguf": str(tmp_path / "here" / "m.gguf"),
-            "wheel": wheel,
-            "hub": "org/name@v1",
-            "absolute": str(tmp_path / "here" / "model"),
-        }
-        assert recipe.data.train is not None
-        assert recipe.data.train.path == "org/talks"
-        assert recipe.data.validation is not None
-        assert recipe.data.validation.path == str(tmp_path / "here" / "no-such.parquet")
-        own = recipe.sources["gguf"].data
-        assert own is not None
-        assert own.train.path == str(tmp_path / "here" / "own.jsonl")
-        assert own.validation is not None
-        assert own.validation.path == str(tmp_path / "up.json")
+        here = tmp_path / "here"
+        places = {"local": here / "org" / "local", "dots": here / "model", "home": tmp_path / "home"}
+        places |= {"gguf": here / "m.gguf", "wheel": wheel, "hub": "org/name@v1", "absolute": here / "model"}
+        assert {name: source.model for name, source in recipe.sources.items()} == {k: str(v) for k, v in places.items()}
+        own: Any = recipe.sources["gguf"].data
+        paths = [recipe.data.train, recipe.data.validation, own.train, own.validation]
+        assert [data.path if data else None for data in paths] == [
+            "org/talks", *(str(path) for path in (here / "no-such.parquet", here / "own.jsonl", tmp_path / "up.json"))
+        ]  # fmt: skip
 
 
 def full(directory: Path) -> Path:
@@ -198,14 +182,12 @@ def test_a_saved_recipe_says_whose_it_is_though_its_models_are_gone(tmp_path: Pa
     assert recipe_identity(tmp_path / "saved.yaml") == ("tiny", ("wheel:part1==1/a", "wheel:part2==1/b"))
 
 
-@each("spec", [
-    {"wheel": ["a==1/x", "wheel:b==1/y"], "sha256": "ab" * 32},
-    {"model": {"wheel": ["wheel:a==1/x", "b==1/y"], "sha256": "ab" * 32}},
-])  # fmt: skip
-def test_both_ways_of_writing_a_model_in_wheels(tmp_path: Path, spec: dict[str, Any]) -> None:
-    reference = load_recipe(write(tmp_path, pivot=spec)).pivot.reference
-    assert reference.parts == ("wheel:a==1/x", "wheel:b==1/y")
-    assert reference.sha256 == "ab" * 32
+def test_both_ways_of_writing_a_model_in_wheels(tmp_path: Path) -> None:
+    for spec in ({"wheel": ["a==1/x", "wheel:b==1/y"]}, {"wheel": ["wheel:a==1/x", "b==1/y"]}):
+        for pivot in (spec | {"sha256": "ab" * 32}, {"model": spec | {"sha256": "ab" * 32}}):
+            reference = load_recipe(write(tmp_path, pivot=pivot)).pivot.reference
+            assert reference.parts == ("wheel:a==1/x", "wheel:b==1/y")
+            assert reference.sha256 == "ab" * 32
 
 
 @each("change, read, expected", [

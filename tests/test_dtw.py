@@ -176,26 +176,35 @@ def ids(*pieces: str) -> list[int]:
     return [PIECES.index(piece) for piece in pieces]
 
 
-def test_rows_after_a_kept_pair_correspond_and_the_first_ones() -> None:
-    one = conversation(TABLE, ids("banana", " split"), ends=END)
-    three = conversation(TABLE, ids("ba", "na", "na", " split"), ends=END)
-    assert dtw_rows(one, three, (TABLE, TABLE)).tolist() == [0, 3, 4]
-    assert dtw_rows(three, one, (TABLE, TABLE)).tolist() == [0, -1, -1, 1, 2]
+def told(*responses: list[int], ends: int | None = END, taken: Sequence[int] = ()) -> Prepared:
+    return conversation(TABLE, *responses, ends=ends, taken=taken)
 
 
-def test_a_row_after_a_pair_that_was_dropped_has_none() -> None:
-    pivot = conversation(TABLE, ids("ab", " split", "a"))
-    source = conversation(TABLE, ids("a", "ba", "a"))
-    assert kept(["ab", " split", "a"], ["a", "ba", "a"]) == [(2, 2)]
-    assert dtw_rows(pivot, source, (TABLE, TABLE)).tolist() == [0, -1, -1]
+BANANA = told(ids("banana", " split"))
+PARTS = told(ids("ba", "na", "na", " split"))
+BA, WHOLE, CLIPPED = (
+    told(ids(first, "b"), ends=None, taken=[taken]) for first, taken in (("ba", 0), ("banana", 0), ("banana", 5))
+)
 
 
-def test_the_template_before_the_content_is_no_part_of_a_surface() -> None:
-    """Of the source's `banana` five letters are the template's: what is left, `a`, ends `ba`."""
-    whole, clipped = (conversation(TABLE, ids("banana", "b"), taken=[taken]) for taken in (0, 5))
-    pivot = conversation(TABLE, ids("ba", "b"))
-    assert dtw_rows(pivot, whole, (TABLE, TABLE)).tolist() == [0, -1]
-    assert dtw_rows(pivot, clipped, (TABLE, TABLE)).tolist() == [0, 1]
+@each("pivot, source, expected", [
+    # rows after a kept pair correspond, and the first ones
+    (BANANA, PARTS, [0, 3, 4]),
+    (PARTS, BANANA, [0, -1, -1, 1, 2]),
+    # a row after a pair that was dropped has none
+    (told(ids("ab", " split", "a"), ends=None), told(ids("a", "ba", "a"), ends=None), [0, -1, -1]),
+    # the template before the content is no part of a surface: of five letters of `banana`, what is left, `a`, ends `ba`
+    (BA, WHOLE, [0, -1]),
+    (BA, CLIPPED, [0, 1]),
+    # responses are warped apart, and their ends of turn joined; in one go, the second response's `ab` would be warped with what
+    # is left of the first
+    (told(ids("banana"), ids("ab", "a")), told(ids("ba", "na", "na"), ids("a", "b", "a")), [0, 3, 4, 6, 7]),
+    # a response that one model lost has no rows
+    (told(ids("a", "b"), ids("ab")), told(ids("a", "b")), [0, 1, 2, -1, -1]),
+    (told(ids("a", "b")), told(ids("a", "b"), ids("ab")), [0, 1, 2]),
+])  # fmt: skip
+def test_rows_by_hand(pivot: Prepared, source: Prepared, expected: list[int]) -> None:
+    assert dtw_rows(pivot, source, (TABLE, TABLE)).tolist() == expected
 
 
 def test_rows_without_width_never_correspond() -> None:
@@ -203,20 +212,6 @@ def test_rows_without_width_never_correspond() -> None:
     without = conversation(TABLE, ids("a", "b"), ends=END)
     assert dtw_rows(with_prefix, without, (TABLE, TABLE)).tolist() == [-1, 0, 1, 2]
     assert dtw_rows(without, with_prefix, (TABLE, TABLE)).tolist() == [1, 2, 3]
-
-
-def test_responses_are_warped_apart_and_their_ends_of_turn_joined() -> None:
-    """In one go, the second response's `ab` would be warped with what is left of the first."""
-    pivot = conversation(TABLE, ids("banana"), ids("ab", "a"), ends=END)
-    source = conversation(TABLE, ids("ba", "na", "na"), ids("a", "b", "a"), ends=END)
-    assert dtw_rows(pivot, source, (TABLE, TABLE)).tolist() == [0, 3, 4, 6, 7]
-
-
-def test_a_response_that_one_model_lost_has_no_rows() -> None:
-    both = conversation(TABLE, ids("a", "b"), ids("ab"), ends=END)
-    one = conversation(TABLE, ids("a", "b"), ends=END)
-    assert dtw_rows(both, one, (TABLE, TABLE)).tolist() == [0, 1, 2, -1, -1]
-    assert dtw_rows(one, both, (TABLE, TABLE)).tolist() == [0, 1, 2]
 
 
 def naive_rows(pivot: Prepared, source: Prepared) -> list[int]:

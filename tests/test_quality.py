@@ -28,16 +28,11 @@ LN2 = float(np.log(2))
 
 
 def test_gold_tokens_have_their_stored_probability_and_those_outside_the_floor() -> None:
+    """So has one whose stored probability is below it; a pad is no gold token."""
     rows = sparse([{3: 0.5, 4: 0.25}, {3: 0.5, 4: 0.25}, {4: 0.75}, {}], k=2)
     found = gold_nll(rows, np.array([4, 7, 0, 5]))
     assert found == pytest.approx([np.log(4), np.log(1e4), np.log(1e4), np.log(1e4)])
-
-
-def test_a_stored_probability_below_the_floor_counts_as_the_floor() -> None:
     assert gold_nll(sparse([{3: 1e-6}]), np.array([3])) == pytest.approx([np.log(1e4)])
-
-
-def test_a_pad_is_no_gold_token() -> None:
     assert gold_nll(sparse([{}], k=1), np.array([-1])) == pytest.approx([np.log(1e4)])
 
 
@@ -93,14 +88,12 @@ def test_a_segment_with_one_token_that_is_not_covered_is_left_out_on_both_sides(
     assert theirs == [True, True, False, True, True, False]  # the one without width counts with the token after it
 
 
-@each("lost_by", ["pivot", "source"])
-def test_a_response_that_one_model_lost_is_in_no_segment(lost_by: str) -> None:
+def test_a_response_that_one_model_lost_is_in_no_segment() -> None:
     both, one = prepared([([(0, 2)], True), ([(0, 2)], True)]), prepared([([(0, 2)], True)])
-    pivot, source = (one, both) if lost_by == "pivot" else (both, one)
-    which = [row < 2 for row in range(len(pivot))]
-    expected = [row == 0 for row in range(len(pivot))], [row == 0 for row in range(len(source))]
-    assert naive_segments(pivot, source, which) == expected
-    assert segments(pivot, source, which) == expected
+    for pivot, source in ((one, both), (both, one)):
+        which = [row < 2 for row in range(len(pivot))]
+        expected = [row == 0 for row in range(len(pivot))], [row == 0 for row in range(len(source))]
+        assert naive_segments(pivot, source, which) == segments(pivot, source, which) == expected
 
 
 def test_what_one_model_strips_from_a_response_does_not_spoil_the_one_before() -> None:
@@ -182,8 +175,7 @@ def test_conversations_add_up() -> None:
 TEXTS = ["The answer is 3: größer.", " the capital of 日本 is 東京 🙂"]
 
 
-@each("chain_rule", [False, True])
-@each("kind", tiny.KINDS)
+@each("kind, chain_rule", itertools.product(tiny.KINDS, (False, True)))
 def test_identical_tokenizers_transfer_the_sources_own(tokenizers: dict[str, Any], kind: str, chain_rule: bool) -> None:
     """With all gold tokens kept, the ratio of the two nlls is one."""
     template = ChatTemplate(tokenizers[kind], tiny.TEMPLATES[kind], kind)
@@ -276,10 +268,8 @@ def test_a_row_of_which_little_is_mapped_has_no_target(unaligned: Any) -> None:
         survey.need(pivot, source, captured)
         aligner = Aligner(pair, pair.build_map(survey.seen(), BackOff(pair.pivot.tokens)), np.zeros(5, dtype=bool))
         found = aligner.align(pivot, source, captured, k=2)
-        assert (
-            found.ids.tolist()
-            == [[-1, -1], [-1, -1], [2, -1]][: 3 - taught] + [[0, -1], [1, -1], [2, -1]][3 - taught :]
-        )
+        bare, full = [[-1, -1], [-1, -1], [2, -1]], [[0, -1], [1, -1], [2, -1]]
+        assert found.ids.tolist() == bare[: 3 - taught] + full[3 - taught :]
         assert found.tail == pytest.approx([1.0] * (3 - taught) + [0.6, 0.4, 0.0][3 - taught :])
         summary = aligner.figures.summary()
         assert (summary["positions_aligned"], summary["positions_of_little_mass"]) == (3, 3 - taught)
@@ -287,21 +277,17 @@ def test_a_row_of_which_little_is_mapped_has_no_target(unaligned: Any) -> None:
         assert summary["coverage_of_mass"] == round(sum([0.4, 0.6, 1.0][3 - taught :]) / taught, 6)
 
 
-def test_figures_of_nothing_are_undefined_and_not_zero() -> None:
+def test_figures_of_nothing_are_undefined_and_those_of_parts_add_up() -> None:
     summary = AlignmentStats().summary()
     shares = {key for key, value in summary.items() if value is None}
     assert shares == {"coverage_of_positions", "coverage_of_mass", "kept_mass"}
     assert summary["mass_by_origin"] == {}
-
-
-def test_figures_of_parts_add_up() -> None:
     one = AlignmentStats(conversations=1, positions=4, aligned=3, mapped_mass=1.5)
     one.mass_by_origin.update({SEEN: 0.5})
     two = AlignmentStats(conversations=2, positions=5, inside=1, mapped_mass=0.25)
     two.mass_by_origin.update({SEEN: 0.25, EDIT: 1.0})
     add_figures(one, two)
-    assert one == AlignmentStats(
-        conversations=3, positions=9, aligned=3, inside=1, mapped_mass=1.75, mass_by_origin=one.mass_by_origin
-    )
+    counts = {"conversations": 3, "positions": 9, "aligned": 3, "inside": 1, "mapped_mass": 1.75}
+    assert one == AlignmentStats(**counts, mass_by_origin=one.mass_by_origin)
     assert one.mass_by_origin == {SEEN: 0.75, EDIT: 1.0}
     assert two.mass_by_origin == {SEEN: 0.25, EDIT: 1.0}

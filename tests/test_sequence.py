@@ -42,28 +42,18 @@ def test_alignment_is_symmetric_and_monotone(pair: tuple[Spans, Spans]) -> None:
     assert (np.diff(there[there >= 0]) > 0).all()
 
 
-def test_a_tiling_against_itself_is_the_identity() -> None:
-    spans = array([(0, 2), (2, 3), (3, 7)])
-    assert align_starts(spans, spans).tolist() == [0, 1, 2]
-
-
-def test_banana_has_one_start_in_common_with_itself_in_three_pieces() -> None:
-    """By the ends of the surfaces, the wrong `na` would do as well."""
-    assert align_starts(array([(0, 6)]), array([(0, 2), (2, 4), (4, 6)])).tolist() == [0]
-    assert align_starts(array([(0, 2), (2, 4), (4, 6)]), array([(0, 6)])).tolist() == [0, -1, -1]
-
-
-def test_a_dummy_prefix_corresponds_to_nothing() -> None:
-    assert align_starts(array([(0, 0), (0, 3)]), array([(0, 0), (0, 3)])).tolist() == [-1, 1]
-    assert align_starts(array([(0, 3)]), array([(0, 0)])).tolist() == [-1]
-
-
-def test_no_tokens_at_all() -> None:
-    assert align_starts(array([]), array([(0, 1)])).tolist() == []
-    assert align_starts(array([(0, 1)]), array([])).tolist() == [-1]
-
-
-def test_lists_are_taken_as_well_as_arrays() -> None:
+def test_starts_by_hand() -> None:
+    """By the ends of the surfaces of `banana`, the wrong `na` would do as well; a dummy prefix corresponds to nothing."""
+    for pivot, source, expected in (
+        ([(0, 2), (2, 3), (3, 7)], [(0, 2), (2, 3), (3, 7)], [0, 1, 2]),
+        ([(0, 6)], [(0, 2), (2, 4), (4, 6)], [0]),
+        ([(0, 2), (2, 4), (4, 6)], [(0, 6)], [0, -1, -1]),
+        ([(0, 0), (0, 3)], [(0, 0), (0, 3)], [-1, 1]),
+        ([(0, 3)], [(0, 0)], [-1]),
+        ([], [(0, 1)], []),
+        ([(0, 1)], [], [-1]),
+    ):
+        assert align_starts(array(pivot), array(source)).tolist() == expected, (pivot, source)
     assert align_starts([(0, 1), (1, 2)], [(0, 2)]).tolist() == [0, -1]  # type: ignore[arg-type]
 
 
@@ -90,12 +80,9 @@ def test_of_one_text_every_token_with_width_starts_with_a_source_token_or_inside
     assert (starts ^ inside).tolist() == [end > begin for begin, end in pair[0]]
 
 
-def test_a_token_that_starts_with_a_source_token_is_inside_none_though_another_goes_on() -> None:
-    """Character offsets may overlap."""
+def test_what_contains_by_hand() -> None:
+    """A token that starts with a source token is inside none, though another goes on: character offsets may overlap."""
     assert containing(array([(2, 3), (3, 4)]), array([(0, 4), (2, 4)])).tolist() == [-1, 1]
-
-
-def test_nothing_contains_where_there_are_no_tokens() -> None:
     assert containing(array([]), array([(0, 3)])).tolist() == []
     assert containing(array([(1, 2)]), array([])).tolist() == [-1]
     assert containing(array([(1, 2)]), array([(1, 1)])).tolist() == [-1]
@@ -187,21 +174,10 @@ def test_rows_of_ones_own_take_the_place_of_shared_starts() -> None:
     assert rows("given", alignment) == [0, 3, 0, 0]
 
 
-def test_an_end_of_turn_without_partner_is_inside_nothing() -> None:
-    pivot, source = prepared([([(0, 2)], True)]), prepared([([(0, 2)], False)])
-    assert rows("source_row", align_rows(pivot, source)) == [0, -1]
-    assert rows("inside_row", align_rows(pivot, source)) == [-1, -1]
-
-
 def test_ends_of_turn_join_once_a_response_and_with_nothing_else() -> None:
     pivot = prepared([([(0, 2), (2, 4)], True), ([(0, 3)], True)])
     source = prepared([([(0, 4)], True), ([(0, 1), (1, 3)], True)])
     assert align_rows(pivot, source).source_row.tolist() == [0, -1, 1, 2, 4]
-
-
-def test_an_end_of_turn_is_joined_although_the_contents_end_at_other_bytes() -> None:
-    """One model's template stripped the end of the content."""
-    assert align_rows(prepared([([(0, 4)], True)]), prepared([([(0, 3)], True)])).source_row.tolist() == [0, 1]
 
 
 @each("lost_by", ["pivot", "source"])

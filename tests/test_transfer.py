@@ -161,14 +161,10 @@ def test_a_candidate_without_a_row_or_with_an_empty_one_leaves_its_mass_to_the_t
     assert result.rows.ids.tolist() == [[0, -1, -1]]
     assert result.rows.tail == pytest.approx([0.5])
     assert result.mapped == pytest.approx([0.5])
-
-
-def test_nothing_at_all_is_all_pads() -> None:
     result = run(candidates([[-1], [-1]], [[0.0], [0.0]]), np.eye(ROWS, PIVOT), k=3)
     assert result.rows.ids.tolist() == [[-1] * 3] * 2
     assert np.isneginf(result.rows.logprobs).all()
-    assert result.rows.tail.tolist() == [1.0, 1.0]
-    assert result.mapped.tolist() == [0.0, 0.0]
+    assert (result.rows.tail.tolist(), result.mapped.tolist()) == ([1.0, 1.0], [0.0, 0.0])
 
 
 # -- the source's own token, by the chain rule --------------------------------------------------------------------------
@@ -191,12 +187,10 @@ def test_the_chain_rule_by_hand() -> None:
 
 
 def test_where_w_knows_the_gold_token_alone_the_rest_joins_the_tail() -> None:
+    """Only the last candidate is sharpened."""
     result = run(candidates([[0]], [[0.5]], [True], [0.25]), np.eye(ROWS, PIVOT), np.array([0]), k=2)
     assert result.rows.ids.tolist() == [[0, -1]]
     assert result.rows.tail == pytest.approx([1 - 0.125])
-
-
-def test_only_the_last_candidate_is_sharpened() -> None:
     first = run(candidates([[0, 1]], [[0.5, 0.25]], [True], [0.0]), np.eye(ROWS, PIVOT), np.array([0]), k=2)
     assert np.exp(first.rows.logprobs) == pytest.approx(np.array([[0.5, 0.25]]))
 
@@ -253,8 +247,10 @@ def aligner_of(pair: Pair, sides: Any = ()) -> Aligner:
     return Aligner(pair, pair.build_map(survey.seen(), BackOff(pair.pivot.tokens)), is_open)
 
 
-@each("unaligned", ["label", "skip"])
-@each("pivot, source", [("llama", "mistral"), ("mistral", "gemma"), ("gemma", "llama")])
+PAIRS = [("llama", "mistral"), ("mistral", "gemma"), ("gemma", "llama")]
+
+
+@each("pivot, source, unaligned", [(*pair, unaligned) for pair in PAIRS for unaligned in ("label", "skip")])
 def test_every_row_keeps_its_mass_and_unaligned_rows_are_as_asked(
     tokenizers: dict[str, Any], loaded: dict[str, Any], pivot: str, source: str, unaligned: Any
 ) -> None:

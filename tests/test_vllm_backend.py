@@ -1,5 +1,6 @@
 """Capture by vLLM, as far as it can be tested without vLLM. `make test-vllm` runs tests/with_vllm with the real one."""
 
+import itertools
 import re
 import socket
 import sys
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 import vllm_like
 from cases import each
 from fusechat.data.distributions import SparseDistribution
-from fusechat.errors import DataError, FuseChatError, ModelError, RecipeError
+from fusechat.errors import DataError, FuseChatError, ModelError
 from fusechat.models import vllm, vllm_server
 from fusechat.models.prompt_logprobs import sparse_distribution
 from vllm_like import Engine, Logprob, conversation, serving
@@ -39,40 +40,27 @@ def test_entries_become_rows_by_rank(form: Any) -> None:
     assert result.nll.dtype == np.float32
 
 
-def test_only_the_rows_that_are_asked_for_are_taken() -> None:
-    result = parsed([0, 3, 5], [None, {}, OUTSIDE], rows=[2])
+@each("tokens, found, rows, ids", [
+    ([0, 3, 5], [None, {}, OUTSIDE], [2], [[7, 2]]),  # the rows that are asked for, no others
+    ([0, 3], [None, INSIDE], [], []),
+    ([0, 5], [None, {token: Logprob(entry.logprob, None) for token, entry in OUTSIDE.items()}], None, [[7, 2]]),  # no ranks
+    # minus infinity of a token that nobody asked about
+    ([0, 5], [None, {5: Logprob(-0.5, 1), 2: Logprob(-1.0, 2), 9: Logprob(float("-inf"), 3)}], None, [[5, 2]]),
+])  # fmt: skip
+def test_rows_that_are_asked_for(tokens: list[int], found: Any, rows: Any, ids: list[list[int]]) -> None:
+    result = parsed(tokens, found, rows=rows)
     assert result is not None
-    assert result.ids.tolist() == [[7, 2]]
-    assert result.nll.tolist() == [4.25]
+    assert result.ids.shape == (len(ids), 2)
+    assert result.ids.tolist() == ids
+    assert result.nll.tolist() == ([4.25] if rows == [2] else result.nll.tolist())
 
 
-def test_a_conversation_without_rows_gives_none() -> None:
-    result = parsed([0, 3], [None, INSIDE], rows=[])
-    assert result is not None
-    assert result.ids.shape == (0, 2)
-
-
-def test_without_ranks_the_log_probabilities_tell_the_order() -> None:
-    entries = {token: Logprob(entry.logprob, None) for token, entry in OUTSIDE.items()}
-    result = parsed([0, 5], [None, entries])
-    assert result is not None
-    assert result.ids.tolist() == [[7, 2]]
-
-
-@each("bad", [float("nan"), float("-inf"), -9999.0, None])
-@each("token", [7, 5])
-def test_values_that_are_not_finite_reject_a_conversation(bad: Any, token: int) -> None:
-    entries = [{str(each): vars(entry) for each, entry in OUTSIDE.items()} for _ in range(2)]
-    entries[1][str(token)] = {"logprob": bad, "rank": entries[1][str(token)]["rank"]}
-    assert parsed([0, 5, 5], [None, *entries]) is None
-    assert parsed([0, 5, 5], [None, entries[0], {}], rows=[1]) is not None
-
-
-def test_minus_infinity_of_tokens_that_nobody_asked_about_does_no_harm() -> None:
-    entries = {5: Logprob(-0.5, 1), 2: Logprob(-1.0, 2), 9: Logprob(float("-inf"), 3)}
-    result = parsed([0, 5], [None, entries])
-    assert result is not None
-    assert result.ids.tolist() == [[5, 2]]
+def test_values_that_are_not_finite_reject_a_conversation() -> None:
+    for bad, token in itertools.product((float("nan"), float("-inf"), -9999.0, None), (7, 5)):
+        entries = [{str(each): vars(entry) for each, entry in OUTSIDE.items()} for _ in range(2)]
+        entries[1][str(token)] = {"logprob": bad, "rank": entries[1][str(token)]["rank"]}
+        assert parsed([0, 5, 5], [None, *entries]) is None, (bad, token)
+        assert parsed([0, 5, 5], [None, entries[0], {}], rows=[1]) is not None
 
 
 @each("found, line", [
@@ -134,38 +122,25 @@ def refusal(directory: Path, url: str | None = None, k: int = 4) -> str:
     return str(caught.value)
 
 
-def test_without_vllm_a_line_says_what_to_install(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_missing_is_told_in_a_line(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(RecipeError) as caught:
-        opened(models["llama"])
-    assert str(caught.value) == (
+    assert refusal(models["llama"]) == (
         "capture.backend: vllm is not installed (pip install 'fusechat[vllm]'); a server that has it can be named as "
         "capture.url"
     )
-
-
-def test_a_vllm_that_cannot_be_imported_is_told(
-    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
     (tmp_path / "vllm.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "vllm", raising=False)
     assert refusal(models["llama"]) == (
         "capture.backend: vllm is installed, but cannot be imported: operator torchvision::nms does not exist"
     )
-
-
-def test_in_this_process_vllm_is_not_run_under_torchrun(
-    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert refusal(models["llama"]) == (
         "capture.backend: vllm starts the processes for its GPUs itself; run the capture without torchrun "
         "(capture.tensor_parallel spreads a model), or give capture.url"
     )
-
-
-def test_without_a_client_a_line_says_what_to_install(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openai", None)
     assert refusal(models["llama"], "http://127.0.0.1:1/v1") == (
         "capture.url: the client of the server is not installed (pip install 'fusechat[server]')"
