@@ -28,15 +28,15 @@ def test_back_off_takes_the_same_bytes_first(table: dict[str, TokenBytes]) -> No
 
 
 @each("kind", ["mistral", "gemma"])
-@each("character", ["a", "1", "\n", "!"])
 def test_of_two_tokens_with_the_same_bytes_the_one_that_the_pivot_writes(
-    table: dict[str, TokenBytes], kind: str, character: str
+    table: dict[str, TokenBytes], kind: str
 ) -> None:
     """`a` has the same byte as the fallback token `<0x61>`, which the pivot never writes for it."""
     tokenizer = table[kind].tokenizer
-    written = tokenizer("\x01" + character, add_special_tokens=False).input_ids[-1]
-    assert tokenizer.convert_ids_to_tokens(written) == character
-    assert BackOff(table[kind]).lookup(character.encode()) == (written, "same bytes")
+    for character in "a1\n!":
+        written = tokenizer("\x01" + character, add_special_tokens=False).input_ids[-1]
+        assert tokenizer.convert_ids_to_tokens(written) == character
+        assert BackOff(table[kind]).lookup(character.encode()) == (written, "same bytes")
 
 
 @each("kind", tiny.KINDS)
@@ -82,11 +82,8 @@ def words_only() -> TokenBytes:
 
 def test_what_no_pivot_token_begins_goes_to_the_tail_never_to_unk_or_end_of_sequence() -> None:
     back_off = BackOff(words_only())
-    assert back_off.lookup(b"zz") == (TAIL, "tail")
-    assert back_off.lookup(b"\xff") == (TAIL, "tail")
-    assert back_off.lookup(b"</s>") == (TAIL, "tail")
-    assert back_off.lookup(b"<unk>") == (TAIL, "tail")
-    assert back_off.lookup(b"") == (TAIL, "tail")
+    for data in (b"zz", b"\xff", b"</s>", b"<unk>", b""):
+        assert back_off.lookup(data) == (TAIL, "tail"), data
     assert back_off.lookup(b"ab")[0] == 2
 
 

@@ -9,29 +9,9 @@ import torch
 
 import tiny
 from cases import each
-from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared
 from fusechat.evaluate.bits_per_byte import compare, score_responses
-from fusechat.models.templates import ChatTemplate
-from fusechat.models.tokenise import prepare_conversation
-
-TURNS = [
-    ("Hi", "Yo"),
-    ("What is the capital of France?", "Paris, a city of two million people on the river Seine."),
-    ("1 + 1?", "2", "and 12 * 3 - 7?", "12 * 3 - 7 = 29. 北京是中国的首都"),
-]
-
-
-def prepare_all(tokenizers: dict[str, Any], kind: str) -> list[Prepared]:
-    template = ChatTemplate(tokenizers[kind], tiny.TEMPLATES[kind], kind)
-    return [
-        prepare_conversation(
-            Conversation(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(turns)), "here"),
-            template,
-            max_length=500,
-        )[0]
-        for turns in TURNS
-    ]
+from test_forward import TURNS, prepare_all
 
 
 @torch.no_grad()
@@ -48,26 +28,22 @@ def naive_scores(model: Any, conversation: Prepared, turns: tuple[str, ...]) -> 
     return scores
 
 
-@each("batch_tokens", [1, 10_000])
 @each("kind", tiny.KINDS)
-def test_scores_are_those_of_a_naive_loop(
-    tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str, batch_tokens: int
-) -> None:
+def test_scores_are_those_of_a_naive_loop(tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str) -> None:
     conversations = prepare_all(tokenizers, kind)
-    done: list[int] = []
-    found = score_responses(loaded[kind], conversations, batch_tokens=batch_tokens, advance=done.append)
-    assert list(found) == [conversation.id for conversation in conversations]
-    assert sum(done) == 3
-    total_nll = total_bytes = 0.0
-    for conversation, turns in zip(conversations, TURNS, strict=True):
-        expected = naive_scores(loaded[kind], conversation, turns)
-        assert [size for _, size in found[conversation.id]] == [size for _, size in expected]
-        assert [nll for nll, _ in found[conversation.id]] == pytest.approx([nll for nll, _ in expected], rel=1e-4)
-        total_nll += sum(nll for nll, _ in expected)
-        total_bytes += sum(size for _, size in expected)
-    score = compare({"one": found})["one"]
-    assert score.value == pytest.approx(total_nll / total_bytes / math.log(2), rel=1e-4)
-    assert (score.bytes, score.responses, score.missing) == (int(total_bytes), 4, 0)
+    naive = [naive_scores(loaded[kind], *both) for both in zip(conversations, TURNS, strict=True)]
+    for batch_tokens in (1, 10_000):
+        done: list[int] = []
+        found = score_responses(loaded[kind], conversations, batch_tokens=batch_tokens, advance=done.append)
+        assert list(found) == [conversation.id for conversation in conversations]
+        assert sum(done) == 3
+        for scores, expected in zip(found.values(), naive, strict=True):
+            assert [size for _, size in scores] == [size for _, size in expected]
+            assert [nll for nll, _ in scores] == pytest.approx([nll for nll, _ in expected], rel=1e-4), batch_tokens
+        nats, size = (sum(column) for column in zip(*(pair for one in naive for pair in one), strict=True))
+        score = compare({"one": found})["one"]
+        assert score.value == pytest.approx(nats / size / math.log(2), rel=1e-4)
+        assert (score.bytes, score.responses, score.missing) == (int(size), 4, 0)
 
 
 def test_a_model_that_knows_nothing_has_the_bits_of_its_vocabulary(tokenizers: dict[str, Any]) -> None:

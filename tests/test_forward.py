@@ -1,6 +1,7 @@
 """Logits of response tokens, batches, and captured rows, against calls of the model on one conversation without padding."""
 
 import copy
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,15 +54,24 @@ def unpadded_logits(model: Any, conversation: Prepared) -> torch.Tensor:
 
 @each("kind", tiny.KINDS)
 @torch.no_grad()
-def test_response_logits_are_those_of_each_conversation_alone(
+def test_logits_and_captured_rows_are_those_of_each_conversation_alone(
     tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
 ) -> None:
     conversations = prepare_all(tokenizers, kind)
     assert len({len(one.input_ids) for one in conversations}) == 3  # so that two of them are padded
     found = response_logits(loaded[kind], collate(conversations, pad=tokenizers[kind].pad_token_id))
-    expected = torch.cat([unpadded_logits(loaded[kind], one) for one in conversations])
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    expected = [unpadded_logits(loaded[kind], one) for one in conversations]
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-4)
     assert found.std(dim=1).min() > 0.1  # the models are no uniform ones, for which any position would do
+    captures = capture(loaded[kind], conversations, k=6)
+    for conversation, captured, logits in zip(conversations, captures, expected, strict=True):
+        exact = torch.log_softmax(logits.double(), dim=1)
+        assert captured is not None
+        assert captured.ids.shape == captured.logprobs.shape == (len(conversation), 6)
+        ids, gold = (torch.from_numpy(tokens.astype(np.int64)) for tokens in (captured.ids, conversation.gold))
+        np.testing.assert_allclose(captured.logprobs, exact.gather(1, ids), atol=2e-3)
+        np.testing.assert_allclose(captured.logprobs, exact.topk(6).values, atol=2e-3)
+        np.testing.assert_allclose(captured.nll, -exact[torch.arange(len(gold)), gold], atol=2e-3)
 
 
 @each("kind", tiny.KINDS)
@@ -177,39 +187,20 @@ def test_batches_cover_each_index_once_within_the_budget(lengths: list[int], bud
         assert (len(batch) + 1) * lengths[batch[0]] > budget
 
 
-@each("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@each("chunk", [1 << 26, 100, 1])
-def test_sparse_rows_are_the_head_of_the_full_log_softmax(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int
-) -> None:
-    monkeypatch.setattr(forward, "_CHUNK_ELEMENTS", chunk)
+def test_sparse_rows_are_the_head_of_the_full_log_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    logits = (4 * torch.randn(7, 30, generator=generator)).to(dtype)
-    gold = torch.randint(30, (7,), generator=generator)
-    ids, logprobs, nll, _ = sparse_rows(logits, gold, 5)
-    assert logprobs.dtype == nll.dtype == torch.float32
-    for row in range(7):
-        exact = torch.log_softmax(logits[row].double(), dim=0)
-        assert logprobs[row].tolist() == pytest.approx(exact[ids[row]].tolist(), abs=1e-5)
-        assert logprobs[row].tolist() == pytest.approx(exact.sort(descending=True).values[:5].tolist(), abs=1e-5)
-        assert len(set(ids[row].tolist())) == 5
-        assert nll[row].item() == pytest.approx(-exact[gold[row]].item(), abs=1e-5)
-
-
-@each("kind", tiny.KINDS)
-def test_captured_rows_are_each_conversations_own(
-    tokenizers: dict[str, Any], loaded: dict[str, Any], kind: str
-) -> None:
-    conversations = prepare_all(tokenizers, kind)
-    for conversation, captured in zip(conversations, capture(loaded[kind], conversations, k=6), strict=True):
-        exact = torch.log_softmax(unpadded_logits(loaded[kind], conversation).double(), dim=1)
-        assert captured is not None
-        assert captured.ids.shape == captured.logprobs.shape == (len(conversation), 6)
-        found = torch.from_numpy(captured.ids.astype(np.int64))
-        np.testing.assert_allclose(captured.logprobs, exact.gather(1, found), atol=2e-3)
-        np.testing.assert_allclose(captured.logprobs, exact.topk(6).values, atol=2e-3)
-        gold = torch.from_numpy(conversation.gold.astype(np.int64))
-        np.testing.assert_allclose(captured.nll, -exact[torch.arange(len(gold)), gold], atol=2e-3)
+    for dtype, chunk in itertools.product((torch.float32, torch.bfloat16, torch.float16), (1 << 26, 100, 1)):
+        monkeypatch.setattr(forward, "_CHUNK_ELEMENTS", chunk)
+        logits = (4 * torch.randn(7, 30, generator=generator)).to(dtype)
+        gold = torch.randint(30, (7,), generator=generator)
+        ids, logprobs, nll, _ = sparse_rows(logits, gold, 5)
+        assert logprobs.dtype == nll.dtype == torch.float32
+        exact = torch.log_softmax(logits.double(), dim=1)
+        tolerance = {"rtol": 0, "atol": 1e-5}
+        torch.testing.assert_close(logprobs.double(), exact.gather(1, ids.long()), **tolerance)
+        torch.testing.assert_close(logprobs.double(), exact.topk(5).values, **tolerance)
+        torch.testing.assert_close(nll.double(), -exact[torch.arange(7), gold], **tolerance)
+        assert all(len(set(row)) == 5 for row in ids.tolist()), (dtype, chunk)
 
 
 class Table(torch.nn.Module):
@@ -223,21 +214,24 @@ class Table(torch.nn.Module):
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-@each("bad", [torch.nan, torch.inf])
-def test_a_conversation_in_which_something_is_not_finite_is_rejected_alone(bad: float) -> None:
+def row_by_row(name: str, ids: list[int], positions: list[int]) -> Prepared:
+    places = np.array(positions, dtype=np.int32)
+    none = np.zeros(len(places), dtype=bool)
+    return Prepared(name, np.array(ids, dtype=np.int32), *[places] * 4, none, np.array([2], dtype=np.int32))
+
+
+def test_a_conversation_in_which_something_is_not_finite_is_rejected_alone() -> None:
     table = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
-    table[5, 2] = bad
-    conversations = [
-        Prepared(name, np.array(ids, dtype=np.int32), *(np.array([1, 2], dtype=np.int32) for _ in range(4)),
-                 np.array([False, False]), np.array([2], dtype=np.int32))
-        for name, ids in (("good", [0, 1, 2]), ("bad", [3, 5, 1]), ("after", [4, 3, 5]))
-    ]  # fmt: skip
-    good, rejected, after = capture(Table(table), conversations, k=3)
-    assert rejected is None
-    assert good is not None
-    assert after is not None  # it ends with the token, from which nothing is predicted
-    exact = torch.log_softmax(table.double(), dim=1)
-    np.testing.assert_allclose(good.nll, [-exact[0, 1].item(), -exact[1, 2].item()], rtol=1e-5)
+    names = {"good": [0, 1, 2], "bad": [3, 5, 1], "after": [4, 3, 5]}
+    for bad in (torch.nan, torch.inf):
+        table[5, 2] = bad
+        conversations = [row_by_row(name, ids, [1, 2]) for name, ids in names.items()]
+        good, rejected, after = capture(Table(table), conversations, k=3)
+        assert rejected is None
+        assert good is not None
+        assert after is not None  # it ends with the token, from which nothing is predicted
+        exact = torch.log_softmax(table.double(), dim=1)
+        np.testing.assert_allclose(good.nll, [-exact[0, 1].item(), -exact[1, 2].item()], rtol=1e-5)
 
 
 def test_more_candidates_than_tokens_are_all_tokens() -> None:

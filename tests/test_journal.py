@@ -1,5 +1,6 @@
 """A journal keeps what was answered, whatever happens to the process that writes it."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -40,17 +41,17 @@ def test_of_a_key_that_is_there_twice_the_last_holds(tmp_path: Path) -> None:
 WHOLE = b'{"key": "a", "value": "gr\xc3\xb6\xc3\x9fer"}\n{"key": "b", "value": "\xf0\x9f\x99\x82"}\n'
 
 
-@each("end", range(len(WHOLE) + 1))
-def test_a_last_line_cut_anywhere_is_cut_off_and_the_file_goes_on(tmp_path: Path, end: int) -> None:
+def test_a_last_line_cut_anywhere_is_cut_off_and_the_file_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "j"
-    path.write_bytes(WHOLE[:end])
-    kept = dict((("a", "größer"), ("b", "🙂"))[: WHOLE[:end].count(b"\n")])
-    assert read_journal(path) == kept
-    assert path.read_bytes() == WHOLE[:end]  # it may be another process that is writing
-    with Journal(path) as journal:
-        assert all(journal[key] == value for key, value in kept.items())
-        journal.add("c", "new")
-    assert read_journal(path) == kept | {"c": "new"}
+    for end in range(len(WHOLE) + 1):
+        path.write_bytes(WHOLE[:end])
+        kept = dict((("a", "größer"), ("b", "🙂"))[: WHOLE[:end].count(b"\n")])
+        assert read_journal(path) == kept, end
+        assert path.read_bytes() == WHOLE[:end]  # it may be another process that is writing
+        with Journal(path) as journal:
+            assert all(journal[key] == value for key, value in kept.items()), end
+            journal.add("c", "new")
+        assert read_journal(path) == kept | {"c": "new"}, end
 
 
 @given(st.binary(max_size=40).filter(lambda data: b"\n" not in data))
@@ -62,15 +63,14 @@ def test_whatever_a_power_cut_left_at_the_end_is_cut_off(tmp_path_factory: pytes
 
 
 @each("bad", [b"", b"{", b"[1]", b"7", b'{"key": "a"}', b'{"key": 1, "value": 2}', b"\xff\x00", b"null"])
-@each("after", [b"", WHOLE])
-def test_any_other_bad_line_is_told(tmp_path: Path, bad: bytes, after: bytes) -> None:
+def test_any_other_bad_line_is_told(tmp_path: Path, bad: bytes) -> None:
     path = tmp_path / "j"
-    path.write_bytes(WHOLE + bad + b"\n" + after)
-    for read in (Journal, read_journal):
+    for after, read in itertools.product((b"", WHOLE), (Journal, read_journal)):
+        path.write_bytes(WHOLE + bad + b"\n" + after)
         with pytest.raises(WorkdirError) as caught:
             read(path)
         assert str(caught.value) == f'{path}:3: not a line of a journal ({{"key": …, "value": …}})'
-    assert path.read_bytes() == WHOLE + bad + b"\n" + after
+        assert path.read_bytes() == WHOLE + bad + b"\n" + after
 
 
 def test_one_process_at_a_time_writes_it(tmp_path: Path) -> None:
