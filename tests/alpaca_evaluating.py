@@ -5,20 +5,24 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from fusechat.evaluate.alpaca import data
 from fusechat.evaluate.alpaca.annotate import Pair
 from fusechat.evaluate.answers import Ask
 from fusechat.models.answers import Answer, Missing, Prompt
 from fusechat.models.client import Estimate, Reply, Request
+from fusechat.run.files import digest_json
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
-PUBLISHED = SHARED / "FuseChat-Llama-3.2-1B-Instruct.annotations.json"
+PUBLISHED = SHARED / "FuseChat-Llama-3.2-1B-Instruct.annotations.json"  # of a licence that does not let them be here
 GAMED = SHARED / "df_gamed.csv"
 JUDGE = "judge-1"
 _OUTPUTS = re.compile(
@@ -33,10 +37,55 @@ def needs_the_library() -> None:
         pytest.skip("alpaca-eval is not installed", allow_module_level=True)
 
 
-def published() -> list[dict[str, Any]]:
-    if not PUBLISHED.exists():
-        pytest.skip("the published annotations of AlpacaEval are not at hand")
-    return list(json.loads(PUBLISHED.read_text(encoding="utf-8")))
+LENGTH, DIFFICULTY, SKILL = 0.8, 0.5, -0.9  # by which the judge of what is made up decides
+COLUMNS = ("preference", "index", "std_delta_len", "instruction_difficulty", "not_gamed_baseline", "model")
+
+
+@cache
+def _drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths of the baseline's and of the model's answers, and how hard the instructions are."""
+    chance = np.random.default_rng(0)
+    return chance.integers(20, 400, 805), chance.integers(120, 600, 805), chance.normal(size=805)
+
+
+def odds(by_length: np.ndarray | float, skill: float = SKILL) -> np.ndarray:
+    """The shares of wins where the model's answers are longer by so many standard deviations; 0: at equal length."""
+    return 1 / (1 + np.exp(-(skill + LENGTH * np.tanh(by_length) + DIFFICULTY * _drawn()[2])))
+
+
+def made_up() -> list[dict[str, Any]]:
+    """Annotations of 805 instructions, which `official` makes AlpacaEval's."""
+    ours, theirs = _drawn()[:2]
+    delta = (ours - theirs).astype(float)
+    wins = odds(-delta / delta.std(ddof=1))
+    return [
+        {
+            "dataset": "made up",
+            "instruction": f"Say something of number {n}.",
+            "output_1": f"{n} is ".ljust(ours[n], "x"),
+            "generator_1": "gpt4_1106_preview",
+            "output_2": f"{n} has ".ljust(theirs[n], "y"),
+            "generator_2": "model",
+            "annotator": "weighted_alpaca_eval_gpt4_turbo",
+            "preference": 1 + float(wins[n]),
+        }
+        for n in range(805)
+    ]
+
+
+@contextmanager
+def official(directory: Path) -> Iterator[Path]:
+    """A directory with annotations in the form of the published ones, and difficulties; while it lasts, the instructions there are
+    taken for AlpacaEval's."""
+    write(directory / f"model{data.ANNOTATIONS}", made_up())
+    rows = [",".join(COLUMNS)]
+    for model, by_length in (("verbose", -1.0), ("concise", 1.0)):
+        wins, hard = odds(-by_length, skill=0.0), _drawn()[2]
+        rows += [f"{wins[n]},{n},{by_length},{hard[n]},False,{model}" for n in range(805)]
+    (directory / data.GAMED).write_text("\n".join(rows) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "_OFFICIAL", digest_json([one["instruction"].split() for one in made_up()]))
+        yield directory
 
 
 def baseline_records(count: int = 12) -> list[dict[str, Any]]:

@@ -15,14 +15,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-import cases
-import paper
+import showing
 import tiny
 from fusechat.run.progress import log
 
 settings.register_profile("few", max_examples=25, deadline=None, derandomize=True, database=None)
 settings.register_profile("many", settings.get_profile("few"), max_examples=200)
-settings.load_profile("many" if cases.ALL else "few")
+settings.load_profile("many" if os.environ.get("FUSECHAT_TESTS") == "all" else "few")
 
 
 # Files of tests that take longest, in order: begun last, one process would wait for them at the end.
@@ -71,7 +70,7 @@ def tokenizer(tokenizers: dict[str, Any]) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         if name not in loaded:
-            loaded[name] = paper.vocabulary(name)
+            loaded[name] = showing.load_once(name)
         return loaded[name]
 
     return find

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+import paper
 import tiny
 from fusechat.commands import cli
 from fusechat.models.spans import encode_with_spans
@@ -134,4 +135,4 @@ class Page(HTMLParser):
 
 @lru_cache
 def load_once(kind: str) -> Any:
-    return tiny.tokenizer_of(kind)
+    return tiny.tokenizer_of(kind) if kind in tiny.KINDS else paper.vocabulary(kind)

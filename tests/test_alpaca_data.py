@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from alpaca_evaluating import GAMED, annotation_records, baseline_records, published, write
+from alpaca_evaluating import annotation_records, baseline_records, made_up, official, write
 from cases import each
 from fusechat.errors import DataError
-from fusechat.evaluate.alpaca import data
 from fusechat.evaluate.alpaca.data import gamed_file, is_official, load, read_annotations, write_annotations
 
 
@@ -174,18 +173,16 @@ def test_difficulties_are_checked(tmp_path: Path) -> None:
     assert gamed_file(file, "") == file
 
 
-def test_the_published_files() -> None:
-    instructions = [one["instruction"] for one in published()]
-    assert is_official(instructions)
-    assert is_official([f" {text}\n" for text in instructions])
-    assert not is_official([*instructions[1:], instructions[0]])
-    assert not is_official(instructions[:-1])
-    assert not is_official([*instructions[:-1], "?"])
-    found = load(GAMED.parent)
+def test_official_are_the_805_instructions_in_their_order(tmp_path: Path) -> None:
+    instructions = [one["instruction"] for one in made_up()]
+    assert not is_official(instructions)
+    with official(tmp_path):
+        assert is_official(instructions)
+        assert is_official([f" {text}\n" for text in instructions])
+        assert not is_official([*instructions[1:], instructions[0]])
+        assert not is_official(instructions[:-1])
+        assert not is_official([*instructions[:-1], "?"])
+    found = load(tmp_path)
     assert len(found.instructions) == 805
     assert found.generator == "gpt4_1106_preview"
-    assert data.gamed_file(found.gamed, "") == GAMED
-
-
-def test_another_list_of_805_is_not_official() -> None:
-    assert not is_official([f"{data.INSTRUCTIONS} {n}" for n in range(805)])
+    assert gamed_file(found.gamed, "") == tmp_path / "df_gamed.csv"

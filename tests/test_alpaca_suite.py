@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import pytest
 
 from alpaca_evaluating import (
-    GAMED,
     JUDGE,
     Judge,
     answering,
     baseline_records,
     by_table,
+    made_up,
     needs_the_library,
+    odds,
+    official,
     preferring,
-    published,
     shown,
     subject,
     write,
@@ -216,17 +218,19 @@ def test_difficulties_are_looked_for_before_anything_is_asked(tmp_path: Path, mo
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    whole = load(write(tmp_path / "x.annotations.json", published()))
     judge = Judge(lambda request: Missing("no"))
-    with pytest.raises(DataError, match=r"df_gamed\.csv: not fetched .*; give --data a directory that holds"):
+    fetched = pytest.raises(DataError, match=r"df_gamed\.csv: not fetched .*; give --data a directory that holds")
+    with official(tmp_path), fetched:
+        (tmp_path / "df_gamed.csv").unlink()
+        whole = load(tmp_path / "model.annotations.json")
         evaluate(whole, judge, tmp_path / "out", {"a": ["x"] * 805})
     assert not judge.asked
 
 
-def test_published_judgements_through_the_whole_suite(tmp_path: Path) -> None:
-    """A judge that prefers as gpt-4-1106-preview did gives the published rates, whichever output it is shown first. Of a
-    second model some answers and some judgements are missing."""
-    records = published()
+def test_judgements_through_the_whole_suite(tmp_path: Path) -> None:
+    """A judge whose taste for length is known gives the rate at equal length, whichever output it is shown first. Of a second model
+    some answers and some judgements are missing."""
+    records = made_up()
     table = {(one["output_1"], one["output_2"]): one["preference"] for one in records}
     script = by_table(table)
     answers = [one["output_2"] for one in records]
@@ -238,20 +242,21 @@ def test_published_judgements_through_the_whole_suite(tmp_path: Path) -> None:
         return Missing("timed out") if marked & set(shown(request)) else script(request)
 
     some = [f"{text} " if text in silent else text for text in some]
-    whole = load(GAMED.parent)
-    judge = Judge(judge_all)
-    measured, settings = evaluate(whole, judge, tmp_path / "out", {"all": answers, "some": some})
-    plain, controlled = measured["all"]
-    assert plain.value == pytest.approx(29.9219, abs=1e-4)
-    assert controlled.value == pytest.approx(25.27098, abs=1e-4)
-    assert plain.missing == controlled.missing == 0
-    assert settings["difficulties"]
-    fewer, fitted = measured["some"]
-    assert fewer.missing == fitted.missing == 8 + 5
-    assert len(fewer.items) == 805 - 13
-    assert fitted.n == 805 - 13
-    assert fitted.value == pytest.approx(25.27, abs=1.0)
-    for label in ("all", "some"):
-        again, _ = score_annotations(tmp_path / "out" / f"{label}.annotations.json", gamed=GAMED)
-        assert again == {label: measured[label]}
-        assert ratio(again[label][0].items).value == pytest.approx(measured[label][0].value)
+    (tmp_path / "data").mkdir()
+    with official(tmp_path / "data") as place:
+        whole, judge = load(place), Judge(judge_all)
+        measured, settings = evaluate(whole, judge, tmp_path / "out", {"all": answers, "some": some})
+        plain, controlled = measured["all"]
+        assert plain.value == pytest.approx(100 * statistics.fmean(one["preference"] - 1 for one in records), abs=1e-4)
+        assert controlled.value == pytest.approx(100 * odds(0.0).mean(), abs=0.5)
+        assert plain.missing == controlled.missing == 0
+        assert settings["difficulties"]
+        fewer, fitted = measured["some"]
+        assert fewer.missing == fitted.missing == 8 + 5
+        assert len(fewer.items) == fitted.n == 805 - 13
+        assert fitted.value == pytest.approx(100 * odds(0.0).mean(), abs=1.0)
+        for label in ("all", "some"):
+            file = tmp_path / "out" / f"{label}.annotations.json"
+            again, _ = score_annotations(file, gamed=place / "df_gamed.csv")
+            assert again == {label: measured[label]}
+            assert ratio(again[label][0].items).value == pytest.approx(measured[label][0].value)

@@ -236,9 +236,7 @@ def test_a_conversation_in_which_something_is_not_finite_is_rejected_alone() -> 
 
 def test_more_candidates_than_tokens_are_all_tokens() -> None:
     table = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
-    conversation = Prepared("a", np.array([0, 1], dtype=np.int32), *(np.array([1], dtype=np.int32) for _ in range(4)),
-                            np.array([False]), np.array([2], dtype=np.int32))  # fmt: skip
-    (captured,) = capture(Table(table), [conversation], k=10)
+    (captured,) = capture(Table(table), [row_by_row("a", [0, 1], [1])], k=10)
     assert captured is not None
     assert sorted(captured.ids[0].tolist()) == [0, 1, 2, 3]
     assert captured.tail == pytest.approx([0.0], abs=1e-6)

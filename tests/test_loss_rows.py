@@ -247,11 +247,9 @@ def test_large_logits_give_finite_losses_and_gradients() -> None:
 def test_targets_of_vanishing_mass_count_by_their_proportions() -> None:
     given, by_row = problem(), torch.ones(2, 6)
     faint = {**given, "target_logprobs": given["target_logprobs"] - 200.0}
-    for kind, temperature in itertools.product(KINDS, TEMPERATURES):
-        how = {"kind": kind, "temperature": temperature, "tail": "renormalise"}
-        found, expected = (losses_and_gradient(row_losses, each, by_row, **how) for each in (faint, given))
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    for how in combinations(KINDS, ("renormalise",), TEMPERATURES):
+        both = (losses_and_gradient(row_losses, each, by_row, **how) for each in (faint, given))
+        assert_equal(*both, rtol=1e-3, atol=1e-4)
 
 
 def test_no_gradient_where_none_is_wanted() -> None:

@@ -209,14 +209,14 @@ def test_a_tensor_is_read_where_it_lies_in_a_file(tmp_path: Path, kind: int, dty
         os.close(tensor.inputs[0].handle)
 
 
-@each("missing", [1, 4, 8 * CHUNK + 12])
-def test_a_file_that_ends_early_is_named(tmp_path: Path, missing: int) -> None:
+def test_a_file_that_ends_early_is_named(tmp_path: Path) -> None:
     file = tmp_path / "weights"
-    file.write_bytes(np.ones(2 * CHUNK + 5, np.float32).tobytes()[:-missing])
-    tensor = in_file(file, FLOAT32, 2 * CHUNK + 5, 0)
-    with pytest.raises(ModelError, match=r"^w: cannot be read from model a; was a file cut short meanwhile\?$"):
-        tensor.blocks(lambda start, rows: None)
-    os.close(tensor.inputs[0].handle)
+    for missing in (1, 4, 8 * CHUNK + 12):
+        file.write_bytes(np.ones(2 * CHUNK + 5, np.float32).tobytes()[:-missing])
+        tensor = in_file(file, FLOAT32, 2 * CHUNK + 5, 0)
+        with pytest.raises(ModelError, match=r"^w: cannot be read from model a; was a file cut short meanwhile\?$"):
+            tensor.blocks(lambda start, rows: None)
+        os.close(tensor.inputs[0].handle)
 
 
 @each("dtype", [np.float32, np.float16, np.uint16])

@@ -122,9 +122,7 @@ def test_of_equal_keys_the_first_are_kept(key: int, size: int, gather: int) -> N
 COUNTS = (0, 1, 2, 3, 400, CHUNK, 2 * CHUNK + 500, 5 * CHUNK, 10 * CHUNK, 12 * CHUNK)
 
 
-@each("sample", [0, 1])
-@each("gather", [0, GATHER])
-@each("count", [0, 1, 2, 3, 400, CHUNK, 2 * CHUNK + 500, 5 * CHUNK, 10 * CHUNK, 12 * CHUNK])
+@each("count, gather, sample", pairwise(COUNTS, (0, GATHER), (0, 1)))
 def test_ties_at_the_threshold_in_many_chunks(count: int, gather: int, sample: int) -> None:
     """Two larger keys; the threshold's, with a smaller one at every third place; zeros after them."""
     keys = np.zeros(12 * CHUNK, np.int64)

@@ -99,9 +99,8 @@ def test_a_response_that_one_model_lost_is_in_no_segment() -> None:
 def test_what_one_model_strips_from_a_response_does_not_spoil_the_one_before() -> None:
     pivot = prepared([([(0, 4)], False), ([(0, 2), (2, 4)], False)])
     source = prepared([([(0, 4)], False), ([(2, 4)], False)])
-    expected = [True, False, True], [True, True]
-    assert naive_segments(pivot, source, [True, False, True]) == expected
-    assert segments(pivot, source, [True, False, True]) == expected
+    which, expected = [True, False, True], ([True, False, True], [True, True])
+    assert naive_segments(pivot, source, which) == segments(pivot, source, which) == expected
 
 
 # -- sums ---------------------------------------------------------------------------------------------------------------
