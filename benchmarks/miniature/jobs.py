@@ -219,7 +219,6 @@ def finished(directory: Path) -> Iterator[Path]:
 def _run(recipe: dict[str, Any], work: Path, **options: Any) -> None:
     """As `fusechat run` does it, in this process."""
     from fusechat.commands.run import run
-
     from fusechat.pipeline import load_recipe
 
     path = work.with_name(f"{work.name}.yaml")
