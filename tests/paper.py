@@ -62,8 +62,8 @@ SOURCES = {
     "qwen": Source("Qwen2", "qwen1_5", DEFAULT_SYSTEM + CHATML, None, "<|im_end|>", heads=(64, 64)),
 }
 LIKE: dict[str, dict[str, Any]] = {  # in the shape of vocabularies that are not free to be copied
-    "nh2_solar": {"size": 1000, "special": ("<|im_end|>", "<|im_start|>")},
-    "internlm2": {"size": 2000, "prefix": False, "special": ("<|action_start|>", "<|im_end|>", "<|im_start|>")},
+    "nh2_solar": {"size": 800, "special": ("<|im_end|>", "<|im_start|>")},
+    "internlm2": {"size": 1300, "prefix": False, "special": ("<|action_start|>", "<|im_end|>", "<|im_start|>")},
 }
 REAL = ("internlm2", "mistral_v1", "nh2_solar", "openchat_3_5", "qwen1_5")
 

@@ -8,19 +8,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fusechat.commands.run import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import paper
+import texts
+from cases import each
+from fusechat.commands.run import run
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import build_steps, load_recipe
+from test_spans import BYTE_OF
 
 RECIPE = Path(__file__).parents[1] / "examples" / "fusechat-7b.yaml"
-DATA = paper.SHARED / "data" / "oasst_threads.jsonl"
-pytestmark = pytest.mark.skipif(
-    not paper.SHAPES.is_file(), reason="the six models' vocabularies and shapes are not here"
-)
 ODD = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": "Schreibe „Größe“ auf 日本語 und 🙂."},
@@ -50,11 +49,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_data(directory: Path) -> None:
-    threads = DATA.read_text(encoding="utf-8").splitlines()
-    short = [line for line in threads if len(line) < 2000][:13]
-    odd = json.dumps({"messages": ODD})
-    (directory / "train.jsonl").write_text("\n".join([*short[:10], odd]) + "\n", encoding="utf-8")
-    (directory / "held-out.jsonl").write_text("\n".join(short[10:]) + "\n", encoding="utf-8")
+    lines = [json.dumps({"messages": messages}) for messages in [*texts.conversations()[:13], ODD]]
+    (directory / "train.jsonl").write_text("\n".join([*lines[:10], lines[13]]) + "\n", encoding="utf-8")
+    (directory / "held-out.jsonl").write_text("\n".join(lines[10:13]) + "\n", encoding="utf-8")
 
 
 def counts(place: Path, step: str) -> dict[str, Any]:
@@ -68,14 +65,14 @@ def prepared(place: Path, name: str) -> PreparedSet:
 def test_every_step_is_done_and_no_conversation_is_left_out(place: Path) -> None:
     steps = build_steps(load_recipe(place / "recipe.yaml"), place / "work")
     assert {step.state()[0] for step in steps} == {"done"}
-    for name in paper.NAMES:
+    for name in paper.SOURCES:
         found = counts(place, f"prepare/{name}/data")
         assert (found["conversations"], found["rejected"]) == (11, {}), name
         assert found.get("system_folded", 0) == (1 if name == "mixtral" else 0), "its template alone has no system role"
         assert counts(place, f"capture/{name}/data")["positions"] == found["response_tokens"], name
 
 
-@pytest.mark.parametrize("name", paper.NAMES)
+@each("name", paper.SOURCES)
 def test_a_model_sees_what_its_own_template_writes(place: Path, name: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(place / "models" / name)
     lines = [json.loads(line)["messages"] for line in (place / "train.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -86,7 +83,7 @@ def test_a_model_sees_what_its_own_template_writes(place: Path, name: str) -> No
         assert found.input_ids.tolist() == expected
 
 
-@pytest.mark.parametrize("name", paper.NAMES)
+@each("name", paper.SOURCES)
 def test_every_response_token_has_its_own_bytes(place: Path, name: str) -> None:
     """The bytes that a token's piece spells stand where its span says, and the spans tile each response."""
     tokenizer = AutoTokenizer.from_pretrained(place / "models" / name)
@@ -113,19 +110,13 @@ def test_every_response_token_has_its_own_bytes(place: Path, name: str) -> None:
 
 def spelt(piece: str, *, byte_level: bool) -> bytes:
     if byte_level:
-        return bytes(BYTES[letter] for letter in piece)
+        return bytes(BYTE_OF[letter] for letter in piece)
     if piece.startswith("<0x"):
         return bytes([int(piece[3:5], 16)])
     return piece.replace("▁", " ").encode()
 
 
-# GPT-2's letters for bytes: printable ones stand for themselves, the others follow from 256 on, in order.
-PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-HIDDEN = [byte for byte in range(256) if byte not in PRINTABLE]
-BYTES = {chr(byte): byte for byte in PRINTABLE} | {chr(256 + rank): byte for rank, byte in enumerate(HIDDEN)}
-
-
-@pytest.mark.parametrize("name", paper.NAMES)
+@each("name", paper.SOURCES)
 def test_what_is_captured_is_what_the_model_says(place: Path, name: str) -> None:
     dtype = getattr(torch, load_recipe(place / "recipe.yaml").capture.dtype)
     model = AutoModelForCausalLM.from_pretrained(place / "models" / name, dtype=dtype)
@@ -149,12 +140,13 @@ def test_all_say_it_in_the_tokens_of_openchat(place: Path) -> None:
     def letters(token: int) -> bytes:
         return spelt(tokenizer.convert_ids_to_tokens(int(token)), byte_level=False)
 
-    for name in (name for name in paper.NAMES if name != "pivot"):
+    for name in (name for name in paper.SOURCES if name != "pivot"):
         aligned = open_distributions(place / "work" / "align" / name)
         figures = json.loads((place / "work" / "align" / name / "figures.json").read_text())
         assert figures["conversations"] == 11
-        assert figures["coverage_of_positions"] > 0.8, name
-        assert all(aligned[found.id].ids.max() < 32002 for found in prepared(place, "pivot"))
+        least = 0.5 if paper.SOURCES[name].vocabulary in paper.LIKE else 0.8  # they have learnt other words than a real one
+        assert figures["coverage_of_positions"] > least, name
+        assert all(aligned[found.id].ids.max() < len(tokenizer) for found in prepared(place, "pivot"))
     captured = open_distributions(place / "work" / "capture" / "starling" / "data")
     aligned = open_distributions(place / "work" / "align" / "starling")
     for found in prepared(place, "pivot"):
@@ -174,7 +166,7 @@ def test_all_say_it_in_the_tokens_of_openchat(place: Path) -> None:
 
 
 def test_every_target_learns_and_the_fused_model_is_an_openchat(place: Path) -> None:
-    for name in (name for name in paper.NAMES if name != "pivot"):
+    for name in (name for name in paper.SOURCES if name != "pivot"):
         lines = (place / "work" / "fuse" / name / "losses.jsonl").read_text().splitlines()
         losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
         assert losses[-1] < losses[0] - 0.1, name
