@@ -24,7 +24,7 @@ from fusechat.run.files import digest_json
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "alpaca_eval"
 PUBLISHED = SHARED / "FuseChat-Llama-3.2-1B-Instruct.annotations.json"  # of a licence that does not let them be here
 GAMED = SHARED / "df_gamed.csv"
-JUDGE = "judge-1"
+JUDGE, OFFICIAL = "judge-1", data._OFFICIAL
 _OUTPUTS = re.compile(
     r'"model_identifier": "m",\s+"output": """(.*)"""\s+},\s+{\s+"model_identifier": "M",\s+"output": """(.*)"""\s+}\s+}\s+## Task',
     re.DOTALL,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alpaca_evaluating import PUBLISHED, annotation_records, made_up, needs_the_library, odds, official, write
+from alpaca_evaluating import OFFICIAL, PUBLISHED, annotation_records, made_up, needs_the_library, odds, official, write
 from fusechat.errors import RecipeError
 from fusechat.evaluate.alpaca import data
 from fusechat.evaluate.alpaca.data import Annotation, read_annotations
@@ -67,9 +67,10 @@ def test_rates_of_a_judge_whose_taste_for_length_is_known(place: Path) -> None:
     assert abs(plain.value - EQUAL) > 1, "length matters"
 
 
-def test_published_rates() -> None:
+def test_published_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     if not PUBLISHED.exists():
         pytest.skip("AlpacaEval's published annotations, which are not free to be copied, are not beside this checkout")
+    monkeypatch.setattr(data, "_OFFICIAL", OFFICIAL)
     plain, controlled = check_rates(PUBLISHED, "FuseChat-Llama-3.2-1B-Instruct")
     assert plain.value == pytest.approx(29.9219, abs=5e-5)
     assert controlled.value == pytest.approx(25.27098, abs=5e-6)

@@ -32,33 +32,26 @@ def gaps(rendered: Rendered) -> list[str]:
     return [rendered.text[response.end : response.gap_end] for response in rendered.responses]
 
 
-def test_a_default_system_prompt_stays_in_front(tokenizers: dict[str, Any]) -> None:
-    rendered = template_of(tokenizers, "llama").render(chat(("u", "Hi"), ("a", "Hello there")))
-    assert rendered.text == (f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there<|im_end|>\n")
+def test_a_default_system_prompt_stays_in_front_and_a_system_message_replaces_it(tokenizers: dict[str, Any]) -> None:
+    template = template_of(tokenizers, "llama")
+    rendered = template.render(chat(("u", "Hi"), ("a", "Hello there")))
+    assert rendered.text == f"{SYSTEM}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello there<|im_end|>\n"
     assert contents(rendered) == ["Hello there"]
     assert gaps(rendered) == ["<|im_end|>\n"]
-
-
-def test_a_system_message_that_the_template_knows_replaces_the_default(tokenizers: dict[str, Any]) -> None:
-    rendered = template_of(tokenizers, "llama").render(chat(("s", "Be brief."), ("u", "Hi"), ("a", "Yo")))
+    rendered = template.render(chat(("s", "Be brief."), ("u", "Hi"), ("a", "Yo")))
     assert rendered.text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
     assert tiny.DEFAULT_SYSTEM not in rendered.text
 
 
-def test_a_refused_system_message_goes_in_front_of_the_first_user_message(tokenizers: dict[str, Any]) -> None:
+def test_a_refused_or_ignored_system_message_goes_in_front_of_the_first_user_message(
+    tokenizers: dict[str, Any],
+) -> None:
     messages = chat(("s", "Be brief."), ("u", "Hi"), ("a", "Yo"), ("u", "More"), ("a", "No"))
-    rendered = template_of(tokenizers, "mistral").render(messages)
-    assert rendered.text == "<s>[INST] Be brief.\n\nHi [/INST] Yo</s>[INST] More [/INST] No</s>"
-    assert contents(rendered) == ["Yo", "No"]
-
-
-def test_a_system_message_that_the_template_leaves_out_is_folded_too(tokenizers: dict[str, Any]) -> None:
     silent = tiny.INST.replace("{{ raise_exception('Only user and assistant roles are supported!') }}", "")
-    rendered = template_of(tokenizers, "mistral", silent).render(chat(("s", "Be brief."), ("u", "Hi"), ("a", "Yo")))
-    assert rendered.text == "<s>[INST] Be brief.\n\nHi [/INST] Yo</s>"
-
-
-def test_a_refused_system_message_with_no_user_after_it_is_a_reason(tokenizers: dict[str, Any]) -> None:
+    for template in (None, silent):
+        rendered = template_of(tokenizers, "mistral", template).render(messages)
+        assert rendered.text == "<s>[INST] Be brief.\n\nHi [/INST] Yo</s>[INST] More [/INST] No</s>"
+        assert contents(rendered) == ["Yo", "No"]
     with pytest.raises(UnrenderableError, match="Only user and assistant roles are supported"):
         template_of(tokenizers, "mistral").render(chat(("s", "Be brief."), ("a", "Yo")))
 
@@ -69,9 +62,6 @@ def test_stripped_content_is_found_and_its_lost_front_is_counted(tokenizers: dic
     (response,) = rendered.responses
     assert contents(rendered) == ["Yo you"]
     assert response.skipped == 3  # characters
-
-
-def test_a_template_that_keeps_spaces_skips_nothing(tokenizers: dict[str, Any]) -> None:
     for kind in ("llama", "gemma"):
         rendered = template_of(tokenizers, kind).render(chat(("u", "Hi"), ("a", "  Yo  ")))
         assert contents(rendered) == ["  Yo  "]
@@ -181,21 +171,14 @@ def test_of_a_template_that_cuts_reasoning_out_of_earlier_turns_the_rest_is_foun
 
 
 def test_the_end_of_turn_is_the_token_that_the_template_writes(tokenizers: dict[str, Any]) -> None:
-    ids = {kind: tokenizers[kind].convert_tokens_to_ids for kind in tiny.KINDS}
-    assert template_of(tokenizers, "llama").end_of_turn == ids["llama"]("<|im_end|>")
-    assert template_of(tokenizers, "mistral").end_of_turn == ids["mistral"]("</s>")
-    assert template_of(tokenizers, "gemma").end_of_turn == ids["gemma"]("<eos>")
-
-
-def test_a_template_without_end_of_turn_has_none(tokenizers: dict[str, Any]) -> None:
+    for kind, name in (("llama", "<|im_end|>"), ("mistral", "</s>"), ("gemma", "<eos>")):
+        assert template_of(tokenizers, kind).end_of_turn == tokenizers[kind].convert_tokens_to_ids(name)
     template = template_of(tokenizers, "gemma", tiny.TEMPLATE_WITHOUT_END)
     assert template.end_of_turn is None
     assert gaps(template.render(chat(("u", "a"), ("a", "b")))) == ["\n\n"]
-
-
-def test_a_special_token_of_the_answer_is_not_the_templates_end_of_turn(tokenizers: dict[str, Any]) -> None:
-    template = template_of(tokenizers, "llama")
-    rendered = template.render(chat(("u", "a"), ("a", "x<|im_end|>y")))
+    rendered = template_of(tokenizers, "llama").render(
+        chat(("u", "a"), ("a", "x<|im_end|>y"))
+    )  # one of the answer's own
     assert contents(rendered) == ["x<|im_end|>y"]
     assert gaps(rendered) == ["<|im_end|>\n"]
 
@@ -207,15 +190,12 @@ def test_a_template_override_wins_over_the_tokenizers_own(tokenizers: dict[str, 
     assert rendered.text == "Question: a\n\nAnswer: b\n\n"
 
 
-def test_a_model_without_any_template_says_what_to_set(tokenizers: dict[str, Any]) -> None:
+def test_a_template_that_is_missing_or_always_fails_is_the_users_to_mend(tokenizers: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match=r"gemma.*no chat template.*set chat_template"):
         ChatTemplate(tokenizers["gemma"], None, "gemma")
-
-
-@each("broken", ["{{ raise_exception('never') }}", "{% if %}", "{{ messages[0].content | no_filter }}"])
-def test_a_template_that_always_fails_is_the_users_to_mend(tokenizers: dict[str, Any], broken: str) -> None:
-    with pytest.raises(ModelError, match="its chat template fails on a plain question and answer"):
-        ChatTemplate(tokenizers["llama"], broken, "the model")
+    for broken in ("{{ raise_exception('never') }}", "{% if %}", "{{ messages[0].content | no_filter }}"):
+        with pytest.raises(ModelError, match="its chat template fails on a plain question and answer"):
+            ChatTemplate(tokenizers["llama"], broken, "the model")
 
 
 @each("answer", ["Yo", "7 apples", "  two"])

@@ -194,13 +194,10 @@ def test_reasons_of_rejection(tokenizers: dict[str, Any], turns: tuple[str, ...]
             prepare_conversation(conversation(*turns), template_of(tokenizers, kind), max_length=99)
 
 
-def test_what_the_template_cannot_render_is_rejected_with_its_reason(tokenizers: dict[str, Any]) -> None:
+def test_what_cannot_be_rendered_or_predicted_is_rejected_with_its_reason(tokenizers: dict[str, Any]) -> None:
     lonely = Conversation((Message("system", "Be brief."), Message("assistant", "Yo")), "here")
     with pytest.raises(RejectedError, match="Only user and assistant roles"):
         prepare_conversation(lonely, template_of(tokenizers, "mistral"), max_length=99)
-
-
-def test_a_response_that_begins_the_text_has_nothing_to_predict_it(tokenizers: dict[str, Any]) -> None:
     bare = ChatTemplate(tokenizers["llama"], "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "bare")
     first = Conversation((Message("assistant", "Yo"), Message("user", "Hi")), "here")
     with pytest.raises(RejectedError, match="begins the text"):
