@@ -4,13 +4,14 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.utils.data import SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 from fusechat.errors import TrainingError
@@ -21,6 +22,7 @@ from fusechat.fuse.sampler import FilledSampler, WeightedSampler
 from fusechat.fuse.student import source_is_better
 from fusechat.fuse.validation import Validation, bits_per_byte
 from fusechat.models.forward import Batch, response_logits
+from fusechat.models.library_internals import SamplerHooks
 from fusechat.run import ranks
 from fusechat.run.files import digest, flush
 from fusechat.run.integrity import read_sealed, write_sealed
@@ -31,7 +33,7 @@ COMPLETE = "COMPLETE"
 STUDENT = "student"
 
 
-class FusionTrainer(Trainer):
+class FusionTrainer(SamplerHooks, Trainer):
     """A Trainer whose batches come from `collate_fusion`. `sft_weight`: λ of the first step and of the last, linear between
     them. `loss_settings` are the other keyword arguments of `fusion_loss`; `held_out` are the sets of conversations that are
     measured where the arguments say so."""
@@ -51,10 +53,9 @@ class FusionTrainer(Trainer):
         self.sft_weight, self.loss_settings = sft_weight, loss_settings
         self.model_accepts_loss_kwargs = True  # the loss is divided by the tokens of the global batch …
         self.loss_is_scaled_for_ga = True  # … and not again by the accumulation steps
-        self._loss_shifts_labels = False  # labels are those of the rows, no position is dropped
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """What is summed between two logs: the terms of the loss, and of how many groups which source was the teacher."""
         self._sums = torch.zeros(2, dtype=torch.float64)
         self._taught = torch.zeros(len(self.train_dataset.sets), len(self.train_dataset.candidates))
@@ -85,14 +86,22 @@ class FusionTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # what averages the gradients divides by it
         return (loss, {"logits": logits}) if return_outputs else loss
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """The rows that the loss of a step is divided by. Where each process divides by its own, the mean is over those that have
-        some: at the end of an epoch a process may have none."""
-        found = super()._get_num_items_in_batch(batch_samples, device)
-        if self.args.average_tokens_across_devices or self.args.world_size == 1 or found is None:
-            return found
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The batches of a step, and the rows that its loss is divided by: of all processes, or of each its own. Then the mean is
+        over those that have some: at the end of an epoch a process may have none."""
+        batches, together = list(islice(epoch_iterator, num_batches)), self.args.average_tokens_across_devices
+        if not batches:
+            return batches, None
+        rows = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
+        if together and self.args.world_size > 1:
+            rows = self.accelerator.gather(rows).sum()
+        found = rows / (
+            self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        )  # devices that have the same batch
+        if together or self.args.world_size == 1:
+            return batches, found
         having = (self.accelerator.gather(found) > 0).sum()
-        return (found * having / self.args.world_size).clamp(min=torch.finfo(torch.float32).tiny)
+        return batches, (found * having / self.args.world_size).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _sft_weight(self) -> float:
         first, last = self.sft_weight
@@ -135,7 +144,7 @@ class FusionTrainer(Trainer):
             logs.update(zip(terms, (sums / steps).tolist(), strict=False))
             if self.train_dataset.rule.compares_with_student:
                 logs.update(self._taught_by(taught.tolist()))
-            self._forget()
+            self.forget()
         super().log(logs, start_time)
 
     def _taught_by(self, taught: list[list[float]]) -> dict[str, float]:
@@ -157,15 +166,15 @@ class FusionTrainer(Trainer):
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def train_sampler(self, dataset: Any) -> Any:
         """Of sets with weights, each epoch has its own conversations. Of several processes, each gets as many batches of the same
         size, the last ones filled up with nothing."""
         seed = self.args.data_seed or 0
         sampler: Any
         if self.train_dataset.is_weighted:
-            sampler = WeightedSampler(self.train_dataset, super()._get_train_sampler, seed=seed, epoch=self._epoch)
+            sampler = WeightedSampler(self.train_dataset, super().train_sampler, seed=seed, epoch=self._epoch)
         else:
-            sampler = super()._get_train_sampler(train_dataset)
+            sampler = super().train_sampler(dataset)
         strategy, processes = self.args.train_sampling_strategy, self.args.world_size
         if strategy == "batch_rebalance":  # shares out itself; of later epochs it is told
             sampler.set_epoch(self._epoch())
@@ -176,9 +185,9 @@ class FusionTrainer(Trainer):
         multiple = multiple if processes > 1 else 1
         return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=self._epoch, drop_last=drop_last)
 
-    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+    def eval_sampler(self, dataset: Any) -> Any:
         """All of a set, each conversation once: what fills up the last batches, of all processes the same number, is nothing."""
-        sampler = super()._get_eval_sampler(eval_dataset) or SequentialSampler(eval_dataset)
+        sampler = super().eval_sampler(dataset) or SequentialSampler(dataset)
         whole = self.args.world_size > 1 or self.args.dataloader_drop_last
         multiple = self.args.eval_batch_size * self.args.world_size if whole else 1
         return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=lambda: 0)
@@ -187,38 +196,39 @@ class FusionTrainer(Trainer):
         """Which epoch the next step is of, from 0 on."""
         return self.state.global_step // steps_per_epoch(self.args, self.train_dataset.examples_per_epoch)
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Marks a checkpoint complete once all processes have written their part, and only then clears older ones away."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        ranks.gather(None)
-        if self.args.should_save:
-            directory = Path(self.args.output_dir)
-            mark_complete(directory / f"checkpoint-{self.state.global_step}", self._shape())
-            rotate_checkpoints(
-                output_dir=str(directory),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-
-    def _shape(self) -> dict[str, int]:
-        arguments = self.args
-        per_process = arguments.train_batch_size * arguments.gradient_accumulation_steps
-        return {"processes": arguments.world_size, "conversations_a_step": per_process * arguments.world_size}
-
     def check_resume(self, checkpoint: Path) -> None:
         """Raises TrainingError where the steps of a checkpoint were of another number of conversations."""
-        written, now = read_sealed(checkpoint / COMPLETE) or {}, self._shape()
+        written, now = read_sealed(checkpoint / COMPLETE) or {}, _shape(self.args)
         if written["conversations_a_step"] != now["conversations_a_step"]:
             raise TrainingError(
                 f"{checkpoint}: was written by {written['processes']} processes, {written['conversations_a_step']} "
                 f"conversations a step; {now['processes']} would make it {now['conversations_a_step']}: run with as many "
                 f"as before, or delete {checkpoint.parent} to begin again"
             )
+
+
+class Checkpoints(TrainerCallback):
+    """Marks a checkpoint complete once all processes have written their part, and only then clears older ones away, down to
+    `limit`: the Trainer itself, whose arguments name none, clears nothing."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ranks.gather(None)
+        if args.should_save:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}", _shape(args))
+            rotate_checkpoints(
+                output_dir=args.output_dir,
+                save_total_limit=self.limit,
+                best_model_checkpoint=state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+
+def _shape(arguments: Any) -> dict[str, int]:
+    per_process = arguments.train_batch_size * arguments.gradient_accumulation_steps
+    return {"processes": arguments.world_size, "conversations_a_step": per_process * arguments.world_size}
 
 
 def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:

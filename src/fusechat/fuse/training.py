@@ -16,7 +16,7 @@ from transformers.utils import is_liger_kernel_available
 from fusechat.errors import RecipeError, TrainingError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.epochs import left_out, steps_per_epoch
-from fusechat.fuse.trainer import FusionTrainer, best_of, last_checkpoint
+from fusechat.fuse.trainer import Checkpoints, FusionTrainer, best_of, last_checkpoint
 from fusechat.fuse.validation import Validation
 from fusechat.run import ranks
 from fusechat.run.extras import is_installed, not_installed
@@ -51,6 +51,32 @@ class _Watch(TrainerCallback):
             self.advance(0, f"loss {logs['loss']:.3f}")
 
 
+class PlacedArguments(TrainingArguments):
+    """TrainingArguments whose process trains on the device that the recipe names."""
+
+    place: torch.device | None = None  # None leaves it to Transformers
+
+    def put_on(self, place: torch.device) -> None:
+        """Lets a single process train on `place`: by default Transformers takes the first GPU, and DataParallel all of them, which
+        would split rows and labels as if they were batches. Of several processes each has a GPU of its own."""
+        if self.parallel_mode == ParallelMode.DISTRIBUTED or place.type == "cpu":
+            return
+        if place.type == "cuda":
+            place = torch.device("cuda", place.index or 0)
+            torch.cuda.set_device(place)
+        self.place = place
+        if self.distributed_state is not None:
+            self.distributed_state.device = place  # Accelerate's
+
+    @property
+    def device(self) -> Any:
+        return super().device if self.place is None else self.place
+
+    @property
+    def n_gpu(self) -> int:
+        return super().n_gpu if self.place is None else 1
+
+
 def training_arguments(
     training: Mapping[str, Any], *, output: Path, seed: int, device: str, name: str = ""
 ) -> TrainingArguments:
@@ -65,7 +91,7 @@ def training_arguments(
     if str(given.get("metric_for_best_model")).endswith("bits_per_byte"):
         given.setdefault("greater_is_better", False)
     try:
-        found = TrainingArguments(
+        found = PlacedArguments(
             output_dir=str(output),
             seed=seed,
             data_seed=seed,
@@ -76,22 +102,8 @@ def training_arguments(
         )
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"fuse.training: {first_line(error)}") from error
-    _put_on(found, torch.device(device))
+    found.put_on(torch.device(device))
     return found
-
-
-def _put_on(arguments: TrainingArguments, place: torch.device) -> None:
-    """Lets a single process train on `place`: without a word Transformers takes the first GPU, and DataParallel all of them, which
-    would split rows and labels as if they were batches. Of several processes each has a GPU of its own."""
-    if arguments.parallel_mode == ParallelMode.DISTRIBUTED or place.type == "cpu":
-        return
-    if place.type == "cuda":
-        place = torch.device("cuda", place.index or 0)
-        torch.cuda.set_device(place)
-    arguments._n_gpu = 1
-    arguments.__dict__["_setup_devices"] = place  # what `arguments.device` was found out to be
-    if arguments.distributed_state is not None:
-        arguments.distributed_state.device = place  # Accelerate's
 
 
 def is_sharded_alone(arguments: TrainingArguments) -> bool:
@@ -154,6 +166,7 @@ def make_trainer(
         log.warning(
             "fuse: dataloader_drop_last leaves %d of %d conversations out of every epoch", lost, data.examples_per_epoch
         )
+    limit, arguments.save_total_limit = arguments.save_total_limit, None  # see `Checkpoints`
     with _logging_to(logs):
         trainer = FusionTrainer(
             model=model,
@@ -168,6 +181,7 @@ def make_trainer(
         if type(callback).__name__ in ("PrinterCallback", "ProgressCallback"):
             trainer.remove_callback(callback)
     trainer.add_callback(_Watch(advance))
+    trainer.add_callback(Checkpoints(limit))
     if arguments.fsdp and not trainer.is_fsdp_enabled:
         log.warning(
             "fuse: FSDP was asked for, and is not to be had on this device: every process holds the whole model"
@@ -183,7 +197,7 @@ def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None)
         ranks.from_first(lambda: trainer.check_resume(checkpoint))
         step = int(checkpoint.name.rpartition("-")[2])
         trainer.state.global_step = step
-        trainer._forget()
+        trainer.forget()
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, _Watch):
                 callback.best = best_of(checkpoint)

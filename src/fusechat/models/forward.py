@@ -15,6 +15,7 @@ import torch
 from fusechat.data.prepared import Prepared
 
 _CHUNK_ELEMENTS = 1 << 26  # float32 logits handled at once: 256 MiB
+_KEPT = ("cpu", "disk")  # of a device map: where weights wait until they are needed
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,10 @@ def _picking(model: Any, at: tuple[torch.Tensor, torch.Tensor], shape: tuple[int
         there = tuple(index.to(hidden.device) for index in at)  # of a model that is spread, where its last layer is
         return (hidden[there].unsqueeze(0), *rest)
 
+    from accelerate.utils import is_compiled_module
+
     head = _head(model)
-    if head is None or hasattr(unwrapped(model), "_orig_mod"):  # compiled code would be compiled again for a hook
+    if head is None or is_compiled_module(unwrapped(model)):  # compiled code would be compiled again for a hook
         yield picked
         return
     hook = head.register_forward_pre_hook(pick)
@@ -94,13 +97,22 @@ def device_of(model: Any) -> torch.device:
     """Where a model takes tokens and gives logits: where its head is run, if Accelerate has spread it over several devices."""
     if not _is_spread(model):
         return next(model.parameters()).device
-    hook = getattr(_head(model), "_hf_hook", unwrapped(model)._hf_hook)
-    return torch.device(hook.execution_device)
+    inner, head = unwrapped(model), _head(model)
+    where = (
+        inner.hf_device_map
+    )  # module → device; what is kept in memory or on disk is run on the first device of another kind
+    main = next((device for device in where.values() if device not in _KEPT), "cpu")
+    name = next((name for name, module in inner.named_modules() if module is head), "")
+    parts = name.split(".")
+    above = (".".join(parts[:cut]) for cut in range(len(parts), -1, -1))
+    found = next((where[part] for part in above if part in where), main)
+    return torch.device(main if found in _KEPT else found)
 
 
 def _is_spread(model: Any) -> bool:
     """Whether Accelerate moves what goes into the parts of the model, or their weights, to where they are run."""
-    return hasattr(unwrapped(model), "_hf_hook")
+    devices = set(getattr(unwrapped(model), "hf_device_map", {}).values())
+    return len(devices) > 1 or "disk" in devices
 
 
 def _head(model: Any) -> Any:

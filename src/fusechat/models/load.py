@@ -11,6 +11,7 @@ import torch
 
 from fusechat.errors import ModelError, first_line
 from fusechat.models.forward import keeps_logits
+from fusechat.models.library_internals import cpu_multiplies_bfloat16
 from fusechat.run import ranks
 from fusechat.run.extras import not_installed
 from fusechat.run.files import read_json
@@ -206,7 +207,7 @@ def computes_bfloat16(device: torch.device) -> bool:
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return cpu_multiplies_bfloat16()
     return False
 
 
