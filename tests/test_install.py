@@ -194,7 +194,7 @@ def test_a_command_says_which_extra_it_needs(core: Path, models: dict[str, Path]
         (["eval", "harness", model, "--tasks", "gsm8k"], "--tasks: ", "harness"),
         (["eval", "bits-per-byte", quantised, "--data", conversations], f"{quantised}: ", "bitsandbytes"),
         (["chat", quantised], f"{quantised}: ", "bitsandbytes"),
-        (running(f"sources.mistral={quantised}"), "mistral: ", "bitsandbytes"),
+        (running(f"sources.mistral={quantised}"), f"mistral ({quantised}): ", "bitsandbytes"),
         (running("fuse.training.optim=paged_adamw_8bit"), "fuse.training.optim: ", "bitsandbytes"),
         (running("fuse.lora={r: 4}"), f"{recipe}:26: fuse.lora: ", "lora"),
         (running("fuse.training.report_to=tensorboard"), "fuse.training.report_to: ", "tensorboard"),
@@ -250,5 +250,5 @@ def test_an_empty_environment_runs_a_recipe(wheel: Path, models: dict[str, Path]
     source = f"sources.mistral={as_quantised(models['mistral'], tmp_path / 'quantised')}"
     planned = run(commands / "fusechat", "plan", recipe, "--device", "cpu", "--set", source, cwd=tmp_path)
     assert planned.returncode == 2
-    assert "mistral: " in planned.stderr
+    assert "mistral (" in planned.stderr
     assert "pip install 'fusechat[bitsandbytes]'" in planned.stderr
