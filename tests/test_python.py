@@ -1,5 +1,6 @@
 """`import fusechat`: every example of docs/python.md, every public name, and what becomes of the process that uses them."""
 
+import asyncio
 import contextlib
 import io
 import json
@@ -475,6 +476,19 @@ def test_a_script_is_not_run_again_by_the_processes_of_a_run(tmp_path: Path) -> 
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("begun\n[2, 3, 4]\n", "")
+
+
+def test_a_server_is_asked_where_a_loop_runs_already() -> None:
+    """As the thread of a notebook has one, in which no other can be run."""
+    from fusechat.models.vllm_server import _Loop
+
+    async def as_in_a_notebook() -> list[str]:
+        loop = _Loop()
+        found = [loop.run(asyncio.sleep(0, answer)) for answer in ("first", "second")]
+        loop.close()
+        return found
+
+    assert asyncio.run(as_in_a_notebook()) == ["first", "second"]
 
 
 def test_a_model_that_is_replaced_is_loaded_anew(models: dict[str, Path], tmp_path: Path) -> None:
