@@ -88,5 +88,6 @@ def test_a_kind_whose_package_is_missing_is_named(models: dict[str, Path], tmp_p
     done = runs.fusechat("run", recipe, "--workdir", tmp_path / "work")
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"fusechat: error: {directory}: the model cannot be loaded: ")
+    assert line.startswith(f"fusechat: error: mistral ({directory}): ")
     assert "gptq" in line.lower()
+    assert not (tmp_path / "work" / "prepare").exists(), "told before any work"

@@ -146,7 +146,7 @@ def of_package(recipe: Any, who: str, directory: Path) -> list[str]:
     """A package that Transformers needs for the weights of a model directory, where it is not installed. vLLM brings its own."""
     measured = recipe.evaluate.bits_per_byte and recipe.validation_sets()
     missing = missing_package(directory) if measured or recipe.capture_for(who).backend == "transformers" else None
-    return [f"{who}: {missing}"] if missing else []
+    return [f"{who} ({recipe.chat_model(who).reference}): {missing}"] if missing else []
 
 
 def of_processes(recipe: Any, names: Iterable[str], processes: int) -> list[str]:
