@@ -1,39 +1,19 @@
-"""The fused model's README: what it was made of, and how."""
+"""The README of a merged model: what it was made of, and how."""
 
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 
 
-def model_card(
-    *,
-    name: str,
-    method: str,
-    pivot: str,
-    sources: dict[str, str],
-    data: dict[str, str],
-    how_to_ask: str | None,
-    coefficients: dict[str, float],
-    recipe: dict[str, Any],
-) -> str:
-    """Markdown with the metadata header that the Hugging Face hub reads."""
+def render_card(template: str, **values: Any) -> str:
+    """Markdown with the metadata header that the Hugging Face hub reads, from a template beside this file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )  # Markdown, not HTML: nothing to escape
-    return environment.get_template("card.md.j2").render(
-        name=name,
-        method=method,
-        pivot=portable(pivot),
-        sources=portable(sources),
-        data=data,
-        how_to_ask=how_to_ask,
-        coefficients=coefficients,
-        recipe=yaml.safe_dump(portable(recipe), sort_keys=False, allow_unicode=True, width=100),
-    )
+    return environment.get_template(template).render(portable(values))
 
 
 def portable(value: Any) -> Any:

@@ -24,18 +24,10 @@ COMPARED = 1 << 24  # bytes of two tensors that are compared at once
 SPARE = 64  # files that may be open beside models: libraries', the output's
 FLOATS = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
 BYTES = {
-    "F32": 4,
-    "BF16": 2,
-    "F16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
+    **dict.fromkeys(("I64", "U64"), 8),
+    **dict.fromkeys(("F32", "I32", "U32"), 4),
+    **dict.fromkeys(("BF16", "F16", "I16", "U16"), 2),
+    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
 }
 
 

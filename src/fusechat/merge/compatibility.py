@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.merge.checkpoint import Checkpoint
+from fusechat.merge.mismatches import shortened
 from fusechat.models.companion_files import read_json_of
 
-_SHOWN = 3
 _NO_MATTER = re.compile(  # keys of configurations that change nothing in what a merged model computes, or are looked at elsewhere
     r"_.*|.*_token_id|.*dropout.*|initializer.*|(torch_)?dtype|auto_map|use_cache|transformers_version|tie_word_embeddings|"
     r"vocab_size|id2label|label2id|num_labels|output_.*|return_dict.*|use_return_dict|problem_type|gradient_checkpointing|"
@@ -27,14 +27,14 @@ def token_lines(inputs: list[Checkpoint]) -> list[str]:
         both = sorted(tokens.keys() & first.keys())
         other = [(number, tokens[number], first[number]) for number in both if tokens[number] != first[number]]
         if other:
-            shown = ", ".join(f"{number} is {here!r} and not {there!r}" for number, here, there in other[:_SHOWN])
-            what = f"{len(other)} ids are other tokens' than in {inputs[0].label} ({shown}{_more(other)})"
+            shown = shortened(f"{number} is {here!r} and not {there!r}" for number, here, there in other)
+            what = f"{len(other)} ids are other tokens' than in {inputs[0].label} ({shown})"
             lines.append(f"{model.label}: {what}; rows of different tokens are merged with each other")
         known = set(first.values())
         further = [tokens[number] for number in sorted(tokens.keys() - first.keys()) if tokens[number] not in known]
         if further:
-            shown = ", ".join(map(repr, further[:_SHOWN]))
-            what = f"{len(further)} tokens are not in {inputs[0].label}'s tokenizer ({shown}{_more(further)})"
+            shown = shortened(map(repr, further))
+            what = f"{len(further)} tokens are not in {inputs[0].label}'s tokenizer ({shown})"
             lines.append(f"{model.label}: {what}, and that is the merged model's")
     return lines
 
@@ -115,7 +115,3 @@ def _with_defaults(directory: Path) -> dict[str, Any] | None:
         return dict(AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict())
     except Exception:  # of many kinds; all mean that Transformers has no such class
         return None
-
-
-def _more(found: list[Any]) -> str:
-    return f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""

@@ -33,13 +33,7 @@ def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray, *, consensus: bool
 ) -> tuple[int, int, int]:
     return combine_updates(
-        block,
-        start,
-        values,
-        out,
-        sparsify=_dropping(measured.key, values),
-        scales=measured.scales,
-        consensus=consensus,
+        block, start, values, out, sparsify=_dropping(measured.key, values), scales=measured.scales, consensus=consensus
     )
 
 

@@ -8,6 +8,7 @@ Beside a block of each input a thread there is what `selection.py` gathers: no t
 import itertools
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -27,7 +28,7 @@ from fusechat.merge.tensor import Tensor, Workers, scratch
 from fusechat.merge.values import stack_of
 from fusechat.run.files import remove_partial, seen, write_json
 from fusechat.run.integrity import read_sealed, write_sealed
-from fusechat.run.progress import log
+from fusechat.run.progress import BYTES, log, progress
 
 SHARD_BYTES = 5_000_000_000
 SQUARES, PART = "squares.json", ".report.json"
@@ -47,25 +48,43 @@ class MergeJob:
     shard_bytes: int = SHARD_BYTES
 
 
-def merge_tensors(job: MergeJob, output: Path, workers: Workers, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Writes the merged tensors to `output` and returns what happened to each, by name; `advance` is told bytes written.
+@dataclass(frozen=True)
+class _Work:
+    """What the tensors of a merge have in common. `pooled`: coefficients of a tensor that are not its own alone; `advance` is told
+    bytes written."""
+
+    job: MergeJob
+    workers: Workers
+    pooled: dict[str, list[float]]
+    advance: Callable[[int], None]
+
+
+def merge_tensors(job: MergeJob, output: Path, threads: int | None = None) -> dict[str, Any]:
+    """Writes the merged tensors to `output` and returns what happened to each, by name. `threads`: by default all cores.
 
     Shards that an earlier, killed merge wrote whole are kept with their part of the report. Raises ModelError for values that
     are not finite, in an input or in the output's type.
     """
+    size = sum(piece.bytes for piece in job.plan.pieces)
+    with closing(Workers(threads)) as workers, progress(f"merge ({job.method})", size, BYTES) as advance:
+        return _merge_all(job, output, workers, advance)
+
+
+def _merge_all(job: MergeJob, output: Path, workers: Workers, advance: Callable[[int], None]) -> dict[str, Any]:
     remove_partial(output)
     shards = job.plan.shards(job.shard_bytes)
     parts = {file: part for file, pieces in shards if (part := _sound_part(output, file, pieces)) is not None}
     missing = [(file, pieces) for file, pieces in shards if file not in parts]
     _check_room(output, sum(piece.bytes for _, pieces in missing for piece in pieces))
     pooled = _pooled(job, output, workers) if job.granularity != "tensor" and missing else {}
+    work = _Work(job, workers, pooled, advance)
     report: dict[str, Any] = {}
     for file, pieces in shards:
         if file in parts:
             advance(sum(piece.bytes for piece in pieces))
             report |= parts[file]
             continue
-        part = _write_shard(job, output / file, pieces, workers, pooled, advance)
+        part = _write_shard(work, output / file, pieces)
         write_sealed(_part(output, file), {"shard": seen(output / file), "tensors": part})
         report |= part
     if len(shards) > 1:
@@ -97,62 +116,42 @@ def _sound_part(output: Path, file: str, pieces: list[OutputTensor]) -> dict[str
     return None
 
 
-def _write_shard(
-    job: MergeJob,
-    path: Path,
-    pieces: list[OutputTensor],
-    workers: Workers,
-    pooled: dict[str, list[float]],
-    advance: Callable[[int], None],
-) -> dict[str, Any]:
+def _write_shard(work: _Work, path: Path, pieces: list[OutputTensor]) -> dict[str, Any]:
     """One file of the output; what happened to each of its tensors."""
     entries = {}
     with new_shard(path, pieces) as shard:
         for piece, following in itertools.zip_longest(pieces, pieces[1:]):
-            for checkpoint, name in zip(job.inputs, following.sources if following else (), strict=False):
+            for checkpoint, name in zip(work.job.inputs, following.sources if following else (), strict=False):
                 checkpoint.read_ahead(name)
-            entries[piece.name] = _piece(job, piece, shard, workers, pooled, advance)
+            entries[piece.name] = _piece(work, piece, shard)
     return entries
 
 
-def _piece(
-    job: MergeJob,
-    piece: OutputTensor,
-    shard: Shard,
-    workers: Workers,
-    pooled: dict[str, list[float]],
-    advance: Callable[[int], None],
-) -> dict[str, Any]:
+def _piece(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any]:
     """Makes one tensor of the output, and tells about it."""
-    first = job.inputs[0]
+    first = work.job.inputs[0]
     if piece.dtype not in FLOATS or first.entries[piece.sources[0]].dtype not in FLOATS:
-        return _copy_bytes(job, piece, shard, advance)
+        return _copy_bytes(work, piece, shard)
     entry: dict[str, Any] = {"copied": True}
     if piece.merged:
-        entry = _merge(job, piece, shard, workers, pooled, advance)
+        entry = _merge(work, piece, shard)
     if piece.merged < piece.size:
-        _copy_rest(first, piece, shard, workers, advance)
+        _copy_rest(work, piece, shard)
         entry["elements_copied"] = piece.size - piece.merged
     return entry
 
 
-def _merge(
-    job: MergeJob,
-    piece: OutputTensor,
-    shard: Shard,
-    workers: Workers,
-    pooled: dict[str, list[float]],
-    advance: Callable[[int], None],
-) -> dict[str, Any]:
+def _merge(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any]:
+    job = work.job
     method = load_method(job.method)
-    tensor = _tensor(job, piece, workers)
+    tensor = _tensor(job, piece, work.workers)
     values = job.values(piece.name)
     measured = method.measure(tensor, values)
-    if piece.name in pooled:
-        measured = replace(measured, coefficients=np.array(pooled[piece.name]))
-    put = _writer(piece, shard, advance)
+    if piece.name in work.pooled:
+        measured = replace(measured, coefficients=np.array(work.pooled[piece.name]))
+    put = _writer(work, piece, shard)
 
-    def work(start: int, block: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
+    def one(start: int, block: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
         chunks = -(-block.shape[1] // CHUNK)
         moved, merged = np.zeros((len(block) - 1, chunks)), np.zeros((1, chunks))
         both = scratch("both", (2, block.shape[1]))  # the base, and what comes out
@@ -165,7 +164,7 @@ def _merge(
         put(start, both[1])
         return counts, moved, merged
 
-    blocks = tensor.blocks(work)
+    blocks = tensor.blocks(one)
     counts = np.array([found[0] for found in blocks], np.int64).reshape(-1, 3).sum(axis=0)
     squares = [_total([found[1] for found in blocks]), _total([found[2] for found in blocks])] if method.BASE else []
     return _entry(job, tensor, measured, counts, squares)
@@ -209,7 +208,7 @@ def _tensor(job: MergeJob, piece: OutputTensor, workers: Workers) -> Tensor:
     return Tensor(piece.name, stored, piece.merged, workers)
 
 
-def _writer(piece: OutputTensor, shard: Shard, advance: Callable[[int], None]) -> Callable[[int, np.ndarray], None]:
+def _writer(work: _Work, piece: OutputTensor, shard: Shard) -> Callable[[int, np.ndarray], None]:
     """Writes float32 values from an element on in the piece's type. Raises ModelError where they are not finite there."""
     lock = Lock()
 
@@ -226,29 +225,27 @@ def _writer(piece: OutputTensor, shard: Shard, advance: Callable[[int], None]) -
             )
         shard.put(piece, start, stored)
         with lock:
-            advance(stored.nbytes)
+            work.advance(stored.nbytes)
             shard.flush_behind(stored.nbytes)
 
     return put
 
 
-def _copy_rest(
-    first: Checkpoint, piece: OutputTensor, shard: Shard, workers: Workers, advance: Callable[[int], None]
-) -> None:
+def _copy_rest(work: _Work, piece: OutputTensor, shard: Shard) -> None:
     """The elements that are not merged, from the first input."""
-    rest = first.stored(piece.sources[0]).rest(piece.merged)
-    put = _writer(piece, shard, advance)
-    Tensor(piece.name, (rest,), rest.size, workers).blocks(lambda start, block: put(piece.merged + start, block[0]))
+    rest = work.job.inputs[0].stored(piece.sources[0]).rest(piece.merged)
+    put, whole = _writer(work, piece, shard), Tensor(piece.name, (rest,), rest.size, work.workers)
+    whole.blocks(lambda start, block: put(piece.merged + start, block[0]))
 
 
-def _copy_bytes(job: MergeJob, piece: OutputTensor, shard: Shard, advance: Callable[[int], None]) -> dict[str, Any]:
+def _copy_bytes(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any]:
     """A buffer of whole numbers: the first input's."""
-    differs = False
+    job, differs = work.job, False
     for start in range(0, piece.bytes, COPIED):
         first, *others = (c.bytes(name, start, COPIED) for c, name in zip(job.inputs, piece.sources, strict=False))
         shard.put_bytes(piece, start, first)
         differs |= any(first != other for other in others)
-        advance(len(first))
+        work.advance(len(first))
     if differs:
         log.warning(
             "%s: a buffer of whole numbers that differs between the models; %s's is kept",

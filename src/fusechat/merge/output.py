@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import yaml
 
-from fusechat.merge.card import portable
+from fusechat.merge.card import portable, render_card
 from fusechat.merge.checkpoint import read_config
 from fusechat.merge.plan import CODES, OutputTensor, Plan
 from fusechat.models.companion_files import beside
+from fusechat.models.facts import front_matter
 from fusechat.run.files import atomic_file, write_text
 from fusechat.run.progress import log
 
@@ -58,16 +58,11 @@ def merge_card(
     report: dict[str, Any],
 ) -> str:
     """Markdown with the metadata header that the Hugging Face hub reads; licence and languages are the donor's own."""
-    base, targets, donor, config = (portable(value) for value in (base, targets, donor, dict(config)))
-    metadata = {key: value for key, value in _metadata(donor_card).items() if key in _KEPT}
+    metadata = {key: value for key, value in front_matter(donor_card).items() if key in _KEPT}
     models = [*([base] if base else []), *targets]
-    metadata |= {"library_name": "transformers", "tags": ["merge", "fusechat"], "base_model": models}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )  # Markdown, not HTML: nothing to escape
-    return environment.get_template("merge_card.md.j2").render(
+    metadata |= {"library_name": "transformers", "tags": ["merge", "fusechat"], "base_model": portable(models)}
+    return render_card(
+        "merge_card.md.j2",
         name=name,
         metadata=yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True),
         method=report["method"],
@@ -75,18 +70,8 @@ def merge_card(
         targets=targets,
         donor=donor,
         coefficients=report["mean_coefficients"],
-        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
+        config=yaml.safe_dump(portable(dict(config)), sort_keys=False, allow_unicode=True, width=100),
     )
 
 
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
-
-
-def _metadata(card: Path) -> dict[str, Any]:
-    """The header of a model card; nothing where there is none that can be read."""
-    try:
-        text = card.read_text(encoding="utf-8")
-        header = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, IndexError):
-        return {}
-    return header if isinstance(header, dict) else {}

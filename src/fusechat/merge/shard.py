@@ -24,9 +24,8 @@ class Shard:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         starts = {}
-        for piece in sorted(
-            pieces, key=lambda piece: -BYTES[piece.dtype]
-        ):  # every tensor begins at a multiple of its type
+        # By size of type: every tensor begins at a multiple of its own.
+        for piece in sorted(pieces, key=lambda piece: -BYTES[piece.dtype]):
             header[piece.name] = {
                 "dtype": piece.dtype,
                 "shape": list(piece.shape),

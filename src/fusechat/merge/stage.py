@@ -4,12 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from fusechat.models.chat_files import how_to_ask, write_chat_files
 from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json
 from fusechat.run.integrity import matches_record, record
-from fusechat.run.progress import BYTES, log, progress
+from fusechat.run.progress import log
 from fusechat.run.steps import SEALED, Step
 
 MODEL, REPORT = "model", "merge_report.json"
@@ -42,7 +44,6 @@ def _merge(directory: Path, recipe: Recipe, pivot: ChatModel, targets: dict[str,
     from fusechat.merge.report import make_report
     from fusechat.merge.settings import configuration
     from fusechat.merge.standalone import open_job
-    from fusechat.merge.tensor import Workers
 
     own_prompt = 2 * sum(_counts(target).get("own_prompt", False) for target in targets.values()) > len(targets)
     note = how_to_ask(pivot, own_prompt=own_prompt)
@@ -59,13 +60,7 @@ def _merge(directory: Path, recipe: Recipe, pivot: ChatModel, targets: dict[str,
             log.warning("merge: %s is not what was written, or not all of it: merged again", model)
             shutil.rmtree(model)
         building.mkdir(exist_ok=True)
-        workers = Workers()
-        try:
-            with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
-                tensors = merge_tensors(job, building, workers, advance)
-        finally:
-            workers.close()
-        report = make_report(job, tensors)
+        report = make_report(job, merge_tensors(job, building))
         write_json(directory / REPORT, report)
         copy_files(pivot.directory, building, job.plan)
         write_chat_files(pivot, building, own_prompt=own_prompt, name="merge")
@@ -88,9 +83,11 @@ def _sources(recipe: Recipe) -> list[str]:
 
 
 def _card(recipe: Recipe, pivot: ChatModel, report: dict[str, Any], note: str | None) -> str:
-    from fusechat.merge.card import model_card
+    from fusechat.merge.card import portable, render_card
 
-    return model_card(
+    as_written = portable(recipe.model_dump(exclude_none=True, by_alias=True))
+    return render_card(
+        "card.md.j2",
         name=recipe.name,
         method=recipe.merge.method,
         pivot=str(pivot.reference),
@@ -98,5 +95,5 @@ def _card(recipe: Recipe, pivot: ChatModel, report: dict[str, Any], note: str | 
         how_to_ask=note,
         data={name: ", ".join(Path(data.path).name for data in recipe.sets_of(name)) for name in _sources(recipe)},
         coefficients=report["mean_coefficients"],
-        recipe=recipe.model_dump(exclude_none=True, by_alias=True),
+        recipe=yaml.safe_dump(as_written, sort_keys=False, allow_unicode=True, width=100),
     )

@@ -19,14 +19,13 @@ from fusechat.merge.output import copy_files, merge_card
 from fusechat.merge.parameters import Values
 from fusechat.merge.plan import WIDEST, Plan, make_plan
 from fusechat.merge.report import make_report
-from fusechat.merge.tensor import Workers
 from fusechat.merge.values import stack_of
 from fusechat.models.companion_files import beside
 from fusechat.models.reference import Reference
 from fusechat.models.resolve import local_directory
 from fusechat.run.files import digest_json, read_json, write_json, write_text
 from fusechat.run.lock import exclusive_lock
-from fusechat.run.progress import BYTES, log, progress
+from fusechat.run.progress import log
 from fusechat.run.unfinished import lost, seconds_spent
 
 REPORT, BEGUN, FORMAT = "merge_report.json", "begun.json", 1
@@ -227,13 +226,7 @@ def _build(settings: MergeFile, job: MergeJob, building: Path, identity: str, th
         shutil.rmtree(building)
     building.mkdir(parents=True, exist_ok=True)
     write_text(begun, identity)
-    workers = Workers(threads)
-    try:
-        with progress(f"merge ({job.method})", sum(piece.bytes for piece in job.plan.pieces), BYTES) as advance:
-            tensors = merge_tensors(job, building, workers, advance)
-    finally:
-        workers.close()
-    report = make_report(job, tensors) | {"identity": identity}
+    report = make_report(job, merge_tensors(job, building, threads)) | {"identity": identity}
     donor = job.inputs[0].directory
     copy_files(donor, building, job.plan)
     card = merge_card(

@@ -11,9 +11,7 @@ from fusechat.merge.tensor import Tensor
 
 ZERO = 1e-8  # weights whose sum is less are divided by nothing
 TILE = 1024  # positions that a kernel has in the core's nearest cache
-Sparsify = Callable[
-    [np.ndarray, int], int
-]  # (block with updates, start): zeroes what is dropped, returns how many are kept
+Sparsify = Callable[[np.ndarray, int], int]  # (block with updates, start): zeroes what is dropped; how many are kept
 
 
 def no_sparsify(block: np.ndarray, start: int) -> int:
@@ -25,18 +23,14 @@ def rescaling(tensor: Tensor, sparsify: Sparsify) -> np.ndarray:
 
     1 where either sum is below 1e-7, as in mergekit.
     """
-    targets = len(tensor.inputs) - 1
 
-    def work(start: int, block: np.ndarray) -> np.ndarray:
-        sums = np.zeros((2, targets, -(-block.shape[1] // CHUNK)))
+    def add(start: int, block: np.ndarray, sums: np.ndarray) -> None:
         subtract_base(block)
         _magnitudes(block, sums[0])
         sparsify(block, start)
         _magnitudes(block, sums[1])
-        return sums
 
-    parts = [np.zeros((2, targets, 0)), *tensor.blocks(work)]
-    before, after = np.concatenate(parts, axis=2).sum(axis=2)
+    before, after = tensor.sums((2, len(tensor.inputs) - 1), add)
     small = (before < 1e-7) | (after < 1e-7)
     return np.where(small, 1.0, before / np.where(small, 1.0, after))
 

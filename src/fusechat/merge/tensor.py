@@ -80,6 +80,18 @@ class Tensor:
 
         return self.workers.run(one, -(-self.size // self.block), state)
 
+    def sums(self, shape: tuple[int, ...], add: Callable[[int, np.ndarray, np.ndarray], object]) -> np.ndarray:
+        """float64 [*shape]: what `add(start, block, sums)` adds to zeros [*shape, chunks] of every block, in an order that nothing
+        changes."""
+
+        def one(start: int, block: np.ndarray) -> np.ndarray:
+            sums = np.zeros((*shape, -(-block.shape[1] // CHUNK)))
+            add(start, block, sums)
+            return sums
+
+        total: np.ndarray = np.concatenate([np.zeros((*shape, 0)), *self.blocks(one)], axis=-1).sum(axis=-1)
+        return total
+
     def read(self, start: int, n: int) -> np.ndarray:
         """float32 [inputs, n]: elements from `start` on, the thread's own until it reads again. Raises ModelError."""
         block, raw = scratch("block", (len(self.inputs), n)), scratch("raw", (4 * n,), np.uint8)

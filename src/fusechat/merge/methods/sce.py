@@ -44,23 +44,18 @@ def measure(tensor: Tensor, values: Values) -> TensorStats:
             ]
             return TensorStats(shares(squares), squares, replace(selection, visited=None))
 
-    def work(start: int, block: np.ndarray) -> np.ndarray:
-        return _sums(block, _mask(block, start, selection))
+    def add(start: int, block: np.ndarray, sums: np.ndarray) -> None:
+        _squares(block, _mask(block, start, selection), sums)
 
-    parts = [np.zeros((len(tensor.inputs) - 1, 0)), *tensor.blocks(work)]
-    squares = np.concatenate(parts, axis=1).sum(axis=1)
+    squares = tensor.sums((len(tensor.inputs) - 1,), add)
     return TensorStats(shares(squares), squares, selection)
 
 
 def _visit(block: np.ndarray, keys: np.ndarray, high: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The squared updates of a block whose keys are above the bracket, by chunk, and one by one of those in it."""
-    return _sums(block, np.greater(keys, high, out=scratch("mask", keys.shape, np.bool_))), _squares_at(block, places)
-
-
-def _sums(block: np.ndarray, mask: np.ndarray) -> np.ndarray:
     sums = np.zeros((block.shape[0] - 1, -(-block.shape[1] // CHUNK)))
-    _squares(block, mask, sums)
-    return sums
+    _squares(block, np.greater(keys, high, out=scratch("mask", keys.shape, np.bool_)), sums)
+    return sums, _squares_at(block, places)
 
 
 def combine(

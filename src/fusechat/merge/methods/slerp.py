@@ -20,12 +20,7 @@ PARALLEL = 0.9995
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
-    def work(start: int, block: np.ndarray) -> np.ndarray:
-        sums = np.zeros((3, -(-block.shape[1] // CHUNK)))
-        _products(block, sums)
-        return sums
-
-    squares, products, others = np.concatenate([np.zeros((3, 0)), *tensor.blocks(work)], axis=1).sum(axis=1)
+    squares, products, others = tensor.sums((3,), lambda _, block, sums: _products(block, sums))
     lengths = [length if length > 1e-8 else 1.0 for length in (math.sqrt(squares), math.sqrt(others))]
     own, other = slerp_factors(products / (lengths[0] * lengths[1]), values["t"])
     return TensorStats(np.array([other]), scales=np.array([own]))

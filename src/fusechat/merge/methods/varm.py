@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fusechat.merge.kernels import CHUNK, kernel, update_squares
+from fusechat.merge.kernels import kernel, update_squares
 from fusechat.merge.parameters import SCOPES, Parameter, Values
 from fusechat.merge.stats import TensorStats, shares
 from fusechat.merge.tensor import Tensor
@@ -14,14 +14,7 @@ TARGETS = None
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
-    targets = len(tensor.inputs) - 1
-
-    def work(start: int, block: np.ndarray) -> np.ndarray:
-        sums = np.zeros((targets, -(-block.shape[1] // CHUNK)))
-        update_squares(block, sums)
-        return sums
-
-    squares = np.concatenate([np.zeros((targets, 0)), *tensor.blocks(work)], axis=1).sum(axis=1)
+    squares = tensor.sums((len(tensor.inputs) - 1,), lambda _, block, sums: update_squares(block, sums))
     return TensorStats(shares(squares), squares)
 
 
