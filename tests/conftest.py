@@ -1,7 +1,9 @@
-"""Fixtures that all tests share: tiny models and their tokenizers, built once a session."""
+"""Fixtures that all tests share: tiny models, their tokenizers and a finished run, made once for all processes of a session."""
 
+import fcntl
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import runs
 import showing
 import tiny
 from fusechat.run.progress import log
@@ -38,10 +41,58 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Path]:
+    """A directory by its name, which the first process that asks for it makes; the others wait for that."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def get(name: str, make: Callable[[Path], Any]) -> Path:
+        place, done = root / name, root / f".{name}.done"
+        with (root / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                place.mkdir()
+                make(place)
+                done.touch()
+        return place
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def models(shared: Any) -> dict[str, Path]:
     """A model directory of each kind of `tiny.KINDS`."""
-    root = tmp_path_factory.mktemp("models")
-    return {kind: tiny.build(kind, root / kind) for kind in tiny.KINDS}
+    root = shared("models", lambda root: [tiny.build(kind, root / kind) for kind in tiny.KINDS])
+    return {kind: root / kind for kind in tiny.KINDS}
+
+
+@pytest.fixture(scope="session")
+def finished(shared: Any, models: dict[str, Path]) -> Iterator[Path]:
+    """A directory with the recipe `recipe.yaml` of `runs.write_recipe`, its data, and `work`, a finished run; not to be changed."""
+    yield from unchanged(shared("finished", lambda place: runs.finish(runs.write_recipe(place, models), 32)))
+
+
+@pytest.fixture(scope="session")
+def single(shared: Any, models: dict[str, Path]) -> Iterator[Path]:
+    """As `finished`, with one source, mistral."""
+    sources = {"mistral": str(models["mistral"])}
+    yield from unchanged(
+        shared("single", lambda place: runs.finish(runs.write_recipe(place, models, sources=sources), 19))
+    )
+
+
+def unchanged(directory: Path) -> Iterator[Path]:
+    before = runs.digests(directory)
+    yield directory
+    assert runs.digests(directory) == before, "a test changed what all tests share"
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """A copy of `finished` to change, whose data stay there: `recipe.yaml` and `work`, in which nothing is to be done."""
+    shutil.copytree(finished / "work", tmp_path / "copied" / "work")
+    shutil.copy(finished / "recipe.yaml", tmp_path / "copied")
+    return tmp_path / "copied"
 
 
 @pytest.fixture(scope="session")

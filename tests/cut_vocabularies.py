@@ -23,7 +23,9 @@ def merges_of(word: list[str], rank: dict[tuple[str, str], int]) -> set[tuple[st
     """The merges that byte-pair encoding makes of these symbols, one after the other."""
     made = set()
     while True:
-        found = min(((rank[pair], at) for at, pair in enumerate(itertools.pairwise(word)) if pair in rank), default=None)
+        found = min(
+            ((rank[pair], at) for at, pair in enumerate(itertools.pairwise(word)) if pair in rank), default=None
+        )
         if found is None:
             return made
         at = found[1]

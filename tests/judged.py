@@ -16,7 +16,7 @@ import alpaca_evaluating
 import mt_benching
 from judging import GRADES, Misbehaving, Remembered, canned, journal_keys, misbehaving, real_server
 from reporting import students_t
-from runs import fusechat
+from runs import here
 
 KEY = "sk-open-sesame-0123456789"
 LIMITS = {"mt-bench": 8, "alpaca-eval": 6}
@@ -45,7 +45,7 @@ class Place:
         return ["eval", suite, *subjects, *options, "--out", str(out / "results.json"), *more]
 
     def run(self, suite: str, out: Path, *more: str, models: str = "one two") -> Ended:
-        return fusechat(*self.command(suite, out, *more, models=models), **RUNS)
+        return here(*self.command(suite, out, *more, models=models), **RUNS)
 
 
 @contextmanager

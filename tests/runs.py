@@ -8,16 +8,20 @@ import json
 import os
 import pty
 import re
+import shutil
 import struct
 import subprocess
 import sys
 import termios
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
 import tiny
+from fusechat.recipe.schema import STAGES
+from fusechat.run.progress import log
 
 SOURCES = ("mistral", "gemma")
 TRAINING = {
@@ -79,6 +83,22 @@ def write_recipe(directory: Path, models: dict[str, Path], **changes: Any) -> Pa
     return path
 
 
+def finish(recipe: Path, steps: int) -> None:
+    """A whole run of so many steps, in `work` beside the recipe, whose data get absolute paths: a copy of both is finished too."""
+    from fusechat.commands.run import run
+    from fusechat.pipeline import load_recipe
+
+    recipe.write_text(re.sub(r"[\w-]+\.jsonl", rf"{recipe.parent}/\g<0>", recipe.read_text()))
+    assert run(load_recipe(recipe), recipe.parent / "work") == steps
+
+
+def cut(work: Path, after: str) -> Path:
+    """A work directory as if the run had ended with the stage `after`."""
+    for stage in STAGES[STAGES.index(after) + 1 :]:
+        shutil.rmtree(work / stage, ignore_errors=True)
+    return work
+
+
 def digests(workdir: Path) -> dict[str, str]:
     """SHA-256 of every artifact, without the timings that manifests record and that the page's table of costs shows."""
     found = {}
@@ -100,7 +120,7 @@ def digests(workdir: Path) -> dict[str, str]:
 
 
 def fusechat(*arguments: str | Path, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command line in a process of its own."""
+    """Runs the command line in a process of its own that begins with nothing imported, which takes seconds."""
     return subprocess.run(
         [sys.executable, "-m", "fusechat", *map(str, arguments)],
         input=stdin,
@@ -112,21 +132,26 @@ def fusechat(*arguments: str | Path, stdin: str | None = None, **environment: st
     )
 
 
-def here(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """As `fusechat`, in this process, which has imported already what takes seconds to import."""
+def here(*arguments: str | Path, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line in this process, which has imported everything already."""
     from fusechat.commands.cli import main
 
-    before, out, err = sys.argv, io.StringIO(), io.StringIO()
-    sys.argv = ["fusechat", *map(str, arguments)]
+    state = log.handlers[:], log.level, log.propagate
+    out, err, status = io.StringIO(), io.StringIO(), 0
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            mock.patch.object(sys, "argv", ["fusechat", *map(str, arguments)]),
+            mock.patch.object(sys, "stdin", sys.stdin if stdin is None else io.StringIO(stdin)),
+            mock.patch.dict(os.environ, {"COLUMNS": "80"} | environment),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
             main()
-        status: Any = 0
     except SystemExit as ended:
-        status = ended.code
+        status = int(ended.code or 0)
     finally:
-        sys.argv = before
-    return subprocess.CompletedProcess(list(arguments), status or 0, out.getvalue(), err.getvalue())
+        log.handlers[:], log.level, log.propagate = state
+    return subprocess.CompletedProcess(list(arguments), status, out.getvalue(), err.getvalue())
 
 
 def on_a_terminal(columns: int, *arguments: str | Path) -> str:

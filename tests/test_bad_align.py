@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fusechat.commands.run import run
 from tokenizers import normalizers
 
 import runs
@@ -19,6 +18,7 @@ import tiny
 from fusechat.align import token_spans
 from fusechat.align.aligner import Pair, Side, Strategy
 from fusechat.align.check import check_conversation
+from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.distributions import SparseDistribution, open_distributions, write_shard
 from fusechat.data.prepared import FILE, Prepared, PreparedSet, write_prepared
@@ -38,18 +38,10 @@ PIVOT, SOURCE = "prepare/pivot/data", "prepare/mistral/data"
 CAPTURE = "capture/mistral/data"
 
 
-@pytest.fixture(scope="module")
-def captured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with `recipe.yaml` and a work directory `work` in which all is done up to the alignment of one source."""
-    directory = tmp_path_factory.mktemp("captured")
-    recipe = runs.write_recipe(directory, models)
-    run(load_recipe(recipe), directory / "work", until="capture", only="mistral")
-    return directory
-
-
 @pytest.fixture
-def work(captured: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(captured / "work", tmp_path / "work"))
+def work(copied: Path) -> Path:
+    """A work directory in which all is done up to the alignment."""
+    return runs.cut(copied / "work", "capture")
 
 
 def vouch(step: Path) -> None:
@@ -101,9 +93,9 @@ def rewrite(capture: Path, rows: dict[str, SparseDistribution]) -> None:
     vouch(capture)
 
 
-def complaint(captured: Path, work: Path) -> str:
+def complaint(finished: Path, work: Path) -> str:
     """The one line with which alignment ends. Nothing before it is done again."""
-    recipe = captured / "recipe.yaml"
+    recipe = finished / "recipe.yaml"
     steps = build_steps(load_recipe(recipe), work)
     states = {step.label: step.state() for step in steps if step.stage in ("prepare", "capture")}
     assert all(states[name.replace("/", " ", 1)] == ("done", "") for name in (PIVOT, SOURCE, CAPTURE)), states
@@ -118,51 +110,51 @@ def changed(array: np.ndarray, at: Any, value: int) -> np.ndarray:
     return copy
 
 
-def test_an_unharmed_copy_aligns(captured: Path, work: Path) -> None:
+def test_an_unharmed_copy_aligns(finished: Path, work: Path) -> None:
     """What the other tests do to the files is what makes them fail."""
     tamper_prepared(work, SOURCE, lambda rows: rows)
     tamper_captured(work, lambda rows: rows)
-    assert run(load_recipe(captured / "recipe.yaml"), work, until="align", only="mistral") == 1
+    assert run(load_recipe(finished / "recipe.yaml"), work, until="align", only="mistral") == 1
 
 
 @pytest.mark.parametrize("name", [PIVOT, SOURCE])
-def test_a_prepared_token_past_the_vocabulary(captured: Path, work: Path, models: dict[str, Path], name: str) -> None:
+def test_a_prepared_token_past_the_vocabulary(finished: Path, work: Path, models: dict[str, Path], name: str) -> None:
     kind = "llama" if name == PIVOT else "mistral"
     size = json.loads((models[kind] / "config.json").read_text())["vocab_size"]
     victim = tamper_prepared(
         work, name, lambda rows: replace(rows, input_ids=changed(rows.input_ids, rows.position[0], size))
     )
-    line = complaint(captured, work)
+    line = complaint(finished, work)
     assert line.startswith(f"{name.split('/')[1]} ({models[kind]}): conversation {victim}")
     assert f"token {size}, past the model's vocabulary of {size} tokens" in line
 
 
-def test_a_captured_token_past_the_vocabulary(captured: Path, work: Path, models: dict[str, Path]) -> None:
+def test_a_captured_token_past_the_vocabulary(finished: Path, work: Path, models: dict[str, Path]) -> None:
     victim = tamper_captured(work, lambda rows: replace(rows, ids=changed(rows.ids, (2, 1), 123456)))
-    line = complaint(captured, work)
+    line = complaint(finished, work)
     assert line.startswith(f"mistral ({models['mistral']}): conversation {victim}")
     assert "distributions hold token 123456, past the model's vocabulary" in line
 
 
 @pytest.mark.parametrize("cut", [slice(1, None), slice(0, 0)], ids=["one less", "none"])
 def test_distributions_that_were_captured_from_another_text(
-    captured: Path, work: Path, models: dict[str, Path], cut: slice
+    finished: Path, work: Path, models: dict[str, Path], cut: slice
 ) -> None:
     victim = tamper_captured(work, lambda rows: SparseDistribution(rows.ids[cut], rows.logprobs[cut], rows.nll[cut]))
-    line = complaint(captured, work)
+    line = complaint(finished, work)
     assert line.startswith(f"mistral ({models['mistral']}): conversation {victim}")
     assert "they were captured from another text" in line
 
 
-def test_distributions_without_the_gold_tokens_nll(captured: Path, work: Path) -> None:
+def test_distributions_without_the_gold_tokens_nll(finished: Path, work: Path) -> None:
     victim = tamper_captured(work, lambda rows: replace(rows, nll=rows.nll[:0]))
-    line = complaint(captured, work)
+    line = complaint(finished, work)
     assert "mistral" in line
     assert victim in line
 
 
 @pytest.mark.parametrize("name", [PIVOT, SOURCE])
-def test_two_texts_under_one_id(captured: Path, work: Path, tokenizers: dict[str, Any], name: str) -> None:
+def test_two_texts_under_one_id(finished: Path, work: Path, tokenizers: dict[str, Any], name: str) -> None:
     """One token in the middle of a response is another of as many bytes."""
     tokenizer = tokenizers["llama" if name == PIVOT else "mistral"]
     digits = {tokenizer.convert_tokens_to_ids(digit) for digit in "0123456789"} - {tokenizer.unk_token_id}
@@ -172,7 +164,7 @@ def test_two_texts_under_one_id(captured: Path, work: Path, tokenizers: dict[str
         return replace(rows, input_ids=changed(rows.input_ids, at, min(digits - {int(rows.input_ids[at])})))
 
     victim = tamper_prepared(work, name, other_digit)
-    line = complaint(captured, work)
+    line = complaint(finished, work)
     assert line.count("pivot (") == line.count("mistral (") == 1
     assert f"conversation {victim} is not of the same text for both" in line
 
@@ -181,14 +173,14 @@ def test_two_texts_under_one_id(captured: Path, work: Path, tokenizers: dict[str
     "answer", ["Nothing of the kind.", "The answer is 7", "The answer is 7, größer als 3. 🙂 Or is it?"]
 )
 def test_a_pivot_with_another_answer_under_the_id(
-    captured: Path, work: Path, tokenizers: dict[str, Any], answer: str
+    finished: Path, work: Path, tokenizers: dict[str, Any], answer: str
 ) -> None:
     """Of another text, a shorter one, a longer one; the answer is `The answer is 7, größer als 3. 🙂`."""
     messages = (Message("user", "What is 3 + 4?"), Message("assistant", answer))
     template = ChatTemplate(tokenizers["llama"], None, "llama")
     other, _ = prepare_conversation(Conversation(messages, "here"), template, max_length=256)
     victim = tamper_prepared(work, PIVOT, lambda rows: replace(other, id=rows.id))
-    assert f"conversation {victim} is not of the same text for both" in complaint(captured, work)
+    assert f"conversation {victim} is not of the same text for both" in complaint(finished, work)
 
 
 @pytest.mark.parametrize(
@@ -223,24 +215,24 @@ def test_a_tokenizer_that_changes_the_text_still_has_the_same_text(kind: str, no
 
 
 @pytest.mark.parametrize("name", [PIVOT, SOURCE])
-def test_a_conversation_without_response_tokens(captured: Path, work: Path, models: dict[str, Path], name: str) -> None:
+def test_a_conversation_without_response_tokens(finished: Path, work: Path, models: dict[str, Path], name: str) -> None:
     def without(rows: Prepared) -> Prepared:
         names = ("position", "response", "begin", "end", "end_of_turn")
         return replace(rows, **{each: getattr(rows, each)[:0] for each in names})
 
     victim = tamper_prepared(work, name, without)
-    line = complaint(captured, work)
+    line = complaint(finished, work)
     assert line.startswith(f"{name.split('/')[1]} ({models['llama' if name == PIVOT else 'mistral']})")
     assert f"conversation {victim} has no response tokens" in line
 
 
-def test_the_line_is_the_same_from_another_process(captured: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_line_is_the_same_from_another_process(finished: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fusechat.align.blocks import Blocks
 
     victim = tamper_captured(work, lambda rows: replace(rows, ids=changed(rows.ids, (2, 1), 123456)))
-    line = complaint(captured, work)
+    line = complaint(finished, work)
     monkeypatch.setitem(Blocks.__init__.__kwdefaults__, "size", 3)
-    arguments = ("run", captured / "recipe.yaml", "--workdir", work, "--until", "align", "--only", "mistral")
+    arguments = ("run", finished / "recipe.yaml", "--workdir", work, "--until", "align", "--only", "mistral")
     assert complaints(*arguments, "--set", "align.processes=2") == [line]
     assert victim in line
 
@@ -249,8 +241,8 @@ def test_the_line_is_the_same_from_another_process(captured: Path, work: Path, m
 
 
 @pytest.mark.parametrize("name", [f"{SOURCE}/{FILE}", f"{CAPTURE}/shard-00000-*.arrow"])
-def test_a_truncated_file_is_made_again(captured: Path, work: Path, name: str) -> None:
-    recipe = load_recipe(captured / "recipe.yaml")
+def test_a_truncated_file_is_made_again(finished: Path, work: Path, name: str) -> None:
+    recipe = load_recipe(finished / "recipe.yaml")
     assert run(recipe, work, until="align", only="mistral") == 1
     before = runs.digests(work)
     (file,) = work.glob(name)
@@ -261,11 +253,11 @@ def test_a_truncated_file_is_made_again(captured: Path, work: Path, name: str) -
 
 @pytest.mark.parametrize("name", [f"{SOURCE}/{FILE}", f"{CAPTURE}/shard-00000-*.arrow"])
 @pytest.mark.parametrize("end", [b"", bytes(200)], ids=["cut short", "end of zeros"])
-def test_a_damaged_file_of_the_size_that_was_written(captured: Path, work: Path, name: str, end: bytes) -> None:
+def test_a_damaged_file_of_the_size_that_was_written(finished: Path, work: Path, name: str, end: bytes) -> None:
     (file,) = work.glob(name)
     file.write_bytes(file.read_bytes()[:-200] + end)
     vouch(file.parent)
-    assert str(file) in complaint(captured, work)
+    assert str(file) in complaint(finished, work)
 
 
 # -- tokenizers ---------------------------------------------------------------------------------------------------------
@@ -295,14 +287,14 @@ def test_a_model_with_a_slow_tokenizer_is_refused(tmp_path: Path, models: dict[s
 
 
 def test_tokens_that_only_a_padded_model_has_go_to_the_tail(
-    captured: Path, work: Path, tokenizers: dict[str, Any]
+    finished: Path, work: Path, tokenizers: dict[str, Any]
 ) -> None:
     """In one conversation nothing else is likely."""
     size = len(tokenizers["mistral"])
     padding = np.arange(size, size + 6)
     assert len(padding) <= tiny.PADDED
     victim = tamper_captured(work, lambda rows: replace(rows, ids=np.broadcast_to(padding, rows.ids.shape)))
-    recipe = load_recipe(captured / "recipe.yaml", ["align.unaligned=skip"])
+    recipe = load_recipe(finished / "recipe.yaml", ["align.unaligned=skip"])
     assert run(recipe, work, until="align", only="mistral") == 1
     aligned = open_distributions(work / "align" / "mistral")
     filled = {identity: int((aligned[identity].ids >= 0).sum()) for identity in aligned.index}

@@ -4,23 +4,25 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from fusechat.commands.run import run
 
 import runs
+from forks import Command
 from fusechat.align.blocks import Blocks
+from fusechat.commands.run import run
 from fusechat.pipeline import build_steps, load_recipe
 
 FILES = ("aligned.arrow", "vocabulary_map.arrow", "figures.json")
-SMALL_BLOCKS = "from fusechat.align.blocks import Blocks; Blocks.__init__.__kwdefaults__['size'] = 1; "
-MAIN = "from fusechat.commands.cli import main; main()"
-# What a shell begins in the background does not hear of Ctrl-C.
-LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+SMALL_BLOCKS = """
+from fusechat.align.blocks import Blocks
+from fusechat.commands.cli import main
+Blocks.__init__.__kwdefaults__["size"] = 1
+if __name__ == "__main__":
+    main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def reference(captured: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return aligned(directory)
 
 
-@pytest.mark.parametrize(("processes", "size"), [(1, 1), (1, 3), (1, 7), (2, 3), (3, 3)])
+@pytest.mark.parametrize(("processes", "size"), [(1, 1), (1, 3), (1, 7), (3, 3)])
 def test_the_same_bytes_for_any_number_of_processes_and_any_size_of_a_block(
     captured: Path,
     reference: dict[str, str],
@@ -91,15 +93,11 @@ def test_every_way_to_align_gives_the_same_bytes_for_any_size_of_a_block(
 # -- killed -------------------------------------------------------------------------------------------------------------
 
 
-def start(arguments: list[str], processes: int = 2) -> subprocess.Popen[str]:
+def start(captured: Path, directory: Path, processes: int = 2) -> Command:
     """The command line with a conversation a block, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", LISTEN + SMALL_BLOCKS + MAIN, *arguments, "--set", f"align.processes={processes}"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    script = directory / "script.py"
+    script.write_text(SMALL_BLOCKS)
+    return Command(*again(captured, directory), "--set", f"align.processes={processes}", script=script, session=True)
 
 
 def workers(pid: int, count: int) -> list[int]:
@@ -149,7 +147,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no
 def test_a_killed_worker_ends_the_run_with_a_line_and_the_next_run_goes_on(
     captured: Path, reference: dict[str, str], tmp_path: Path, when: str
 ) -> None:
-    process = start(again(captured, tmp_path))
+    process = start(captured, tmp_path)
     found = workers(process.pid, 2)
     if when == "working":
         wait_until_loaded(found)
@@ -170,7 +168,7 @@ def test_a_killed_worker_ends_the_run_with_a_line_and_the_next_run_goes_on(
 
 @needs_proc
 def test_a_killed_run_leaves_no_workers_behind(captured: Path, tmp_path: Path) -> None:
-    process = start(again(captured, tmp_path))
+    process = start(captured, tmp_path)
     found = workers(process.pid, 2)
     wait_until_loaded(found)
     process.kill()
@@ -189,7 +187,7 @@ def test_a_killed_run_leaves_no_workers_behind(captured: Path, tmp_path: Path) -
 @needs_proc
 def test_an_interrupted_run_says_so_in_a_line(captured: Path, tmp_path: Path) -> None:
     """Ctrl-C reaches the workers as well; what they think of it is not shown."""
-    process = start(again(captured, tmp_path))
+    process = start(captured, tmp_path)
     workers(process.pid, 2)
     os.killpg(process.pid, signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from fusechat.commands.run import run
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.distributions import (
     SHARDS,
     SparseDistribution,
@@ -31,24 +31,14 @@ from fusechat.run.steps import MANIFEST, STARTED, Step
 CAPTURE = "capture/mistral/data"
 
 
-@pytest.fixture(scope="module")
-def captured(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe, and the work directory `work` with the captures of one source and the pivot: three shards each."""
-    directory = tmp_path_factory.mktemp("captured")
-    runs.write_recipe(directory, models)
-    run(load_recipe(directory / "recipe.yaml"), directory / "work", until="capture", only="mistral")
-    return directory
-
-
 @pytest.fixture
-def work(captured: Path, tmp_path: Path) -> Path:
-    import shutil
+def work(copied: Path) -> Path:
+    """A work directory with captures: of mistral three shards."""
+    return runs.cut(copied / "work", "capture")
 
-    return Path(shutil.copytree(captured / "work", tmp_path / "work"))
 
-
-def again(captured: Path, work: Path) -> int:
-    return run(load_recipe(captured / "recipe.yaml"), work, until="capture", only="mistral")
+def again(finished: Path, work: Path) -> int:
+    return run(load_recipe(finished / "recipe.yaml"), work, until="capture", only="mistral")
 
 
 def shards(directory: Path) -> list[Path]:
@@ -190,20 +180,20 @@ def as_format_2(directory: Path) -> None:
     write_checked(directory / MANIFEST, json.loads((directory / MANIFEST).read_text()) | {"outputs": outputs})
 
 
-def test_an_older_capture_stays_done_and_is_gone_on_with_in_its_format(captured: Path, work: Path) -> None:
+def test_an_older_capture_stays_done_and_is_gone_on_with_in_its_format(finished: Path, work: Path) -> None:
     directory = work / CAPTURE
     today = open_distributions(directory)
     as_format_2(directory)
-    assert again(captured, work) == 0
+    assert again(finished, work) == 0
     before = runs.digests(work)
     unfinish(directory)
     shards(directory)[1].unlink()
-    assert again(captured, work) == 1
+    assert again(finished, work) == 1
     assert runs.digests(work) == before
     found = open_distributions(directory)
     assert (today.has_tails, found.has_tails) == (True, False)
     assert list(found.index) == list(today.index)
-    both = open_distributions(directory, captured / "work" / CAPTURE)  # several sets of one model, of two formats
+    both = open_distributions(directory, finished / "work" / CAPTURE)  # several sets of one model, of two formats
     assert not both.has_tails
     for identity in found.index:
         np.testing.assert_array_equal(both[identity].tail, found[identity].tail)
@@ -264,7 +254,7 @@ def unfinish(directory: Path) -> None:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_run_that_goes_on_takes_no_shard_on_trust(
-    captured: Path, work: Path, heard: list[str], damage: Callable[[Path], None]
+    finished: Path, work: Path, heard: list[str], damage: Callable[[Path], None]
 ) -> None:
     directory = work / CAPTURE
     before = runs.digests(work)
@@ -272,7 +262,7 @@ def test_a_run_that_goes_on_takes_no_shard_on_trust(
     kept = {path: path.stat().st_mtime_ns for path in (first, third)}
     unfinish(directory)
     damage(second)
-    assert again(captured, work) == 1
+    assert again(finished, work) == 1
     assert runs.digests(work) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "the others are left as they are"
     (line,) = [line for line in heard if "prepare" not in line]
@@ -280,44 +270,44 @@ def test_a_run_that_goes_on_takes_no_shard_on_trust(
     assert str(directory) in line
 
 
-def test_a_shard_that_is_there_twice(captured: Path, work: Path, heard: list[str]) -> None:
+def test_a_shard_that_is_there_twice(finished: Path, work: Path, heard: list[str]) -> None:
     before = runs.digests(work)
     directory = work / CAPTURE
     unfinish(directory)
     twice = directory / "shard-00001-ffffffffffffffff.arrow"
     twice.write_bytes(b"something else")
-    assert again(captured, work) == 1
+    assert again(finished, work) == 1
     assert runs.digests(work) == before
     assert [str(twice) in line for line in heard if "prepare" not in line] == [True]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_of_a_finished_capture_one_damaged_shard_is_captured_again_alone(
-    captured: Path, work: Path, damage: Callable[[Path], None]
+    finished: Path, work: Path, damage: Callable[[Path], None]
 ) -> None:
     directory = work / CAPTURE
     before = runs.digests(work)
     first, second, third = shards(directory)
     kept = {path: path.stat().st_mtime_ns for path in (first, third)}
     damage(second)
-    assert again(captured, work) == 1
+    assert again(finished, work) == 1
     assert runs.digests(work) == before
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
 
 
-def test_a_store_file_that_is_gone_is_written_again(captured: Path, work: Path) -> None:
+def test_a_store_file_that_is_gone_is_written_again(finished: Path, work: Path) -> None:
     before = runs.digests(work)
     kept = {path: path.stat().st_mtime_ns for path in shards(work / CAPTURE)}
     (work / CAPTURE / "store.json").unlink()
-    assert again(captured, work) == 1
+    assert again(finished, work) == 1
     assert runs.digests(work) == before
     assert {path: path.stat().st_mtime_ns for path in shards(work / CAPTURE)} == kept
 
 
-def test_a_bit_that_rots_unseen_is_found_by_who_reads_it_and_mended_by_the_next_run(captured: Path, work: Path) -> None:
+def test_a_bit_that_rots_unseen_is_found_by_who_reads_it_and_mended_by_the_next_run(finished: Path, work: Path) -> None:
     """Neither size nor times say anything; the shard's name does."""
     directory = work / CAPTURE
-    assert again(captured, work) == 0
+    assert again(finished, work) == 0
     before = runs.digests(work)
     victim = shards(directory)[1]
     stat = victim.stat()
@@ -329,18 +319,18 @@ def test_a_bit_that_rots_unseen_is_found_by_who_reads_it_and_mended_by_the_next_
     (line,) = raised.value.messages
     assert line.startswith(f"{victim}: is damaged")
     assert "run again" in line
-    states = {step.label: step.state()[0] for step in build_steps(load_recipe(captured / "recipe.yaml"), work)}
+    states = {step.label: step.state()[0] for step in build_steps(load_recipe(finished / "recipe.yaml"), work)}
     assert states["capture mistral/data"] == "damaged"
-    assert again(captured, work) == 1
+    assert again(finished, work) == 1
     assert runs.digests(work) == before
 
 
-def test_captures_of_the_first_format_are_made_again(captured: Path, work: Path) -> None:
+def test_captures_of_the_first_format_are_made_again(finished: Path, work: Path) -> None:
     before = runs.digests(work)
     manifest = json.loads((work / CAPTURE / MANIFEST).read_text())
     manifest["inputs"]["format"] = 1
     write_checked(work / CAPTURE / MANIFEST, manifest | {"fingerprint": "0" * 64})
     first = shards(work / CAPTURE)[0]
     first.rename(first.with_name("shard-00000.arrow"))
-    assert again(captured, work) == 1
+    assert again(finished, work) == 1
     assert runs.digests(work) == before

@@ -166,9 +166,9 @@ def test_a_malformed_line_stops_the_run_with_file_and_line(tmp_path: Path, model
     assert done(tmp_path) == []
 
 
-def test_a_process_that_meets_a_malformed_line_ends_with_2(tmp_path: Path, models: dict[str, Path]) -> None:
+def test_a_malformed_line_as_a_user_sees_it(tmp_path: Path, models: dict[str, Path]) -> None:
     recipe = one_source(tmp_path, models, f"{GOOD}\n{{oops\n")
-    ended = runs.fusechat("run", recipe, "--workdir", tmp_path / "work")
+    ended = runs.here("run", recipe, "--workdir", tmp_path / "work")
     assert ended.returncode == 2
     assert ended.stdout == ""
     *progress, error = ended.stderr.splitlines()

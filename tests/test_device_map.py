@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fusechat.commands.run import run
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import runs
 import tiny
 from fusechat.capture.local import Local
+from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.forward import collate, device_of, response_logits
 from fusechat.models.load import load_model

@@ -1,7 +1,6 @@
 """Work directories that are another's, in use or no directories at all; disks that are full or read-only."""
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import hashlib
@@ -18,10 +17,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from fusechat.commands.run import run
 from safetensors.torch import save_file
 
 import runs
+from forks import Command
+from fusechat.commands.run import run
 from fusechat.data.tables import write_table
 from fusechat.errors import storage_error
 from fusechat.pipeline import load_recipe
@@ -47,9 +47,6 @@ def test_a_work_directory_of_another_recipe(tmp_path: Path, models: dict[str, Pa
         held.write("4711")
         held.flush()
         assert complaints("run", recipe, "--workdir", work) == [f"{work}: process 4711 is using it"]
-        beside = runs.fusechat("run", recipe, "--workdir", work)
-        assert beside.returncode == 2
-        assert beside.stderr == f"{PREFIX}{work}: process 4711 is using it\n"
     assert runs.digests(work) == before
 
 
@@ -111,26 +108,33 @@ def assert_whole(workdir: Path) -> None:
     assert list(workdir.rglob("*.partial")) == []
 
 
-@pytest.fixture(scope="module")
-def recipe(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def recipe(finished: Path) -> Path:
     """The recipe of all tests on disks, beside `work`, what it gives on a disk with room."""
-    path = runs.write_recipe(tmp_path_factory.mktemp("recipe"), models)
-    assert run(load_recipe(path), path.parent / "work") == 32
-    return path
+    return finished / "recipe.yaml"
 
 
-@pytest.mark.parametrize(("size", "least", "most"), [("60k", 0, 10), ("500k", 11, 30), ("2m", 31, 31)])
-def test_a_full_disk(recipe: Path, tmp_path: Path, size: str, least: int, most: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "begun", "until"), [("60k", None, "prepare"), ("500k", "align", None), ("2m", "merge", None)]
+)
+def test_a_full_disk(recipe: Path, copied: Path, tmp_path: Path, size: str, begun: str | None, until: Any) -> None:
     """It is full while preparing, while training and while writing the report; with more room the same command ends."""
     with mounted(tmp_path / "disk", f"size={size}") as disk:
-        [line] = complaints("run", recipe, "--workdir", disk / "work")
+        work, there = disk / "work", set()
+        if begun:
+            shutil.copytree(runs.cut(copied / "work", begun), work)
+            there = set(done(work))
+        [line] = complaints("run", recipe, "--workdir", work)
         assert line.endswith("free some room or choose another --workdir, then run again to resume")
-        finished = done(disk / "work")
-        assert least <= len(finished) <= most, finished
-        assert_whole(disk / "work")
+        finished = set(done(work))
+        assert there <= finished
+        assert (len(finished) == 31) == (begun == "merge")
+        assert {name.split("/")[0] for name in finished - there} <= {"prepare" if until else "fuse", "evaluate"}
+        assert_whole(work)
         subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
-        assert run(load_recipe(recipe), disk / "work") == 32 - len(finished)
-        assert runs.digests(disk / "work") == runs.digests(recipe.parent / "work")
+        assert run(load_recipe(recipe), work, until=until) == (11 if until else 32) - len(finished)
+        whole = runs.digests(recipe.parent / "work")
+        assert runs.digests(work).items() <= whole.items() if until else runs.digests(work) == whole
 
 
 def test_a_read_only_disk(recipe: Path, tmp_path: Path) -> None:
@@ -148,11 +152,17 @@ def test_a_directory_without_permission(recipe: Path, tmp_path: Path) -> None:
     assert line.startswith(f"Permission denied ({tmp_path / 'work'}")
 
 
-def without_rights() -> None:
-    """For root too, what may not be read or written cannot be, in the program that the process becomes."""
-    if os.geteuid() == 0:
-        for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+# For root too, what may not be read or written cannot be: without CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH.
+WITHOUT_RIGHTS = """
+import ctypes
+from fusechat.commands.cli import main
+header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capget(header, sets) == 0
+sets[0] &= ~0b110  # effective
+sets[1] &= ~0b110  # permitted
+assert ctypes.CDLL(None).capset(header, sets) == 0
+main()
+"""
 
 
 def test_an_input_that_may_not_be_read_is_named_as_such(models: dict[str, Path], tmp_path: Path) -> None:
@@ -163,15 +173,10 @@ def test_an_input_that_may_not_be_read_is_named_as_such(models: dict[str, Path],
         directory.mkdir()
     file = Path(shutil.copyfile(tmp_path / "train.jsonl", closed / "train.jsonl"))
 
+    (tmp_path / "script.py").write_text(WITHOUT_RIGHTS)
+
     def refusal(*arguments: str | Path) -> str:
-        ended = subprocess.run(
-            [sys.executable, "-m", "fusechat", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"FUSECHAT_CACHE": str(tmp_path / "cache")},
-            preexec_fn=without_rights,
-        )
+        ended = Command(*arguments, script=tmp_path / "script.py", FUSECHAT_CACHE=str(tmp_path / "cache")).ended()
         assert ended.returncode == 2, ended.stderr
         assert ended.stderr.startswith(PREFIX)
         return ended.stderr.removeprefix(PREFIX)
@@ -199,14 +204,8 @@ def test_an_input_that_may_not_be_read_is_named_as_such(models: dict[str, Path],
 
 def test_a_limit_on_the_size_of_files(recipe: Path, tmp_path: Path) -> None:
     """As a quota has it, and without root: in a process, with all that a user sees."""
-    command = [sys.executable, "-m", "fusechat", "run", recipe, "--workdir", tmp_path / "work", "--until", "prepare"]
-    ended = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)),
-    )
+    arguments = ("run", recipe, "--workdir", tmp_path / "work", "--until", "prepare")
+    ended = Command(*arguments, limits={resource.RLIMIT_FSIZE: 4000}).ended()
     assert ended.returncode == 2
     assert ended.stdout == ""
     errors = [line for line in ended.stderr.splitlines() if not line.startswith("prepare ")]

@@ -1,25 +1,19 @@
 """`fusechat eval alignment`: strategies side by side on held-out conversations, with maps counted on the training set alone."""
 
-import contextlib
-import io
 import json
-import logging
-import sys
 from collections import Counter
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
-from fusechat.commands.run import run
 
 import runs
 import tiny
 from fusechat.align.aligner import Pair, Strategy
 from fusechat.align.counts import Seen
-from fusechat.commands.cli import main
 from fusechat.commands.compare_alignments import STRATEGIES, evaluate_alignment
+from fusechat.commands.run import run
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.pipeline import load_recipe
@@ -32,27 +26,6 @@ BITS = ("own", "common", "transferred", "own_there", "own_kept_there")
 OTHERS = ("ratio", "ratio_to_kept", "nats_where_rarely_cut")
 
 
-def fusechat(*arguments: str | Path, width: int = 80) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of the command line, in this process."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    log = logging.getLogger("fusechat")
-    state = log.handlers[:], log.level, log.propagate
-    status = 0
-    try:
-        with (
-            mock.patch.object(sys, "argv", ["fusechat", *map(str, arguments)]),
-            mock.patch.dict("os.environ", {"COLUMNS": str(width)}),
-            contextlib.redirect_stdout(stdout),
-            contextlib.redirect_stderr(stderr),
-        ):
-            main()
-    except SystemExit as ended:
-        status = int(ended.code or 0)
-    finally:
-        log.handlers[:], log.level, log.propagate = state
-    return status, stdout.getvalue(), stderr.getvalue()
-
-
 def strategy_of(record: dict[str, Any]) -> Strategy:
     return Strategy(**{key: record[key] for key in KEYS})
 
@@ -63,9 +36,9 @@ def evaluated(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     directory = tmp_path_factory.mktemp("evaluated")
     recipe = runs.write_recipe(directory, models)
     where = ("--workdir", directory / "work", "--top-k", "3", "--top-k", "8", "--out", directory / "figures.json")
-    status, printed, stderr = fusechat("eval", "alignment", recipe, *where)
-    assert status == 0, stderr
-    (directory / "stdout").write_text(printed, encoding="utf-8")
+    done = runs.here("eval", "alignment", recipe, *where, COLUMNS="80")
+    assert done.returncode == 0, done.stderr
+    (directory / "stdout").write_text(done.stdout, encoding="utf-8")
     return directory
 
 
@@ -146,9 +119,7 @@ def test_a_second_time_nothing_is_prepared_or_captured_again(evaluated: Path, fi
     before = manifests()
     assert {Path(name).parts[-4] for name in before} == {"prepare", "capture"}
     arguments = ("--workdir", evaluated / "work", "--top-k", "8", "--top-k", "3", "--top-k", "8", "--json")
-    status, printed, _ = fusechat("eval", "alignment", evaluated / "recipe.yaml", *arguments)
-    assert status == 0
-    assert json.loads(printed) == figures
+    assert json.loads(runs.here("eval", "alignment", evaluated / "recipe.yaml", *arguments).stdout) == figures
     assert manifests() == before
 
 
@@ -191,13 +162,13 @@ def pairs_of(seen: Seen) -> dict[tuple[int, int], int]:
 
 @pytest.mark.parametrize("first", [200, 6], ids=["apart", "partly trained on"])
 def test_the_map_is_counted_on_training_conversations_that_are_not_held_out(
-    models: dict[str, Path], tmp_path: Path, seen: list[tuple[Strategy, Seen]], first: int
+    copied: Path, tmp_path: Path, seen: list[tuple[Strategy, Seen]], first: int
 ) -> None:
     """Against a naive count over the stored tokens."""
-    recipe = runs.write_recipe(tmp_path, models)
-    runs.write_conversations(tmp_path / "held-out.jsonl", 7, first=first)
-    evaluate_alignment(load_recipe(recipe), tmp_path / "work", top_ks=[3])
-    prepared = tmp_path / "work" / "prepare"
+    held_out = runs.write_conversations(tmp_path / "held-out.jsonl", 7, first=first)
+    recipe = load_recipe(copied / "recipe.yaml", [f"data.validation={held_out}"])
+    evaluate_alignment(recipe, copied / "work", top_ks=[3])
+    prepared = copied / "work" / "prepare"
     assert [strategy for strategy, _ in seen] == 2 * list(STRATEGIES)
     half = len(STRATEGIES)
     for source, data, several in (("mistral", "data", seen[:half]), ("gemma", "gemma", seen[half:])):
@@ -214,12 +185,11 @@ def test_the_map_is_counted_on_training_conversations_that_are_not_held_out(
 
 
 def test_other_held_out_conversations_change_no_count(
-    models: dict[str, Path], tmp_path: Path, seen: list[tuple[Strategy, Seen]]
+    copied: Path, tmp_path: Path, seen: list[tuple[Strategy, Seen]]
 ) -> None:
-    recipe = runs.write_recipe(tmp_path, models)
-    evaluate_alignment(load_recipe(recipe), tmp_path / "work", top_ks=[3])
-    runs.write_conversations(tmp_path / "held-out.jsonl", 2, first=997)
-    evaluate_alignment(load_recipe(recipe), tmp_path / "work", top_ks=[3])
+    other = runs.write_conversations(tmp_path / "held-out.jsonl", 2, first=997)
+    for changes in ([], [f"data.validation={other}"]):
+        evaluate_alignment(load_recipe(copied / "recipe.yaml", changes), copied / "work", top_ks=[3])
     found = [(strategy, pairs_of(each), dict(each.parts)) for strategy, each in seen]
     assert found[: len(found) // 2] == found[len(found) // 2 :]
     assert any(parts for *_, parts in found)
@@ -242,34 +212,33 @@ def test_a_source_with_the_pivots_tokens_loses_nothing(models: dict[str, Path], 
 # -- together with a run ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_in_the_work_directory_of_an_evaluation(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_run_goes_on_in_the_work_directory_of_an_evaluation(finished: Path, copied: Path, tmp_path: Path) -> None:
     """And gives what it gives alone."""
-    recipe = runs.write_recipe(tmp_path, models)
-    assert fusechat("eval", "alignment", recipe, "--workdir", tmp_path / "both", "--top-k", "9")[0] == 0
-    to_do = [run(load_recipe(recipe), tmp_path / name, until="align") for name in ("both", "alone")]
-    assert to_do[0] == to_do[1] - 8, "all that is prepared"
-    both, alone = runs.digests(tmp_path / "both"), runs.digests(tmp_path / "alone")
+    recipe, work = finished / "recipe.yaml", tmp_path / "work"
+    assert runs.here("eval", "alignment", recipe, "--workdir", work, "--top-k", "9").returncode == 0
+    assert run(load_recipe(recipe), work, until="align") == 17 - 8, "all that is prepared"
+    both, alone = runs.digests(work), runs.digests(runs.cut(copied / "work", "align"))
     assert alone.items() <= both.items()
     more = {name.rpartition("/")[0] for name in both.keys() - alone.keys()}
     assert more == {"capture/mistral/data-held-out", "capture/gemma/gemma-held-out"}
 
 
-def test_an_evaluation_leaves_a_run_as_it_was(models: dict[str, Path], tmp_path: Path) -> None:
-    recipe = runs.write_recipe(tmp_path, models)
-    run(load_recipe(recipe), tmp_path / "work", until="align")
-    before = runs.digests(tmp_path / "work")
-    assert fusechat("eval", "alignment", recipe, "--workdir", tmp_path / "work", "--top-k", "9")[0] == 0
-    assert before.items() <= runs.digests(tmp_path / "work").items()
-    assert run(load_recipe(recipe), tmp_path / "work", until="align") == 0
+def test_an_evaluation_leaves_a_run_as_it_was(finished: Path, copied: Path) -> None:
+    recipe, work = copied / "recipe.yaml", copied / "work"
+    assert runs.here("eval", "alignment", recipe, "--workdir", work, "--top-k", "9").returncode == 0
+    assert runs.digests(finished / "work").items() <= runs.digests(work).items()
+    assert run(load_recipe(recipe), work) == 0
 
 
 # -- mistakes -----------------------------------------------------------------------------------------------------------
 
 
 def error_of(*arguments: str | Path) -> str:
-    status, stdout, stderr = fusechat("eval", "alignment", *arguments)
-    assert (status, stdout) == (2, "")
-    [line] = [line for line in stderr.splitlines() if not line.startswith(("prepare", "capture", "compare", "see"))]
+    ended = runs.here("eval", "alignment", *arguments)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    [line] = [
+        line for line in ended.stderr.splitlines() if not line.startswith(("prepare", "capture", "compare", "see"))
+    ]
     assert line.startswith(PREFIX)
     return line.removeprefix(PREFIX)
 
@@ -293,14 +262,14 @@ def test_another_recipes_work_directory(evaluated: Path) -> None:
     assert "is of a recipe with name tiny" in error_of(evaluated / "recipe.yaml", *changed)
 
 
-def test_distributions_of_another_text(models: dict[str, Path], tmp_path: Path) -> None:
-    recipe = runs.write_recipe(tmp_path, models)
-    assert fusechat("eval", "alignment", recipe, "--workdir", tmp_path / "work")[0] == 0
-    directory = tmp_path / "work" / "capture" / "mistral" / "data-held-out"
+def test_distributions_of_another_text(copied: Path, models: dict[str, Path]) -> None:
+    recipe, work = copied / "recipe.yaml", copied / "work"
+    assert runs.here("eval", "alignment", recipe, "--workdir", work, "--top-k", "3").returncode == 0
+    directory = work / "capture" / "mistral" / "data-held-out"
     store = open_distributions(directory)
     rows = {identity: store[identity] for identity in store.index}
     victim = next(iter(rows))
     rows[victim] = replace(rows[victim], nll=rows[victim].nll[1:])
     rewrite(directory, rows)
-    line = error_of(recipe, "--workdir", tmp_path / "work")
+    line = error_of(recipe, "--workdir", work, "--top-k", "3")
     assert line.startswith(f"mistral ({models['mistral']}): conversation {victim} has ")

@@ -3,13 +3,9 @@ gets; nothing is asked twice; faults and kills lose nothing; the key is told to 
 
 import json
 import math
-import os
 import re
-import signal
 import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,12 +16,13 @@ import pytest
 import alpaca_evaluating
 import judged
 import mt_benching
+from forks import Command
 from fusechat.commands.cli import app
 from fusechat.errors import ModelError, RecipeError
 from judged import JUDGEMENTS, KEY, LIMITS, RUNS, Place, Scored, lines, mean, records, refused, shows, tells_no_key
 from judging import journal_keys
 from reporting import students_t
-from runs import fusechat
+from runs import here
 
 alpaca_evaluating.needs_the_library()
 BOTH = ("one", "two")
@@ -161,10 +158,10 @@ def test_the_published_annotations(tmp_path: Path) -> None:
     file = alpaca_evaluating.write(tmp_path / "m.annotations.json", alpaca_evaluating.made_up())
     out = ["--out", str(tmp_path / "results.json")]
     command = ["eval", "alpaca-eval", "--annotations", str(file), *out]
-    table = fusechat(*command, **RUNS)
+    table = here(*command, **RUNS)
     rate = 100 * statistics.fmean(one["preference"] - 1 for one in alpaca_evaluating.made_up())
     assert re.search(rf" {rate:.2f} ± \d\.\d\d ", table.stdout)
-    values = [one["value"] for one in json.loads(fusechat(*command, "--json", **RUNS).stdout)]
+    values = [one["value"] for one in json.loads(here(*command, "--json", **RUNS).stdout)]
     assert values == [pytest.approx(rate), None], "they are not AlpacaEval's instructions"
 
 
@@ -205,13 +202,12 @@ def test_faults_cost_what_cannot_be_had_and_nothing_else(place: Place, scored: S
 def test_a_killed_run_goes_on_where_it_was(place: Place, scored: Scored) -> None:
     out = judged.answered(scored, "killed")
     journal = out / "mt-bench" / "judgements.jsonl"
-    command = [sys.executable, "-m", "fusechat", *place.command("mt-bench", out, "--concurrency", "3")]
     place.memory.pauses_after = len(place.memory.asked) + 9
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | RUNS)
+    process = Command(*place.command("mt-bench", out, "--concurrency", "3"), **RUNS)
     while len(journal_keys(journal) if journal.exists() else ()) < 6:
         assert process.poll() is None
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     place.memory.go_on.set()
     place.judge.settle()

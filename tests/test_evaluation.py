@@ -14,7 +14,6 @@ import pytest
 
 import runs
 import tiny
-from fusechat.commands.run import run
 from fusechat.evaluate.records import Measurement, gather, keep, records, write_results
 from fusechat.pipeline import load_recipe, run_models
 from fusechat.run.lock import exclusive_lock
@@ -25,18 +24,9 @@ LENGTH = ("--max-length", "256", "--dtype", "float32", "--device", "cpu")
 Copy = Callable[[], Path]
 
 
-@pytest.fixture(scope="module")
-def finished(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("evaluated")
-    run(load_recipe(runs.write_recipe(directory, models)), directory / "work")
-    return directory
-
-
 @pytest.fixture
-def copied(finished: Path, tmp_path: Path) -> Path:
-    """A work directory of one's own; the recipe's paths stay those of `finished`."""
-    shutil.copytree(finished / "work", tmp_path / "work")
-    return tmp_path / "work"
+def work(copied: Path) -> Path:
+    return copied / "work"
 
 
 def scores(file: Path) -> list[dict[str, Any]]:
@@ -58,16 +48,16 @@ def refused(*arguments: str | Path) -> str:
     return line.removeprefix("fusechat: error: ")
 
 
-def test_a_run_measured_again_by_itself_gives_the_same(finished: Path, copied: Path) -> None:
-    before = runs.digests(copied)
+def test_a_run_measured_again_by_itself_gives_the_same(finished: Path, work: Path) -> None:
+    before = runs.digests(work)
     ended = runs.here(
-        "eval", "bits-per-byte", "--workdir", copied, "--data", finished / "held-out.jsonl", *LENGTH, "--json"
+        "eval", "bits-per-byte", "--workdir", work, "--data", finished / "held-out.jsonl", *LENGTH, "--json"
     )
     assert ended.returncode == 0, ended.stderr
     printed = json.loads(ended.stdout)
-    kept = of_suite(copied)
+    kept = of_suite(work)
     assert kept == printed
-    own = [one for one in scores(copied / "evaluate" / "results.json") if one["data"] == "data-held-out"]
+    own = [one for one in scores(work / "evaluate" / "results.json") if one["data"] == "data-held-out"]
     assert [(one["role"], one["model"]) for one in kept] == [(one["role"], one["model"]) for one in own]
     for ours, theirs in zip(kept, own, strict=True):
         assert ours["value"] == pytest.approx(theirs["value"], rel=1e-5)
@@ -75,27 +65,27 @@ def test_a_run_measured_again_by_itself_gives_the_same(finished: Path, copied: P
         assert (ours["n"], ours["missing"], ours["compared_with"]) == tuple(
             theirs[key] for key in ("n", "missing", "compared_with")
         )
-    after = runs.digests(copied)
+    after = runs.digests(work)
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"evaluate/results.json", "evaluate/manifest.json", "report/index.html", "report/manifest.json"}
-    assert "held-out.jsonl" in (copied / "report" / "index.html").read_text()
-    again = runs.fusechat("run", finished / "recipe.yaml", "--workdir", copied)
+    assert "held-out.jsonl" in (work / "report" / "index.html").read_text()
+    again = runs.here("run", finished / "recipe.yaml", "--workdir", work)
     assert " 0 steps done now" in f" {again.stderr.splitlines()[-1]}"
-    assert runs.digests(copied) == after
+    assert runs.digests(work) == after
     assert "held-out.jsonl" in again.stdout
 
 
-def test_results_of_a_model_that_is_another_now_are_left_out(finished: Path, copied: Path) -> None:
+def test_results_of_a_model_that_is_another_now_are_left_out(finished: Path, work: Path) -> None:
     data = finished / "own-held-out.jsonl"
-    measured = runs.here("eval", "bits-per-byte", "pivot", "fused", "--workdir", copied, "--data", data, *LENGTH)
+    measured = runs.here("eval", "bits-per-byte", "pivot", "fused", "--workdir", work, "--data", data, *LENGTH)
     assert measured.returncode == 0, measured.stderr
-    assert [one["role"] for one in of_suite(copied)] == ["pivot", "fused"]
-    again = runs.here("run", finished / "recipe.yaml", "--workdir", copied, "--set", "merge.select_topk=0.9")
+    assert [one["role"] for one in of_suite(work)] == ["pivot", "fused"]
+    again = runs.here("run", finished / "recipe.yaml", "--workdir", work, "--set", "merge.select_topk=0.9")
     assert again.returncode == 0, again.stderr
     assert "bits-per-byte measured a fused model that is another now; measure it again" in again.stderr
-    assert [one["role"] for one in of_suite(copied)] == ["pivot"]
-    runs.here("eval", "bits-per-byte", "fused", "--workdir", copied, "--data", data, *LENGTH)
-    pivot, fused = of_suite(copied)
+    assert [one["role"] for one in of_suite(work)] == ["pivot"]
+    runs.here("eval", "bits-per-byte", "fused", "--workdir", work, "--data", data, *LENGTH)
+    pivot, fused = of_suite(work)
     assert [pivot["role"], fused["role"]] == ["pivot", "fused"], "it is compared with the pivot without a word"
     assert fused["difference_to_pivot"] == pytest.approx(fused["value"] - pivot["value"])
 
@@ -148,7 +138,7 @@ def _in_a_directory_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
 
 
-def test_what_is_refused(models: dict[str, Path], finished: Path, copied: Path, tmp_path: Path) -> None:
+def test_what_is_refused(models: dict[str, Path], finished: Path, work: Path, tmp_path: Path) -> None:
     data, llama = finished / "held-out.jsonl", models["llama"]
     score = ("eval", "bits-per-byte")
     assert refused(*score, "--data", data) == "names no MODEL: give some, or the --workdir of a run"
@@ -161,14 +151,14 @@ def test_what_is_refused(models: dict[str, Path], finished: Path, copied: Path, 
     assert "is a directory; name a file in it" in refused(*score, llama, "--data", data, "--out", tmp_path)
     bad_place = refused(*score, llama, "--data", data, "--out", data / "x.json")
     assert bad_place == f"--out {data / 'x.json'}: its directory cannot be made (File exists)"
-    both = refused(*score, "pivot", "--workdir", copied, "--data", data, "--out", "x.json")
+    both = refused(*score, "pivot", "--workdir", work, "--data", data, "--out", "x.json")
     assert both.startswith("--out: the results of a run are kept in its --workdir")
     assert "no work directory of FuseChat" in refused(*score, "--workdir", tmp_path / "none", "--data", data)
-    unknown = refused(*score, "fuse", "--workdir", copied, "--data", data)
+    unknown = refused(*score, "fuse", "--workdir", work, "--data", data)
     assert unknown.startswith("'fuse' is neither a directory")
     assert unknown.endswith("; the run has pivot, source-mistral, source-gemma, target-mistral, target-gemma, fused")
     for secret in ("https://user:sesame@host/v1", "https://host/v1?api_key=sesame"):
-        assert "sesame" not in refused(*score, secret, "--workdir", copied, "--data", data)
+        assert "sesame" not in refused(*score, secret, "--workdir", work, "--data", data)
     assert (
         refused("eval", "mt-bench", llama)
         == "--judge-url and --judge-model: tell which server and which of its models is the judge"
@@ -181,25 +171,25 @@ def test_what_is_refused(models: dict[str, Path], finished: Path, copied: Path, 
     assert "left out" in skipped.stderr
 
 
-def test_a_run_that_is_not_finished(finished: Path, copied: Path) -> None:
+def test_a_run_that_is_not_finished(finished: Path, work: Path) -> None:
     """What is there can be measured; the results are told of when the run gets so far."""
     data = finished / "held-out.jsonl"
-    shutil.rmtree(copied / "merge")
-    said = refused("eval", "bits-per-byte", "fused", "--workdir", copied, "--data", data, *LENGTH)
+    shutil.rmtree(work / "merge")
+    said = refused("eval", "bits-per-byte", "fused", "--workdir", work, "--data", data, *LENGTH)
     assert said.endswith("not finished: merge is absent (not begun); run the recipe first")
-    pivot = runs.here("eval", "bits-per-byte", "pivot", "--workdir", copied, "--data", data, *LENGTH)
+    pivot = runs.here("eval", "bits-per-byte", "pivot", "--workdir", work, "--data", data, *LENGTH)
     assert pivot.returncode == 0, pivot.stderr
     assert "merge is not done: the run's results.json and report will have this when it is" in pivot.stderr
-    assert runs.here("run", finished / "recipe.yaml", "--workdir", copied).returncode == 0
-    assert [one["role"] for one in of_suite(copied)] == ["pivot"]
+    assert runs.here("run", finished / "recipe.yaml", "--workdir", work).returncode == 0
+    assert [one["role"] for one in of_suite(work)] == ["pivot"]
 
 
-def test_a_run_without_held_out_data_has_the_suites(models: dict[str, Path], tmp_path: Path) -> None:
-    recipe = runs.write_recipe(tmp_path, models, evaluate={"bits_per_byte": False})
-    assert runs.here("run", recipe, "--workdir", "work").returncode == 0
-    work = tmp_path / "work"
+def test_a_run_without_held_out_data_has_the_suites(finished: Path, work: Path) -> None:
+    shutil.rmtree(work / "evaluate")
+    none = ("--set", "evaluate={bits_per_byte: false}")
+    assert runs.here("run", finished / "recipe.yaml", "--workdir", work, *none).returncode == 0
     assert not (work / "evaluate").exists()
-    data = tmp_path / "held-out.jsonl"
+    data = finished / "held-out.jsonl"
     ended = runs.here("eval", "bits-per-byte", "pivot", "fused", "--workdir", work, "--data", data, *LENGTH)
     assert ended.returncode == 0, ended.stderr
     assert [one["role"] for one in of_suite(work)] == ["pivot", "fused"]
@@ -217,13 +207,13 @@ def test_models_of_one_name_are_told_apart(models: dict[str, Path], tmp_path: Pa
     assert [model.label for model in targets] == ["tiny"]
 
 
-def test_one_at_a_time(models: dict[str, Path], finished: Path, copied: Path, tmp_path: Path) -> None:
+def test_one_at_a_time(models: dict[str, Path], finished: Path, work: Path, tmp_path: Path) -> None:
     data = finished / "held-out.jsonl"
     with exclusive_lock(tmp_path / "there" / ".lock", tmp_path):
         said = refused("eval", "bits-per-byte", models["llama"], "--data", data, "--out", "there/results.json")
     assert said == f"there: process {os.getpid()} is using it"
-    with exclusive_lock(copied / ".lock", copied):
-        said = refused("eval", "bits-per-byte", "pivot", "--workdir", copied, "--data", data)
+    with exclusive_lock(work / ".lock", work):
+        said = refused("eval", "bits-per-byte", "pivot", "--workdir", work, "--data", data)
     assert f"process {os.getpid()} is using it" in said
 
 

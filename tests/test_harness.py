@@ -3,7 +3,7 @@
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ import tiny
 from fusechat.commands.cli import app
 from fusechat.errors import FuseChatError
 from fusechat.evaluate.harness import measurements
-from runs import fusechat
+from runs import here
 
 if find_spec("lm_eval") is None:
     pytest.skip("lm-eval is not installed", allow_module_level=True)
@@ -77,6 +77,13 @@ def metrics(*names: str) -> list[dict[str, Any]]:
     return [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in names]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, loaded: dict[str, Any], tokenizers: dict[str, Any]) -> Path:
     """`sums` is multiple choice; of `say` every other answer is what model `one` says. `gone` has no data, `odd` no sense."""
@@ -111,8 +118,7 @@ def command(tasks: Path, names: str, out: Path, *models: str) -> list[str]:
 def ran(tasks: Path, models: dict[str, Path]) -> Run:
     out = tasks.parent / "out"
     given = [f"{name}={models[kind]}" for name, kind in KINDS.items()]
-    cache = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tasks.parent / "cache")}
-    ended = fusechat(*command(tasks, "sums,say", out, *given), **cache)
+    ended = here(*command(tasks, "sums,say", out, *given))
     assert ended.returncode == 0, ended.stderr
     assert "exact match" in ended.stdout
     samples: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -168,7 +174,9 @@ def test_differences_are_of_the_same_documents(ran: Run, data: str, metric: str)
     assert ran.records["one", data, f"{metric},none"]["difference_to_pivot"] is None
 
 
-def test_what_cannot_be_run_is_told_in_a_line(tasks: Path, models: dict[str, Path], tmp_path: Path) -> None:
+def test_what_cannot_be_run_is_told_in_a_line(
+    tasks: Path, models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def line(names: str, *given: str, include: Path = tasks) -> str:
         with pytest.raises(FuseChatError) as refused:
             app(command(include, names, tmp_path, *given), standalone_mode=False)
@@ -188,6 +196,7 @@ def test_what_cannot_be_run_is_told_in_a_line(tasks: Path, models: dict[str, Pat
     assert line("sums", one, include=tmp_path / "none") == f"--include {tmp_path / 'none'}: no such directory"
     broken = tmp_path / "broken"
     broken.mkdir()
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "no tasks" / "of its own"))  # slow to list
     (broken / "sums.yaml").write_text("task: sums\ndataset_path: [json\ntest_split: test\n", encoding="utf-8")
     assert line("sums", one, include=broken).startswith(f"{broken / 'sums.yaml'}:3: not YAML: ")
 
@@ -200,7 +209,7 @@ def test_what_cannot_be_run_is_told_in_a_line(tasks: Path, models: dict[str, Pat
     ],
 )
 def test_exit_status(names: str, line: str, tasks: Path, models: dict[str, Path], tmp_path: Path) -> None:
-    ended = fusechat(*command(tasks, names, tmp_path, f"one={models['llama']}"), HF_DATASETS_CACHE=str(tmp_path))
+    ended = here(*command(tasks, names, tmp_path, f"one={models['llama']}"))
     assert ended.returncode == 2
     told = line.format(tasks=tasks, data=tasks.parent / "gone.jsonl")
     assert ended.stderr.splitlines()[-1] == f"fusechat: error: {told}"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusechat.commands.run import run
 from safetensors.torch import load_file, save_file
 
 import runs
 from fusechat.capture.local import Local
+from fusechat.commands.run import run
 from fusechat.fuse.training import _Watch
 from fusechat.merge import engine
 from fusechat.merge import standalone as command
@@ -49,17 +49,15 @@ def heard() -> Iterator[list[str]]:
     logger.setLevel(level)
 
 
-@pytest.fixture(scope="module")
-def whole(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of one source beside its recipe; tests copy it."""
-    directory = tmp_path_factory.mktemp("whole")
-    recipe = runs.write_recipe(directory, models, sources={"mistral": str(models["mistral"])})
-    run(load_recipe(recipe), directory / "work")
-    return directory
+@pytest.fixture
+def work(single: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(single / "work", tmp_path / "work"))
 
 
 def stopped_training(recipe: Recipe, work: Path, monkeypatch: pytest.MonkeyPatch, at: int = 5) -> None:
-    """A run that ends as by a signal in its fine-tuning, once so many steps are done."""
+    """A run that ends as by a signal in its fine-tuning, once so many steps are done; what is aligned is there."""
+    runs.cut(work, "align")
     real = _Watch.on_step_end
 
     def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -85,9 +83,9 @@ def states(recipe: Recipe, work: Path) -> dict[str, tuple[str, str]]:
 
 
 def test_a_cosmetic_change_keeps_shards_and_checkpoints(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+    single: Path, work: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
-    file, work = whole / "recipe.yaml", tmp_path / "work"
+    file = single / "recipe.yaml"
     stopped_training(load_recipe(file), work, monkeypatch)
     kept = {path: path.stat().st_ino for path in (work / SHARDS).glob("shard-*.arrow")}
     assert len(kept) == 3
@@ -107,16 +105,16 @@ def test_a_cosmetic_change_keeps_shards_and_checkpoints(
     run(changed, work)
     assert resumed == [4]
     assert {path: path.stat().st_ino for path in (work / SHARDS).glob("shard-*.arrow")} == kept
-    assert weights(work) == weights(whole / "work")
+    assert weights(work) == weights(single / "work")
     assert [line for line in heard if "doing it again" in line or "gone on from" in line] == []
     losses = [json.loads(line)["step"] for line in (work / "fuse/mistral/losses.jsonl").read_text().splitlines()]
     assert losses == [1, 2, 3, 4, 6], "what was logged before the stop; then every third step, and where is saved"
 
 
 def test_a_change_that_counts_begins_anew_and_says_what_goes(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+    single: Path, work: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
-    file, work = whole / "recipe.yaml", tmp_path / "work"
+    file = single / "recipe.yaml"
     stopped_training(load_recipe(file), work, monkeypatch)
     changes = ["fuse.training.learning_rate=0.02"]
     changed = load_recipe(file, changes)
@@ -127,15 +125,17 @@ def test_a_change_that_counts_begins_anew_and_says_what_goes(
     [line] = [line for line in heard if "doing it again" in line]
     assert line.startswith(f"fuse mistral cannot be gone on from ({why}): doing it again; removed: checkpoints (")
     assert line.endswith(" s)")
-    run(load_recipe(file, changes), tmp_path / "anew", until="fuse")
-    assert weights(work) == weights(tmp_path / "anew")
-    assert weights(work) != {name: sha for name, sha in weights(whole / "work").items() if name.startswith("fuse/")}
+    made = weights(work)
+    run(load_recipe(file, changes), runs.cut(work, "align"), until="fuse")
+    assert weights(work) == made
+    assert weights(work) != {name: sha for name, sha in weights(single / "work").items() if name.startswith("fuse/")}
 
 
 def test_a_capture_goes_on_with_batches_of_another_size(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+    single: Path, work: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
-    file, work = whole / "recipe.yaml", tmp_path / "work"
+    file = single / "recipe.yaml"
+    runs.cut(work, "prepare")
     real, sizes = Local.capture, []
 
     def capture(self: Any, conversations: Any, advance: Any) -> Any:
@@ -160,11 +160,10 @@ def test_a_capture_goes_on_with_batches_of_another_size(
 
 
 def test_a_finished_run_of_an_older_version_stays_finished(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    single: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its manifests have fingerprints of all settings, and of such fingerprints."""
-    work = shutil.copytree(whole / "work", tmp_path / "work")
-    recipe = load_recipe(whole / "recipe.yaml")
+    recipe = load_recipe(single / "recipe.yaml")
     with monkeypatch.context() as older:
         older.setattr(Step, "_counting", property(lambda self: self.inputs))
         for step in build_steps(recipe, work):
@@ -173,22 +172,22 @@ def test_a_finished_run_of_an_older_version_stays_finished(
                 step.directory / MANIFEST, {**manifest, "fingerprint": step.fingerprint, "inputs": step.inputs}
             )
     was = read_json(work / SHARDS / MANIFEST)["fingerprint"]
-    assert was != read_json(whole / "work" / SHARDS / MANIFEST)["fingerprint"]
+    assert was != read_json(single / "work" / SHARDS / MANIFEST)["fingerprint"]
     assert set(states(recipe, work).values()) == {("done", "")}
     assert run(recipe, work) == 0
-    found = states(load_recipe(whole / "recipe.yaml", COSMETIC), work)
+    found = states(load_recipe(single / "recipe.yaml", COSMETIC), work)
     assert {label for label, state in found.items() if state[0] != "done"} == {"report"}, "which shows the recipe"
-    found = states(load_recipe(whole / "recipe.yaml", ["capture.top_k=5"]), work)
+    found = states(load_recipe(single / "recipe.yaml", ["capture.top_k=5"]), work)
     assert found["capture mistral/data"] == ("stale", "settings.top_k changed")
     assert found["align mistral"][1] == "upstream.capture changed"
     assert found["prepare mistral/data"] == ("done", "")
 
 
 def test_a_merge_that_was_killed_does_not_mix_targets(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
+    single: Path, work: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
     """A target that was trained anew meanwhile came out with other bits, by one fingerprint."""
-    work, recipe = shutil.copytree(whole / "work", tmp_path / "work"), load_recipe(whole / "recipe.yaml")
+    recipe = load_recipe(single / "recipe.yaml")
     shutil.rmtree(work / "merge")
     monkeypatch.setattr(command, "open_job", partial(command.open_job, shard_bytes=12_000))
     real, written = engine._write_shard, []

@@ -77,16 +77,15 @@ def test_the_tables_count_what_came_of_every_fault(tmp_path: Path) -> None:
     ]
 
 
-def test_status_tells_running_from_begun(models: dict[str, Path], tmp_path: Path) -> None:
-    recipe, work = runs.write_recipe(tmp_path, models), tmp_path / "work"
-    assert runs.fusechat("run", recipe, "--workdir", work, "--until", "prepare").returncode == 0
+def test_status_tells_running_from_begun(copied: Path) -> None:
+    work = copied / "work"
     manifest = json.loads((work / "prepare" / "pivot" / "data" / "manifest.json").read_text())
     begun = work / "prepare" / "pivot" / "data" / "started.json"
     begun.write_text(json.dumps({"fingerprint": manifest["fingerprint"]}))
     (begun.parent / "manifest.json").unlink()
 
     def state() -> str:
-        states = json.loads(runs.fusechat("status", work, "--json").stdout)
+        states = json.loads(runs.here("status", work, "--json").stdout)
         return next(entry["state"] for entry in states if entry["step"] == "prepare pivot/data")
 
     assert state() == "partial"

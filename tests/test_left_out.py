@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fusechat.commands.run import run
-
 import runs
 import tiny
+from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import load_recipe
 from test_bad_input import complaints

@@ -171,11 +171,11 @@ def test_an_index_that_does_not_fit(pair: list[Path], change: Change, expected: 
     assert line == f"one/{INDEX}: {expected}" or expected.endswith(" a ")
 
 
-def test_every_mistake_in_a_process_of_its_own(pair: list[Path], tmp_path: Path) -> None:
-    """With all that a user sees: one line, no traceback."""
+def test_a_mistake_as_a_user_sees_it(pair: list[Path], tmp_path: Path) -> None:
+    """One line, no traceback."""
     cut(pair[1])
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(configuration("sce", pair)))
-    ended = runs.fusechat("merge", tmp_path / "merge.yaml", tmp_path / "out")
+    ended = runs.here("merge", tmp_path / "merge.yaml", tmp_path / "out")
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == f"{PREFIX}{pair[1] / FILE}: {WHOLE} incomplete metadata, file not fully covered\n"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "merge.yaml", "one"]

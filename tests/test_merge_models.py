@@ -97,7 +97,7 @@ def test_every_method_from_the_command_line(
     config = configuration(method, paths, parameters)
     file = tmp_path / "merge.yaml"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
-    ended = runs.fusechat("merge", file, tmp_path / "out")
+    ended = runs.here("merge", file, tmp_path / "out")
     assert ended.returncode == 0, ended.stderr
     assert "one" in ended.stdout
     base, *targets = map(read, paths)

@@ -3,8 +3,6 @@
 import datetime
 import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import checkpoints
 import runs
 import tiny
 from checkpoints import INDEX, configuration, read, relative, write
+from forks import Command
 from fusechat.merge import merge
 from test_bad_input import complaints
 
@@ -219,14 +218,8 @@ def test_the_file_that_transformers_reads_is_the_model(pair: list[Path], tmp_pat
 def test_models_of_more_files_than_a_process_may_open(pair: list[Path], tmp_path: Path) -> None:
     models = [write(tmp_path / "parts" / path.name, read(path), path, shards=20) for path in pair]
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(ta(models)))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    ended = subprocess.run(
-        [sys.executable, "-m", "fusechat", "merge", tmp_path / "merge.yaml", tmp_path / "out"],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (30, hard)),
-    )
+    few = {resource.RLIMIT_NOFILE: 30}
+    ended = Command("merge", tmp_path / "merge.yaml", tmp_path / "out", limits=few).ended()
     assert ended.returncode == 0, ended.stderr
 
 
@@ -237,7 +230,7 @@ def test_the_summary_as_json(pair: list[Path], tmp_path: Path) -> None:
     (tmp_path / "merge.yaml").write_text(yaml.safe_dump(ta(pair)))
     out = tmp_path / "[bold]out"
     arguments = ("merge", tmp_path / "merge.yaml", out, "--json", "--shard-size", "0.00002")
-    ended = runs.fusechat(*arguments)
+    ended = runs.here(*arguments)
     assert ended.returncode == 0, ended.stderr
     found = json.loads(ended.stdout)
     size = sum(tensor.nbytes for tensor in read(pair[0]).values())
@@ -252,10 +245,10 @@ def test_the_summary_as_json(pair: list[Path], tmp_path: Path) -> None:
         "mean_coefficients": {"one": 0.5},
     }
     assert len(list(out.glob("*.safetensors"))) > 3
-    again = runs.fusechat(*arguments)
+    again = runs.here(*arguments)
     assert json.loads(again.stdout) == found | {"seconds": None}
     assert again.stderr == f"{out}: is there already, merged by the same configuration from the same models\n"
-    assert f"merged model: {out}\n" in runs.fusechat(*(item for item in arguments if item != "--json")).stdout
+    assert f"merged model: {out}\n" in runs.here(*(item for item in arguments if item != "--json")).stdout
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan", "inf"])

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 
 import runs
 from checkpoints import INDEX, configuration, read, relative, write
+from forks import Command
 from fusechat.errors import FuseChatError, StorageError, WorkdirError
 from fusechat.merge import merge
 from test_bad_input import PREFIX, complaints
@@ -198,13 +198,7 @@ def test_a_limit_on_the_size_of_files(config: Config, tmp_path: Path) -> None:
     """As a quota has it, and without root: in a process, with all that a user sees."""
     file, out = tmp_path / "merge.yaml", tmp_path / "out"
     file.write_text(yaml.safe_dump(config))
-    ended = subprocess.run(
-        [sys.executable, "-m", "fusechat", "merge", file, out],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)),
-    )
+    ended = Command("merge", file, out, limits={resource.RLIMIT_FSIZE: 40_000}).ended()
     assert (ended.returncode, ended.stdout) == (2, "")
     started, error = ended.stderr.splitlines()
     assert started == "merge (sce) …"

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fusechat.commands.run import run
 
 import naive_merges as naive
 import runs
 from checkpoints import assert_nearest, read
+from fusechat.commands.run import run
 from fusechat.errors import RecipeError
 from fusechat.merge.merge_file import read_merge_file
 from fusechat.merge.settings import configuration
@@ -177,14 +177,6 @@ def test_what_is_refused_is_named_with_its_line(tmp_path: Path, section: Any, ex
 # -- what becomes of it --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def finished(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("finished")
-    recipe = runs.write_recipe(directory, models, fuse={"training": runs.TRAINING | {"num_train_epochs": 1}})
-    run(load_recipe(recipe), directory / "work")
-    return directory
-
-
 def merged(finished: Path, directory: Path, *changes: str, **section: Any) -> tuple[dict[str, torch.Tensor], Any]:
     """The fused model's tensors and report by another merge section; everything before is as it was."""
     work = directory / "work"
@@ -271,9 +263,8 @@ def test_the_type_is_the_pivots_or_the_one_that_is_asked_for(finished: Path, tmp
         assert f"torch.{config['dtype']}" == str(dtype)
 
 
-def test_another_merge_redoes_merging_evaluation_and_report_only(finished: Path, tmp_path: Path) -> None:
-    work = tmp_path / "work"
-    shutil.copytree(finished / "work", work)
+def test_another_merge_redoes_merging_evaluation_and_report_only(finished: Path, copied: Path) -> None:
+    work = copied / "work"
     before = runs.digests(work)
     for section in ({"method": "varm"}, {"method": "task_arithmetic", "weight": 1, "lambda": 0.5}):
         changes = [f"merge={json.dumps(section)}"]

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors import safe_open
 
 import runs
 from checkpoints import configuration, read, relative, write
+from forks import Command
 from fusechat.commands import cli
 from fusechat.errors import WorkdirError
 from fusechat.merge import merge
@@ -242,9 +242,8 @@ def test_two_processes_started_together(config: Config, tmp_path: Path) -> None:
     """One does the work; the other is refused, or finds it done."""
     file, out = tmp_path / "merge.yaml", tmp_path / "work" / "out"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
-    command = [sys.executable, "-m", "fusechat", "merge", file, out]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
-    results = [(process.communicate(timeout=300)[1], process.returncode) for process in both]
+    both = [Command("merge", file, out) for _ in range(2)]
+    results = [(process.communicate()[1], process.returncode) for process in both]
     assert 0 in [status for _, status in results]
     for process, (stderr, status) in zip(both, results, strict=True):
         other = next(one.pid for one in both if one is not process)
@@ -282,7 +281,7 @@ def test_ctrl_c(config: Config, tmp_path: Path, threads: int) -> None:
         assert [path.name for path in (tmp_path / "work").iterdir()] == [".out.merging"]
     kept = finished_shards(tmp_path / "work")
     assert len(kept) > 3
-    ended_well = runs.fusechat(*arguments, "--json")
+    ended_well = runs.here(*arguments, "--json")
     assert json.loads(ended_well.stdout)["method"] == "sce", ended_well.stderr
     assert runs.digests(out) == runs.digests(tmp_path / "reference" / "out")
     assert {name: (out / name.name).stat().st_ino for name in kept} == {

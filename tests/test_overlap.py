@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusechat.commands.run import run
 from hypothesis import given
 from hypothesis import strategies as st
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, DataSet, Message, Questions
 from fusechat.errors import DataError
 from fusechat.evaluate import questions

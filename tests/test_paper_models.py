@@ -144,7 +144,9 @@ def test_all_say_it_in_the_tokens_of_openchat(place: Path) -> None:
         aligned = open_distributions(place / "work" / "align" / name)
         figures = json.loads((place / "work" / "align" / name / "figures.json").read_text())
         assert figures["conversations"] == 11
-        least = 0.5 if paper.SOURCES[name].vocabulary in paper.LIKE else 0.8  # they have learnt other words than a real one
+        least = (
+            0.5 if paper.SOURCES[name].vocabulary in paper.LIKE else 0.8
+        )  # they have learnt other words than a real one
         assert figures["coverage_of_positions"] > least, name
         assert all(aligned[found.id].ids.max() < len(tokenizer) for found in prepared(place, "pivot"))
     captured = open_distributions(place / "work" / "capture" / "starling" / "data")

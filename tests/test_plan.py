@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fusechat.commands.run import run
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.conversations import DataSet
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.templates import ChatTemplate
@@ -21,7 +21,7 @@ TARGETS = {"both": ["mistral", "gemma"], "sft": []}
 
 
 @pytest.fixture(scope="module")
-def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(finished: Path, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the recipe, its finished run `work`, and `plan.json` of before."""
     directory = tmp_path_factory.mktemp("plan")
     recipe = runs.write_recipe(directory, models, targets=TARGETS)
@@ -29,6 +29,7 @@ def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     assert shown.returncode == 0, shown.stderr
     (directory / "plan.json").write_text(shown.stdout)
     assert not (directory / "work").exists()
+    shutil.copytree(finished / "work", directory / "work")
     run(load_recipe(recipe), directory / "work")
     return directory
 

@@ -115,7 +115,7 @@ def test_without_auto_pytorch_is_not_asked(written: Path) -> None:
 
 
 def test_elsewhere_auto_is_refused(written: Path) -> None:
-    ended = runs.fusechat("run", written, "--set", "merge.dtype=auto")
+    ended = runs.here("run", written, "--set", "merge.dtype=auto")
     assert ended.returncode == 2
     assert "merge.dtype" in ended.stderr
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +17,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forks
 import runs
+import tiny
 from fusechat.commands.run import run
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import PAD_INDEX, FusionData, collate_fusion
@@ -25,14 +28,11 @@ from fusechat.fuse.trainer import COMPLETE, mark_complete
 from fusechat.models.forward import Batch, response_logits
 from fusechat.pipeline import load_recipe
 from fusechat.run.integrity import read_sealed
-from test_wheels import write_gguf
 from together import STRATEGIES, gradients
 from training import fine_tune, fusion_data, silent, trainer_of, weighted
 
 TOGETHER = Path(__file__).with_name("together.py")
-SINGLE_CANDIDATE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-LAUNCH = [*TORCHRUN, "--standalone", "--nproc-per-node", "2"]
 RECIPE = ("--set", "fuse.training.gradient_accumulation_steps=1")  # two processes make up for it
 
 
@@ -41,24 +41,12 @@ def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     """A directory with a recipe, whose pivot is a GGUF file, and `one`, what a single process made of it."""
     directory = tmp_path_factory.mktemp("processes")
     model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
-    pivot = write_gguf(directory / "llama.gguf", model, AutoTokenizer.from_pretrained(models["llama"]))
+    pivot = tiny.write_gguf(directory / "llama.gguf", model, AutoTokenizer.from_pretrained(models["llama"]))
     recipe = runs.write_recipe(directory, {**models, "llama": pivot})
     with pytest.MonkeyPatch.context() as changed:
         changed.setenv("FUSECHAT_CACHE", str(directory / "cache"))
         run(load_recipe(recipe), directory / "one")
         yield directory
-
-
-def launch(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAUNCH, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | SINGLE_CANDIDATE,
-        timeout=600,
-        **options,
-    )
 
 
 def weights(work: Path, model: str) -> dict[str, torch.Tensor]:
@@ -81,7 +69,7 @@ def machine(number: int, port: int, cache: Path, *arguments: str | Path) -> subp
     meet = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
     return subprocess.Popen(
         [*TORCHRUN, "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number), *meet, *map(str, arguments)],
-        env=os.environ | SINGLE_CANDIDATE | {"FUSECHAT_CACHE": str(cache)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "FUSECHAT_CACHE": str(cache)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -137,8 +125,7 @@ def test_the_log_is_of_all_processes(place: Path, two: Path) -> None:
 def together(place: Path, models: dict[str, Path]) -> Path:
     out = place / "together"
     out.mkdir()
-    done = launch(TOGETHER, place / "one", models["llama"], out)
-    assert done.returncode == 0, done.stderr
+    forks.together(2, place / "one", models["llama"], out, script=TOGETHER)
     return out
 
 
@@ -278,28 +265,20 @@ def test_fsdp_that_is_not_to_be_had_is_said(together: Path) -> None:
 def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) -> None:
     """SIGKILL to all of them once a checkpoint is complete; then both again, on one machine: the weights of two that were not
     killed, on two."""
-    work = place / "killed"
-    command = [*LAUNCH, "-m", "fusechat", "run", str(place / "recipe.yaml"), "--workdir", str(work), *RECIPE]
-    killed = subprocess.Popen(
-        command,
-        env=os.environ | SINGLE_CANDIDATE,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    work = runs.cut(Path(shutil.copytree(two, place / "killed")), "align")
+    command = ("run", place / "recipe.yaml", "--workdir", work, *RECIPE)
+    killed = forks.ranks(2, *command)
     checkpoints = work / "fuse" / "mistral" / "checkpoints"
     deadline = time.monotonic() + 300
     while not list(checkpoints.glob(f"*/{COMPLETE}")) and time.monotonic() < deadline:
-        assert killed.poll() is None, "it ended by itself"
+        assert [one.poll() for one in killed] == [None, None], "they ended by themselves"
         time.sleep(0.005)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
+    for one in killed:
+        one.kill()
+    assert [one.wait() for one in killed] == [-signal.SIGKILL] * 2
     assert list(checkpoints.glob(f"*/{COMPLETE}"))
     assert not (work / "fuse" / "mistral" / "manifest.json").exists()
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | SINGLE_CANDIDATE, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    forks.together(2, *command)
     for model in ("fuse/mistral", "fuse/gemma", "merge"):
         for name, tensor in weights(two, model).items():
             assert torch.equal(weights(work, model)[name], tensor), name
@@ -308,10 +287,15 @@ def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) ->
     )
 
 
+def refused(*arguments: str | Path) -> list[str]:
+    """What is said by two processes that both end with status 2."""
+    ended = [one.ended() for one in forks.ranks(2, "run", *arguments)]
+    assert [one.returncode for one in ended] == [2, 2]
+    return [line for one in ended for line in one.stderr.splitlines() if "fusechat: error: " in line]
+
+
 def test_a_mistake_is_told_by_one_process(place: Path) -> None:
-    done = launch("-m", "fusechat", "run", place / "recipe.yaml", "--workdir", place / "no", "--set", "fuse.loss=mse")
-    assert done.returncode == 1, "torchrun's own"
-    (told,) = [line for line in done.stderr.splitlines() if "fusechat: error: " in line]
+    [told] = refused(place / "recipe.yaml", "--workdir", place / "no", "--set", "fuse.loss=mse")
     assert ": fuse.loss: Input should be" in told
     assert told.endswith("not 'mse'")
     assert not (place / "no").exists()
@@ -319,11 +303,9 @@ def test_a_mistake_is_told_by_one_process(place: Path) -> None:
 
 def test_vllm_in_this_process_is_refused_before_any_work_and_told_once(place: Path) -> None:
     inside = ("--set", "sources.mistral.capture={backend: vllm}")
-    done = launch("-m", "fusechat", "run", place / "recipe.yaml", "--workdir", place / "inside", *inside)
-    assert done.returncode == 1, "torchrun's own"
-    told = [line for line in done.stderr.splitlines() if "starts the processes for its GPUs itself" in line]
-    assert len(told) == 1
-    assert "fusechat: error: mistral: capture.backend: vllm" in told[0]
+    told = refused(place / "recipe.yaml", "--workdir", place / "inside", *inside)
+    [line] = [line for line in told if "starts the processes for its GPUs itself" in line]
+    assert "fusechat: error: mistral: capture.backend: vllm" in line
     assert not list((place / "inside").rglob("manifest.json"))
 
 

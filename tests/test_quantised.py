@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusechat.commands.run import run
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.models.load import quantised
@@ -69,7 +69,7 @@ def test_a_quantised_pivot_is_refused_before_any_work(
     stored: dict[str, Path], models: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe = runs.write_recipe(tmp_path, models, pivot=str(stored["4 bits"]))
-    done = runs.fusechat("run", recipe, "--workdir", tmp_path / "work")
+    done = runs.here("run", recipe, "--workdir", tmp_path / "work")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         f"fusechat: error: pivot ({stored['4 bits']}): its weights are quantised (bitsandbytes), which can be neither fine-tuned "
@@ -85,7 +85,7 @@ def test_a_kind_whose_package_is_missing_is_named(models: dict[str, Path], tmp_p
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (directory / "config.json").write_text(json.dumps(config))
     recipe = runs.write_recipe(tmp_path, models, sources={"mistral": str(directory)})
-    done = runs.fusechat("run", recipe, "--workdir", tmp_path / "work")
+    done = runs.here("run", recipe, "--workdir", tmp_path / "work")
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"fusechat: error: mistral ({directory}): ")

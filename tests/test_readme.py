@@ -20,7 +20,7 @@ def test_commands_that_the_readme_shows_exist() -> None:
     assert {verb for verb, _ in verbs} >= {"run", "status", "report", "merge", "tokens", "eval", "chat"}
     for verb, arguments in verbs:
         words = [verb, arguments.split()[0]] if verb == "eval" else [verb]
-        shown = runs.fusechat(*words, "--help")
+        shown = runs.here(*words, "--help")
         assert shown.returncode == 0, verb
         for option in re.findall(r"--[a-z-]+", arguments):
             assert option in shown.stdout, f"fusechat {verb} {option}"

@@ -10,10 +10,12 @@ import huggingface_hub.constants
 import pytest
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, DataSet, read_conversations
 from fusechat.errors import DataError, ModelError
 from fusechat.models.reference import Reference
 from fusechat.models.resolve import identity, local_directory
+from fusechat.pipeline import load_recipe
 from fusechat.run import cache
 
 COMMIT, OTHER_COMMIT = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
@@ -176,7 +178,10 @@ def test_a_hub_data_set_is_known_by_its_commit(tmp_path: Path, monkeypatch: pyte
         list(read_conversations(data))
 
 
-def test_a_recipe_of_hub_ids_runs_without_the_hub(models: dict[str, Path], tmp_path: Path) -> None:
+def test_a_recipe_of_hub_ids_runs_without_the_hub(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hub_repository(tmp_path, "models--org--name", list(models["mistral"].iterdir()), {"main": COMMIT})
     file = runs.write_conversations(tmp_path / "talks.jsonl", 4)
     hub_repository(tmp_path, "datasets--org--talks", [file], {"main": OTHER_COMMIT})
@@ -184,10 +189,7 @@ def test_a_recipe_of_hub_ids_runs_without_the_hub(models: dict[str, Path], tmp_p
         tmp_path, models, sources={"teacher": "org/name"}, data={"train": "org/talks", "max_length": 256}
     )
     work = tmp_path / "work"
-    ended = runs.fusechat(
-        "run", recipe, "--workdir", work, "--until", "capture", HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"
-    )
-    assert ended.returncode == 0, ended.stderr
+    run(load_recipe(recipe), work, until="capture")
 
     def settings(step: str) -> dict[str, object]:
         return dict(json.loads((work / step / "manifest.json").read_text())["inputs"]["settings"])

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusechat.commands.run import run
 
 import runs
 from browsing import Browser, browser, need_chromium
+from fusechat.commands.run import run
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.report import stage
 from fusechat.run.files import read_json, write_json

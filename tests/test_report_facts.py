@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-import runs
 import tiny
-from fusechat.commands.run import run
 from fusechat.models.facts import count_parameters, facts, front_matter
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.schema import PIVOT
@@ -125,12 +123,10 @@ def test_numbers_as_a_person_reads_them(said: str, expected: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def branches(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Branch, Any]]:
+def branches(finished: Path) -> dict[str, tuple[Branch, Any]]:
     """The branches of a run, by source, as the report takes them."""
-    directory = tmp_path_factory.mktemp("samples")
-    recipe = load_recipe(runs.write_recipe(directory, models))
-    run(recipe, directory / "work", until="align")
-    aligned = [step for step in build_steps(recipe, directory / "work") if step.stage == "align"]
+    recipe = load_recipe(finished / "recipe.yaml")
+    aligned = [step for step in build_steps(recipe, finished / "work") if step.stage == "align"]
     return {
         step.name: (Branch(step, recipe.chat_model(PIVOT), recipe.chat_model(step.name)), recipe.sets_of(step.name))
         for step in aligned

@@ -6,15 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-import runs
-from fusechat.commands.run import run
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData
 from fusechat.fuse.lora import with_adapters
 from fusechat.fuse.trainer import COMPLETE, last_checkpoint
 from fusechat.fuse.training import train
 from fusechat.fuse.validation import Validation
-from fusechat.pipeline import load_recipe
 from training import StopError, fusion_data, silent, stop_at, trainer_of, weighted
 
 STEPS = 7
@@ -32,17 +29,9 @@ BEST = SAVED | {
 }
 
 
-@pytest.fixture(scope="module")
-def work(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("resume")
-    run(load_recipe(runs.write_recipe(directory, models)), directory / "work", until="align")
-    held_out = load_recipe(directory / "recipe.yaml")
-    from fusechat.models.chat_model import ChatModel
-    from fusechat.pipeline import prepare
-
-    pivot: ChatModel = held_out.chat_model("pivot")
-    prepare.step(held_out, directory / "work", pivot, held_out.validation_sets()[0]).run()
-    return directory / "work"
+@pytest.fixture
+def work(finished: Path) -> Path:
+    return finished / "work"
 
 
 def student(directory: Path, lora: dict[str, Any] | None) -> Any:
@@ -81,7 +70,8 @@ def test_stopped_at_every_step(
     lora: dict[str, Any] | None,
     rule: dict[str, str],
 ) -> None:
-    stops = range(1, STEPS + 1) if settings is SAVED and not lora else (3, STEPS) if settings is WEIGHTED else (1, 3, 6)
+    every = settings is SAVED and not lora and not rule
+    stops = range(1, STEPS + 1) if every else (3, STEPS) if settings is WEIGHTED else (1, 3, 6)
     settings = dict(settings)
     data = weighted(fusion_data(work, "mistral", **rule), settings.pop("weight", 1.0))
     held_out = {"data": Validation(PreparedSet(work / "prepare" / "pivot" / "data-held-out"))}

@@ -24,7 +24,7 @@ from showing import TEXT, Page, command, load_once, passage_of, texts, width_of
 
 def test_a_pipe_gets_no_colours_and_a_terminal_its_own_width(models: dict[str, Path]) -> None:
     asked = (*(models[kind] / "tokenizer.json" for kind in ("llama", "mistral")), "--text", TEXT * 4)
-    piped = runs.fusechat("tokens", *asked)
+    piped = runs.here("tokens", *asked)
     assert piped.returncode == 0, piped.stderr
     assert "\x1b" not in piped.stdout
     assert piped.stderr == ""

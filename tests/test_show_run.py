@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 import runs
+from fusechat.commands.run import run
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
+from fusechat.pipeline import load_recipe
 from showing import Page, command
 
 
@@ -30,8 +32,7 @@ def work(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> P
     with (directory / "train.jsonl").open("a") as lines:
         for messages in ([*short, long], [{"role": "user", "content": "Где?"}, long]):
             lines.write(json.dumps({"messages": messages}) + "\n")
-    done = runs.fusechat("run", recipe, "--workdir", directory / "work", "--until", "align")
-    assert done.returncode == 0, done.stderr
+    run(load_recipe(recipe), directory / "work", until="align")
     return directory / "work"
 
 

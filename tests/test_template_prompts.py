@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fusechat.commands.run import run
 
 import runs
 import tiny
 from aligning import sparse
 from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
+from fusechat.commands.run import run
 from fusechat.data.messages import Message
 from fusechat.data.rejected import left_out
 from fusechat.models.dates import dated

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fusechat.commands.run import run
 from tokenizers import Tokenizer
 
 import runs
 import tiny
+from fusechat.commands.run import run
 from fusechat.errors import ModelError
 from fusechat.models.templates import ChatTemplate
 from fusechat.models.tokenizer import class_tokenizer, load_tokenizer

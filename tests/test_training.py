@@ -8,22 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from fusechat.commands.run import run
 
-import runs
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.trainer import COMPLETE, last_checkpoint, mark_complete
-from fusechat.pipeline import load_recipe
 from training import fine_tune, fusion_data
 
 
 @pytest.fixture(scope="module")
-def data(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> FusionData:
-    directory = tmp_path_factory.mktemp("training")
-    work = directory / "work"
-    run(load_recipe(runs.write_recipe(directory, models)), work, until="align")
-    return fusion_data(work, "mistral")
+def data(finished: Path) -> FusionData:
+    return fusion_data(finished / "work", "mistral")
 
 
 def test_accumulation_changes_nothing_but_rounding(models: dict[str, Path], data: FusionData, tmp_path: Path) -> None:

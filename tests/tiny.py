@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
@@ -58,6 +60,18 @@ TEMPLATE = TEMPLATE_WITHOUT_END.replace(
     "{{ '\\n\\n' }}", "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
 )
 TEMPLATES: dict[str, str | None] = {"llama": None, "mistral": None, "gemma": TEMPLATE}  # what a recipe has to give
+
+TENSORS = {  # Transformers' name → llama.cpp's
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 TEXT = """\
 The quick brown fox jumps over the lazy dog, and the dog does not mind at all.
@@ -130,6 +144,52 @@ def model_of(kind: str, tokenizer: Any, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return makers[kind]().eval()
+
+
+def write_gguf(path: Path, model: Any, tokenizer: Any, *, without: str = "") -> Path:
+    """The llama model as llama.cpp has it, in float32, with its byte-level BPE; `without` leaves a tensor out."""
+    config, backend = model.config, json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_license("apache-2.0")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads["attn_q"])
+    writer.add_head_count_kv(heads["attn_k"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    tokens = sorted(backend["vocab"], key=backend["vocab"].get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
+    writer.add_bos_token_id(tokenizer.pad_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
+    names |= {} if config.tie_word_embeddings else {"output": "lm_head"}
+    for layer in range(config.num_hidden_layers):
+        names |= {f"blk.{layer}.{name}": f"model.layers.{layer}.{own}" for own, name in TENSORS.items()}
+    weights = model.state_dict()
+    for name, own in names.items():
+        if name == without:
+            continue
+        values = weights[f"{own}.weight"].numpy()
+        if name.endswith(("attn_q", "attn_k")):  # rotary halves are interleaved there
+            count = heads[name.rpartition(".")[2]]
+            values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def _byte_level() -> tuple[Tokenizer, dict[str, str], str | None]:
