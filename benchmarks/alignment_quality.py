@@ -1,7 +1,7 @@
 """The quality of every strategy of alignment, on two real models in both directions: `make bench-alignment`.
 
 Takes the directory of `gsm8k_train.jsonl`, `gsm8k_test.jsonl`, `mbpp.jsonl`, `oasst_threads.jsonl`. Maps are counted on the first
-part of each set and measured on the other one. Prints the tables of docs/alignment.md; the figures are kept in
+part of each set and measured on the other one. Prints the tables of docs/results/alignment.md; the figures are kept in
 `runs/alignment/<direction>.json`.
 """
 

@@ -1,4 +1,4 @@
-"""Speed and memory of token alignment, each figure beside what it is compared with in the same run: `make bench-alignment`.
+"""Speed and memory of token alignment, each figure compared with what it is compared with in the same run: `make bench-alignment`.
 
 On the two tokenizers of the quickstart, and conversations given as JSONL files (default: the quickstart's). The source's
 distributions are made up (its own token and others of the same text), because speed does not depend on what they say.
@@ -45,7 +45,7 @@ def main(files: list[Path]) -> None:
     recipe = load_recipe(ROOT / "examples" / "quickstart.yaml")
     tokenizers = [recipe.chat_model(name).tokenizer() for name in (PIVOT, next(iter(recipe.sources)))]
     texts = responses(files)
-    print_line("figure", "measured", "beside it", "ratio", "aim")
+    print_line("figure", "measured", "compared with", "ratio", "aim")
     for which in (tokenizers, tokenizers[::-1]):
         throughput(which, texts)
     warping(tokenizers, texts)
@@ -62,7 +62,7 @@ def responses(files: list[Path]) -> list[str]:
 
 
 def throughput(tokenizers: list[Any], texts: list[str]) -> None:
-    """All of the alignment on one core, beside nothing but the two tokenizations."""
+    """All of the alignment on one core, compared with nothing but the two tokenizations."""
     pivot, source = (Side.of(token_bytes(tokenizer), None) for tokenizer in tokenizers)
     back_off = BackOff(pivot.tokens)
     captured = [made_up(source, text) for text in texts]
@@ -139,7 +139,7 @@ def made_up(side: Side, text: str) -> SparseDistribution:
 
 
 def warping(tokenizers: list[Any], texts: list[str], tokens: int = 2048) -> None:
-    """A pair of long sequences, beside a programme with an edit distance (RapidFuzz's) for every cell."""
+    """A pair of long sequences, compared with a programme with an edit distance (RapidFuzz's) for every cell."""
     text = "\n".join(texts)
     sides = [token_bytes(tokenizer) for tokenizer in tokenizers]
     spelt = []

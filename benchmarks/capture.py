@@ -1,7 +1,7 @@
 """Size and speed of captures, with the two models of the quickstart: `make bench-training`.
 
 On conversations given as a JSONL file (default: `../shared/data/gsm8k_train.jsonl` where it is at hand, else the quickstart's).
-Speed is that of all that a capture does with a loaded model, up to the file on the disk, beside the bare forward pass: the
+Speed is that of all that a capture does with a loaded model, up to the file on the disk, compared with the bare forward pass: the
 model called on the same batches with the same `logits_to_keep`, and its logits left alone. Runs take turns, so that what else
 the machine does falls on both; the ratio is the median of the turns'.
 """
@@ -35,7 +35,7 @@ CONVERSATIONS, TIMED, TURNS = 128, 32, 5
 
 
 def main(files: list[Path]) -> None:
-    print_line("figure", "measured", "beside it", "ratio", "aim")
+    print_line("figure", "measured", "compared with", "ratio", "aim")
     with tempfile.TemporaryDirectory() as room:
         file = write_recipe(files or [DATA], Path(room))
         for name in (PIVOT, next(iter(load_recipe(file).sources))):

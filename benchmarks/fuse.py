@@ -1,4 +1,4 @@
-"""What fusion costs beside plain fine-tuning, and dense targets beside both: `make bench-training`.
+"""What fusion costs compared with plain fine-tuning, and dense targets compared with both: `make bench-training`.
 
 A step is forward, loss, backward and optimiser on the same model and batch; fusion is to cost at most a tenth more time and memory.
 The loss alone is timed in all its variants at the end. Steps of the ways compared go by turns in one process, a ratio is the median
@@ -34,13 +34,13 @@ GIGABYTE = 1e9
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fusion beside plain fine-tuning.")
+    parser = argparse.ArgumentParser(description="Fusion compared with plain fine-tuning.")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each way that count [%(default)s]")
     parser.add_argument("--loss-alone", action="store_true", help="not the steps, only the loss")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores; Python {platform.python_version()}; torch {torch.__version__}\n", flush=True)
     if not options.loss_alone:
-        print_line("figure", "measured", "beside it", "ratio", "aim")
+        print_line("figure", "measured", "compared with", "ratio", "aim")
         for case in CASES:
             times(case, options.rounds)
             memory(case)
@@ -79,7 +79,7 @@ def memory(case: Case) -> None:
 def loss_alone() -> None:
     """Every variant of the loss, forward and backward, as a share of the time of cross-entropy on the labels in float32."""
     settings = [*itertools.product((torch.bfloat16, torch.float32), (32_000, 262_144))]
-    print("Loss and its gradient alone, beside plain cross-entropy")
+    print("Loss and its gradient alone, compared with plain cross-entropy")
     print_line("", *(str(dtype).removeprefix("torch.") for dtype, _ in settings))
     print_line("vocabulary", *(f"{vocabulary:,}" for _, vocabulary in settings))
     shares = [share_of(vocabulary, dtype) for dtype, vocabulary in settings]

@@ -1,6 +1,6 @@
 """Merging by mergekit and by FuseChat, the same generated models and configurations in one run: `make bench-merge`.
 
-Prints the tables of docs/merging.md: time and peak memory of both commands side by side, beside reading all inputs and writing
+Prints the tables of docs/results/merging.md: time and peak memory of both commands, compared with reading all inputs and writing
 the output once, and how far what they store is from a reference in float64. `--scale small` is a quick look: its times are those
 of starting up, and of compiling where nothing was compiled before.
 """
@@ -56,7 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", type=Path, default=room, help="where models are made and kept [%(default)s]")
     parser.add_argument("--scale", choices=SCALES, default="full", help="models of 0.51B parameters, or tiny ones")
     parser.add_argument("--methods", default="all", metavar="A,B", help="names of the table's first column, or methods")
-    parser.add_argument("--mergekit", metavar="PATH", help="the command mergekit-yaml [beside Python, or on the PATH]")
+    parser.add_argument("--mergekit", metavar="PATH", help="the command mergekit-yaml [next to Python, or on the PATH]")
     parser.add_argument("--without-mergekit", action="store_true", help="FuseChat alone")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="FuseChat's least of N runs [%(default)s]")
     parser.add_argument("--repeat-mergekit", type=int, default=1, metavar="N", help="mergekit's [%(default)s]")
@@ -72,7 +72,7 @@ def mergekit_command(given: str | None) -> Path:
     beside = Path(sys.executable).parent / "mergekit-yaml"
     found = shutil.which(given or str(beside)) or (None if given else shutil.which("mergekit-yaml"))
     if found is None:
-        where = given or f"neither beside {sys.executable} nor on the PATH"
+        where = given or f"neither next to {sys.executable} nor on the PATH"
         raise SystemExit(f"mergekit-yaml: {where}; pip install 'fusechat[mergekit]', or say --without-mergekit")
     return Path(found).absolute()
 

@@ -1,4 +1,4 @@
-"""What `fusechat plan` predicts, beside what happens; and its table of the paper's recipe.
+"""What `fusechat plan` predicts, compared with what happens; and its table of the paper's recipe.
 
     benchmarks/plan.py measure [RECIPE [KEY=VALUE …]]    # of the quickstart without RECIPE
     benchmarks/plan.py paper SHARED                      # SHARED: models.json, tokenizers/, data/oasst_threads.jsonl

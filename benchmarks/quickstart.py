@@ -1,4 +1,4 @@
-"""AlignmentStats of the quickstart, each beside what it is compared with, measured in one run: `make bench`.
+"""AlignmentStats of the quickstart, each compared with what it is compared with, measured in one run: `make bench`.
 
 Runs the quickstart first where it is not done. Times are the least of several tries, except for the capture, which is run once.
 """
@@ -29,7 +29,7 @@ def main() -> None:
     recipe = load_recipe(RECIPE)
     run(recipe, WORKDIR)
     steps = build_steps(recipe, WORKDIR)
-    print_line("figure", "measured", "beside it", "ratio", "aim")
+    print_line("figure", "measured", "compared with", "ratio", "aim")
     help_and_python()
     second_run(steps)
     alignment_and_capture(recipe, [step for step in steps if step.stage == "capture"])
@@ -56,7 +56,7 @@ def second_run(steps: list[Step]) -> None:
 
 
 def alignment_and_capture(recipe: Recipe, captures: list[Step]) -> None:
-    """Counting, map, alignment and transfer of all training conversations, beside capturing the same, both done here."""
+    """Counting, map, alignment and transfer of all training conversations, compared with capturing the same, both done here."""
     with tempfile.TemporaryDirectory() as room:
         capturing = 0.0
         for number, step in enumerate(captures):

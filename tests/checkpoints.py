@@ -74,7 +74,7 @@ def gpt2(tokenizer: Any) -> Any:
 
 
 def mixtral(tokenizer: Any) -> Any:
-    """Experts, whose numbers stand in names beside the layers'."""
+    """Experts, whose numbers stand in names next to the layers'."""
     return MixtralForCausalLM(
         MixtralConfig(
             vocab_size=len(tokenizer),

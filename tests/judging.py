@@ -43,7 +43,7 @@ sys.stdin.read()  # until the test that started it ends, however it does
 """
 PASSING = ("cut", "half", "429", "500", "503", "nonsense", "shape", "drip")  # faults after which asking again helps
 _DRIP = 0.2  # seconds a byte
-# The model cannot judge; but its first letter depends on what it read, and here all else goes by that letter.
+# The model cannot judge; but its first letter depends on what it read, and here everything else goes by that letter.
 GRADES = """\
 root ::= [b-k] " [[3]] [[A]]" | "l [[10]] [[B]]" | [no] " [[4.5]] [[C]]" | others
 others ::= [pqr] " [6] [[A]]" | [st] " will not say" | [u-z] " [[2]] [[A]]"

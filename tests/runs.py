@@ -84,7 +84,7 @@ def write_recipe(directory: Path, models: dict[str, Path], **changes: Any) -> Pa
 
 
 def finish(recipe: Path, steps: int) -> None:
-    """A whole run of so many steps, in `work` beside the recipe, whose data get absolute paths: a copy of both is finished too."""
+    """A whole run of so many steps, in `work` next to the recipe, whose data get absolute paths: a copy of both is finished too."""
     from fusechat.commands.run import run
     from fusechat.pipeline import load_recipe
 

@@ -69,7 +69,9 @@ def test_rates_of_a_judge_whose_taste_for_length_is_known(place: Path) -> None:
 
 def test_published_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     if not PUBLISHED.exists():
-        pytest.skip("AlpacaEval's published annotations, which are not free to be copied, are not beside this checkout")
+        pytest.skip(
+            "AlpacaEval's published annotations, which are not free to be copied, are not next to this checkout"
+        )
     monkeypatch.setattr(data, "_OFFICIAL", OFFICIAL)
     plain, controlled = check_rates(PUBLISHED, "FuseChat-Llama-3.2-1B-Instruct")
     assert plain.value == pytest.approx(29.9219, abs=5e-5)

@@ -43,7 +43,7 @@ def data(tmp_path: Path) -> AlpacaData:
 
 @pytest.fixture
 def told() -> Iterator[list[str]]:
-    """What the user reads while it goes on."""
+    """What the user reads while it continues."""
     lines: list[str] = []
 
     class Lines(logging.Handler):

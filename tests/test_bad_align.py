@@ -45,7 +45,7 @@ def work(copied: Path) -> Path:
 
 
 def vouch(step: Path) -> None:
-    """Makes the manifest of a step, and those of the steps that rest on it, say that its files are as they should be."""
+    """Makes the manifest of a step, and those of the steps that depend on it, say that its files are as they should be."""
     manifest = json.loads((step / MANIFEST).read_text())
     manifest["outputs"] = {}
     for file in step.iterdir():

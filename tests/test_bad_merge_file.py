@@ -228,7 +228,7 @@ def test_what_is_no_merge_file(tmp_path: Path, text: str, expected: str) -> None
      ["base_model: 'org/base+org/lora' adds a LoRA adapter, which is not supported: merge it into its model first"]),
     ({"merge_method": "slerp"}, ["parameters.t: is missing: slerp has no default for it"]),
     ({"merge_method": "slerp", "models": listed("org/a", "org/b"), "parameters": {"t": 1.5}},
-     ["parameters.t: should be between 0 and 1, not 1.5", "models: slerp takes 1 beside the base model, not 2"]),
+     ["parameters.t: should be between 0 and 1, not 1.5", "models: slerp takes 1 in addition to the base model, not 2"]),
     (
         {"merge_method": "linear", "models": listed("org/a", "org/b")},
         [

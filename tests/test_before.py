@@ -113,7 +113,7 @@ def test_a_device_that_is_not_there(models: dict[str, Path], tmp_path: Path) -> 
     if before.checks.is_installed("vllm") or torch.cuda.device_count() > 99:
         pytest.skip("this machine has both")
     device, backend = complaints("run", recipe, "--workdir", tmp_path / "work", *options)
-    assert device.startswith("device: 'cuda:99' is not to be had")
+    assert device.startswith("device: 'cuda:99' is unavailable")
     assert backend.startswith("mistral: capture.backend: vllm is not installed (pip install 'fusechat[vllm]')")
     assert done(tmp_path / "work") == []
 
@@ -127,7 +127,7 @@ def test_adapters_that_do_not_fit_are_told_before_any_work(models: dict[str, Pat
 
 
 def test_a_model_that_is_none_for_text(models: dict[str, Path], tmp_path: Path) -> None:
-    """With all else that is wrong with models, together."""
+    """With everything else that is wrong with models, together."""
     model = copy_of(models["mistral"], tmp_path / "model")
     change_config(model, model_type="t5", architectures=["T5ForConditionalGeneration"])
     recipe = with_source(tmp_path, models, str(model))

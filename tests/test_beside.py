@@ -88,7 +88,7 @@ def test_a_file_system_without_locks_is_named(finished: Path, tmp_path: Path, mo
 
 
 def test_another_recipe_waits_its_turn(finished: Path, tmp_path: Path) -> None:
-    """While a run goes on, one of a changed recipe is refused, and so is what needs the work directory for itself."""
+    """While a run continues, one of a changed recipe is refused, and so is what needs the work directory for itself."""
     work = tmp_path / "work"
     first = start(finished, work)
     while not (work / "prepare").is_dir() and first.poll() is None:

@@ -193,4 +193,4 @@ def test_an_interrupted_run_says_so_in_a_line(captured: Path, tmp_path: Path) ->
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
-    assert stderr.splitlines()[-1] == "fusechat: error: interrupted; run the same command again to go on"
+    assert stderr.splitlines()[-1] == "fusechat: error: interrupted; run the same command again to continue"

@@ -27,7 +27,7 @@ def test_captured_by_several_processes(finished: Path, tmp_path: Path, number: i
 
 
 def test_a_run_goes_on_with_another_number_of_processes(finished: Path, tmp_path: Path) -> None:
-    """What is left of a killed run is shared anew; one shard is missing, one cut short, one sound. The killed one had a model
+    """What is left of a killed run is shared again; one shard is missing, one cut short, one sound. The killed one had a model
     for all processes together, which one of them ran."""
     work = tmp_path / "work"
     said = capture(finished, work, 3, "--set", 'capture.device_map={"": disk}')

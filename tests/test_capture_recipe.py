@@ -17,7 +17,7 @@ from fusechat.run.steps import MANIFEST
 
 
 def capture(copied: Path, *changes: str) -> Path:
-    """Captures anew with a recipe that is changed so; returns where mistral's are."""
+    """Captures again with a recipe that is changed so; returns where mistral's are."""
     recipe = load_recipe(copied / "recipe.yaml", [f"capture.{change}" for change in changes])
     run(recipe, runs.cut(copied / "work", "prepare"), until="capture", only="mistral")
     return copied / "work/capture/mistral/data"

@@ -36,17 +36,17 @@ def test_help_and_version_need_nothing_heavy() -> None:
 
 
 def test_a_run_prints_the_table_on_stdout_and_progress_on_stderr(finished: Path, work: Path, tmp_path: Path) -> None:
-    whole = Command("run", finished / "recipe.yaml", "--workdir", tmp_path / "anew").ended()
+    whole = Command("run", finished / "recipe.yaml", "--workdir", tmp_path / "again").ended()
     assert whole.returncode == 0, whole.stderr
     assert "32 steps done now, 0 were done before" in whole.stderr
     names = ("pivot", "llama", "source", "mistral", "gemma", "target", "fused", "tiny", "merge/model", "index.html")
     assert [name for name in names if name not in whole.stdout] == []
-    scores = json.loads((tmp_path / "anew" / "evaluate" / "results.json").read_text())["scores"]
+    scores = json.loads((tmp_path / "again" / "evaluate" / "results.json").read_text())["scores"]
     assert [score["value"] for score in scores if f"{score['value']:.4f}" not in whole.stdout] == []
     again = runs.here("run", finished / "recipe.yaml", "--workdir", work)
     assert again.returncode == 0
     assert "0 steps done now, 32 were done before" in again.stderr
-    assert again.stdout == whole.stdout.replace(str(tmp_path / "anew"), str(work))
+    assert again.stdout == whole.stdout.replace(str(tmp_path / "again"), str(work))
 
 
 def test_the_page_says_the_same_numbers_as_the_terminal(work: Path) -> None:

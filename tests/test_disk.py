@@ -110,7 +110,7 @@ def assert_whole(workdir: Path) -> None:
 
 @pytest.fixture
 def recipe(finished: Path) -> Path:
-    """The recipe of all tests on disks, beside `work`, what it gives on a disk with room."""
+    """The recipe of all tests on disks, next to `work`, what it gives on a disk with room."""
     return finished / "recipe.yaml"
 
 

@@ -96,7 +96,7 @@ def test_the_table_has_every_number_whole_at_80_columns(evaluated: Path, figures
             heading = next(at for at in range(begin, len(lines)) if lines[at].split()[:1] == ["strategy"])
             assert lines[heading].split() == ["strategy", "rows", "mass", "little", "common", "there", "own", "ratio"]
             end = next(at for at in range(heading, len(lines)) if not lines[at].strip())
-            rows = [line for line in lines[heading + 2 : end] if "." in line]  # names may go on below
+            rows = [line for line in lines[heading + 2 : end] if "." in line]  # names may continue below
             columns = (
                 "coverage_of_positions",
                 "coverage_of_mass",

@@ -266,7 +266,7 @@ def test_a_damaged_record_file_is_named(content: str, models: dict[str, Path], f
     file.write_text(content)
     said = runs.here("eval", "bits-per-byte", models["llama"], "--data", finished / "held-out.jsonl", *LENGTH)
     assert said.returncode == 2
-    assert "records.json: holds no results of an evaluation; remove it to begin anew" in said.stderr
+    assert "records.json: holds no results of an evaluation; remove it to start again" in said.stderr
     assert file.read_text() == content
 
 

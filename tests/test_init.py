@@ -1,4 +1,4 @@
-"""The first minutes: `fusechat init`, what a run prints to go on with, links from errors to the docs, shell completion."""
+"""The first minutes: `fusechat init`, what a run prints to continue with, links from errors to the docs, shell completion."""
 
 import contextlib
 import io

@@ -187,16 +187,16 @@ def test_a_journal_of_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("judge.example/v1", "a URL that starts with http:// or https:// is wanted"),
-        ("ftp://judge.example/v1", "a URL that starts with http:// or https:// is wanted"),
-        ("", "a URL that starts with http:// or https:// is wanted"),
+        ("judge.example/v1", "should be a URL that starts with http:// or https://"),
+        ("ftp://judge.example/v1", "should be a URL that starts with http:// or https://"),
+        ("", "should be a URL that starts with http:// or https://"),
         ("http://", "this is no URL of a server"),
         ("http://a b/v1", "this is no URL of a server"),
         ("http://a:port/v1", "this is no URL of a server"),
         ("http://[::1/v1", "this is no URL of a server"),
         ("http://a/v1\n", "this is no URL of a server"),
         *(
-            (url, "a URL without user, password, ? and # is wanted; keys come from the environment: "
+            (url, "should be a URL without user, password, ? and #; keys come from the environment: "
             "FUSECHAT_JUDGE_KEY or OPENAI_API_KEY")
             for url in ("https://me:sesame@a/v1", "https://sesame@a/v1", "https://a/v1?key=sesame", "https://a/v1#sesame")
         ),

@@ -67,7 +67,7 @@ def test_a_server_that_goes_away_stops_the_run_and_what_was_answered_stays(tmp_p
         line = refusal(url, tmp_path / "j", many, concurrency=3, retries=2)
         assert line == (
             f"--judge-url: the server at {url}: a broken connection (Server disconnected without sending a response.), 5 "
-            "requests in a row; is it running? What was answered is kept; run again to go on"
+            "requests in a row; is it running? What was answered is kept; run again to continue"
         )
         assert len(journal_keys(tmp_path / "j")) == 12
         assert proxy.got <= 12 + (5 + 2) * 3

@@ -106,7 +106,7 @@ def test_a_cosmetic_change_keeps_shards_and_checkpoints(
     assert resumed == [4]
     assert {path: path.stat().st_ino for path in (work / SHARDS).glob("shard-*.arrow")} == kept
     assert weights(work) == weights(single / "work")
-    assert [line for line in heard if "doing it again" in line or "gone on from" in line] == []
+    assert [line for line in heard if "doing it again" in line or "continued from" in line] == []
     losses = [json.loads(line)["step"] for line in (work / "fuse/mistral/losses.jsonl").read_text().splitlines()]
     assert losses == [1, 2, 3, 4, 6], "what was logged before the stop; then every third step, and where is saved"
 
@@ -123,7 +123,7 @@ def test_a_change_that_counts_begins_anew_and_says_what_goes(
     heard.clear()
     run(changed, work, until="fuse")
     [line] = [line for line in heard if "doing it again" in line]
-    assert line.startswith(f"fuse mistral cannot be gone on from ({why}): doing it again; removed: checkpoints (")
+    assert line.startswith(f"fuse mistral cannot be continued ({why}): doing it again; removed: checkpoints (")
     assert line.endswith(" s)")
     made = weights(work)
     run(load_recipe(file, changes), runs.cut(work, "align"), until="fuse")
@@ -186,7 +186,7 @@ def test_a_finished_run_of_an_older_version_stays_finished(
 def test_a_merge_that_was_killed_does_not_mix_targets(
     single: Path, work: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
-    """A target that was trained anew meanwhile came out with other bits, by one fingerprint."""
+    """A target that was trained again meanwhile came out with other bits, by one fingerprint."""
     recipe = load_recipe(single / "recipe.yaml")
     shutil.rmtree(work / "merge")
     monkeypatch.setattr(command, "open_job", partial(command.open_job, shard_bytes=12_000))
@@ -210,9 +210,7 @@ def test_a_merge_that_was_killed_does_not_mix_targets(
     assert states(recipe, work)["merge"] == ("absent", why)
     heard.clear()
     run(recipe, work, until="merge")
-    assert any(
-        line.startswith(f"merge cannot be gone on from ({why}): doing it again; removed: model.") for line in heard
-    )
+    assert any(line.startswith(f"merge cannot be continued ({why}): doing it again; removed: model.") for line in heard)
     after = weights(work / "merge")
     assert len(after) > 4
     shutil.rmtree(work / "merge")

@@ -63,7 +63,7 @@ def test_more_than_the_recipe_allows_ends_the_run_with_the_reason_and_what_to_se
     [line] = complaints("run", file, "--workdir", tmp_path / "work", "--until", "align")
     assert line.startswith(
         "mistral: 9 of the 10 conversations of data are left out, 90%, more than data.max_rejected allows (0.1): "
-        f"{WHY} (9 of them); data.join_turns: true joins such turns; a larger data.max_rejected goes on"
+        f"{WHY} (9 of them); data.join_turns: true joins such turns; a larger data.max_rejected continues"
     )
     assert not (tmp_path / "work" / "capture").exists(), "it stops before any model runs"
     planned = runs.here("plan", file, "--workdir", tmp_path / "plan", "--device", "cpu").stderr.splitlines()

@@ -14,7 +14,7 @@ from fusechat.fuse.loss import row_losses
 
 
 class Allocations(TorchDispatchMode):
-    """Elements of every storage that operations make anew, and the dtype in which each was made."""
+    """Elements of every storage that operations make again, and the dtype in which each was made."""
 
     def __init__(self, *known: torch.Tensor) -> None:
         super().__init__()

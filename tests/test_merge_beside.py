@@ -1,4 +1,4 @@
-"""Files beside the weights: the same from the hub as from a directory, and none that is not read; models that are adapters."""
+"""Files next to the weights: the same from the hub as from a directory, and none that is not read; models that are adapters."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from fusechat.models.companion_files import beside, to_fetch, weight_files
 
 HALF = {"weight": 0.5}
 AUTO_MAP = {"AutoConfig": "configuration_own.Own", "AutoModelForCausalLM": "modeling_own.Own"}
-COPIED = {  # beside weights and config.json
+COPIED = {  # next to weights and config.json
     *(
         "LICENSE.md",
         "license.txt",
@@ -119,7 +119,7 @@ def test_weights_of_further_modules_are_copied_and_named(
 
 
 def test_adapters_are_called_so(pair: list[Path], tmp_path: Path) -> None:
-    """Alone, with a configuration, and beside the model that they are for, where it is the model that is meant."""
+    """Alone, with a configuration, and next to the model that they are for, where it is the model that is meant."""
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/base"}))

@@ -124,7 +124,7 @@ def test_names_that_differ_by_a_prefix_are_one_line(models: dict[str, Path], tok
         [line] = refused([base, one], tmp_path / "out")
         assert line == (
             "prefixed: calls transformer.h.0.attn.c_attn.bias what short calls h.0.attn.c_attn.bias, "
-            f"and so {len(long) - 1} more; save one of them anew as the other is"
+            f"and so {len(long) - 1} more; save one of them again as the other is"
         )
 
 
@@ -184,7 +184,7 @@ def test_buffers_that_the_class_does_not_read_are_left_out(pair: list[Path], tmp
 
 
 def test_buffers_of_files_without_the_models_prefix(tokenizers: Any, tmp_path: Path, heard: list[str]) -> None:
-    """As the hub's own gpt2 is stored: without `transformer.`, its causal masks beside the weights."""
+    """As the hub's own gpt2 is stored: without `transformer.`, its causal masks next to the weights."""
     gpt2(tokenizers["llama"]).save_pretrained(tmp_path / "long")
     short = {
         name.removeprefix("transformer."): tensor for name, tensor in read(tmp_path / "long").items() if name != HEAD

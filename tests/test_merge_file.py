@@ -75,7 +75,7 @@ def test_fusechats_own_configurations(tmp_path: Path, text: str, values: dict[st
     ("Qwen/Qwen2.5-32B-Coder", ["Qwen/Qwen2.5-32B-Coder-Instruct", "DeepSeek-R1-Distill-Qwen-32B"]),
 ])  # fmt: skip
 def test_fuseo1s_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: str, targets: list[str]) -> None:
-    """Two of them name a directory beside the file."""
+    """Two of them name a directory next to the file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "DeepSeek-R1-Distill-Qwen-32B").mkdir()
     models = "\n".join(f"  - model: {name}" for name in (base, *targets))

@@ -23,7 +23,7 @@ def pair(models: dict[str, Path], tmp_path: Path) -> list[Path]:
 
 @pytest.fixture
 def said(pair: list[Path], tmp_path: Path, caplog: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Merges, and returns what is said beside progress; paths without the directory that all is in."""
+    """Merges, and returns what is said next to progress; paths without the directory that all is in."""
     monkeypatch.setattr(logging.getLogger("fusechat"), "propagate", True)
 
     def run(name: str) -> list[str]:

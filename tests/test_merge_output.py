@@ -1,4 +1,4 @@
-"""What a merged directory holds beside its values: files, configuration, card, shards; what is said on the way."""
+"""What a merged directory holds next to its values: files, configuration, card, shards; what is said on the way."""
 
 import datetime
 import json
@@ -103,7 +103,7 @@ def test_files_of_the_base_are_copied_byte_for_byte(pair: list[Path], tmp_path: 
         *MORE,
         *own,
     }
-    assert {path.name for path in tmp_path.iterdir()} == {"base", "one", "out"}, "nothing beside it"
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "one", "out"}, "nothing next to it"
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])

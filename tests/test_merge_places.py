@@ -27,7 +27,7 @@ Config = dict[str, Any]
 
 @pytest.fixture
 def config(models: dict[str, Path], tmp_path: Path) -> Config:
-    """Of a model with all that there may be in a directory, beside the tests' places."""
+    """Of a model with all that there may be in a directory, next to the tests' places."""
     base = write(tmp_path / "models" / "base", read(models["llama"]), models["llama"])
     return configuration("sce", [base, relative(base, tmp_path / "models" / "one", 1)], {"select_topk": 0.5})
 
@@ -125,7 +125,9 @@ def test_places_that_are_made_or_empty_or_links(
         assert {n: d for n, d in found.items() if n != "README.md"} == {
             n: d for n, d in expected.items() if n != "README.md"
         }
-        assert [path.name for path in (tmp_path / place).parent.iterdir()] == [Path(place).name], "nothing is beside it"
+        assert [path.name for path in (tmp_path / place).parent.iterdir()] == [Path(place).name], (
+            "nothing is next to it"
+        )
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "dangling").is_symlink()
 
@@ -210,7 +212,7 @@ def test_a_limit_on_the_size_of_files(config: Config, tmp_path: Path) -> None:
 def test_a_merge_that_ends_with_an_error_says_what_it_left(
     config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Finished shards, by number and size, or nothing; the same command goes on from them."""
+    """Finished shards, by number and size, or nothing; the same command continues from them."""
     monkeypatch.setattr(logging.getLogger("fusechat"), "propagate", True)
     norm = "model.norm.weight"  # in the last shard
     one = Path(config["models"][0]["model"])
@@ -221,19 +223,19 @@ def test_a_merge_that_ends_with_an_error_says_what_it_left(
         merge(narrow, out, shard_bytes=SHARD)
     files = list(hidden.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    what = f"has {len(files)} finished files of {len(files) + 1} ({size / 1e9:.2f} GB), from which the same command goes on"
+    what = f"has {len(files)} finished files of {len(files) + 1} ({size / 1e9:.2f} GB), from which the same command continues"
     assert len(files) >= 3
     assert caplog.messages[-1] == f"{hidden}: {what}; delete it if none shall"
     shutil.rmtree(hidden)
     caplog.clear()
     with pytest.raises(FuseChatError, match=f"{norm}: 32 merged values"):
         merge(narrow, out)
-    assert not hidden.exists(), "of one file nothing is left to go on from"
+    assert not hidden.exists(), "of one file nothing is left to continue from"
     assert not [line for line in caplog.messages if "finished" in line]
 
 
 def test_errors_that_are_no_ones_fault_are_not_hidden(config: Config, tmp_path: Path) -> None:
-    """A user of Python sees FuseChatError for what can be mended, and all else as it is."""
+    """A user of Python sees FuseChatError for what can be mended, and everything else as it is."""
     assert issubclass(StorageError, FuseChatError)
     assert issubclass(WorkdirError, FuseChatError)
     with pytest.raises(TypeError):

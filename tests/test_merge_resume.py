@@ -260,7 +260,7 @@ def test_two_processes_started_together(config: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_ctrl_c(config: Config, tmp_path: Path, threads: int) -> None:
-    """Nothing looks whole, and the same command goes on; status 130."""
+    """Nothing looks whole, and the same command continues; status 130."""
     file, out, said = tmp_path / "merge.yaml", tmp_path / "work" / "out", tmp_path / "said"
     file.write_text(yaml.safe_dump(config, sort_keys=False))
     count = operations(config, tmp_path / "reference")
@@ -272,10 +272,10 @@ def test_ctrl_c(config: Config, tmp_path: Path, threads: int) -> None:
         sys.stderr = said.open("w", buffering=1)
         cli.main()
 
-    for _ in range(3):  # each goes on where the one before it was interrupted
+    for _ in range(3):  # each continues where the one before it was interrupted
         pid = in_child(command, tmp_path / "work", count // 4, signal.SIGINT)
         assert ended(pid) == 130
-        assert said.read_text().splitlines()[-1] == f"{PREFIX}interrupted; run the same command again to go on"
+        assert said.read_text().splitlines()[-1] == f"{PREFIX}interrupted; run the same command again to continue"
         assert not out.exists()
         assert not list((tmp_path / "work").rglob("*.partial"))
         assert [path.name for path in (tmp_path / "work").iterdir()] == [".out.merging"]

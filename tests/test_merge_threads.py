@@ -136,7 +136,7 @@ def comes_out_once(workers: Workers, kind: type[BaseException]) -> None:
     assert sorted([*ended, 20]) == sorted(begun), "what was begun has ended"
     assert len(begun) < 100, "the rest is not begun"
     time.sleep(0.03)
-    assert sorted([*ended, 20]) == sorted(begun), "no thread goes on"
+    assert sorted([*ended, 20]) == sorted(begun), "no thread continues"
     assert workers.run(lambda number, _: number, 20, lambda: None)[0] == list(range(20))
 
 

@@ -153,7 +153,7 @@ def test_one_tensor_gets_one_value_whatever_its_names(tmp_path: Path) -> None:
 
 
 def test_copies_of_a_type_that_is_not_merged_are_named(tmp_path: Path) -> None:
-    """A tied embedding beside its copy, both in float64, which are compared before anything is merged."""
+    """A tied embedding next to its copy, both in float64, which are compared before anything is merged."""
     one = saved(qwen2, tmp_path / "one", 1)
     wide = {name: tensor.double() for name, tensor in read(one).items()}
     base = write(tmp_path / "base", wide | {HEAD: wide[EMBEDDING].clone()}, one)

@@ -141,7 +141,7 @@ def test_the_order_of_candidates_does_not_matter(
 def test_one_hot_weights_give_that_candidate_bit_for_bit(
     given_: tuple[list[list[dict[int, float]]], np.ndarray], data: st.DataObject
 ) -> None:
-    """Also where rows of other candidates beside it are averaged."""
+    """Also where rows of other candidates next to it are averaged."""
     rows, share = given_
     n = share.shape[1]
     candidates = [sparse(each, kind=np.float16) for each in rows]

@@ -83,7 +83,7 @@ def test_no_answer_no_judgement(tmp_path: Path, data: MtBench) -> None:
     assert (scores["all", "score"].missing, scores["turn 1", "score"].missing) == (3, 1)
     assert scores["all", "score"].estimate.value == 10  # never counted as 0
     assert scores["reasoning", "score"].estimate.value is None
-    assert scores["reasoning", "score"].why == "no judgement could be had"
+    assert scores["reasoning", "score"].why == "no judgement could be obtained"
     assert scores["reasoning", "score"].items == {}
     assert scores["extraction", "score"].items == {"86": (10, 1)}
     why = {(line["question"], line["turn"]): line["why"] for line in lines(tmp_path) if line["score"] is None}

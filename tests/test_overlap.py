@@ -302,7 +302,9 @@ def test_it_is_told_before_any_capture(recipe: Path, heard: list[str]) -> None:
 
 def test_it_stops_where_the_recipe_says_so(recipe: Path) -> None:
     work = recipe.parent / "work"
-    with pytest.raises(DataError, match=r"^3 of 5 conversations of data-held-out .*; data\.on_overlap: warn goes on$"):
+    with pytest.raises(
+        DataError, match=r"^3 of 5 conversations of data-held-out .*; data\.on_overlap: warn continues$"
+    ):
         run(load_recipe(recipe, ["data.on_overlap=stop"]), work, until="capture")
     assert not (work / "capture").exists()
     assert len((work / "prepare" / "overlap" / "overlap.jsonl").read_text().splitlines()) == 3

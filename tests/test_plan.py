@@ -1,4 +1,4 @@
-"""`fusechat plan`: beside a run of the same recipe, on its own, and where something is wrong."""
+"""`fusechat plan`: next to a run of the same recipe, on its own, and where something is wrong."""
 
 import json
 import re

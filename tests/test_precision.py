@@ -74,7 +74,7 @@ def test_this_cpu_has_it_if_the_kernel_says_so() -> None:
 
 def test_a_device_that_is_not_here_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str | None) -> Any:
-        raise ModelError(f"device: {name!r} is not to be had")
+        raise ModelError(f"device: {name!r} is unavailable")
 
     monkeypatch.setattr(core_models, "computes_bfloat16", lambda device: False)
     assert core_models.fast_dtype("cpu") == "float32"

@@ -256,7 +256,7 @@ def test_mistakes_name_the_key(place: Path, page: SimpleNamespace, tmp_path: Pat
         (lambda: names.plan_recipe(recipe, conversations=0), names.RecipeError, "conversations: should be 1 or more"),
         (lambda: names.plan_recipe({}), names.RecipeError, "recipe: name: is missing"),
         (lambda: page.names["run"].load(dtype="float64"), names.RecipeError, "dtype: should be one of float32, "),
-        (lambda: page.names["run"].load(device="gpu"), names.ModelError, "device: 'gpu' is not to be had"),
+        (lambda: page.names["run"].load(device="gpu"), names.ModelError, "device: 'gpu' is unavailable"),
         (lambda: names.merge_models("no.yaml", out), names.RecipeError, "no.yaml: no such file"),
         (lambda: names.merge_models(3, out), names.RecipeError, "config: should be a path, not int"),  # type: ignore[arg-type]
         (lambda: names.merge_models({}, out), names.RecipeError, "merge: merge_method: is missing"),

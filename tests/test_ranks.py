@@ -43,7 +43,7 @@ try:
     ranks.from_first(refuse)
 except FuseChatError as error:
     found["error"] = [type(error).__name__, list(error.messages), str(error), error.reported]
-found["after"] = ranks.from_first(lambda: "goes on")
+found["after"] = ranks.from_first(lambda: "continues")
 
 os.environ["LOCAL_RANK"] = "01"[rank == 1]  # as if the last one were on a machine of its own
 found["prepared"] = []
@@ -81,7 +81,7 @@ from fusechat.run import ranks
 def fail():
     raise RuntimeError("a defect")
 ranks.from_first(fail)
-print("went on", flush=True)
+print("continued", flush=True)
 """
 
 
@@ -135,7 +135,7 @@ def test_what_each_says_all_have_in_the_order_of_ranks(found: list[dict[str, Any
 def test_an_error_of_the_first_is_raised_by_all_and_told_by_it_alone(found: list[dict[str, Any]]) -> None:
     assert [one["error"][:2] for one in found] == [["DataError", list(ERROR)]] * RANKS
     assert [one["error"][3] for one in found] == [False, True, True]
-    assert [one["after"] for one in found] == ["goes on"] * RANKS
+    assert [one["after"] for one in found] == ["continues"] * RANKS
 
 
 def test_an_error_reads_the_same_on_every_rank(found: list[dict[str, Any]]) -> None:
@@ -167,7 +167,7 @@ def test_a_defect_on_the_first_ends_all(tmp_path: Path) -> None:
     ended = launch(script)
     assert ended.returncode != 0
     assert "RuntimeError: a defect" in ended.stderr
-    assert "went on" not in ended.stdout
+    assert "continued" not in ended.stdout
 
 
 # -- one process --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "its keys under messages": {"messages": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]},
     "roles under conversations": {"conversations": [ASKED, ANSWERED]},
     "conversation": {"conversation": [ASKED, ANSWERED]},
-    "an empty list beside": {"messages": [], "conversations": [{"from": "human", "value": "Hi"}, ANSWERED]},
+    "an empty list next to": {"messages": [], "conversations": [{"from": "human", "value": "Hi"}, ANSWERED]},
     "both the same": {"messages": [ASKED, ANSWERED], "conversations": [ASKED, ANSWERED]},
     "prompt and completion": {"prompt": [ASKED], "completion": [ANSWERED]},
     "as texts": {"prompt": "Hi", "completion": "Hello!"},

@@ -1,4 +1,4 @@
-"""Fine-tuning that was stopped at any step goes on to the same weights and the same log, bit for bit."""
+"""Fine-tuning that was stopped at any step continues to the same weights and the same log, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def test_an_older_checkpoint_goes_only_when_the_new_one_is_complete(
 def test_resumed_from_another_directory_or_after_a_move(
     models: dict[str, Path], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str
 ) -> None:
-    """Where the best checkpoint lies is written as a path: it is found beside the others, wherever these are and whoever looks."""
+    """Where the best checkpoint lies is written as a path: it is found next to the others, wherever these are and whoever looks."""
     data = fusion_data(work, "mistral")
     held_out = {"data": Validation(PreparedSet(work / "prepare" / "pivot" / "data-held-out"))}
 

@@ -1,4 +1,4 @@
-"""What a run goes on from after a kill: every alteration of it is found, and nothing else is taken for one."""
+"""What a run continues from after a kill: every alteration of it is found, and nothing else is taken for one."""
 
 import os
 import time
@@ -39,7 +39,7 @@ def test_something_else_is_no_sealed_value(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sealed(tmp_path: Path) -> Path:
-    """A directory of two files beside a third, all sealed, in which time has passed since."""
+    """A directory of two files next to a third, all sealed, in which time has passed since."""
     (tmp_path / "model" / "deep").mkdir(parents=True)
     (tmp_path / "model" / "deep" / "weights").write_text("0.25")
     (tmp_path / "model" / "config").write_text("{}")

@@ -80,7 +80,7 @@ def test_of_one_text_every_token_with_width_starts_with_a_source_token_or_inside
 
 
 def test_what_contains_by_hand() -> None:
-    """A token that starts with a source token is inside none, though another goes on: character offsets may overlap."""
+    """A token that starts with a source token is inside none, though another continues: character offsets may overlap."""
     assert containing(array([(2, 3), (3, 4)]), array([(0, 4), (2, 4)])).tolist() == [-1, 1]
     assert containing(array([]), array([(0, 3)])).tolist() == []
     assert containing(array([(1, 2)]), array([])).tolist() == [-1]

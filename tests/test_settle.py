@@ -128,7 +128,7 @@ def test_a_second_process_and_a_machine_without_a_network(models: dict[str, Path
         assert ended.returncode == 0, ended.stderr
         assert "0 steps done now" in ended.stderr
         assert (
-            f"org/name: the hub has a newer commit than the one that this work directory goes on with ({OLD})"
+            f"org/name: the hub has a newer commit than the one that this work directory continues with ({OLD})"
             in ended.stderr
         )
     told = runs.fusechat("status", work, "--json", HF_HOME=str(home), HF_HUB_OFFLINE="1")
@@ -175,7 +175,7 @@ def test_a_commit_of_what_is_not_the_hubs_is_refused(models: dict[str, Path], tm
 def test_what_auto_is_is_settled_once(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heard: list[str]
 ) -> None:
-    """A run that begins where bfloat16 is fast goes on in it where it is not, and says so."""
+    """A run that begins where bfloat16 is fast continues in it where it is not, and says so."""
     recipe, work = runs.write_recipe(tmp_path, models, capture={"dtype": "auto", "top_k": 4}), tmp_path / "work"
     monkeypatch.setattr(core_models, "fast_dtype", lambda device: "bfloat16")
     run(load_recipe(recipe), work, until="capture")

@@ -126,7 +126,7 @@ def test_what_a_run_with_other_settings_left_is_cleared(tmp_path: Path) -> None:
 
 
 def test_parts_survive_while_what_they_rest_on_is_the_same(tmp_path: Path) -> None:
-    """`a.json` rests on the step above that is called a, `b.json` on b; a third comes, then one of them comes out different."""
+    """`a.json` depends on the step above that is called a, `b.json` on b; a third comes, then one of them comes out different."""
 
     def work(directory: Path) -> dict[str, Any]:
         made = [name for name in "abc" if not (directory / f"{name}.json").is_file()]
@@ -301,7 +301,7 @@ def test_contents_that_came_out_different_are_passed_on(tmp_path: Path) -> None:
     assert lower.state()[0] == "done", "the same bytes again change nothing"
 
 
-# -- going on -----------------------------------------------------------------------------------------------------------
+# -- continuing -----------------------------------------------------------------------------------------------------------
 
 
 def heard(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -318,7 +318,7 @@ def telling(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_step_done_anew_with_the_same_files_makes_nothing_after_it_stale(tmp_path: Path) -> None:
-    """Another setting, or format, of the first; while it is not done anew, nobody knows."""
+    """Another setting, or format, of the first; while it is not done again, nobody knows."""
     calls: list[str] = []
 
     def noted(directory: Path) -> dict[str, Any]:
@@ -405,7 +405,7 @@ def test_what_was_begun_from_other_contents_is_not_gone_on_from(
     assert read() == ["second", "second"]
     [line] = heard(telling)
     assert re.sub(r"[\d.]+ s", "0 s", line) == (
-        f"capture pivot cannot be gone on from (begun, not finished; since then {why}): doing it again"
+        f"capture pivot cannot be continued (begun, not finished; since then {why}): doing it again"
         "; removed: shard-0 (5 bytes, of 0 s)"
     )
     again()
@@ -456,5 +456,5 @@ def test_what_is_done_again_is_told_with_how_long_it_took(tmp_path: Path, tellin
     step(directory, {"k": 2}).run()
     [line] = heard(telling)
     assert line.startswith(
-        "capture pivot cannot be gone on from (its manifest is damaged): doing it again; removed: out.txt"
+        "capture pivot cannot be continued (its manifest is damaged): doing it again; removed: out.txt"
     )

@@ -56,7 +56,7 @@ def chat_model(name: str) -> ChatTemplate:
 
 
 def distributions(rows: Prepared, side: Side, seed: int) -> SparseDistribution:
-    """Plausible next-token distributions: the gold token is mostly among them, beside tokens that begin alike, tokens that stand
+    """Plausible next-token distributions: the gold token is mostly among them, next to tokens that begin alike, tokens that stand
     elsewhere, now and then a special one and one that only the model has."""
     chance = np.random.default_rng(seed)
     gold = rows.gold.tolist()

@@ -148,7 +148,7 @@ def labels(found: list[Step], *stages: str) -> set[str]:
 
 
 def only(found: list[Step], name: str) -> set[str]:
-    """The steps of a branch beside the search for evaluation texts, which every run has."""
+    """The steps of a branch next to the search for evaluation texts, which every run has."""
     return labels(select_steps(found, only=name)) - {OVERLAP}
 
 

@@ -1,4 +1,4 @@
-"""Memory that a step takes: measured for each step anew, and left out where it cannot be known."""
+"""Memory that a step takes: measured for each step again, and left out where it cannot be known."""
 
 from pathlib import Path
 from typing import Any

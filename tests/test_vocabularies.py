@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 import cut_vocabularies
 import texts
 
-WHOLE = Path(__file__).parents[2] / "shared" / "tokenizers"  # beside some checkouts
+WHOLE = Path(__file__).parents[2] / "shared" / "tokenizers"  # next to some checkouts
 
 
 def test_what_was_cut_still_holds_every_text() -> None:

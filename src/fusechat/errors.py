@@ -5,7 +5,7 @@ FuseChatError
 ├── DataError       a file of conversations
 ├── ModelError      a model reference, its weights, tokenizer or chat template
 ├── WorkdirError    a work directory: of another recipe, in use, damaged
-├── TrainingError   fine-tuning that cannot go on (a loss that is not finite)
+├── TrainingError   fine-tuning that cannot continue (a loss that is not finite)
 └── StorageError    no space left, no permission, a file that cannot be written, or read
 
 Everything else that escapes is a defect of FuseChat, and ends it with status 1 and a traceback.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 
 class FuseChatError(Exception):
-    """What the user can mend; `messages` holds one line for each thing that is wrong."""
+    """What the user can correct; `messages` holds one line for each thing that is wrong."""
 
     reported = False  # another process of the launch reports it
 

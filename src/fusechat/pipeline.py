@@ -2,7 +2,7 @@
 
     conversations ─► prepare ─► capture ─► align ─► fuse ─► merge ─► evaluate ─► report
 
-A step knows its upstream steps, so that its fingerprint changes when anything that it rests on does; see `run/steps.py`.
+A step knows its upstream steps, so that its fingerprint changes when anything that it depends on does; see `run/steps.py`.
 """
 
 from collections import Counter

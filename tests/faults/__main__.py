@@ -91,7 +91,7 @@ def plan(place: Place, *, quick: bool) -> dict[str, Callable[[], None]]:
         "altered": every_alteration,
         "removed": every_removal,
         "disks": every_disk,
-        "beside": every_pair,
+        "next to": every_pair,
     }
 
 

@@ -9,8 +9,8 @@ from fusechat.recipe.schema import STAGES
 
 def two_at_once(place: Place, launch: str, number: int, *, kill: bool) -> None:
     """The one that is not killed goes through, and gives the weights of an undisturbed run."""
-    chance = place.chance("beside", launch, number)
-    workdir = place.scratch / f"beside-{LAUNCHES[launch]}-{number}"
+    chance = place.chance("next to", launch, number)
+    workdir = place.scratch / f"next to-{LAUNCHES[launch]}-{number}"
     both = [place.begin(workdir, launch) for _ in range(2)]
     whole = sum(place.references[launch].seconds.values())
     fault = Fault("two at once", launch, "", "both to the end")

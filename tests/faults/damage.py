@@ -109,7 +109,7 @@ def _one_by_one(
 
 
 def unfinished(place: Place, launch: str, stage: str, times: int) -> None:
-    """A run is killed in a stage; then a file that the next one may go on from is altered, or removed."""
+    """A run is killed in a stage; then a file that the next one may continue from is altered, or removed."""
     workdir = place.scratch / f"unfinished-{LAUNCHES[launch]}"
     last = place.references[launch].operations[0][stage]
     for number in range(times):

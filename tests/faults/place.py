@@ -28,7 +28,7 @@ MERGE = {"method": "sce", "select_topk": 0.5, "granularity": "layer"}
 
 @dataclass
 class Fault:
-    """Something that was done to a run, and what came of it. `others`: files beside the models that came out different."""
+    """Something that was done to a run, and what came of it. `others`: files next to the models that came out different."""
 
     kind: str
     launch: str

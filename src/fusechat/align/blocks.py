@@ -110,7 +110,7 @@ class Conversations:
 class Blocks:
     """The three passes over the conversations of a training set; a context manager, for the processes that it begins.
 
-    `processes`: how many at most; without a word as many as there are cores and enough to do for. `directory`: see `Processes`.
+    `processes`: how many at most: by default as many as there are cores and enough to do for. `directory`: see `Processes`.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ RARE_BOUNDARY = (
 
 def boundary_probability(source: Prepared, captured: SparseDistribution, spelling: Spelling) -> np.ndarray:
     """For every source row the share of its mass, one row before, on the very token that stands there, among that token and
-    the kept candidates that go on after its bytes: float64 [n]; 1 at the start of a response and at its end of turn."""
+    the kept candidates that continue after its bytes: float64 [n]; 1 at the start of a response and at its end of turn."""
     lengths = spelling.lengths
     known = np.minimum(source.gold, len(lengths) - 1)
     length = np.where(source.gold < len(lengths), lengths[known], 0)

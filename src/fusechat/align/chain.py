@@ -1,6 +1,6 @@
 """The gold token by the chain rule: what a source says about the text that is there, known exactly from its captured nll.
 
-Where a pivot token goes on to the end of several whole source tokens, the source's probability of them is the product over
+Where a pivot token continues to the end of several whole source tokens, the source's probability of them is the product over
 them: given the first, the others' product takes the place of what W says on average. And the source's own token is a
 candidate even where it is not among the kept ones. (A hindsight about the gold token alone: the maps are judged without it.)
 """

@@ -46,7 +46,7 @@ def _check_ids(ids: np.ndarray, size: int, where: str, what: str = "it holds") -
 
 def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool] | None:
     """The first byte of a response that a model has, the response from there on by its tokens' bytes, and whether that is all of
-    it: not where the last token goes on after the content, or the end was cut off. Without what is in the template's own words.
+    it: not where the last token continues after the content, or the end was cut off. Without what is in the template's own words.
     None where the tokens' bytes are not their spans (a tokenizer that
     changes the text, a dummy prefix), or where one is special."""
     mine = rows.response == response

@@ -49,7 +49,7 @@ class Ahead:
 def rows_ahead(
     alignment: Alignment, source: Prepared, is_open: np.ndarray, tokens: TokenBytes, *, inside: bool
 ) -> Ahead:
-    """Where a pivot token starts with an open source token, or (`inside`) inside any, and the same response goes on after it."""
+    """Where a pivot token starts with an open source token, or (`inside`) inside any, and the same response continues after it."""
     first = np.where(alignment.inside, alignment.inside_row, alignment.source_row)
     gold = source.gold[first]
     after = np.append(source.response[1:] == source.response[:-1], False)[first] & ~source.end_of_turn[first]

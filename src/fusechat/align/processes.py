@@ -29,7 +29,7 @@ def cores() -> int:
 
 class Processes:
     """`number` processes, begun when there is work for more than one of them; a context manager. What they are given lies in
-    files beside `directory`'s own, under temporary names."""
+    files next to `directory`'s own, under temporary names."""
 
     def __init__(self, number: int, directory: Path | None = None) -> None:
         self.number, self.directory = number, directory

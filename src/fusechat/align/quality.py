@@ -1,4 +1,4 @@
-"""How good an alignment is: transferred nll beside the source's own, and coverage. See docs/alignment.md.
+"""How good an alignment is: transferred nll compared with the source's own, and coverage. See docs/alignment.md.
 
 The gold pivot tokens' cross-entropy under the stored distributions, a token outside of them at p = 1e-4, is compared with the
 source's own nll on the same bytes. The text is cut where both models start a token; a *segment* between two cuts counts where

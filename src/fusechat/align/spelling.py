@@ -30,7 +30,7 @@ class Spelling:
         return cls(data, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def left_over(self, candidates: np.ndarray, tokens: np.ndarray, given: np.ndarray) -> np.ndarray:
-        """How many bytes a candidate goes on after the first `given` bytes of a token, -1 where it does not begin with them.
+        """How many bytes a candidate continues after the first `given` bytes of a token, -1 where it does not begin with them.
 
         `candidates` [n, k] token ids, -1 pads; `tokens`, `given` int64 [n]; returns int32 [n, k].
         """

@@ -1,7 +1,7 @@
 """capture/<model>/<data set>/: a store of distributions (`data/distributions.py`), a shard for every `shard_conversations` prepared
 conversations.
 
-A shard is written whole or not at all, and depends on its own conversations only, so that a killed run goes on with the
+A shard is written whole or not at all, and depends on its own conversations only, so that a killed run continues with the
 shards that are missing and gets the same bytes, and so do several processes that share the shards among them.
 """
 
@@ -61,7 +61,7 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes this process's shards, every so many-th, where they are missing or damaged; returns what is in all of them."""
+    """Makes this process's shards, every n-th, where they are missing or damaged; returns what is in all of them."""
     size = settings["shard_conversations"]
     every = [range(begin, min(begin + size, len(data))) for begin in range(0, len(data), size)]
     workers = _workers(chat_model, settings)

@@ -172,7 +172,7 @@ def _sum_of_exponentials(values, top):  # type: ignore[no-untyped-def]
         part = values[begin : begin + _RUN]
         subtotal = np.float32(0)
         for i in range(part.size):
-            power = max((part[i] - top) * _LOG2_E, np.float32(-126))  # 2^-126 is nothing beside 1
+            power = max((part[i] - top) * _LOG2_E, np.float32(-126))  # 2^-126 is nothing compared with 1
             whole = np.floor(power + np.float32(0.5))
             x = power - whole
             fraction = _C0 + x * (_C1 + x * (_C2 + x * (_C3 + x * (_C4 + x * (_C5 + x * (_C6 + x * _C7))))))

@@ -218,7 +218,7 @@ def merge(
     shard_size: Annotated[float, typer.Option(help="The largest file of the output, in GB.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
-    """Merge models in parameter space, going on where a killed merge stopped."""
+    """Merge models in parameter space, continuing where a killed merge stopped."""
     from fusechat.errors import RecipeError
     from fusechat.merge.standalone import run as run_merge
     from fusechat.merge.summary import print_summary
@@ -247,7 +247,7 @@ def _common(
 
 
 def main() -> Any:
-    """Runs the command line. Exit status 0 when done, 2 for what the user can mend, 1 for a defect of FuseChat."""
+    """Runs the command line. Exit status 0 when done, 2 for what the user can correct, 1 for a defect of FuseChat."""
     try:
         status = app(standalone_mode=False) or 0
         if status == INTERRUPTED:  # Typer keeps the exception to itself
@@ -258,7 +258,7 @@ def main() -> Any:
     except (KeyboardInterrupt, typer.Abort) as stopped:
         if isinstance(stopped, typer.Abort):
             print(file=sys.stderr)  # ends the line of the question
-        _fail("interrupted; run the same command again to go on", status=INTERRUPTED)
+        _fail("interrupted; run the same command again to continue", status=INTERRUPTED)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
@@ -267,7 +267,7 @@ def main() -> Any:
             _usage(error)
         storage = storage_error(error)
         if storage is None and ranks.peer_died(error):
-            _fail(f"process {ranks.rank()}: another process of this run has ended; run again to go on where it was")
+            _fail(f"process {ranks.rank()}: another process of this run has ended; run again to continue")
         if storage is None:
             raise
         _fail(storage)

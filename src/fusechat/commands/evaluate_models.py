@@ -69,7 +69,7 @@ class Evaluation:
         return next((subject.label for subject in self.subjects if name in (subject.name, subject.shown)), name)
 
     def answering(self, **how: Any) -> Answering:
-        """How its models are asked; their answers are kept beside the suite's other files."""
+        """How its models are asked; their answers are kept next to the suite's other files."""
         return Answering(self.directory, **how)
 
 
@@ -135,7 +135,7 @@ def _told(place: str) -> Iterator[None]:
 
 
 def resolved(dtype: str | None, device: str | None) -> dict[str, str]:
-    """The type of the weights and the device as they come to be without a word on them. Raises ModelError."""
+    """The type of the weights and the device as they come to be by default. Raises ModelError."""
     from fusechat.models.load import choose_device, default_dtype
 
     place = choose_device(device)

@@ -133,7 +133,7 @@ def run_recipe(
     """Runs the whole pipeline, or what is not done of it yet in `workdir` (default `runs/NAME`).
 
     `until`: stop after this stage (prepare, capture, align, fuse, merge, evaluate, report). `only`: this source's, or target's, own
-    branch, without the merge. `recipe` is what `load_recipe` gives or takes. Raises FuseChatError; called again, goes on.
+    branch, without the merge. `recipe` is what `load_recipe` gives or takes. Raises FuseChatError; called again, continues.
     """
     from fusechat.commands.run import run
     from fusechat.recipe.pinned import recipe_of
@@ -184,7 +184,7 @@ def merge_models(
     """Merges models in parameter space, as `fusechat merge` does, and writes a plain model directory to `out`.
 
     `config`: a file or mapping in mergekit's form. `allow_vocab_resize`: merge the rows that all vocabularies have. `threads`:
-    default all cores. `shard_size`: the largest file of the output, in GB. Killed and called again, it goes on. Returns what
+    default all cores. `shard_size`: the largest file of the output, in GB. Killed and called again, it continues. Returns what
     `merge_report.json` says. Raises FuseChatError.
     """
     from fusechat.merge.standalone import merge

@@ -24,7 +24,7 @@ LOCK, STARTING = ".lock", ".starting.lock"
 def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
     """Runs what is not done yet, and of stage `until` what was cleared away; returns how many steps there were to do.
 
-    Raises a FuseChatError for what a user can mend. Under `torchrun` every process calls it; see `run/ranks.py`.
+    Raises a FuseChatError for what a user can correct. Under `torchrun` every process calls it; see `run/ranks.py`.
     """
     recipe = ranks.from_first(partial(of_day, recipe, workdir))
     with shared_workdir(recipe, workdir, until=until, only=only) as recipe:

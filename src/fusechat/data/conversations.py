@@ -115,7 +115,7 @@ def _fetch_hub_data(reference: str, commit: str | None) -> Path:
     name, _, revision = reference.partition("@")
     try:
         return Path(snapshot_download(name, revision=commit or revision or None, repo_type="dataset"))
-    except Exception as error:  # the hub client raises many kinds; all mean that the data cannot be had
+    except Exception as error:  # the hub client raises many kinds; all mean that the data is unavailable
         raise DataError(
             f"{reference}: no such file, and no data set of that name could be fetched ({first_line(error)})"
         ) from error

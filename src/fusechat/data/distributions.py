@@ -20,7 +20,7 @@ Format 3. A store is a directory with `store.json` and Arrow IPC files ("file" f
 So a captured row takes 4·k + 8 or 6·k + 8 bytes, and a conversation about 70 more. Nothing is stored for prompts and padding.
 
 Format 2 is the same without `tail`, and is still read: a tail is what the rounded `logprobs` leave, 0 where that is below 1e-3,
-which rounding alone makes. A capture that was begun in it goes on in it.
+which rounding alone makes. A capture that was begun in it continues in it.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ class SparseDistribution:
 
     `ids` int32 [n, k], -1 pads; `logprobs` [n, k], natural log-probabilities over the full vocabulary, -inf where padded;
     `nll` float32 [n] of the gold tokens, or [0] where it is not known; `tail` [n], the probability of all tokens that were not
-    kept (without a word on it what `logprobs` leave).
+    kept (by default what `logprobs` leave).
     """
 
     ids: np.ndarray

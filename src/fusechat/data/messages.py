@@ -1,4 +1,4 @@
-"""What a conversation is: messages, what templates may be told beside them, and an id that tells its content."""
+"""What a conversation is: messages, what else templates may read, and an id that tells its content."""
 
 import hashlib
 import json
@@ -44,7 +44,7 @@ class Conversation:
 
     @property
     def id(self) -> str:
-        """Of plain messages a hash of roles and contents alone; else of all that is said beside them too."""
+        """Of plain messages a hash of roles and contents alone; else of all that is said in addition."""
         plain: Any = [[message.role, message.content] for message in self.messages]
         beside = self.tools, self.variables, self.unused
         if any(beside) or not all(message.is_plain for message in self.messages):

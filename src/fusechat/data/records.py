@@ -4,7 +4,7 @@
 {"prompt", "completion"}, texts or lists of messages; {"instruction", "input", "output", "history"}
 
 Beside them: `system` (or `system_prompt`), `tools`, `chat_template_kwargs`; of a message `weight` or `train`, `tool_calls`, and
-whatever else a template reads. What nothing reads is named, not dropped without a word.
+whatever else a template reads. What nothing reads is named, not dropped silently.
 """
 
 import hashlib

@@ -144,7 +144,7 @@ def _refusal(found: LeftOut, most: float) -> str:
     return (
         f"{found.model}: {counted.number} of the {counted.records} conversations of {found.data} are left out, "
         f"{found.share:.0%}, more than data.max_rejected allows ({most:g}): {reason} ({number} of them); "
-        f"{f'{say}; ' if say else ''}a larger data.max_rejected goes on without them; see {found.where}"
+        f"{f'{say}; ' if say else ''}a larger data.max_rejected continues without them; see {found.where}"
     )
 
 

@@ -38,7 +38,7 @@ def write_table(path: Path, schema: pa.Schema, records: Iterable[Mapping[str, An
 
 
 def _leave_out(column: str, path: Path) -> None:
-    """Writes a table anew, batch by batch, without a column."""
+    """Writes a table again, batch by batch, without a column."""
     with pa.memory_map(str(path)) as source, atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
         table = pa.ipc.open_file(source)
         kept = [name for name in table.schema.names if name != column]

@@ -45,7 +45,7 @@ def check_tasks(tasks: Sequence[str], include: Path | None) -> Any:
 
 
 def _refuse_broken(include: Path) -> None:
-    """The harness leaves out what is no YAML without a word."""
+    """The harness leaves out what is no YAML silently."""
     for file in sorted(include.rglob("*.yaml")):
         try:
             yaml.compose(file.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def run(
     seed: int,
 ) -> dict[str, list[Measurement]]:
     """Every task on every model, one model after the other; `directory`/<model>/samples.jsonl has a line for each sample, with what
-    the model answered. An interrupted run goes on at the model that it was at. Raises RecipeError where a task cannot be run, with
+    the model answered. An interrupted run continues with the same model. Raises RecipeError where a task cannot be run, with
     the harness's own words."""
     found = {}
     place = choose_device(device)

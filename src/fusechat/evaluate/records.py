@@ -6,7 +6,7 @@ Schema 2: `{"schema": 2, "scores": [record, …]}`, a record for each model, dat
 - `identity`: a fingerprint of the model's weights, tokenizer and template; of a server, the model's name there
 - `value`, `standard_error`: null where there is none, with `why`
 - `n`: judgements, responses or samples measured; `missing`: how many of them there are none of; `items`: how many were drawn
-  independently, which an interval rests on
+  independently, which an interval depends on
 - `higher_is_better`: null where neither
 - `compared_with`: the pivot's name, null where there is none, and its fingerprint `pivot_identity`
 - `difference_to_pivot`, `difference_standard_error`: over the `difference_n` items that both have
@@ -141,7 +141,7 @@ def _difference(one: Measurement, other: Measurement | None) -> Estimate:
 
 def keep(directory: Path, new: Sequence[Record]) -> None:
     """Puts a suite's records in `directory`/records.json. What is there of other models, data or metrics stays; but not where it
-    was measured with other settings, or compared with another pivot, than what stands beside it now."""
+    was measured with other settings, or compared with another pivot, than what stands next to it now."""
     file = directory / RECORDS
     before = {_key(record): record for record in read_records(file)}
     merged = before | {_key(record): record for record in new}
@@ -174,7 +174,7 @@ def read_records(file: Path) -> list[Record]:
     except ValueError:
         found = None
     if not isinstance(found, list) or any(not isinstance(one, dict) or not one.keys() >= _KEY for one in found):
-        raise WorkdirError(f"{file}: holds no results of an evaluation; remove it to begin anew")
+        raise WorkdirError(f"{file}: holds no results of an evaluation; remove it to start again")
     return found
 
 

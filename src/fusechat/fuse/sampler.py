@@ -25,7 +25,7 @@ def _seeded(sampler: Any, seed: int | None) -> Any:
 
 def _at(sampler: Any, epoch: int, seed: int | None) -> Any:
     """The sampler with the order of an epoch. That by lengths would draw it from where the random numbers happen to be, which in a
-    run that goes on within an epoch is not where they were when it began."""
+    run that continues within an epoch is not where they were when it began."""
     if isinstance(sampler, LengthGroupedSampler):
         sampler.generator = torch.Generator().manual_seed((seed or 0) + epoch)
     elif hasattr(sampler, "set_epoch"):
@@ -54,7 +54,7 @@ class FilledSampler(Sampler[int]):
     no whole multiple.
 
     Accelerate would fill up with conversations from the beginning of the epoch, which then counted twice; nor does it tell the
-    epoch to samplers of several processes that go on in the middle of one.
+    epoch to samplers of several processes that continue in the middle of one.
     """
 
     def __init__(self, sampler: Any, multiple: int, *, seed: int | None, epoch: Epoch, drop_last: bool = False) -> None:

@@ -70,7 +70,7 @@ def needs_pivot(recipe: Recipe, target: str) -> bool:
 
 
 def measures(recipe: Recipe) -> bool:
-    """Whether held-out conversations are measured while training goes on."""
+    """Whether held-out conversations are measured while training continues."""
     return recipe.fuse.training.get("eval_strategy", "no") not in ("no", False)
 
 
@@ -108,7 +108,7 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def check(recipe: Recipe, *, here: bool = True) -> None:
     """Lets Transformers and PEFT judge what the recipe gives them before any work. Raises RecipeError. `here`: whether the
-    fine-tuning is to be done by this process, and those beside it."""
+    fine-tuning is to be done by this process, and those next to it."""
     from fusechat.fuse.lora import lora_config
     from fusechat.fuse.training import check_packages, check_reporting, is_sharded_alone, training_arguments
     from fusechat.models.load import choose_device

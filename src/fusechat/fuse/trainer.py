@@ -232,7 +232,7 @@ def _shape(arguments: Any) -> dict[str, int]:
 
 
 def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:
-    """The last thing that is written of a checkpoint, once all else is on the disk."""
+    """The last thing that is written of a checkpoint, once everything else is on the disk."""
     files = _files(checkpoint)
     for file in files.values():
         flush(file)
@@ -249,13 +249,13 @@ def last_checkpoint(directory: Path) -> Path | None:
             sound[_step(checkpoint)] = checkpoint
             continue
         if wrong:
-            log.warning("%s: %s: training goes on from before it", checkpoint, wrong)
+            log.warning("%s: %s: training continues from the checkpoint before it", checkpoint, wrong)
         shutil.rmtree(checkpoint)
     return sound[max(sound)] if sound else None
 
 
 def _wrong(checkpoint: Path, before: list[Path]) -> str | None:
-    """What is wrong with a checkpoint, nothing to be said of one that was never complete; None where it can be gone on from."""
+    """What is wrong with a checkpoint, nothing to be said of one that was never complete; None if it can be continued."""
     if not (checkpoint / COMPLETE).is_file():
         return ""
     complete = read_sealed(checkpoint / COMPLETE)
@@ -274,7 +274,7 @@ def _wrong(checkpoint: Path, before: list[Path]) -> str | None:
 
 
 def best_of(checkpoint: Path) -> Path | None:
-    """The best checkpoint so far, as this one has it: one beside it. Its path was written from where that training ran, so that
+    """The best checkpoint so far, as this one has it: one next to it. Its path was written from where that training ran, so that
     nothing but its name holds in another directory."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     best = state.get("best_model_checkpoint")

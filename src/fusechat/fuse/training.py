@@ -27,11 +27,11 @@ _REPORTERS = ("tensorboard", "wandb")  # packages that extras of the same names 
 
 
 class _Watch(TrainerCallback):
-    """Draws progress; logs before every save, so that a resumed log goes on exactly."""
+    """Draws progress; logs before every save, so that a resumed log continues exactly."""
 
     def __init__(self, advance: Advance) -> None:
         self.advance = advance
-        self.best: Path | None = None  # of a checkpoint that is gone on from
+        self.best: Path | None = None  # of the checkpoint that training continues from
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """What a checkpoint says of where it lay, and of when to log, save and evaluate, gives way to what holds now."""
@@ -183,9 +183,7 @@ def make_trainer(
     trainer.add_callback(_Watch(advance))
     trainer.add_callback(Checkpoints(limit))
     if arguments.fsdp and not trainer.is_fsdp_enabled:
-        log.warning(
-            "fuse: FSDP was asked for, and is not to be had on this device: every process holds the whole model"
-        )
+        log.warning("fuse: FSDP was asked for, and is unavailable on this device: every process holds the whole model")
     return trainer
 
 

@@ -1,4 +1,4 @@
-"""Held-out conversations measured while training goes on: loss and bits per byte, as in the final evaluation."""
+"""Held-out conversations measured while training continues: loss and bits per byte, as in the final evaluation."""
 
 import math
 from collections.abc import Mapping
@@ -41,7 +41,7 @@ def bits_per_byte(trainer: Any, sets: Mapping[str, Validation], prefix: str) -> 
     """`<prefix>_loss`, nats per response token (the end of turn too), and `<prefix>_bits_per_byte` (without it) over all sets;
     of several sets also `<prefix>_<set>_…`."""
     trainer.model.eval()
-    with torch.random.fork_rng(devices=[]):  # a data loader draws: training goes on as if nobody had measured
+    with torch.random.fork_rng(devices=[]):  # a data loader draws: training continues as if nobody had measured
         sums = {name: _sums(trainer, name, data) for name, data in sets.items()}
     found = _figures(prefix, np.sum(list(sums.values()), axis=0))
     if len(sums) > 1:

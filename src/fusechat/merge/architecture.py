@@ -30,7 +30,7 @@ class Architecture:
         return self.known_as(tensor) in self._state
 
     def has_part_of(self, tensor: str) -> bool:
-        """Whether the tensor stands within a module that the class has, and not beside all of them."""
+        """Whether the tensor stands within a module that the class has, and not outside all of them."""
         parts = self.known_as(tensor).split(".")
         within = [f"{'.'.join(parts[:cut])}." for cut in range(1, len(parts))]
         if self._changes[2]:  # files of the model without its head lack the prefix

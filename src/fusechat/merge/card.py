@@ -7,7 +7,7 @@ import jinja2
 
 
 def render_card(template: str, **values: Any) -> str:
-    """Markdown with the metadata header that the Hugging Face hub reads, from a template beside this file."""
+    """Markdown with the metadata header that the Hugging Face hub reads, from a template next to this file."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         keep_trailing_newline=True,

@@ -21,7 +21,7 @@ from fusechat.models.resolve import ADAPTER
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
 COMPARED = 1 << 24  # bytes of two tensors that are compared at once
-SPARE = 64  # files that may be open beside models: libraries', the output's
+SPARE = 64  # files that may be open in addition to models: libraries', the output's
 FLOATS = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
 BYTES = {
     **dict.fromkeys(("I64", "U64"), 8),
@@ -95,7 +95,7 @@ class Checkpoint:
         return read
 
     def read_ahead(self, name: str) -> None:
-        """Has the system read a tensor from the disk while other work goes on."""
+        """Has the system read a tensor from the disk while other work continues."""
         entry = self.entries[name]
         if hasattr(os, "posix_fadvise"):
             handle = self._handles[entry.file].fileno()
@@ -191,7 +191,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _without_index(directory: Path) -> list[str]:
-    """The file that Transformers reads, whatever stands beside it; else the shards, by their names; else all. Raises ModelError
+    """The file that Transformers reads, whatever stands next to it; else the shards, by their names; else all. Raises ModelError
     for shards of which one is not there."""
     if (directory / WHOLE).is_file():
         return [WHOLE]

@@ -95,7 +95,7 @@ def _merge_all(job: MergeJob, output: Path, workers: Workers, advance: Callable[
 
 
 def forget_parts(job: MergeJob, output: Path) -> None:
-    """Removes what only a merge that goes on would need; the last thing to do before the model is whole."""
+    """Removes what only a merge that continues would need; the last thing to do before the model is whole."""
     for file, _ in job.plan.shards(job.shard_bytes):
         _part(output, file).unlink(missing_ok=True)
     (output / SQUARES).unlink(missing_ok=True)
@@ -256,7 +256,7 @@ def _copy_bytes(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any
 
 
 def _pooled(job: MergeJob, output: Path, workers: Workers) -> dict[str, list[float]]:
-    """The coefficients of every tensor, from updates added up over its layer or the whole model. Kept for a merge that goes on."""
+    """The coefficients of every tensor, from updates summed over its layer or the whole model. Kept for a merge that continues."""
     method = load_method(job.method)
     file = output / SQUARES
     found = read_sealed(file)

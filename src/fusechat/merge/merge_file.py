@@ -229,7 +229,9 @@ def _check_targets(document: Document, module: Method, targets: list[Input]) -> 
     elif not targets:
         document.complain(("models",), "none is left to merge but the base model")
     elif module.TARGETS not in (None, len(targets)):
-        document.complain(("models",), f"{method} takes {module.TARGETS} beside the base model, not {len(targets)}")
+        document.complain(
+            ("models",), f"{method} takes {module.TARGETS} in addition to the base model, not {len(targets)}"
+        )
 
 
 def _check_required(

@@ -6,11 +6,21 @@ from dataclasses import dataclass
 from fusechat.merge.checkpoint import Checkpoint, Entry
 from fusechat.merge.values import stack_of
 
-QUANTISED = frozenset(  # what stands in the place of a weight, or beside it, as GPTQ, AWQ, bitsandbytes, FP8, … call it
-    (
-        *("qweight", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
-        *("weight_packed", "weight_scale", "weight_scale_inv", "weight_scales", "weight_zero_point", "W_q", "qscales"),
-        *("weight_shape", "input_scale", "weight_format"),
+QUANTISED = (
+    frozenset(  # what stands in the place of a weight, or next to it, as GPTQ, AWQ, bitsandbytes, FP8, … call it
+        (
+            *("qweight", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
+            *(
+                "weight_packed",
+                "weight_scale",
+                "weight_scale_inv",
+                "weight_scales",
+                "weight_zero_point",
+                "W_q",
+                "qscales",
+            ),
+            *("weight_shape", "input_scale", "weight_format"),
+        )
     )
 )
 _SHOWN = 3
@@ -79,7 +89,7 @@ def missing_lines(inputs: list[Checkpoint], missing: list[Missing]) -> list[str]
         if renamed:
             name, other = next(iter(renamed.items()))
             more = f", and so {len(renamed) - 1} more" if len(renamed) > 1 else ""
-            what = f"calls {name} what {inputs[0].label} calls {other}{more}; save one of them anew as the other is"
+            what = f"calls {name} what {inputs[0].label} calls {other}{more}; save one of them again as the other is"
             lines[f"{model.label}: {what}"] = None
             explained |= renamed.keys() | set(renamed.values())
     for one in missing:

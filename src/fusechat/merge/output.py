@@ -1,4 +1,4 @@
-"""What a merged model has beside its weights: the base's configuration, tokenizer, template and licence; a card of its own."""
+"""What a merged model has next to its weights: the base's configuration, tokenizer, template and licence; a card of its own."""
 
 import json
 from collections import Counter

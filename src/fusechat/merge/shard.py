@@ -51,7 +51,7 @@ class Shard:
         self._write(self._starts[piece.name] + start, data)
 
     def flush_behind(self, written: int) -> None:
-        """Told how much was written: every so often lets the disk catch up, beside the work. Raises what the disk said."""
+        """Told how much was written: every so often lets the disk catch up, next to the work. Raises what the disk said."""
         self._unflushed += written
         if self._unflushed >= FLUSH and (self._flushing is None or self._flushing.done()):
             self._settle()

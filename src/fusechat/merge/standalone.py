@@ -53,8 +53,8 @@ def merge(
 
     Arithmetic is float32 whatever the models' types; `dtype` is the output's. `allow_vocab_resize` merges the rows that all
     vocabularies have and keeps the base's others. `threads` defaults to all cores and changes no bit. Output is in shards of at
-    most `shard_bytes`. Killed and called again, it goes on at the shard it was at. Returns what `merge_report.json` says.
-    Raises FuseChatError for what the caller can mend.
+    most `shard_bytes`. Killed and called again, it continues with the same shard. Returns what `merge_report.json` says.
+    Raises FuseChatError for what the caller can correct.
     """
     file = Path(config) if isinstance(config, str) else config
     return run(file, Path(out), allow_vocab_resize=allow_vocab_resize, threads=threads, shard_bytes=shard_bytes).report
@@ -214,7 +214,7 @@ def _report(directory: Path, identity: str) -> dict[str, Any] | None:
 
 
 def _build(settings: MergeFile, job: MergeJob, building: Path, identity: str, threads: int | None) -> dict[str, Any]:
-    """Everything in the directory `building`, going on where a killed merge of the same identity stopped."""
+    """Everything in the directory `building`, continuing where a killed merge of the same identity stopped."""
     begun = building / BEGUN
     report = _report(building, identity)
     if report is not None:  # killed when all was done but tidying up
@@ -222,7 +222,7 @@ def _build(settings: MergeFile, job: MergeJob, building: Path, identity: str, th
     if building.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == identity):
         since = {"spent": 0, "began": begun.stat().st_mtime} if begun.is_file() else {}
         what = lost(sorted(building.iterdir()), seconds_spent(since, [building]))
-        log.info("%s: begun by another configuration, or with other models: merging anew, without %s", building, what)
+        log.info("%s: begun by another configuration, or with other models: merging again, without %s", building, what)
         shutil.rmtree(building)
     building.mkdir(parents=True, exist_ok=True)
     write_text(begun, identity)
@@ -244,14 +244,14 @@ def _build(settings: MergeFile, job: MergeJob, building: Path, identity: str, th
 
 
 def _tell_rest(job: MergeJob, building: Path) -> None:
-    """What a merge that ended with an error leaves: what a further one can go on from, or nothing."""
+    """What a merge that ended with an error leaves: what a further one can continue from, or nothing."""
     files = [part.with_name(part.name.removesuffix(PART)) for part in building.glob(f"*{PART}")]
     if not files and not (building / SQUARES).is_file():
         shutil.rmtree(building, ignore_errors=True)
         return
     size = sum(file.stat().st_size for file in files if file.is_file())
     shards = len(job.plan.shards(job.shard_bytes))
-    what = f"has {len(files)} finished files of {shards} ({size / 1e9:.2f} GB), from which the same command goes on"
+    what = f"has {len(files)} finished files of {shards} ({size / 1e9:.2f} GB), from which the same command continues"
     log.warning("%s: %s; delete it if none shall", building, what)
 
 

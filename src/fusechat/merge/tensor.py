@@ -126,7 +126,7 @@ class Workers:
                 for number in numbers:
                     results[number] = work(number, kept)
             except BaseException:
-                for _ in numbers:  # the others need not go on
+                for _ in numbers:  # the others need not continue
                     pass
                 raise
             return kept

@@ -33,7 +33,7 @@ class Ties:
 def find_ties(inputs: list[Checkpoint], donor: Checkpoint, names: list[str]) -> Ties:
     """What is tied is decided by the donor's class, for the output; by each input's, for itself. `names`: of all inputs' tensors.
 
-    Copies that a model stores beside their original are compared: those that differ are not tied, whatever the configuration
+    Copies that a model stores next to their original are compared: those that differ are not tied, whatever the configuration
     says, since that is how Transformers loads them."""
     left_out: set[str] = set()
     own: set[str] = set()

@@ -1,4 +1,4 @@
-"""What a model directory holds beside its weights, so that any program can chat with it."""
+"""What a model directory holds next to its weights, so that any program can chat with it."""
 
 import copy
 from pathlib import Path
@@ -42,7 +42,7 @@ def write_chat_files(chat_model: ChatModel, directory: Path, *, own_prompt: bool
 
 
 def _add_end(directory: Path, token: int) -> None:
-    """Has generation stop at a token, beside those at which it stops already."""
+    """Has generation stop at a token, in addition to those at which it stops already."""
     file = directory / "generation_config.json"
     if file.is_file():
         settings = read_json(file)

@@ -227,7 +227,7 @@ class Client:
         if self._in_a_row >= _IN_A_ROW:
             raise ModelError(
                 f"{self._who}: {fault.said}, {self._in_a_row} requests in a row; is it running? What was answered is kept; "
-                "run again to go on"
+                "run again to continue"
             )
 
     def _pause(self, fault: Fault, tried: int) -> float:
@@ -255,7 +255,7 @@ def model_key() -> str | None:
 def check_url(url: str, what: str, key_names: str) -> None:
     """Raises RecipeError, in which `what` is the option that gave the URL, for what is none or holds a key."""
     if not url.startswith(("http://", "https://")):
-        raise RecipeError(f"{what}: a URL that starts with http:// or https:// is wanted")
+        raise RecipeError(f"{what}: should be a URL that starts with http:// or https://")
     try:
         parts = urlsplit(url)
         host = parts.hostname and (parts.port or 1)
@@ -265,7 +265,7 @@ def check_url(url: str, what: str, key_names: str) -> None:
         raise RecipeError(f"{what}: this is no URL of a server")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise RecipeError(
-            f"{what}: a URL without user, password, ? and # is wanted; keys come from the environment: {key_names}"
+            f"{what}: should be a URL without user, password, ? and #; keys come from the environment: {key_names}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Files beside a model's weights: what a copy of the model needs, and so what is fetched of one on the hub. One list for both."""
+"""Files next to a model's weights: what a copy of the model needs, and so what is fetched of one on the hub. One list for both."""
 
 import json
 import re
@@ -36,7 +36,7 @@ _FURTHER = "additional_chat_templates"
 
 
 def beside(directory: Path) -> list[Path]:
-    """The files of a model directory that a copy of the model needs beside weights and config.json. Code, and files of any name
+    """The files of a model directory that a copy of the model needs next to weights and config.json. Code, and files of any name
     that the code names, are among them where a configuration has `auto_map`; nothing runs the code here."""
     names = {file.name for file in directory.iterdir() if file.is_file()}
     wanted = {name for name in names if _is_one(name, _PATTERNS)}

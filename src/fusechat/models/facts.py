@@ -83,7 +83,7 @@ def facts(directory: Path | None) -> Facts:
 
 def count_parameters(directory: Path, *, tied: bool) -> tuple[int | None, str]:
     """How many elements the safetensors files of a directory hold by their headers, and in which types. `tied`: an output layer
-    that is stored beside the embeddings is the same weights."""
+    that is stored next to the embeddings is the same weights."""
     shapes: dict[str, tuple[int, str]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         for name, entry in _header(file).items():

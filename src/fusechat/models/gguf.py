@@ -15,8 +15,8 @@ from fusechat.run.cache import cache_directory, known_digest, locked
 from fusechat.run.files import atomic_directory, write_json
 from fusechat.run.progress import in_bytes, log, progress
 
-ABOUT = "gguf.json"  # what the file says of itself, beside the converted model; conversions of older versions lack it
-_BASE = 1_000_000_000  # bytes of memory that a conversion takes beside the weights in float32 and the file
+ABOUT = "gguf.json"  # what the file says of itself, next to the converted model; conversions of older versions lack it
+_BASE = 1_000_000_000  # bytes of memory that a conversion takes in addition to the weights in float32 and the file
 _FORMAT = 1  # raised when the conversion changes what it writes
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fusechat.errors import FuseChatError
 
 NAMES = {
-    "transformers.Trainer._get_train_sampler": "the public get_train_dataloader would have to make the whole loader anew to "
+    "transformers.Trainer._get_train_sampler": "the public get_train_dataloader would have to make the whole loader again to "
     "change its order of conversations",
     "transformers.Trainer._get_eval_sampler": "the same of get_eval_dataloader: every process measures as many batches",
     "torch.ops.mkldnn._is_mkldnn_bf16_supported": "no public function says whether a CPU multiplies in bfloat16",

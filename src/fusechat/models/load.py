@@ -123,7 +123,7 @@ def load_model(
     trust_remote_code: bool = False,
 ) -> Any:
     """A causal language model in evaluation mode, weights in `dtype` on `device`, or spread by Accelerate as `device_map` says,
-    which may leave some in memory or on disk until they are needed; `offload`: a directory for those that must be written anew
+    which may leave some in memory or on disk until they are needed; `offload`: a directory for those that must be written again
     for that. Quantised ones are as they are stored. Neither these nor a model that is spread may be moved after."""
     quiet_transformers()
     from transformers import AutoModelForCausalLM
@@ -172,7 +172,7 @@ def choose_device(name: str | None) -> torch.device:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ModelError(f"device: {name!r} is not to be had ({str(error).splitlines()[0]})") from error
+            raise ModelError(f"device: {name!r} is unavailable ({str(error).splitlines()[0]})") from error
         return device
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 

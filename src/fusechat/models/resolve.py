@@ -76,7 +76,7 @@ def _find_fetched(reference: Reference) -> Path | None:
 
 def current_commit(kind: str, asked: str) -> str:
     """The commit that an id of the hub stands for today, with or without a revision. `kind`: `model` or `dataset`. Raises
-    ModelError or DataError for one that cannot be had."""
+    ModelError or DataError for one that is unavailable."""
     revision = asked.partition("@")[2]
     if re.fullmatch(COMMIT, revision):
         return revision
@@ -144,7 +144,7 @@ def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
         at = snapshot.name  # the same commit, should the branch move meanwhile
         wanted = [*to_fetch(files, snapshot), *(weight_files(files, snapshot) if weights else [])]
         return Path(snapshot_download(name, revision=at, allow_patterns=_exactly(wanted)))
-    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+    except Exception as error:  # the hub client raises many kinds; all mean that the model is unavailable
         reason = first_line(error)
         raise ModelError(f"{reference}: no such directory, and the hub gave no such model ({reason})") from error
 

@@ -30,7 +30,7 @@ def class_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any 
 
 
 def _state(directory: Path) -> tuple[Any, ...]:
-    """Size and times of the files, so that others at the same place are loaded anew."""
+    """Size and times of the files, so that others at the same place are loaded again."""
     return tuple((file.name, *seen(file).values()) for file in sorted(directory.glob("*")) if file.is_file())
 
 
@@ -66,7 +66,7 @@ def _loaded(directory: Path, trust_remote_code: bool, state: tuple[Any, ...]) ->
 
 
 def _has_code(directory: Path) -> bool:
-    """Whether the tokenizer's class is code beside the model."""
+    """Whether the tokenizer's class is code next to the model."""
     return "AutoTokenizer" in (read_json_of(directory / CONFIG).get("auto_map") or {})
 
 

@@ -22,11 +22,11 @@ from fusechat.run import ranks
 from fusechat.run.extras import import_extra
 from fusechat.run.progress import Advance
 
-# float32 logits that a step of the engine may hold: 512 MiB, beside what vLLM measures and takes for itself
+# float32 logits that a step of the engine may hold: 512 MiB, in addition to what vLLM measures and takes for itself
 _LOGITS = 1 << 27
 _TOKENS_AT_ONCE = 1 << 16  # given to the engine in one go: each of them comes back as k objects of Python
 _FAREWELL = 10.0  # seconds for the engine to end by itself
-# Run beside the engine: when this process is gone, however it ended (its end of the pipe closes), it ends the engine's.
+# Run next to the engine: when this process is gone, however it ended (its end of the pipe closes), it ends the engine's.
 _WATCH = """
 import os, signal, sys
 sys.stdin.read()

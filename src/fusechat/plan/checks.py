@@ -58,7 +58,7 @@ def of_conversations(who: str, data: str, counted: Counted, model: Model, settin
             advice(counted.rejected),
         )
         if share > settings.max_rejected:
-            more = f"{f'{say}; ' if say else ''}a larger data.max_rejected goes on without them"
+            more = f"{f'{say}; ' if say else ''}a larger data.max_rejected continues without them"
             problems.append(f"{line}: more than data.max_rejected allows ({settings.max_rejected:g}); {more}")
         else:
             notes.append(f"{line}; {say}" if say else line)

@@ -11,7 +11,7 @@ _CONTEXT = 1_000_000_000  # what CUDA takes for itself, and what its allocator l
 _TOKENIZER = 10  # times the size of its files that a tokenizer takes in memory
 _ID = 200  # bytes of a conversation's id and its place, in every store that is open
 _FLOATS = 1 << 28  # bytes of float32 logits at once: models/forward.py
-_WIDTHS = 1.3  # activations beside the outputs of linear layers
+_WIDTHS = 1.3  # activations in addition to the outputs of linear layers
 
 
 def preparing(tokenizer: int, conversations: float) -> float:

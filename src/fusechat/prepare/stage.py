@@ -155,7 +155,7 @@ def _overlap(
     write_text(directory / HITS, "".join(lines))
     said = found.sentences()
     if said and stop:
-        raise DataError(*(f"{line}: see {directory / HITS}; data.on_overlap: warn goes on" for line in said))
+        raise DataError(*(f"{line}: see {directory / HITS}; data.on_overlap: warn continues" for line in said))
     for line in said:
         log.warning("prepare %s: %s: see %s", OVERLAP, line, directory / HITS)
     if not said:

@@ -92,7 +92,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _leaves(changes: dict[str, Any], above: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """What is to be set, and where: mappings are gone into, all else is a value."""
+    """What is to be set, and where: mappings are gone into, everything else is a value."""
     for key, value in changes.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, (*above, key))

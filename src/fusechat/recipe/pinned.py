@@ -73,7 +73,7 @@ def recipe_of(workdir: Path) -> Recipe:
 
 
 def _asked(spec: Any) -> tuple[str | None, str]:
-    """`model` or `dataset`, and its id, of one of the hub's that names no commit; None for all else."""
+    """`model` or `dataset`, and its id, of one of the hub's that names no commit; None for everything else."""
     if isinstance(spec, ModelSpec) and spec.reference.is_hub and spec.commit is None:
         return "model", str(spec.model)
     if isinstance(spec, DataPath) and DataSet("", spec.path).is_hub and spec.commit is None:
@@ -141,7 +141,7 @@ def _tell_of_newer(kind: str, asked: str, commit: str) -> None:
     newest = newest_commit(kind, asked)
     if newest not in (None, commit):
         log.warning(
-            "%s: the hub has a newer commit than the one that this work directory goes on with (%s); to take it, give it "
+            "%s: the hub has a newer commit than the one that this work directory continues with (%s); to take it, give it "
             "commit: %s in the recipe",
             *(asked, commit, newest),
         )

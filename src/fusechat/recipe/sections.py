@@ -271,7 +271,7 @@ class Merge(Section):
     @model_validator(mode="before")
     @classmethod
     def _all_kept(cls, raw: Any) -> Any:
-        """Without a word on it, SCE keeps every position: docs/results.md."""
+        """By default, SCE keeps every position: docs/results.md."""
         if isinstance(raw, dict) and raw.get("method", "sce") == "sce" and raw.get("select_topk") is None:
             return {**raw, "select_topk": 1.0}
         return raw

@@ -40,7 +40,7 @@ POSITIVE = (
     "logging_steps",
     "save_steps",
 )
-_ALSO = {"fsdp": bool}  # what Transformers takes, and asks for, beside what it annotates
+_ALSO = {"fsdp": bool}  # what Transformers takes, and asks for, in addition to what it annotates
 _PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
 
 

@@ -1,7 +1,7 @@
 """What a run came to, in three answers: did it work, by how much, and what did the sources bring beyond plain fine-tuning.
 
 The fused model is compared with the pivot and with the target of plain fine-tuning on each data set, by the paired difference and
-its 95% interval. A metric that is better neither way is left out, and so are the parts of a suite that has a whole beside them.
+its 95% interval. A metric that is better neither way is left out, and so are the parts of a suite that has a whole as well.
 """
 
 import math
@@ -19,7 +19,7 @@ from fusechat.report.intervals import half_interval, is_better
 from fusechat.report.results import DECIMALS, TITLES, result_tables, terminal_tables, with_interval, words
 from fusechat.run.files import read_json
 
-_WHOLE = "all"  # of a suite, beside its turns and categories
+_WHOLE = "all"  # of a suite, in addition to its turns and categories
 _FEW = 4  # comparisons of a suite that are told one by one
 _SAME, _NO_INTERVAL, _NOT_MEASURED = "no measurable difference", "no interval", "not measured"
 _VERDICTS: dict[bool | None, str] = {True: "better", False: "worse", None: _SAME}
@@ -47,7 +47,7 @@ _SFT = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fused model's `value` beside another model's on one data set. `difference`: paired, None where there is none;
+    """The fused model's `value` next to another model's on one data set. `difference`: paired, None where there is none;
     `half`: half of its 95% interval, None without one; `why`: the reason where the fused model has no value."""
 
     suite: str

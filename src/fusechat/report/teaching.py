@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-_ASIDE = ("ties", "without comparison")  # counted beside who taught, not a part of it
+_ASIDE = ("ties", "without comparison")  # counted in addition to who taught, not a part of it
 
 
 @dataclass(frozen=True)

@@ -28,5 +28,5 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 @cache
 def _say() -> None:
     log.warning(
-        "compiled code cannot be kept, neither beside FuseChat nor in your home: set NUMBA_CACHE_DIR to keep it"
+        "compiled code cannot be kept, neither next to FuseChat nor in your home directory: set NUMBA_CACHE_DIR to keep it"
     )

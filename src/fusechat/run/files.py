@@ -14,7 +14,7 @@ PARTIAL = ".partial"  # every temporary name ends with it
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what was written there becomes `path` if nothing was raised.
+    """Yields a temporary path next to `path`; what was written there becomes `path` if nothing was raised.
 
     Two processes that write one file do not meet; the last one's whole file stays.
     """

@@ -1,4 +1,4 @@
-"""JSON with its own checksum, and what a run goes on from after a kill, sealed when it was written: whatever was altered since is
+"""JSON with its own checksum, and what a run continues from after a kill, sealed when it was written: whatever was altered since is
 made again, not trusted."""
 
 import hashlib
@@ -26,7 +26,7 @@ def read_sealed(path: Path) -> Any | None:
 
 
 def write_checked(path: Path, content: dict[str, Any]) -> None:
-    """A mapping as JSON, with its checksum beside its own keys."""
+    """A mapping as JSON, with its checksum next to its own keys."""
     content = {key: value for key, value in content.items() if key != CHECKSUM}
     write_json(path, {**content, CHECKSUM: _digest(content)})
 

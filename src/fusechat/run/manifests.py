@@ -19,7 +19,7 @@ _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarro
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of this package, those that results rest on, and `more` of them."""
+    """Of this package, those that results depend on, and `more` of them."""
     found = {}
     for name in (*_VERSIONS, *more):
         try:

@@ -1,4 +1,4 @@
-"""What a user sees while work goes on: progress bars and log lines on stderr, in a notebook below the cell, never on stdout."""
+"""What a user sees while work continues: progress bars and log lines on stderr, in a notebook below the cell, never on stdout."""
 
 import logging
 import sys

@@ -97,7 +97,7 @@ def _broadcast(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _group() -> Any:
-    """A group of all ranks over gloo, beside the one that training uses, which is made here as well."""
+    """A group of all ranks over gloo, in addition to the one that training uses, which is made here as well."""
     import torch
     import torch.distributed as dist
 

@@ -2,7 +2,7 @@
 
 Its fingerprint is a hash of the settings that count and of its upstream steps' fingerprints, so that the fingerprints of a whole
 pipeline are known before anything runs. `manifest.json` is the last file written; `started.json` marks a directory in
-which a run with the same fingerprint, and with the same files above it, may go on where a killed one stopped.
+which a run with the same fingerprint, and with the same files above it, may continue where a killed one stopped.
 """
 
 import json
@@ -25,7 +25,7 @@ from fusechat.run.unfinished import STARTED, begin, beginning, lost, seconds_spe
 from fusechat.run.usage import watch
 
 __all__ = ["FREED", "MANIFEST", "SEALED", "STARTED", "Step", "with_upstream"]
-SEALED = "sealed.json"  # what `work` wrote and a killed run may go on from: see `seals.py`
+SEALED = "sealed.json"  # what `work` wrote and a killed run may continue from: see `seals.py`
 State = Literal["done", "freed", "partial", "stale", "damaged", "absent"]
 
 
@@ -36,7 +36,7 @@ class Step:
     `counted` picks from the settings those that results depend on; by the others nothing becomes stale.
     `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale. With
     `whole_files` every file stands for itself: of a damaged step the sound ones are kept, and `work` makes the others again.
-    `parts`: files that rest on the settings and on some of the upstream steps only, which are named; of a stale step those are
+    `parts`: files that depend on the settings and on some of the upstream steps only, which are named; of a stale step those are
     kept for which that is as it was, and `work` makes the others.
     A step with `join` is shared by all processes: each calls `work`, and `join` makes one of the counts that they return.
     `bulk`: the pattern of files that a finished run can do without; `reads_bulk`: whether `work` reads those of its upstream
@@ -124,7 +124,7 @@ class Step:
 
     def _as_now(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of a manifest, or a beginning, maybe of another version, with the settings that count today, and with today's
-        fingerprints of upstream steps that are what they were, or that were done anew and wrote the same files."""
+        fingerprints of upstream steps that are what they were, or that were done again and wrote the same files."""
         inputs, built = earlier.get("inputs", {}), earlier.get("built_from", {})
         above = dict(inputs.get("upstream", {}))
         above |= {
@@ -200,7 +200,7 @@ class Step:
         return is_held(self._lock)
 
     def _begin(self) -> None:
-        """Leaves in the directory what the work can go on from, and says what it does not leave."""
+        """Leaves in the directory what the work can continue from, and says what it does not leave."""
         state, why = self.state()
         manifest, spent = self.manifest() or {}, 0.0
         if state == "partial":
@@ -277,7 +277,7 @@ class Step:
             manifest, found = self.manifest() or {}, beginning(self.directory) or {}
             seconds = manifests.seconds_of(manifest) or seconds_spent(found, made)
             removed = f"; removed: {lost(made, seconds)}" if made and state != "freed" else ""
-            said = "cannot be gone on from" if state == "absent" else f"is {state}"
+            said = "cannot be continued" if state == "absent" else f"is {state}"
             log.info("%s %s (%s): doing it again%s", self.label, said, why, removed)
         for path in gone:
             remove(path)

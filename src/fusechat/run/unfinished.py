@@ -1,4 +1,4 @@
-"""`started.json`: with what a step was begun and how long it was worked on, for a run that goes on there or has to begin anew.
+"""`started.json`: with what a step was begun and how long it was worked on, for a run that continues there or has to start again.
 
 Its keys: `fingerprint`, `inputs`, `built_from` and `versions` as a manifest has them; `spent`, seconds of the runs before this one;
 `began`, when this one came to it (of the epoch). Of older versions `fingerprint` alone.
@@ -16,11 +16,11 @@ STARTED = "started.json"
 
 
 def begin(directory: Path, *, spent: float, versions: Mapping[str, str], **content: Any) -> None:
-    """Writes down what a step is begun with: the keys above. Of one that goes on, tells which versions are others now."""
+    """Writes down what a step is begun with: the keys above. Of one that continues, tells which versions are others now."""
     before = (beginning(directory) or {}).get("versions", versions)
     others = [f"{name} {before[name]} → {now}" for name, now in versions.items() if before.get(name, now) != now]
     if others:
-        log.warning("%s: goes on with other versions than it was begun with: %s", directory, ", ".join(others))
+        log.warning("%s: continues with other versions than it was begun with: %s", directory, ", ".join(others))
     content["versions"] = dict(before)
     write_checked(directory / STARTED, {**content, "spent": round(spent, 3), "began": time.time()})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_PEAK = "5"  # written to clear_refs: the peak begins anew, see proc_pid_clear_refs(5)
+_PEAK = "5"  # written to clear_refs: the peak starts again, see proc_pid_clear_refs(5)
 
 
 def watch() -> Callable[[], dict[str, int]]:

@@ -85,7 +85,7 @@ def _fetch(name: str) -> Path:
     where, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(where, revision=revision or None, allow_patterns=[*_TOKENIZERS, "*.json"]))
-    except Exception as error:  # the hub client raises many kinds; all mean that the model cannot be had
+    except Exception as error:  # the hub client raises many kinds; all mean that the model is unavailable
         raise ModelError(f"{name}: no such directory, and the hub gave no such model ({first_line(error)})") from error
 
 
@@ -108,7 +108,7 @@ def _from_gguf(name: str, file: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, gguf_file=file.name)
-    except Exception as error:  # of many kinds; all mean that there is no tokenizer to be had
+    except Exception as error:  # of many kinds; all mean that there is no tokenizer
         raise ModelError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
     return tokenizer
 

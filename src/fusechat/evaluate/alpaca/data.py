@@ -227,5 +227,5 @@ def _from_hub(name: str, advice: str = "give --data a directory that holds it") 
 
     try:
         return Path(hf_hub_download(HUB, name, repo_type="dataset"))
-    except Exception as error:  # the hub client raises many kinds; all mean that the file cannot be had
+    except Exception as error:  # the hub client raises many kinds; all mean that the file is unavailable
         raise DataError(f"{name}: not fetched from data set {HUB} ({first_line(error)}); {advice}") from error

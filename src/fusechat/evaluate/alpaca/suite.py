@@ -49,7 +49,7 @@ def run(
     announce: Callable[[Estimate], None],
 ) -> tuple[dict[str, list[Measurement]], dict[str, Any]]:
     """Model → win rate and length-controlled win rate; and the settings. `limit`: of the first so many instructions only.
-    `announce` is told what the judge will be asked before it is. Raises DataError where df_gamed.csv cannot be had."""
+    `announce` is told what the judge will be asked before it is. Raises DataError where df_gamed.csv is unavailable."""
     data = data.first(limit)
     why = why_not_controlled(data.instructions)
     gamed = None if why else gamed_file(data.gamed, f"give --data a directory that holds {GAMED}")
@@ -86,12 +86,12 @@ def run(
 
 def score_annotations(path: Path, *, gamed: Path | None) -> tuple[dict[str, list[Measurement]], dict[str, Any]]:
     """The rates of the models (generator_2) in a file of annotations; and what they depend on. `gamed`: df_gamed.csv, by default
-    the one beside the file, else the hub's. Raises DataError."""
+    the one next to the file, else the hub's. Raises DataError."""
     found = read_annotations(path)
     why = {label: why_not_controlled([one.instruction for one in of_one]) for label, of_one in found.items()}
     file = None
     if not all(why.values()):
-        file = gamed_file(gamed or beside(path), f"put it beside {path}")
+        file = gamed_file(gamed or beside(path), f"put it next to {path}")
     measured = {label: _rates(of_one, file, why[label]) for label, of_one in found.items()}
     every = [one for of_one in found.values() for one in of_one]
     settings = {

@@ -47,7 +47,7 @@ def _measured(
             else:
                 total, weight = items.get(str(case[0]), (0.0, 0.0))
                 items[str(case[0])] = total + value, weight + 1
-        why = None if items else "no judgement could be had"
+        why = None if items else "no judgement could be obtained"
         had = len(cases) - missing
         found.append(Measurement(data, metric, items, missing, why=why, higher_is_better=higher_is_better, n=had))
     return found
