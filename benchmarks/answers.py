@@ -1,4 +1,4 @@
-"""Answers in batches of similar length, compared with one at a time and with batches in the order of the file: `make bench-answers`.
+"""Answers in batches of similar length, compared with one at a time and with the order of the file: `make bench-answers`.
 
 The quickstart's pivot answers the questions of a JSONL file of conversations (default: `../shared/data/oasst_threads.jsonl`
 where it is at hand, else the quickstart's), greedily. Ways take turns, so that what else the machine does falls on all.

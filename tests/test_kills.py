@@ -8,6 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 import runs
 from faults import disks
 from faults.figures import BEGIN, END, tables, write
@@ -17,6 +19,7 @@ from fusechat.recipe.schema import STAGES
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow
 def test_whatever_happens_the_next_run_ends_with_the_same_weights(tmp_path: Path) -> None:
     """Kills in every stage by both launches, and some of every other fault; `python -m faults` says how."""
     done = subprocess.run(

@@ -107,6 +107,7 @@ def test_intervals_are_students() -> None:
     assert scores.interval([2.0, 2.0]).half is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="figures are drawn by a browser: make browser")
 def test_the_quick_form_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     command = [

@@ -19,6 +19,8 @@ from fusechat.data.prepared import PreparedSet
 from fusechat.pipeline import build_steps, load_recipe
 from test_spans import BYTE_OF
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[1] / "examples" / "fusechat-7b.yaml"
 ODD = [
     {"role": "system", "content": "Be short."},

@@ -11,6 +11,8 @@ from fusechat.pipeline import load_recipe
 from fusechat.recipe.schema import PIVOT
 from judging import GRADES, real_server
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
 ANNOTATIONS = RECIPE.parents[2] / "shared" / "data" / "alpaca_eval"
 SUMS = """\

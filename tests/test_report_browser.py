@@ -16,6 +16,8 @@ from fusechat.report import stage
 from fusechat.run.files import read_json, write_json
 from reporting import HOSTILE, OWN
 
+pytestmark = pytest.mark.slow
+
 TITLE = "tiny · FuseChat"
 DIRECTORY = f'<img src=x onerror="{OWN}">'  # of a model: what tables call it by
 ANSWER = f'<script>{OWN}</script><img src=x onerror="{OWN}">'

@@ -1,6 +1,8 @@
 """docs/results.md and docs/results/miniature.md: computed tables, between the text of `results.md.j2` and `miniature.md.j2`."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ def chosen(table: Table, place: Place) -> dict[str, Row]:
 
 
 def table_text(table: Table, place: Place, only: Sequence[str] = ()) -> str:
-    """Exact match in per cent, bits per byte; differences paired by seed. `only`: rows that begin with one of these words."""
+    """Exact match in per cent, bits per byte; differences paired by seed. The pivot is one model for all seeds: a difference
+    to it has the interval of the value itself. `only`: rows that begin with one of these words."""
     scores = Scores(place, "test")
     lines = [
         "| row | exact match, % | - pivot | - SFT | bits per byte | - pivot | - SFT |",
@@ -41,10 +44,12 @@ def table_text(table: Table, place: Place, only: Sequence[str] = ()) -> str:
             continue
         cells = [label.replace("SFT five times", "5 SFTs")]
         for metric, scale, digits in ((EXACT, 100, 1), (BITS, 1, 4)):
-            cells.append(_text(scores.mean(row, table.seeds, metric), scale, digits))
+            cells.append(_text(scores.mean(row, table.seeds, metric), scale, digits).replace(" ", ""))
             for other in (PIVOT_ROW, table.beside(label)):
                 found = scores.difference(row, other, table.seeds, metric)
-                cells.append(_text(found, scale, digits, sign=True) if found.mean or found.half else "")
+                shown = replace(found, half=None) if other is PIVOT_ROW else found
+                text = _text(shown, scale, digits, sign=True).replace(" ", "")
+                cells.append(text if found.mean or found.half else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -104,4 +109,24 @@ def write(tables: Mapping[str, Table], place: Place, pages: Mapping[str, Path]) 
             seeds=lambda name: tables[name].seeds,
         )
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text, encoding="utf-8")
+        out.write_text(wrapped(text), encoding="utf-8")
+
+
+def wrapped(text: str) -> str:
+    """Markdown with its paragraphs and list items broken at 118 characters, all else as it is."""
+    found: list[str] = []
+    prose: list[str] = []
+    in_code = False
+    for line in [*text.splitlines(), ""]:
+        starts = not line.strip() or in_code or line.startswith(("|", "#", "!", "```", "- "))
+        if starts and prose:
+            indent = "  " if prose[0].startswith("- ") else ""
+            whole = " ".join(part.strip() for part in prose)
+            found += textwrap.wrap(whole, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            prose = []
+        if starts and not line.startswith("- "):
+            found.append(line)
+        else:
+            prose.append(line)
+        in_code ^= line.startswith("```")
+    return "\n".join(found).rstrip() + "\n"
