@@ -18,6 +18,7 @@ from fusechat.commands.init import init
 from fusechat.errors import FuseChatError
 from fusechat.pipeline import load_recipe
 from fusechat.recipe.anchors import anchors, links
+from fusechat.recipe.load import save_recipe
 from test_readme import anchors as page_anchors
 
 MODELS = {"pivot": "org/pivot", "data": "org/talks"}  # of the hub, which no test reaches
@@ -153,7 +154,10 @@ def test_sources_without_a_name_get_valid_ones_that_differ(place: Path) -> None:
     assert found["sources"]["mine"] == "org/a"
     assert found["sources"]["llama-2"] == "./my models/llama"
     assert written(sources=["org/a"], pivot="org/x_", name="5e6")["name"] == "5e6"
-    assert load_recipe(Path("recipe.yaml")).name == "5e6", "which YAML, as recipes have it, would read as a number"
+    number = load_recipe(Path("recipe.yaml"))
+    assert number.name == "5e6", "a text, though without quotes recipes have it for a number"
+    save_recipe(number, Path("saved.yaml"))
+    assert load_recipe(Path("saved.yaml")) == number
     for label in ("true", "1", "null", "1e5", "no", "2025-01-31", "0x1f"):
         written(sources=[f"org/{label}"])
         assert list(load_recipe(Path("recipe.yaml")).sources) == [label]

@@ -1,6 +1,5 @@
 """The text of a recipe that `fusechat init` writes: names of sources, paths as seen from the recipe, usual settings."""
 
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ import yaml
 from fusechat.data.conversations import DataSet
 from fusechat.models.reference import Reference
 from fusechat.recipe.sections import COMMON, FUSED, PIVOT
-from fusechat.recipe.yaml_file import Loader
+from fusechat.recipe.yaml_file import Dumper
 
 _RECIPE = """\
 # {label} learns from {teachers}. `fusechat run` runs this file. docs/recipe.md explains all keys.
@@ -119,5 +118,4 @@ def _seen_from(base: Path, path: str) -> str:
 
 def _scalar(text: str) -> str:
     """Text as YAML, in quotes only where it would be read as something else."""
-    plain = yaml.safe_dump(text, allow_unicode=True, width=float("inf")).removesuffix("...\n").rstrip("\n")
-    return plain if yaml.load(plain, Loader=Loader) == text else json.dumps(text, ensure_ascii=False)
+    return yaml.dump(text, Dumper=Dumper, allow_unicode=True, width=float("inf")).removesuffix("...\n").rstrip("\n")

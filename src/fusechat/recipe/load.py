@@ -12,7 +12,7 @@ from fusechat.data.data_files import suffix_of
 from fusechat.errors import RecipeError
 from fusechat.models.chat_model import is_template_file
 from fusechat.recipe.schema import Recipe
-from fusechat.recipe.yaml_file import Document, Loader, Place, kind, of_mapping, parse, read_text, suggestion
+from fusechat.recipe.yaml_file import Document, Dumper, Loader, Place, kind, of_mapping, parse, read_text, suggestion
 from fusechat.run.files import write_text
 
 MergeCheck = Callable[[str, dict[str, Any], list[str]], list[Any]]  # method, parameters, targets → what is wrong
@@ -59,7 +59,7 @@ def is_saved(recipe: Recipe, path: Path) -> bool:
 
 def _text(recipe: Recipe) -> str:
     content = recipe.model_dump(exclude_none=True, by_alias=True)
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(content, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:

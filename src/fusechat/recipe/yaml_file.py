@@ -19,9 +19,14 @@ class Loader(yaml.SafeLoader):
     """YAML in which `5e-6` is the number that its writer means."""
 
 
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class Dumper(yaml.SafeDumper):
+    """Writes what `Loader` reads back: a text `5e-6` in quotes."""
+
+
+for _one in (Loader, Dumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+    )
 
 Place = tuple[str, ...]  # the keys and list indices that lead to a value
 
