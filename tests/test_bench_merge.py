@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from cases import each
+
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "merge.py"
 CASES = ["sce-0.1", "sce-1.0", "varm", "linear", "task_arithmetic", "ties", "dare_linear", "dare_ties", "slerp"]
 
@@ -37,7 +39,7 @@ def test_every_method_is_measured(measured: tuple[str, dict[str, Any]]) -> None:
         assert results[name]["runs"]["FuseChat"]["memory"] > 1 << 20
 
 
-@pytest.mark.parametrize("case", CASES)
+@each("case", CASES)
 def test_what_is_stored_is_the_reference_rounded(measured: tuple[str, dict[str, Any]], case: str) -> None:
     """Selection and signs are the reference's at every position, or elements would be unexplained.
 

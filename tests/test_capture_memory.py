@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import each
 from fusechat.capture.local import Local
 from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError
@@ -43,18 +44,16 @@ def conversations(lengths: list[int]) -> list[Prepared]:
     return made
 
 
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
-        (torch.OutOfMemoryError, ""),
-        (RuntimeError, "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to"),
-        (MemoryError, ""),
-    ],
-)
+@each("error, says", [
+    (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 2.00 GiB."),
+    (torch.OutOfMemoryError, ""),
+    (RuntimeError, "[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    (MemoryError, ""),
+])  # fmt: skip
 def test_a_batch_that_does_not_fit_is_split_and_nothing_is_lost(
     loaded: dict[str, Any], heard: list[str], error: type[Exception], says: str
 ) -> None:
+    heard.clear()
     everything = conversations([10, 40, 33, 7, 21, 40, 12, 38, 5, 30])
     expected = Local(loaded["llama"], k=4, batch_tokens=1, name="").capture(everything, lambda n: None)
     model = Small(loaded["llama"], 90, error, says)

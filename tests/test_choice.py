@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from cases import each
 from fusechat.data.distributions import SparseDistribution, nothing
 from fusechat.fuse.teacher_selection import (
     Candidate,
@@ -146,20 +147,11 @@ def test_cross_entropies_are_those_of_plain_loops(
 # -- weights and ties ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("function", ["mince", "source"])
-@pytest.mark.parametrize(
-    ("values", "expected", "tied"),
-    [
-        ([0.5, 0.4], 1, 0),
-        ([0.4, 0.5], 0, 0),
-        ([0.4, 0.4], 0, 1),
-        ([0.6, 0.4, 0.4], 1, 1),
-        ([0.4, 0.5, 0.5], 0, 0),
-        ([0.4, INF, 0.4], 0, 1),
-        ([INF, 7.0, INF], 1, 0),
-        ([0.3], 0, 0),
-    ],
-)
+@each("function", ["mince", "source"])
+@each("values, expected, tied", [
+    ([0.5, 0.4], 1, 0), ([0.4, 0.5], 0, 0), ([0.4, 0.4], 0, 1), ([0.6, 0.4, 0.4], 1, 1), ([0.4, 0.5, 0.5], 0, 0),
+    ([0.4, INF, 0.4], 0, 1), ([INF, 7.0, INF], 1, 0), ([0.3], 0, 0),
+])  # fmt: skip
 def test_the_lowest_has_all_and_of_equal_ones_the_first(
     function: str, values: list[float], expected: int, tied: int
 ) -> None:
@@ -180,7 +172,7 @@ def test_avgce_of_what_is_very_unlikely_does_not_underflow() -> None:
     assert found[:, 0].tolist() == pytest.approx([3 / 4, 1 / 4])
 
 
-@pytest.mark.parametrize("function", ["mince", "avgce", "source"])
+@each("function", ["mince", "avgce", "source"])
 def test_a_group_that_nobody_speaks_of_has_no_weights_and_is_no_tie(function: str) -> None:
     found = np.array([[INF, 1.0], [INF, 2.0]])
     assert weights(found, function)[:, 0].tolist() == [0.0, 0.0]
@@ -206,14 +198,11 @@ def test_weights_are_those_of_plain_loops_and_sum_to_one(found: list[list[float]
     np.testing.assert_allclose(share.sum(axis=0), np.array(spoken, dtype=float), atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("rule", "pivot", "student"),
-    [
-        (SelectionRule(), True, False),
-        (SelectionRule(function="avgce", against="student"), False, True),
-        (SelectionRule(function="source"), False, False),
-        (SelectionRule(function="source", against="student"), False, False),
-    ],
-)
+@each("rule, pivot, student", [
+    (SelectionRule(), True, False),
+    (SelectionRule(function="avgce", against="student"), False, True),
+    (SelectionRule(function="source"), False, False),
+    (SelectionRule(function="source", against="student"), False, False),
+])  # fmt: skip
 def test_with_whom_sources_are_compared(rule: SelectionRule, pivot: bool, student: bool) -> None:
     assert (rule.compares_with_pivot, rule.compares_with_student) == (pivot, student)

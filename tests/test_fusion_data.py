@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from cases import each
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 from fusechat.fuse.dataset import PAD_INDEX, FusionData, Teacher, TeachingSet, collate_fusion
@@ -161,7 +162,7 @@ def naive_counts(rule: SelectionRule) -> dict[str, dict[str, float]]:
     return counts
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@each("rule", RULES)
 def test_who_teaches_how_much(tmp_path: Path, rule: SelectionRule) -> None:
     found, expected = fusion_data(tmp_path, rule).chosen, naive_counts(rule)
     assert found.keys() == expected.keys()
@@ -172,7 +173,7 @@ def test_who_teaches_how_much(tmp_path: Path, rule: SelectionRule) -> None:
     assert rule.function == "source" or found["data"][TIES] > 0
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@each("rule", RULES)
 def test_the_targets_of_every_row(tmp_path: Path, rule: SelectionRule) -> None:
     data = fusion_data(tmp_path, rule)
     assert len(data) == len(expected_places())
@@ -190,8 +191,8 @@ def test_the_targets_of_every_row(tmp_path: Path, rule: SelectionRule) -> None:
             assert found[row] == pytest.approx(expected, rel=1e-4), (identity, row)
 
 
-@pytest.mark.parametrize("unit", UNITS)
-@pytest.mark.parametrize("level", LEVELS)
+@each("unit", UNITS)
+@each("level", LEVELS)
 def test_against_the_student_the_best_source_is_the_bar(tmp_path: Path, unit: str, level: str) -> None:
     rule = SelectionRule(unit=unit, level=level, against="student")
     data = fusion_data(tmp_path, rule)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from cases import each
 from fusechat.errors import FuseChatError, ModelError, RecipeError, WorkdirError
 from fusechat.models import client as module
 from fusechat.models.answers import Missing
@@ -105,16 +106,13 @@ def test_log_probabilities(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("answer", "reply"),
-    [
-        (completion(None), Reply("", "stop", 11, 3)),
-        (completion("", finish="length"), Reply("", "length", 11, 3)),
-        ({"choices": [{"message": {"content": "x"}}]}, Reply("x", None, None, None)),
-        ({"choices": [{"message": {}, "finish_reason": "stop"}], "usage": None}, Reply("", "stop", None, None)),
-        (completion("a \ud83d\ude42 b \ud83d c"), Reply("a 🙂 b \ufffd c", "stop", 11, 3)),
-    ],
-)
+@each("answer, reply", [
+    (completion(None), Reply("", "stop", 11, 3)),
+    (completion("", finish="length"), Reply("", "length", 11, 3)),
+    ({"choices": [{"message": {"content": "x"}}]}, Reply("x", None, None, None)),
+    ({"choices": [{"message": {}, "finish_reason": "stop"}], "usage": None}, Reply("", "stop", None, None)),
+    (completion("a \ud83d\ude42 b \ud83d c"), Reply("a 🙂 b \ufffd c", "stop", 11, 3)),
+])  # fmt: skip
 def test_answers_with_little_in_them(tmp_path: Path, answer: Any, reply: Reply) -> None:
     with canned(answering(answer)) as url:
         found = ask(url, [question(1)], tmp_path / "j")
@@ -122,24 +120,21 @@ def test_answers_with_little_in_them(tmp_path: Path, answer: Any, reply: Reply) 
         assert ask(url, [question(1)], tmp_path / "j") == found
 
 
-@pytest.mark.parametrize(
-    ("answer", "why"),
-    [
-        (b"<html>\n\n welcome", "Expecting value"),
-        (b"[" * 100_000, ""),
-        (b"\xff\xfe\xfd", ""),
-        ([], "no choices in []"),
-        ("text", ""),
-        ({"choices": []}, ""),
-        ({"error": {"message": "the upstream is overloaded"}}, "the upstream is overloaded"),
-        ({"choices": [{"text": "x"}]}, ""),
-        ({"choices": [{"message": "x"}]}, ""),
-        ({"choices": [{"message": {"content": [{"type": "text"}]}}]}, "content"),
-        (completion("x", logprobs={"content": [{"token": "x", "logprob": "likely"}]}), "likely"),
-        (completion("x", logprobs={"content": [{"token": "x", "logprob": math.nan}]}), "NaN"),
-        (completion("x", logprobs={"content": "?"}), ""),
-    ],
-)
+@each("answer, why", [
+    (b"<html>\n\n welcome", "Expecting value"),
+    (b"[" * 100_000, ""),
+    (b"\xff\xfe\xfd", ""),
+    ([], "no choices in []"),
+    ("text", ""),
+    ({"choices": []}, ""),
+    ({"error": {"message": "the upstream is overloaded"}}, "the upstream is overloaded"),
+    ({"choices": [{"text": "x"}]}, ""),
+    ({"choices": [{"message": "x"}]}, ""),
+    ({"choices": [{"message": {"content": [{"type": "text"}]}}]}, "content"),
+    (completion("x", logprobs={"content": [{"token": "x", "logprob": "likely"}]}), "likely"),
+    (completion("x", logprobs={"content": [{"token": "x", "logprob": math.nan}]}), "NaN"),
+    (completion("x", logprobs={"content": "?"}), ""),
+])  # fmt: skip
 def test_what_is_no_completion_is_asked_again_and_then_missing(tmp_path: Path, answer: Any, why: str) -> None:
     server = answering(answer)
     with canned(server) as url:
@@ -184,24 +179,21 @@ def test_a_journal_of_something_else(tmp_path: Path) -> None:
     assert str(caught.value) == (f"{tmp_path / 'j'}: is the journal of something else; it holds no replies of a server")
 
 
-@pytest.mark.parametrize(
-    ("url", "line"),
-    [
-        ("judge.example/v1", "should be a URL that starts with http:// or https://"),
-        ("ftp://judge.example/v1", "should be a URL that starts with http:// or https://"),
-        ("", "should be a URL that starts with http:// or https://"),
-        ("http://", "this is no URL of a server"),
-        ("http://a b/v1", "this is no URL of a server"),
-        ("http://a:port/v1", "this is no URL of a server"),
-        ("http://[::1/v1", "this is no URL of a server"),
-        ("http://a/v1\n", "this is no URL of a server"),
-        *(
-            (url, "should be a URL without user, password, ? and #; keys come from the environment: "
-            "FUSECHAT_JUDGE_KEY or OPENAI_API_KEY")
-            for url in ("https://me:sesame@a/v1", "https://sesame@a/v1", "https://a/v1?key=sesame", "https://a/v1#sesame")
-        ),
-    ],
-)  # fmt: skip
+@each("url, line", [
+    ("judge.example/v1", "should be a URL that starts with http:// or https://"),
+    ("ftp://judge.example/v1", "should be a URL that starts with http:// or https://"),
+    ("", "should be a URL that starts with http:// or https://"),
+    ("http://", "this is no URL of a server"),
+    ("http://a b/v1", "this is no URL of a server"),
+    ("http://a:port/v1", "this is no URL of a server"),
+    ("http://[::1/v1", "this is no URL of a server"),
+    ("http://a/v1\n", "this is no URL of a server"),
+    *(
+        (url, "should be a URL without user, password, ? and #; keys come from the environment: "
+        "FUSECHAT_JUDGE_KEY or OPENAI_API_KEY")
+        for url in ("https://me:sesame@a/v1", "https://sesame@a/v1", "https://a/v1?key=sesame", "https://a/v1#sesame")
+    ),
+])  # fmt: skip
 def test_a_url_that_is_refused(url: str, line: str) -> None:
     for what in ("--judge-url", f"fused, served at {url}"):
         with pytest.raises(RecipeError) as caught:
@@ -223,7 +215,7 @@ def test_without_a_client_a_line_says_what_to_install(monkeypatch: pytest.Monkey
     )
 
 
-@pytest.mark.parametrize("status", ["403", "404"])
+@each("status", ["403", "404"])
 def test_one_request_that_is_refused_after_others_were_answered_is_missing(tmp_path: Path, status: str) -> None:
     """A gateway refuses what it does not like to read with these."""
     with canned() as upstream, misbehaving(upstream, [None, None, status]) as (url, _):
@@ -265,8 +257,9 @@ def unsupported(name: str, style: str) -> tuple[int, Any]:
     return 400, {"error": f"this model does not support {name}"}
 
 
-@pytest.mark.parametrize("style", ["openai", "detail", "plain"])
+@each("style", ["openai", "detail", "plain"])
 def test_parameters_that_a_server_does_not_know(tmp_path: Path, heard: list[str], style: str) -> None:
+    heard.clear()
     class Newer(Canned):
         def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
             wrong = [name for name in ("max_tokens", "temperature", "seed") if name in body]

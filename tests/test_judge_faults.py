@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from cases import each
 from fusechat.errors import FuseChatError, ModelError
 from fusechat.models import client as module
 from fusechat.models.answers import Missing
@@ -87,7 +88,7 @@ def test_every_fault_in_one_run(served: str, tmp_path: Path) -> None:
     assert sorted(journal_keys(journal)) == sorted(request.key("judge") for request in QUESTIONS)
 
 
-@pytest.mark.parametrize("fault", PASSING)
+@each("fault", PASSING)
 def test_a_fault_that_stays_is_missing_and_the_others_go_on(tmp_path: Path, fault: str) -> None:
     def faults() -> Iterator[str | None]:
         yield None
@@ -117,9 +118,7 @@ def test_a_fault_that_stays_is_missing_and_the_others_go_on(tmp_path: Path, faul
         assert proxy.got == 4 + 3 + 1
 
 
-@pytest.mark.parametrize(
-    "form", [str, lambda seconds: format_datetime(datetime.now(UTC) + timedelta(seconds=seconds + 1))]
-)
+@each("form", [str, lambda seconds: format_datetime(datetime.now(UTC) + timedelta(seconds=seconds + 1))])
 def test_what_a_server_asks_to_wait_is_waited(tmp_path: Path, form: Any) -> None:
     with canned() as upstream, misbehaving(upstream, ["429", "429"]) as (url, proxy):
         proxy.retry_after = form(1)

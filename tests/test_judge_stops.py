@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cases import each
 from fusechat.errors import FuseChatError, ModelError, RecipeError
 from fusechat.models import client as module
 from fusechat.models.answers import Missing
@@ -83,18 +84,15 @@ def test_failures_that_an_answer_is_between_do_not_stop_the_run(tmp_path: Path) 
     assert sum(isinstance(result, Missing) for result in found) == 16
 
 
-@pytest.mark.parametrize(
-    ("status", "error", "said"),
-    [
-        (401, {"message": f"Incorrect API key provided: {KEY}"}, "refuses the key; FUSECHAT_JUDGE_KEY or OPENAI_API_KEY in "
-         "the environment has to hold it"),
-        (404, {"message": "The model `judge` does not exist."}, "has no model judge, or the URL is not the one that ends in "
-         "/v1 (status 404: The model `judge` does not exist.)"),
-        (429, {"message": "You exceeded your current quota.", "code": "insufficient_quota"}, "status 429: You exceeded your "
-         "current quota."),
-        (402, {"message": "Insufficient Balance"}, "status 402: Insufficient Balance"),
-    ],
-)  # fmt: skip
+@each("status, error, said", [
+    (401, {"message": f"Incorrect API key provided: {KEY}"},
+     "refuses the key; FUSECHAT_JUDGE_KEY or OPENAI_API_KEY in the environment has to hold it"),
+    (404, {"message": "The model `judge` does not exist."},
+     "has no model judge, or the URL is not the one that ends in /v1 (status 404: The model `judge` does not exist.)"),
+    (429, {"message": "You exceeded your current quota.", "code": "insufficient_quota"},
+     "status 429: You exceeded your current quota."),
+    (402, {"message": "Insufficient Balance"}, "status 402: Insufficient Balance"),
+])  # fmt: skip
 def test_what_is_hopeless_for_all_stops_at_once(tmp_path: Path, status: int, error: dict[str, str], said: str) -> None:
     class Ends(Canned):
         def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
@@ -183,7 +181,7 @@ client.ask(requests, Path(sys.argv[2]), description="judging")
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@each("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_killed_asks_nothing_twice(tmp_path: Path, how: signal.Signals) -> None:
     journal = tmp_path / "j"
     with canned(server := Canned(pauses_after=16)) as upstream, misbehaving(upstream) as (url, proxy):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
+from cases import each
 from checkpoints import configuration
 
 ELEMENTS = 50_000_000
@@ -77,15 +78,11 @@ def peak(config: dict[str, Any], root: Path) -> tuple[int, dict[str, Any]]:
     return most, json.loads(stdout)
 
 
-@pytest.mark.parametrize(
-    ("values", "method", "parameters"),
-    [
-        (different, "sce", {"select_topk": 0.1}),
-        (tied, "sce", {"select_topk": 0.1}),
-        (tied, "ties", {"weight": 1, "density": 0.3, "rescale": True}),
-    ],
-    ids=["sce", "sce of ties", "ties of ties"],
-)
+@each("values, method, parameters", [
+    (different, "sce", {"select_topk": 0.1}),
+    (tied, "sce", {"select_topk": 0.1}),
+    (tied, "ties", {"weight": 1, "density": 0.3, "rescale": True}),
+])  # fmt: skip
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, values: Values, method: str, parameters: Any) -> None:
     if shutil.disk_usage(tmp_path).free < ROOM:
         pytest.skip("the disk has no 3 GiB to spare")

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import naive_merges
+from cases import each
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -37,7 +38,7 @@ def right(skill: str, question: str, turns: tuple[str, ...]) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("skill", skills.SKILLS)
+@each("skill", skills.SKILLS)
 def test_answers_are_right_and_the_same_for_the_same_seed(skill: str) -> None:
     dialogues = corpus.distinct("test", skill, 40)
     assert dialogues == corpus.distinct("test", skill, 40)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import mt_benching
+from cases import each
 from fusechat.errors import DataError, RecipeError
 from fusechat.evaluate.mt_bench import data as under_test
 from fusechat.evaluate.mt_bench.data import load
@@ -38,7 +39,7 @@ def test_temperatures_are_those_of_the_paper(tmp_path: Path) -> None:
     assert {one.category: one.temperature for one in load(mt_benching.write(tmp_path)).questions} == expected
 
 
-@pytest.mark.parametrize("below", ["", "data", "fastchat/llm_judge/data"])
+@each("below", ["", "data", "fastchat/llm_judge/data"])
 def test_a_directory_or_what_it_lies_in(tmp_path: Path, below: str) -> None:
     mt_benching.write(tmp_path / below)
     assert len(load(tmp_path).questions) == 8
@@ -104,7 +105,7 @@ BAD_QUESTIONS: list[tuple[dict[str, Any] | str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "complaint"), BAD_QUESTIONS)
+@each("change, complaint", BAD_QUESTIONS)
 def test_bad_questions(tmp_path: Path, change: Any, complaint: str) -> None:
     rows: list[Any] = mt_benching.questions()
     bad = change if isinstance(change, str) else json.dumps(changed(rows[0], **change))
@@ -122,18 +123,15 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         load(root)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"choices": ...}, '"choices" is no list'),
-        ({"choices": []}, '"choices" is no list'),
-        ({"choices": ["text"]}, '"choices" is no list that begins with an object'),
-        ({"choices": [{}]}, '"turns" is no list of 2 texts'),
-        ({"choices": [{"turns": ["one", None]}]}, '"turns" holds NoneType'),
-        ({"question_id": None}, '"question_id" is None'),
-        ({"question_id": 84}, "84 .*comes a second time"),
-    ],
-)
+@each("change, complaint", [
+    ({"choices": ...}, '"choices" is no list'),
+    ({"choices": []}, '"choices" is no list'),
+    ({"choices": ["text"]}, '"choices" is no list that begins with an object'),
+    ({"choices": [{}]}, '"turns" is no list of 2 texts'),
+    ({"choices": [{"turns": ["one", None]}]}, '"turns" holds NoneType'),
+    ({"question_id": None}, '"question_id" is None'),
+    ({"question_id": 84}, "84 .*comes a second time"),
+])  # fmt: skip
 def test_bad_reference_answers(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
     rows = mt_benching.references(mt_benching.questions())
     assert [row["question_id"] for row in rows] == [83, 84, 85]
@@ -142,24 +140,21 @@ def test_bad_reference_answers(tmp_path: Path, change: dict[str, Any], complaint
         load(root)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"name": ...}, '"name" holds NoneType'),
-        ({"system_prompt": None}, '"system_prompt" holds NoneType'),
-        ({"prompt_template": ""}, '"prompt_template" holds no text'),
-        ({"output_format": "[[rating_a,rating_b]]"}, r'"output_format" of single-v1 is .*, not \'\[\[rating\]\]\''),
-        ({"prompt_template": "{question} {answer} {"}, '"prompt_template" has a brace too many or too few'),
-        ({"prompt_template": "{question} without"}, "the fields of .* are .*'question'.*, not .*'answer', 'question'"),
-        ({"prompt_template": "{question} {answer} {ref_answer_1}"}, 'the fields of "prompt_template" are'),
-        ({"prompt_template": "{question} {answer} {}"}, 'the fields of "prompt_template" are'),
-        ({"prompt_template": "{question} {answer!r}"}, 'the fields of "prompt_template" are'),
-        ({"prompt_template": "{question} {answer:>9}"}, 'the fields of "prompt_template" are'),
-        ({"prompt_template": "{question} {answer.__class__}"}, 'the fields of "prompt_template" are'),
-        ({"name": "pair-v2"}, '"output_format" of pair-v2'),
-        ({"name": "single-math-v1"}, "the fields of"),
-    ],
-)
+@each("change, complaint", [
+    ({"name": ...}, '"name" holds NoneType'),
+    ({"system_prompt": None}, '"system_prompt" holds NoneType'),
+    ({"prompt_template": ""}, '"prompt_template" holds no text'),
+    ({"output_format": "[[rating_a,rating_b]]"}, r'"output_format" of single-v1 is .*, not \'\[\[rating\]\]\''),
+    ({"prompt_template": "{question} {answer} {"}, '"prompt_template" has a brace too many or too few'),
+    ({"prompt_template": "{question} without"}, "the fields of .* are .*'question'.*, not .*'answer', 'question'"),
+    ({"prompt_template": "{question} {answer} {ref_answer_1}"}, 'the fields of "prompt_template" are'),
+    ({"prompt_template": "{question} {answer} {}"}, 'the fields of "prompt_template" are'),
+    ({"prompt_template": "{question} {answer!r}"}, 'the fields of "prompt_template" are'),
+    ({"prompt_template": "{question} {answer:>9}"}, 'the fields of "prompt_template" are'),
+    ({"prompt_template": "{question} {answer.__class__}"}, 'the fields of "prompt_template" are'),
+    ({"name": "pair-v2"}, '"output_format" of pair-v2'),
+    ({"name": "single-math-v1"}, "the fields of"),
+])  # fmt: skip
 def test_bad_prompts(tmp_path: Path, change: dict[str, Any], complaint: str) -> None:
     rows = mt_benching.prompts()
     assert rows[0]["name"] == "single-v1"
@@ -179,7 +174,7 @@ def test_prompts_that_are_not_ours_may_be_there(tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("file", [PROMPTS, REFERENCES])
+@each("file", [PROMPTS, REFERENCES])
 def test_a_missing_file(tmp_path: Path, file: str) -> None:
     root = mt_benching.write(tmp_path)
     (root / file).unlink()

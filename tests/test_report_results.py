@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from cases import each
 from fusechat.errors import WorkdirError
 from fusechat.report.intervals import half_width
 from fusechat.report.page import render_page
@@ -43,19 +44,10 @@ def test_a_value_has_its_interval_and_its_difference_to_the_pivot() -> None:
     assert cell.value == "1.2500"
 
 
-@pytest.mark.parametrize(
-    ("difference", "error", "higher", "better"),
-    [
-        (-0.1, 0.047, False, True),
-        (-0.1, 0.047, True, False),
-        (0.1, 0.047, False, False),
-        (0.1, 0.05, False, None),
-        (-0.1, 0.06, True, None),
-        (0.1, None, True, None),
-        (0.1, 0.01, None, None),
-        (0.0, 0.0, True, None),
-    ],
-)
+@each("difference, error, higher, better", [
+    (-0.1, 0.047, False, True), (-0.1, 0.047, True, False), (0.1, 0.047, False, False), (0.1, 0.05, False, None),
+    (-0.1, 0.06, True, None), (0.1, None, True, None), (0.1, 0.01, None, None), (0.0, 0.0, True, None),
+])  # fmt: skip
 def test_it_is_better_only_where_the_interval_excludes_0(
     difference: float, error: float | None, higher: bool | None, better: bool | None
 ) -> None:
@@ -113,7 +105,7 @@ def drawn(width: int, *scores: dict[str, Any]) -> str:
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
+@each("width", [60, 80, 120])
 def test_the_terminal_and_the_page_say_the_same_numbers_whole(width: int) -> None:
     names = ("arithmetic-held-out", "knowledge-held-out", "dialogue-held-out")
     scores = [record(data=name, model="SmolLM2-135M-Instruct") for name in names]

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from cases import each
 from fusechat.data.prepared import Prepared
 from fusechat.fuse.dataset import EMPTY
 from fusechat.fuse.student import Comparison, join_comparisons, source_is_better
@@ -198,7 +198,7 @@ def test_as_plain_loops_find_it_in_any_batch(
     assert len(batch["groups"]) == len(batch["counted"]) == len(values)
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@each("rule", RULES)
 @given(several=conversation_of_several(2))
 def test_what_the_student_gets_better_at_never_makes_the_source_better(
     rule: SelectionRule, several: list[Candidate]
