@@ -260,6 +260,7 @@ def unsupported(name: str, style: str) -> tuple[int, Any]:
 @each("style", ["openai", "detail", "plain"])
 def test_parameters_that_a_server_does_not_know(tmp_path: Path, heard: list[str], style: str) -> None:
     heard.clear()
+
     class Newer(Canned):
         def answer(self, body: dict[str, Any]) -> tuple[int, Any]:
             wrong = [name for name in ("max_tokens", "temperature", "seed") if name in body]

@@ -1,5 +1,6 @@
 """Every merging method on numbers worked out by hand."""
 
+import itertools
 import math
 from typing import Any
 
@@ -67,40 +68,40 @@ def test_sce_zeroes_nothing_where_everything_is_selected() -> None:
         assert counts == (4, 4, 4)
 
 
-@each("select_topk", [0.0, 0.01, 0.1, 1.0])
-def test_sce_takes_one_target_whole(select_topk: float) -> None:
-    out, measured, counts = fused("sce", floats(1, 2, 3), [0.5, 0, -4], select_topk=select_topk)
-    assert out.tolist() == [1.5, 2, -1]
-    assert measured.coefficients.tolist() == [1]
-    assert counts == (3, 2, 2)
+def test_sce_takes_one_target_whole() -> None:
+    for select_topk in (0.0, 0.01, 0.1, 1.0):
+        out, measured, counts = fused("sce", floats(1, 2, 3), [0.5, 0, -4], select_topk=select_topk)
+        assert out.tolist() == [1.5, 2, -1], select_topk
+        assert measured.coefficients.tolist() == [1]
+        assert counts == (3, 2, 2)
 
 
-@each("method", ["sce", "varm"])
-@each("targets", [1, 2, 3])
-def test_a_tensor_that_did_not_change_stays_and_the_coefficients_are_equal(method: str, targets: int) -> None:
+def test_a_tensor_that_did_not_change_stays_and_the_coefficients_are_equal() -> None:
     base = floats(0.1, -0.2, 0.3)
-    for values in [{}] if method == "varm" else [{}, {"select_topk": 0.1}]:
+    for targets, (method, values) in itertools.product(
+        (1, 2, 3), (("varm", {}), ("sce", {}), ("sce", {"select_topk": 0.1}))
+    ):
         out, measured, _ = merged(method, base, [base.copy()] * targets, values=values)
-        assert out.tolist() == base.tolist()
+        assert out.tolist() == base.tolist(), (method, targets)
         assert measured.coefficients == pytest.approx([1 / targets] * targets)
 
 
-@each("method", ["sce", "varm"])
-@each("scale", [1e-3, 1e-8, 1e-15, 1e-30])
-def test_coefficients_of_a_light_fine_tuning_are_not_equal(method: str, scale: float) -> None:
+def test_coefficients_of_a_light_fine_tuning_are_not_equal() -> None:
     """No absolute threshold: updates of any size have the same coefficients, 4/5 and 1/5."""
-    out, measured, _ = fused(method, floats(0, 0), [2 * scale, 0], [0, scale])
-    assert measured.coefficients == pytest.approx([0.8, 0.2], rel=1e-6)
-    shares = (1, 1) if method == "sce" else (0.8, 0.2)
-    assert out == pytest.approx([2 * scale * shares[0], scale * shares[1]], rel=1e-6, abs=0)
+    for scale, (method, shares) in itertools.product(
+        (1e-3, 1e-8, 1e-15, 1e-30), (("sce", (1, 1)), ("varm", (0.8, 0.2)))
+    ):
+        out, measured, _ = fused(method, floats(0, 0), [2 * scale, 0], [0, scale])
+        assert measured.coefficients == pytest.approx([0.8, 0.2], rel=1e-6), (method, scale)
+        assert out == pytest.approx([2 * scale * shares[0], scale * shares[1]], rel=1e-6, abs=0)
 
 
-@each("targets", [2, 3, 5, 6, 7])
-def test_targets_that_agree_everywhere_have_no_variance_to_select_by(targets: int) -> None:
-    base, delta = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
-    out, _, counts = merged("sce", base, [base + delta] * targets, values={"select_topk": 0.5})
-    assert out.tolist() == base.tolist()
-    assert counts == (0, 0, 0)
+def test_targets_that_agree_everywhere_have_no_variance_to_select_by() -> None:
+    for targets in (2, 3, 5, 6, 7):
+        base, delta = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+        out, _, counts = merged("sce", base, [base + delta] * targets, values={"select_topk": 0.5})
+        assert out.tolist() == base.tolist(), targets
+        assert counts == (0, 0, 0)
 
 
 def test_varm_by_hand() -> None:
@@ -158,21 +159,16 @@ def test_ties_by_hand_with_every_step(values: dict[str, Any], expected: list[flo
     assert counts == (6, 6, 5)
 
 
-@each("density, expected", [
-    (0.0, [10, 10, 10, 10]), (0.01, [15, 15, 10, 10]), (0.5, [15, 16, 10, 7]), (0.75, [15, 16, 12, 7]),
-    (1.0, [15, 16, 12.5, 6]),
-])  # fmt: skip
-def test_ties_keeps_the_share_that_density_tells(density: float, expected: list[float]) -> None:
+def test_ties_keeps_the_share_that_density_tells() -> None:
     """Added up without division. Of 0.01 one is kept all the same: 4, 5, and the first 1.
 
-    Of 0.75, (4, -1, 0, -3), (-2, 5, 1, 0), where 1 at 2 comes before its -1 at 3, and (1, 1, 1, 0).
+    Of 0.75, (4, -1, 0, -3), (-2, 5, 1, 0), where 1 at 2 comes before its -1 at 3, and (1, 1, 1, 0). With a density for each target:
+    all of the first, (0, 8) of the second, nothing of the third: 2, and 1 + 8 over 2.
     """
-    out, _, _ = fused("ties", TEN[:4], *TRIMMED, weight=1.0, density=density, normalize=False)
-    assert out.tolist() == expected
-
-
-def test_ties_with_a_density_for_each_target() -> None:
-    """All of the first, (0, 8) of the second, nothing of the third: 2, and 1 + 8 over 2."""
+    expected = {0.0: [10, 10, 10, 10], 0.01: [15, 15, 10, 10], 0.5: [15, 16, 10, 7]}
+    for density, values in (expected | {0.75: [15, 16, 12, 7], 1.0: [15, 16, 12.5, 6]}).items():
+        out, _, _ = fused("ties", TEN[:4], *TRIMMED, weight=1.0, density=density, normalize=False)
+        assert out.tolist() == values, density
     out, _, counts = fused("ties", floats(0, 0), [2, 1], [4, 8], [7, 7], weight=1.0, density=[1.0, 0.5, 0.0])
     assert out.tolist() == [2, 4.5]
     assert counts == (3, 3, 3)
@@ -207,25 +203,25 @@ def test_dare_by_hand(method: str, values: dict[str, Any], expected: list[float]
     assert counts == (5, 5, 5 if method == "dare_linear" else 4)
 
 
-@each("method", ["dare_linear", "dare_ties"])
-def test_dare_draws_by_seed_and_tensor(method: str) -> None:
+def test_dare_draws_by_seed_and_tensor() -> None:
     base, delta = np.zeros(64, np.float32), np.ones(64, np.float32)
 
-    def drawn(name: str, seed: int) -> list[float]:
+    def drawn(method: str, name: str, seed: int) -> list[float]:
         values = {"weight": 1.0, "density": 0.5, "rescale": False, "seed": seed}
         return merged(method, base, [delta], values=values, name=name)[0].tolist()
 
-    assert drawn("a", 0) == drawn("a", 0)
-    assert len({tuple(drawn(name, seed)) for name in ("a", "b") for seed in (0, 1)}) == 4
+    for method in ("dare_linear", "dare_ties"):
+        assert drawn(method, "a", 0) == drawn(method, "a", 0)
+        assert len({tuple(drawn(method, name, seed)) for name in ("a", "b") for seed in (0, 1)}) == 4, method
 
 
-@each("t", [0.0, 0.25, 1 / 3, 0.5, 1.0])
-def test_slerp_by_hand(t: float) -> None:
+def test_slerp_by_hand() -> None:
     """Vectors of lengths 2 and 1 with 60° between: for t = 1/3, sin 40° / sin 60° and sin 20° / sin 60° of them."""
-    out, measured, _ = merged("slerp", [2, 0], [[0.5, math.sqrt(0.75)]], values={"t": t})
-    own, other = (math.sin(math.radians(60 * part)) / math.sin(math.radians(60)) for part in (1 - t, t))
-    assert out == pytest.approx([2 * own + 0.5 * other, math.sqrt(0.75) * other], abs=1e-6)
-    assert measured.coefficients == pytest.approx([other], abs=1e-7)
+    for t in (0.0, 0.25, 1 / 3, 0.5, 1.0):
+        out, measured, _ = merged("slerp", [2, 0], [[0.5, math.sqrt(0.75)]], values={"t": t})
+        own, other = (math.sin(math.radians(60 * part)) / math.sin(math.radians(60)) for part in (1 - t, t))
+        assert out == pytest.approx([2 * own + 0.5 * other, math.sqrt(0.75) * other], abs=1e-6), t
+        assert measured.coefficients == pytest.approx([other], abs=1e-7)
 
 
 ONE = {"weight": None, "density": 1.0, "lambda": 1.0}

