@@ -74,15 +74,16 @@ def real_server(grammar: str | None = None) -> Iterator[str]:
 
 
 def _judge(directory: Path) -> Path:
-    """The tiny llama with a head of its own, by which m and M, AlpacaEval's names of the two outputs, are likelier than the rest:
-    all that is read goes a little in one direction, and these two go there far."""
+    """The tiny llama with a head of its own, by which m and M, AlpacaEval's names of the two outputs, are mostly the likeliest: all
+    that is read goes a little in one direction, and these two go there far. No answer has half a character."""
     tokenizer = tiny.tokenizer_of("llama")
     model = tiny.model_of("llama", tokenizer)
     model.config.tie_word_embeddings = False
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
-        model.model.embed_tokens.weight += 0.5
-        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["m", "M"])] += 6
+        model.model.embed_tokens.weight += 0.3
+        model.lm_head.weight[tokenizer.convert_tokens_to_ids(["m", "M"])] += 10
+        model.lm_head.weight[[number for token, number in tokenizer.get_vocab().items() if not token.isascii()]] = 0
     return tiny.write_gguf(directory / "judge.gguf", model, tokenizer)
 
 

@@ -251,6 +251,6 @@ def test_only_waiting_steps_are_checked(models: dict[str, Path], tmp_path: Path)
     fine_tuning = [step for step in select_steps(build_steps(recipe, work)) if step.stage in ("fuse", "merge")]
     asked: list[str] = []
     recipe_seen = recipe.model_copy()
-    object.__setattr__(recipe_seen, "chatter", lambda name: asked.append(name) or recipe.chat_model(name))
+    object.__setattr__(recipe_seen, "chat_model", lambda name: asked.append(name) or recipe.chat_model(name))
     before.check_models(recipe_seen, fine_tuning)
     assert set(asked) == {"pivot"}

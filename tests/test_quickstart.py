@@ -91,7 +91,7 @@ def test_every_suite_runs_on_two_of_its_models(work: Path, tmp_path: Path) -> No
     """Its pivot behind a server is the judge, whose scores mean nothing; that they are asked for, read and told does."""
     out, data = tmp_path / "results.json", RECIPE.parents[1] / "examples" / "data" / "knowledge.held-out.jsonl"
     dtype = load_recipe(RECIPE).evaluate.dtype
-    models = (f"pivot={load_recipe(RECIPE).chatter(PIVOT).directory}", f"fused={work / 'merge' / 'model'}")
+    models = (f"pivot={load_recipe(RECIPE).chat_model(PIVOT).directory}", f"fused={work / 'merge' / 'model'}")
     (tmp_path / "sums.jsonl").write_text("".join(f'{{"q": "What is {n} + 2?", "a": "{n + 2}"}}\n' for n in range(4)))
     (tmp_path / "sums.yaml").write_text(SUMS.format(data=tmp_path / "sums.jsonl"))
     measured = {
