@@ -27,9 +27,11 @@ PYTEST = $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorde
 test: develop
 	$(PYTEST) -m 'not slow'
 
-# After the quick tests those that take minutes, or download what they test.
+# After the quick tests those that take minutes, or download what they test; laws on eight times as many examples, and on every
+# combination of settings.
 test-all: test
 	$(PYTEST) -m slow
+	FUSECHAT_TESTS=all $(PYTEST) -m 'not slow' $$(grep -lE '^from (hypothesis|cases) import .*(given|pairwise)' tests/test_*.py)
 
 # Capture by vLLM against capture by Transformers, for real and without a GPU: 4 GB of disk, an environment of its own (vLLM wants
 # older versions of some packages than constraints.txt has), and some minutes.

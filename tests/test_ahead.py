@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligning import conversation, dense, map_of, sparse, toy
-from cases import each
 from fusechat.align.candidates import NONE, Candidates, gather, remainders_inside
 from fusechat.align.counts import Counts
 from fusechat.align.lookahead import (
@@ -51,23 +50,15 @@ def rests_for(rows: list[bytes]) -> VocabularyMap:
 
 
 def test_a_token_is_open_where_a_hundredth_of_its_counts_is_with_longer_tokens() -> None:
-    """`a` once in a hundred, `b` once in a hundred and one, `c` never, `ab` with its equal, a shorter one and a longer one."""
+    """`a` once in a hundred, `b` once in a hundred and one, `c` never, `ab` with its equal, a shorter one and a longer one. Several
+    longer tokens open one together; those that were never counted are open."""
     seen = {(A, 0): 99, (A, 3): 1, (B, 1): 100, (B, 6): 1, (C, 2): 7, (AB, 3): 4, (AB, 0): 5, (AB, 5): 1}
     assert extendable_tokens(counts(seen), PIVOT, SOURCE)[:END].tolist() == [True, False, False, True]
-
-
-def test_several_longer_tokens_open_one_together() -> None:
     assert extendable_tokens(counts({(A, 0): 198, (A, 3): 1, (A, 5): 1}), PIVOT, SOURCE)[A]
     assert not extendable_tokens(counts({(A, 0): 199, (A, 3): 1}), PIVOT, SOURCE)[A]
-
-
-def test_tokens_that_were_never_counted_are_open() -> None:
     assert extendable_tokens(counts({}), PIVOT, SOURCE).tolist() == [True] * len(SOURCE)
     assert extendable_tokens(counts({(B, 1): 3}), PIVOT, SOURCE).tolist() == [True, False, True, True, True]
-
-
-def test_ids_in_a_models_padding_have_no_length() -> None:
-    """A pivot's is longer than nothing, and whatever has a length is longer than a source's."""
+    # in a model's padding a pivot's is longer than nothing, and whatever has a length is longer than a source's
     found = extendable_tokens(counts({(A, len(PIVOT) + 3): 5, (len(SOURCE) + 2, 0): 1}), PIVOT, SOURCE)
     assert found.tolist() == [False, True, True, True, True, True, True, True]
 
@@ -104,15 +95,12 @@ def test_there_is_no_look_ahead_past_the_end_of_a_response() -> None:
     assert rows(ahead_of(pivot, source, np.ones(5, dtype=bool))) == [(0, 0, b"a"), (2, 2, b"a")]
 
 
-def test_a_token_that_takes_in_template_text_is_not_looked_ahead() -> None:
-    source = conversation(SOURCE, [AB, C], taken=[1])
-    assert rows(ahead_of(conversation(PIVOT, [6]), source, np.ones(5, dtype=bool))) == []
-
-
-def test_a_gold_token_in_the_models_padding_is_not_open() -> None:
+def test_a_token_that_takes_in_template_text_or_is_in_the_models_padding_is_not_looked_ahead() -> None:
+    every = np.ones(5, dtype=bool)
+    assert rows(ahead_of(conversation(PIVOT, [6]), conversation(SOURCE, [AB, C], taken=[1]), every)) == []
     pivot, source = conversation(PIVOT, [0, 1]), conversation(SOURCE, [A, B])
     source.input_ids[source.position[0]] = 77
-    assert rows(ahead_of(pivot, source, np.ones(5, dtype=bool))) == []
+    assert rows(ahead_of(pivot, source, every)) == []
 
 
 def test_bytes_ahead_end_with_the_rest_where_a_special_token_comes_and_pads_have_none() -> None:
@@ -120,14 +108,10 @@ def test_bytes_ahead_end_with_the_rest_where_a_special_token_comes_and_pads_have
     different, which = bytes_ahead(ahead, np.array([[A, AB, END], [C, -1, END], [-1, A, AB]]), SOURCE)
     found = [[different[at] if at >= 0 else None for at in row] for row in which.tolist()]
     assert found == [[b"xa", b"xab", b"x"], [b"yzc", None, b"yz"], [None, b"xa", b"xab"]]
-
-
-@each("candidates", [np.zeros((0, 2), dtype=np.int32), np.full((1, 2), -1, dtype=np.int32)])
-def test_no_candidates_have_no_bytes(candidates: np.ndarray) -> None:
-    ahead = Ahead(np.arange(len(candidates)), np.arange(len(candidates)), [b"x"] * len(candidates))
-    different, which = bytes_ahead(ahead, candidates, SOURCE)
-    assert different == []
-    assert which.tolist() == [[-1, -1]] * len(candidates)
+    for n in (0, 1):
+        ahead = Ahead(np.arange(n), np.arange(n), [b"x"] * n)
+        different, which = bytes_ahead(ahead, np.full((n, 2), -1, dtype=np.int32), SOURCE)
+        assert (different, which.tolist()) == ([], [[-1, -1]] * n)
 
 
 def test_the_next_candidates_are_those_of_the_row_after_but_for_faint_ones() -> None:
@@ -198,17 +182,11 @@ def test_inside_a_source_token_the_own_token_goes_on_as_well() -> None:
     assert mass_by_row(after, 1, 8) == pytest.approx({7: 0.8 * 0.75, 6: 0.8 * 0.125, 5: 0.8 * 0.125})
 
 
-def test_where_the_own_token_was_not_kept_nothing_changes() -> None:
-    pivot, source = conversation(PIVOT, [3]), conversation(SOURCE, [A, B])
-    captured = sparse([{B: 0.5, C: 0.25}, {B: 0.75}], k=2)
-    before, after = looked_ahead(pivot, source, captured, rests_for([b"ab"]))
+def test_where_the_own_token_was_not_kept_or_the_chain_rule_says_more_nothing_changes() -> None:
+    pivot, source, w = conversation(PIVOT, [3]), conversation(SOURCE, [A, B]), rests_for([b"ab"])
+    before, after = looked_ahead(pivot, source, sparse([{B: 0.5, C: 0.25}, {B: 0.75}], k=2), w)
     assert mass_by_row(after, 0, 6) == mass_by_row(before, 0, 6) == pytest.approx({B: 0.5, C: 0.25})
-
-
-def test_where_the_chain_rule_says_more_nothing_changes() -> None:
-    pivot, source = conversation(PIVOT, [3]), conversation(SOURCE, [A, B])
-    captured = sparse([{A: 0.5, B: 0.25}, {B: 0.75}], k=2)
-    alignment, w = align_rows(pivot, source), rests_for([b"ab"])
+    captured, alignment = sparse([{A: 0.5, B: 0.25}, {B: 0.75}], k=2), align_rows(pivot, source)
     chained = gather(alignment, captured, w, [])
     chained = Candidates(chained.row, chained.mass, np.array([True]), np.array([0.75]))
     ahead = rows_ahead(alignment, source, OPEN, SOURCE, inside=False)

@@ -25,13 +25,11 @@ def nll(*probabilities: float) -> list[float]:
 
 
 def test_the_share_is_that_of_the_token_before_among_itself_and_what_is_longer() -> None:
-    """`th` had 0.1, `the` and `then` 0.3 together, `t` and `n` do not begin with it; then `e` had all of what begins with `e`."""
+    """`th` had 0.1, `the` and `then` 0.3 together, `t` and `n` do not begin with it; then `e` had all of what begins with `e`. A
+    token that was not kept has its mass from its nll."""
     source = conversation(TOKENS, [TH, E, N])
     rows = [{THE: 0.2, THEN: 0.1, TH: 0.1, T: 0.3, N: 0.2}, {E: 0.5, HE: 0.25}, {N: 1.0}]
     assert share(source, sparse(rows, nll=nll(0.1, 0.5, 1.0))) == pytest.approx([1.0, 0.25, 1.0])
-
-
-def test_a_token_that_was_not_kept_has_its_mass_from_its_nll() -> None:
     source = conversation(TOKENS, [TH, E])
     captured = sparse([{THE: 0.45, THEN: 0.45}, {E: 1.0}], nll=nll(0.1, 1.0))
     assert share(source, captured) == pytest.approx([1.0, 0.1])
@@ -42,12 +40,8 @@ def test_a_response_starts_anew_and_its_end_of_turn_is_nobodys_cut() -> None:
     rows = [{THE: 0.5, TH: 0.25}, {THE: 0.75, T: 0.25}, {END: 1.0}, {E: 1.0}, {END: 1.0}]
     found = share(source, sparse(rows, nll=nll(0.25, 0.25, 1.0, 1.0, 1.0)))
     assert found == pytest.approx([1.0, 1 / 3, 1.0, 1.0, 1.0])
-
-
-def test_without_an_end_of_turn_the_next_response_starts_anew_as_well() -> None:
-    source = conversation(TOKENS, [TH], [E])
-    captured = sparse([{THE: 0.75, TH: 0.25}, {E: 1.0}], nll=nll(0.25, 1.0))
-    assert share(source, captured) == [1.0, 1.0]
+    source = conversation(TOKENS, [TH], [E])  # and without one
+    assert share(source, sparse([{THE: 0.75, TH: 0.25}, {E: 1.0}], nll=nll(0.25, 1.0))) == [1.0, 1.0]
 
 
 def test_a_special_token_and_one_in_the_models_padding_go_on_in_none() -> None:
@@ -55,10 +49,7 @@ def test_a_special_token_and_one_in_the_models_padding_go_on_in_none() -> None:
     source.input_ids[source.position[1]] = 99
     captured = sparse([{THE: 0.5}, {THE: 0.5}, {THE: 0.5}], nll=nll(0.01, 0.01, 0.01))
     assert share(source, captured) == [1.0, 1.0, 1.0]
-
-
-def test_impossible_all_around_is_no_share_of_nothing() -> None:
-    source = conversation(TOKENS, [TH, E])
+    source = conversation(TOKENS, [TH, E])  # impossible all around is no share of nothing
     assert share(source, sparse([{N: 1.0}, {N: 1.0}], nll=[np.inf, np.inf])) == [1.0, 1.0]
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aligning import Response, conversation, conversations, dense, gold_nll_of, map_of, prepared, sparse, toy
+from cases import each
 from fusechat.align.back_off import BackOff
 from fusechat.align.candidates import NONE, Candidates, gather, remainders_inside
 from fusechat.align.chain import following, with_own_token
@@ -19,7 +20,6 @@ from fusechat.align.vocabulary import VocabularyMap, build_map
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-NAN = pytest.approx(float("nan"), nan_ok=True)
 SOURCE = toy("a", "b", "c", "ab", "bc")
 A, B, C, AB, BC, END = range(6)
 WORDS = ["a", "b", "c", "ab", "bc", "abc", "aa", "ac", "ba", "bb", "ca", "cb", "cc"]
@@ -37,34 +37,21 @@ def products(pivot: Prepared, source: Prepared, nll: list[float]) -> list[float]
 # -- the product of the tokens after the first --------------------------------------------------------------------------
 
 
-def test_a_pivot_token_over_several_source_tokens_has_the_product_of_all_but_the_first() -> None:
-    pivot, source = conversation(PIVOT, ids("abc", "ab"), ends=99), conversation(SOURCE, [A, B, C, A, B], ends=END)
-    found = products(pivot, source, [1.0, 0.5, 0.25, 2.0, 0.125, 4.0])
-    assert found == pytest.approx([np.exp(-0.75), np.exp(-0.125), float("nan")], nan_ok=True)
-
-
-def test_a_pivot_token_over_one_source_token_has_none() -> None:
-    pivot, source = conversation(PIVOT, ids("ab", "c")), conversation(SOURCE, [AB, C])
-    assert products(pivot, source, [1.0, 2.0]) == [NAN, NAN]
-
-
-def test_a_pivot_token_that_ends_inside_a_source_token_has_none() -> None:
-    pivot, source = conversation(PIVOT, ids("ab", "c")), conversation(SOURCE, [A, BC])
-    assert products(pivot, source, [1.0, 2.0]) == [NAN, NAN]
-
-
-def test_a_pivot_token_that_starts_inside_a_source_token_has_the_product_of_those_after_it() -> None:
-    pivot, source = conversation(PIVOT, ids("a", "bc", "a")), conversation(SOURCE, [AB, C, A])
-    assert products(pivot, source, [1.0, 0.5, 2.0]) == pytest.approx(
-        [float("nan"), np.exp(-0.5), float("nan")], nan_ok=True
-    )
-
-
-def test_each_response_has_products_of_its_own() -> None:
-    pivot = conversation(PIVOT, ids("ab"), ids("ab"), ends=99)
-    source = conversation(SOURCE, [A, B], [A, B], ends=END)
-    found = products(pivot, source, [1, 0.5, 9, 1, 0.25, 9])
-    assert found == pytest.approx([np.exp(-0.5), float("nan"), np.exp(-0.25), float("nan")], nan_ok=True)
+@each("pivot, source, nll, expected", [
+    # over several source tokens it is the product of all but the first
+    (conversation(PIVOT, ids("abc", "ab"), ends=99), conversation(SOURCE, [A, B, C, A, B], ends=END),
+     [1.0, 0.5, 0.25, 2.0, 0.125, 4.0], [np.exp(-0.75), np.exp(-0.125), np.nan]),
+    # over one source token there is none, nor where a pivot token ends inside of one
+    (conversation(PIVOT, ids("ab", "c")), conversation(SOURCE, [AB, C]), [1.0, 2.0], [np.nan, np.nan]),
+    (conversation(PIVOT, ids("ab", "c")), conversation(SOURCE, [A, BC]), [1.0, 2.0], [np.nan, np.nan]),
+    # one that starts inside a source token has that of those after it
+    (conversation(PIVOT, ids("a", "bc", "a")), conversation(SOURCE, [AB, C, A]), [1.0, 0.5, 2.0], [np.nan, np.exp(-0.5), np.nan]),
+    # each response has products of its own
+    (conversation(PIVOT, ids("ab"), ids("ab"), ends=99), conversation(SOURCE, [A, B], [A, B], ends=END),
+     [1, 0.5, 9, 1, 0.25, 9], [np.exp(-0.5), np.nan, np.exp(-0.25), np.nan]),
+])  # fmt: skip
+def test_products_by_hand(pivot: Prepared, source: Prepared, nll: list[float], expected: list[float]) -> None:
+    assert products(pivot, source, nll) == pytest.approx(expected, nan_ok=True)
 
 
 def test_rows_that_do_not_start_together_have_none() -> None:

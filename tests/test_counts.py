@@ -6,10 +6,9 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from cases import each
 from fusechat.align import counts as module
 from fusechat.align.counts import Counts, Seen, add_counts, add_seen, count_pairs
 
@@ -39,56 +38,32 @@ def test_a_pair_that_occurs_twice_counts_twice(batches: list[Batch]) -> None:
     assert {counts.source.dtype, counts.pivot.dtype, counts.count.dtype} == {np.dtype(np.int64)}
 
 
-@given(BATCHES, st.randoms())
-def test_the_order_changes_nothing(batches: list[Batch], random: Random) -> None:
-    shuffled = [list(batch) for batch in batches]
-    for batch in shuffled:
-        random.shuffle(batch)
-    random.shuffle(shuffled)
-    assert columns(counted(shuffled)) == expected(batches)
-
-
 @given(BATCHES, st.data())
-def test_the_split_into_parts_changes_nothing(batches: list[Batch], data: st.DataObject) -> None:
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(batches)), max_size=3)))
-    edges = [0, *cuts, len(batches)]
-    parts = [counted(batches[begin:end]) for begin, end in itertools.pairwise(edges)]
-    parts = data.draw(st.permutations(parts))
-    assert columns(add_counts(parts)) == expected(batches)
+def test_neither_the_order_nor_the_split_into_parts_changes_anything(batches: list[Batch], data: st.DataObject) -> None:
+    shuffled = data.draw(st.permutations([data.draw(st.permutations(batch)) for batch in batches]))
+    edges = [0, *sorted(data.draw(st.lists(st.integers(0, len(batches)), max_size=3))), len(batches)]
+    parts = [counted(shuffled[begin:end]) for begin, end in itertools.pairwise(edges)]
+    assert columns(add_counts(data.draw(st.permutations(parts)))) == columns(counted(shuffled)) == expected(batches)
 
 
-@each("room", [0, 1, 3, 8])
-def test_folding_in_what_waits_changes_nothing(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-    folds = []
-    fold = module._fold
-    monkeypatch.setattr(module, "_ROOM", room)
-    monkeypatch.setattr(module, "_fold", lambda *given: folds.append(0) or fold(*given))
-    batches = [[(1, 2), (1, 2)], [(0, 1)], [], [(1, 2), (3, 0), (0, 1)], [(2, 2), (1, 2), (5, 5), (0, 0)]]
-    assert columns(counted(batches)) == expected(batches)
-    assert len(folds) > 1
-
-
-@given(BATCHES)
-def test_little_room_counts_as_much_does(batches: list[Batch]) -> None:
+@given(BATCHES, st.sampled_from([0, 1, 3, 4, 8]))
+@example([[(1, 2), (1, 2)], [(0, 1)], [], [(1, 2), (3, 0), (0, 1)], [(2, 2), (1, 2), (5, 5), (0, 0)]], 8)
+def test_folding_in_what_waits_changes_nothing(batches: list[Batch], room: int) -> None:
+    folds, fold = [], module._fold
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_ROOM", 4)
+        patch.setattr(module, "_ROOM", room)
+        patch.setattr(module, "_fold", lambda *given: folds.append(0) or fold(*given))
         assert columns(counted(batches)) == expected(batches)
+    assert len(folds) > (sum(map(len, batches)) > room)
 
 
-def test_large_ids_do_not_run_into_each_other() -> None:
+def test_large_ids_and_counts_do_not_run_into_each_other_and_nothing_is_no_pairs() -> None:
+    """A sum in floating point would lose the ones."""
     largest = 2**31 - 1
     counts = counted([[(262_143, 5), (5, 262_143), (5, 262_143), (largest, largest), (0, largest)]])
     assert columns(counts) == [(0, largest, 1), (5, 262_143, 2), (262_143, 5, 1), (largest, largest, 1)]
-
-
-def test_a_sum_of_large_counts_is_exact() -> None:
-    """A sum in floating point would lose the ones."""
-    most = Counts(np.array([1]), np.array([2]), np.array([2**60]))
-    one = Counts(np.array([1]), np.array([2]), np.array([1]))
+    most, one = (Counts(np.array([1]), np.array([2]), np.array([count])) for count in (2**60, 1))
     assert columns(add_counts([most, one, one, one])) == [(1, 2, 2**60 + 3)]
-
-
-def test_nothing_counted_is_no_pairs() -> None:
     assert columns(counted([])) == columns(counted([[], []])) == columns(add_counts([])) == []
 
 
