@@ -20,6 +20,7 @@ from hypothesis import settings
 import runs
 import showing
 import tiny
+from fusechat.plan.calibration import Measured
 from fusechat.run.progress import log
 
 settings.register_profile("few", max_examples=25, deadline=None, derandomize=True, database=None)
@@ -38,6 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plans_measure_briefly() -> Iterator[None]:
+    """How fast this machine is matters to no test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(Measured.__init__.__kwdefaults__, "seconds", 0.5)
+        yield
 
 
 @pytest.fixture(scope="session")

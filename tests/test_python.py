@@ -321,6 +321,7 @@ def test_an_interrupted_run_goes_on(place: Path, page: SimpleNamespace, tmp_path
             if record.getMessage().startswith("capture pivot"):
                 signal.raise_signal(signal.SIGINT)
 
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # what begins in the background ignores it
     level, interrupts = progress.log.level, Interrupts()
     progress.log.setLevel(logging.INFO)
     progress.log.addHandler(interrupts)
@@ -330,6 +331,7 @@ def test_an_interrupted_run_goes_on(place: Path, page: SimpleNamespace, tmp_path
             fusechat.run_recipe(page.names["small"], tmp_path, until="capture")
         assert process_state() == before
     finally:
+        signal.signal(signal.SIGINT, handler)
         progress.log.removeHandler(interrupts)
         progress.log.setLevel(level)
     done = {file: file.stat().st_mtime_ns for file in tmp_path.glob("prepare/**/manifest.json")}

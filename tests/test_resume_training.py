@@ -71,7 +71,15 @@ def test_stopped_at_every_step(
     rule: dict[str, str],
 ) -> None:
     every = settings is SAVED and not lora and not rule
-    stops = range(1, STEPS + 1) if every else (3, STEPS) if settings is WEIGHTED else (1, 3, 6)
+    stops = (
+        range(1, STEPS + 1)
+        if every
+        else (1, 3, 6)
+        if settings is BEST
+        else (3, STEPS)
+        if settings is WEIGHTED
+        else (3, 6)
+    )
     settings = dict(settings)
     data = weighted(fusion_data(work, "mistral", **rule), settings.pop("weight", 1.0))
     held_out = {"data": Validation(PreparedSet(work / "prepare" / "pivot" / "data-held-out"))}
