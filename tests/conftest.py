@@ -1,6 +1,7 @@
 """Fixtures that all tests share: tiny models, their tokenizers and a finished run, made once for all processes of a session."""
 
 import fcntl
+import gc
 import logging
 import os
 import shutil
@@ -47,6 +48,13 @@ def _plans_measure_briefly() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(Measured.__init__.__kwdefaults__, "seconds", 0.5)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_to_look_through() -> None:
+    """The stages look for garbage after every model, which takes half a second with all that is imported in a session."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ imports take. What libraries read of the environment while they are imported is 
 
 import atexit
 import functools
+import gc
 import json
 import os
 import resource
@@ -124,6 +125,7 @@ def serve() -> None:
     import fusechat.pipeline
     import fusechat.report.page  # noqa: F401
 
+    gc.freeze()  # what is imported is looked through by none of the commands
     running: dict[int, str] = {}
     text = b""
     while True:
