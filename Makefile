@@ -27,7 +27,7 @@ PYTEST = $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorde
 test: develop
 	$(PYTEST) -m 'not slow'
 
-# After the quick tests those that take minutes, or download what they test; laws on eight times as many examples, and on every
+# After the quick tests those that take minutes, or download what they test; laws on five times as many examples, and on every
 # combination of settings.
 test-all: test
 	$(PYTEST) -m slow

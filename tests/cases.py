@@ -7,7 +7,10 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from hypothesis import settings
+
 ALL = os.environ.get("FUSECHAT_TESTS") == "all"  # `make test-all`
+FEW = settings(max_examples=150 if ALL else 25)  # for laws that are tried with many tokenizers, or on large arrays
 
 
 def each(names: str, cases: Iterable[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -24,9 +24,9 @@ import tiny
 from fusechat.plan.calibration import Measured
 from fusechat.run.progress import log
 
-settings.register_profile("few", max_examples=25, deadline=None, derandomize=True, database=None)
-settings.register_profile("many", settings.get_profile("few"), max_examples=200)
-settings.load_profile("many" if os.environ.get("FUSECHAT_TESTS") == "all" else "few")
+settings.register_profile("quick", max_examples=100, deadline=None, derandomize=True, database=None)
+settings.register_profile("all", settings.get_profile("quick"), max_examples=500)
+settings.load_profile("all" if os.environ.get("FUSECHAT_TESTS") == "all" else "quick")
 
 
 # Files of tests that take longest, in order: begun last, one process would wait for them at the end.

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alpaca_evaluating import JUDGE, needs_the_library, pair, preferring, reply, shown
-from cases import each
+from cases import FEW, each
 from fusechat.evaluate.alpaca.annotate import Pair, judge_requests, preferences
 from fusechat.models.answers import Missing
 from fusechat.models.client import Reply, Request
@@ -67,6 +67,7 @@ def test_another_process_asks_the_same() -> None:
 texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=20)
 
 
+@FEW
 @given(instruction=texts, probability=st.floats(0, 1))
 def test_which_output_comes_first_changes_nothing(instruction: str, probability: float) -> None:
     """Whoever is shown first, 1 + p comes out, p for the model's output; and 2 - p with the outputs exchanged."""
@@ -79,6 +80,7 @@ def test_which_output_comes_first_changes_nothing(instruction: str, probability:
     assert found == pytest.approx([1 + probability, 2 - probability], abs=1e-9)
 
 
+@FEW
 @given(small=st.floats(-30, 0), large=st.floats(-30, 0))
 def test_a_preference_is_the_share_of_the_tokens_that_name_an_output(small: float, large: float) -> None:
     (request,) = judge_requests([pair()])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cases import each, pairwise
+from cases import FEW, each, pairwise
 from fusechat.capture import top_k
 from fusechat.capture.top_k import sparse_rows
 
@@ -46,6 +46,7 @@ def logits(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     return torch.from_numpy(rows).to(draw(st.sampled_from(DTYPES))), k
 
 
+@FEW
 @given(logits())
 def test_as_by_sorting_everything(case: tuple[torch.Tensor, int]) -> None:
     rows, k = case
@@ -60,6 +61,7 @@ def test_as_by_sorting_everything(case: tuple[torch.Tensor, int]) -> None:
         assert -nll[row].item() == pytest.approx(naive(values, len(values))[1][-1], rel=1e-6, abs=2e-6)
 
 
+@FEW
 @given(logits())
 def test_the_way_for_other_devices_gives_the_same(case: tuple[torch.Tensor, int]) -> None:
     """But for which of equal tokens it takes."""

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from cases import each
+from cases import FEW, each
 from fusechat.align import align_starts, token_spans
 from fusechat.show.columns import lines, segments
 from fusechat.show.glyphs import Glyph, glyphs_of, visible
@@ -27,6 +27,7 @@ def test_every_boundary_stands_in_one_column_of_both_rows(
     """What can be read off the drawing by its marks is every token once, in order, and every shared start."""
     both = tokenizer(pivot), tokenizer(source)
 
+    @FEW
     @given(texts, st.integers(12, 90))
     def law(text: str, width: int) -> None:
         passage = passage_of(*both, text)

@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 import tiny
-from cases import each
+from cases import FEW, each
 from fusechat.models.spans import encode_with_spans
 from test_spans import TEXTS, assert_own_bytes, assert_tiles, stands_for
 
@@ -186,6 +186,7 @@ def both(names: Iterable[str]) -> list[tuple[str, bool]]:
 
 
 @each("name, added", both(KEEPING))
+@FEW
 @given(text=st.one_of(TEXTS, SPACED))
 @example(text="  <|r|>  <|r|> \n <|l|>  <|l|><|lr|>  ")
 @example(text=" a<|r|>▁<0x41> <0x3C>")
@@ -197,6 +198,7 @@ def test_a_tokenizer_that_keeps_the_text_gives_every_token_its_bytes(name: str, 
 
 
 @each("name, added", both(CHANGING))
+@FEW
 @given(text=st.one_of(TEXTS, SPACED))
 @example(text="  ﬁ e\u0301  İ ℡ ① ")
 def test_spans_cover_every_byte_once_whatever_becomes_of_the_text(name: str, added: bool, text: str) -> None:
@@ -212,6 +214,7 @@ CHANGED = ["e\u0301", "ﬁ", "①", "\u1100\u1161", "㌔", "Ａ", "ŉ", "\u212b"
 
 
 @each("name", CHANGING)
+@FEW
 @given(parts=st.lists(st.sampled_from(SAME + CHANGED), max_size=9))
 @example(parts=["ﬁ", "👍🏽", "①", "👍🏽"])
 def test_only_what_the_tokenizer_changes_is_taken_from_offsets(name: str, parts: list[str]) -> None:
