@@ -1,6 +1,6 @@
 """The main path, to be read first: from a recipe to its steps, in order, skipping what is done.
 
-    conversations ─► prepare ─► capture ─► align ─► fuse ─► merge ─► evaluate ─► report
+    prompts ─► generate ─► conversations ─► prepare ─► capture ─► align ─► fuse ─► merge ─► evaluate ─► report
 
 A step knows its upstream steps, so that its fingerprint changes when anything that it depends on does; see `run/steps.py`.
 """
@@ -18,6 +18,7 @@ from fusechat.errors import DataError, RecipeError
 from fusechat.evaluate import questions
 from fusechat.evaluate import stage as evaluate
 from fusechat.fuse import stage as fuse
+from fusechat.generate import stage as generate
 from fusechat.merge import stage as merge
 from fusechat.merge.settings import problems as merge_problems
 from fusechat.models.chat_model import ChatModel
@@ -52,8 +53,9 @@ def of_day(recipe: Recipe, workdir: Path) -> Recipe:
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     """Every step of the recipe, upstream first. Raises DataError naming all data files that are not there."""
     recipe = of_day(recipe, workdir)
-    _check_files([*recipe.all_training_sets(), *_held_out(recipe)])
-    targets = {target: _target(recipe, workdir, target) for target in recipe.teachers()}
+    _check_files([*recipe.all_read_sets(), *_held_out(recipe)])
+    chosen = generate.chosen_step(recipe, workdir) if recipe.generate else None
+    targets = {target: _target(recipe, workdir, target, chosen) for target in recipe.teachers()}
     merged = merge.step(recipe, workdir, {name: targets[name] for name in recipe.merged_targets()})
     aligned = {step.name: step for step in with_upstream(list(targets.values())) if step.stage == "align"}
     upstream = _overlap(recipe, workdir)
@@ -80,16 +82,17 @@ def evaluation_texts(recipe: Recipe) -> list[DataSet | Questions]:
 def _overlap(recipe: Recipe, workdir: Path) -> dict[str, Step]:
     """Evaluation texts in the training data: told before any training, which does not depend on it."""
     texts = evaluation_texts(recipe)
-    return {prepare.OVERLAP: prepare.overlap_step(recipe, workdir, recipe.all_training_sets(), texts)} if texts else {}
+    return {prepare.OVERLAP: prepare.overlap_step(recipe, workdir, recipe.all_read_sets(), texts)} if texts else {}
 
 
-def _target(recipe: Recipe, workdir: Path, target: str) -> Step:
-    """The fuse step of one target, and through it all that its branch needs: nothing but tokens for plain fine-tuning."""
+def _target(recipe: Recipe, workdir: Path, target: str, chosen: Step | None) -> Step:
+    """The fuse step of one target, and through it all that its branch needs: nothing but tokens for plain fine-tuning. `chosen`:
+    the step that makes its conversations, if the recipe generates."""
     pivot, sets, weights = recipe.chat_model(PIVOT), [], recipe.weights()
     is_taught = fuse.is_taught(recipe, target)
-    branches = {name: _branch(recipe, workdir, name) for name in recipe.teachers()[target] if is_taught}
+    branches = {name: _branch(recipe, workdir, name, chosen) for name in recipe.teachers()[target] if is_taught}
     for data, sources in recipe.training_sets(target).items():
-        prepared = prepare.step(recipe, workdir, pivot, data)
+        prepared = prepare.step(recipe, workdir, pivot, data, chosen)
         captured = capture.step(recipe, workdir, pivot, prepared) if fuse.needs_pivot(recipe, target) else None
         taught = {name: branches[name][data.name] for name in sources if is_taught}
         sets.append(fuse.SetSteps(data.name, prepared, captured, taught, weight=weights[data.name]))
@@ -98,12 +101,12 @@ def _target(recipe: Recipe, workdir: Path, target: str) -> Step:
     return fuse.step(recipe, workdir, target, sets, measured)
 
 
-def _branch(recipe: Recipe, workdir: Path, source: str) -> dict[str, fuse.SourceSteps]:
+def _branch(recipe: Recipe, workdir: Path, source: str, chosen: Step | None) -> dict[str, fuse.SourceSteps]:
     """One source on each set of its conversations, by the set's name, up to its distributions in the pivot's tokens."""
     pivot, teacher = recipe.chat_model(PIVOT), recipe.chat_model(source)
     sets: dict[str, dict[str, Step]] = {}
     for data in recipe.sets_of(source):
-        ours, theirs = (prepare.step(recipe, workdir, each, data) for each in (pivot, teacher))
+        ours, theirs = (prepare.step(recipe, workdir, each, data, chosen) for each in (pivot, teacher))
         captured = [capture.step(recipe, workdir, *pair) for pair in ((pivot, ours), (teacher, theirs))]
         sets[data.name] = {"pivot": ours, "source": theirs, "pivot_capture": captured[0], "capture": captured[1]}
     aligned = align.step(recipe, workdir, source, sets)
@@ -142,7 +145,7 @@ class RunModel:
 def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[RunModel]:
     """Pivot, sources, targets and the fused model. Sources that are one model with one template are there once."""
     models, seen = [], set()
-    for name in (PIVOT, *recipe.sources):
+    for name in (PIVOT, *recipe.models):
         chat_model = recipe.chat_model(name)
         role = PIVOT if name == PIVOT else "source"
         if (role, chat_model.tokenizer_identity) not in seen:
@@ -177,12 +180,16 @@ def _check_files(sets: list[DataSet]) -> None:
 
 
 def select_steps(steps: list[Step], *, until: str | None = None, only: str | None = None) -> list[Step]:
-    """The steps up to stage `until`, and of source (or other target) `only` its own branch alone, which ends before the merge."""
+    """The steps up to stage `until`, and of source (or other target) `only` its own branch alone, which ends before the merge; of a
+    source that answers, and is no target, its answers and the scores of these."""
     if only is not None:
         branch = [step for step in steps if step.stage == "fuse" and step.name == only]
+        answers = [step for step in steps if step.stage == "generate" and step.name == f"{only}/answers"]
+        branch = branch or [step for step in steps if step in answers or list(step.upstream.values()) == answers]
         if not branch:
-            targets = ", ".join(step.name for step in steps if step.stage == "fuse")
-            raise RecipeError(f"--only {only}: the recipe has no such source or target; it has {targets}")
+            names = [step.name for step in steps if step.stage == "fuse"]
+            names += [step.name.removesuffix("/answers") for step in steps if step.name.endswith("/answers")]
+            raise RecipeError(f"--only {only}: the recipe has no such source or target; it has {', '.join(names)}")
         overlap = [step for step in steps if step.name == prepare.OVERLAP]
         steps = list(with_upstream([*overlap, *branch]))
     if until is None:

@@ -63,18 +63,22 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings: dict[str, Any]) -> dict[str, Any]:
     """Makes this process's shards, every n-th, where they are missing or damaged; returns what is in all of them."""
     size = settings["shard_conversations"]
-    every = [range(begin, min(begin + size, len(data))) for begin in range(0, len(data), size)]
-    workers = _workers(chat_model, settings)
-    mine = [number for number in range(len(every)) if workers[number % len(workers)] == ranks.rank()]
-    shards = {number: every[number] for number in mine}
+    every = [range(begin, min(begin + size, len(data))) for begin in range(0, len(data) or 1, size)]
+    is_spread = settings["backend"] == "transformers" and settings["device_map"] is not None
+    shards = {number: every[number] for number in ranks.share(len(every), one_a_machine=is_spread)}
+    if is_spread and ranks.world() > 1 and ranks.is_first():
+        log.info("capture %s: capture.device_map spreads it: one process on each machine runs it", chat_model.name)
     vocabulary = chat_model.vocabulary_size()
     k = min(settings["top_k"], vocabulary)
     store_format = ranks.from_first(lambda: begun_format(directory))
+    stored: dict[str, Any] = {"vocabulary": vocabulary, "store_format": store_format}
     if ranks.is_first():
         write_store(directory, k=k, files=SHARDS, store_format=store_format)
     paths = {number: path for number in shards if (path := _sound_shard(directory, number)) is not None}
     missing = {number: rows for number, rows in shards.items() if number not in paths}
-    if missing:
+    if missing and not len(data):  # the model has nothing to do
+        paths = {number: write_shard(directory, number, [], **stored) for number in missing}
+    elif missing:
         with (
             TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room,
             closing(_open(chat_model, settings, k, data, Path(room))) as backend,
@@ -84,21 +88,8 @@ def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings
             for number, rows in missing.items():
                 found = backend.capture([data[row] for row in rows], advance)
                 records = [(data.ids[row], each) for row, each in zip(rows, found, strict=True) if each is not None]
-                paths[number] = write_shard(
-                    directory, number, records, vocabulary=vocabulary, store_format=store_format
-                )
+                paths[number] = write_shard(directory, number, records, **stored)
     return _counts([Table([path]) for path in paths.values()], data, [row for rows in shards.values() for row in rows])
-
-
-def _workers(chat_model: ChatModel, settings: dict[str, Any]) -> list[int]:
-    """The processes that share the shards: all, or one on each machine where the model is spread over the machine's devices."""
-    local = ranks.gather(ranks.local_rank())
-    if settings["backend"] == "vllm" or settings["device_map"] is None:
-        return list(range(len(local)))
-    first = [rank for rank, number in enumerate(local) if number == 0]
-    if len(first) < len(local) and ranks.is_first():
-        log.info("capture %s: capture.device_map spreads it: one process on each machine runs it", chat_model.name)
-    return first
 
 
 def _sound_shard(directory: Path, number: int) -> Path | None:
@@ -153,7 +144,7 @@ def _join(counts: list[dict[str, Any]], chat_model: ChatModel) -> dict[str, Any]
     """The sums of all processes' counts, and the ids of rejected conversations in the order of the data."""
     rejected = sorted(pair for each in counts for pair in each["rejected_not_finite"])
     total = {key: sum(each[key] for each in counts) for key in ("conversations", "positions", "shards")}
-    if not total["conversations"]:
+    if not total["conversations"] and rejected:
         raise DataError(
             f"{chat_model.name} ({chat_model.reference}): every conversation gave values that are not finite"
         )

@@ -46,8 +46,8 @@ def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | Non
     waiting = [step for step in steps if not step.finished]
     preflight.check_settings(recipe, waiting)
     if any(step.stage != "report" for step in waiting):
-        sources = recipe.teachers()[only] if only else recipe.sources
-        convert_together([recipe.chat_model(name).reference for name in (PIVOT, *sources)])
+        used = {PIVOT, *(step.name.partition("/")[0] for step in steps)} if only else {PIVOT, *recipe.models}
+        convert_together([recipe.chat_model(name).reference for name in (PIVOT, *recipe.models) if name in used])
     preflight.check_models(recipe, waiting)
 
 

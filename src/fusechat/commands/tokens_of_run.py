@@ -20,7 +20,7 @@ def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> Toke
     step = _align_step(build_steps(recipe, workdir), source, workdir)
     branch = Branch(step, recipe.chat_model(PIVOT), recipe.chat_model(source))
     identity = _find(conversation, branch.ids, source)
-    return branch.shown(recipe.sets_of(source), [identity])[0]
+    return branch.shown([data.within(workdir) for data in recipe.sets_of(source)], [identity])[0]
 
 
 def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
@@ -39,6 +39,8 @@ def _align_step(steps: list[Step], source: str, workdir: Path) -> Step:
 
 
 def _find(asked: str, ids: list[str], source: str) -> str:
+    if not ids:
+        raise DataError(f"{source}: taught no conversation")
     if asked in ids:
         return asked
     if asked.isdecimal() and int(asked) < len(ids):

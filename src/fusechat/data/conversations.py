@@ -9,11 +9,11 @@ from typing import Any
 
 from fusechat.data.data_files import SUFFIXES, file_records, hub_records, suffix_of
 from fusechat.data.messages import Conversation, Malformed, Message, join_turns
-from fusechat.data.records import conversation_of
+from fusechat.data.records import conversation_of, prompt_of
 from fusechat.errors import DataError, first_line
 from fusechat.run.cache import known_digest
 
-__all__ = ["Conversation", "DataSet", "Malformed", "Message", "Questions", "read_conversations"]
+__all__ = ["Conversation", "DataSet", "Malformed", "Message", "Questions", "read_conversations", "read_records"]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -22,7 +22,8 @@ class DataSet:
     """A file of conversations, or a data set of the hub. `name` is unique in a recipe; `on_error` is `stop` or `skip`. `split`: of
     a hub data set, None for `train`. `limit`: so many of the conversations at most, a sample: those whose ids come first. It is the
     same in any order of the records, and a larger one contains it. `join_turns`: answers in a row are one, for every model.
-    `commit`: of a hub data set, None for its newest."""
+    `commit`: of a hub data set, None for its newest. `prompts`: without the answers that are to be made anew, and they may lack.
+    `chosen`: what a run makes itself, at `path` in its work directory; `author`: the answers of this model alone."""
 
     name: str
     path: str
@@ -31,6 +32,13 @@ class DataSet:
     limit: int | None = None
     join_turns: bool = False
     commit: str | None = None
+    prompts: bool = False
+    chosen: bool = False
+    author: str | None = None
+
+    def within(self, workdir: Path) -> "DataSet":
+        """With the file of a set that the run in `workdir` makes."""
+        return replace(self, path=str(workdir / self.path)) if self.chosen else self
 
     @property
     def is_hub(self) -> bool:
@@ -38,10 +46,13 @@ class DataSet:
         return not path.exists() and not suffix_of(path) and _HUB_ID.fullmatch(self.path) is not None
 
     def identity(self) -> str:
-        """What changes when the content does: the SHA-256 of a file, the commit of a hub data set; and what is taken of it."""
+        """What changes when the content does: the SHA-256 of a file, the commit of a hub data set; and what is taken of it. Of
+        what a run makes, whose content its steps know, what is taken of it alone."""
+        if self.chosen:
+            return f"chosen author={self.author}" if self.author else "chosen"
         commit = (self.commit or self.local().name) if self.is_hub else None
         whole = f"hub:{self.path}@{commit}" if commit else f"sha256:{known_digest(self.local())}"
-        taken = (("split", self.split), ("limit", self.limit))
+        taken = (("split", self.split), ("limit", self.limit), ("prompts", self.prompts or None))
         return " ".join([whole, *(f"{key}={value}" for key, value in taken if value is not None)])
 
     def local(self) -> Path:
@@ -77,31 +88,47 @@ class Questions:
         return self.reader(Path(self.path))
 
 
+@dataclass(frozen=True)
+class Read:
+    """A record of a data set: what it is read as, the whole conversation in it, which has more than a prompt, and the record."""
+
+    conversation: Conversation
+    whole: Conversation
+    record: dict[str, Any]
+
+
 def read_conversations(data: DataSet) -> Iterator[Conversation | Malformed]:
     """Every record of a data set in its order, or every one of the sample. Malformed ones are yielded all; the caller decides what
     they mean."""
+    for found in read_records(data):
+        yield found if isinstance(found, Malformed) else found.conversation
+
+
+def read_records(data: DataSet) -> Iterator[Read | Malformed]:
+    """As `read_conversations`, with all that the records hold."""
     if data.limit is None:
-        yield from _conversations(data)
+        yield from _read(data)
         return
-    ids = {one.id for one in _conversations(data) if isinstance(one, Conversation)}
+    ids = {found.conversation.id for found in _read(data) if isinstance(found, Read)}
     sample = set(nsmallest(data.limit, ids))
-    yield from (one for one in _conversations(data) if isinstance(one, Malformed) or one.id in sample)
+    yield from (found for found in _read(data) if isinstance(found, Malformed) or found.conversation.id in sample)
 
 
-def _conversations(data: DataSet) -> Iterator[Conversation | Malformed]:
+def _read(data: DataSet) -> Iterator[Read | Malformed]:
     for where, record in _records(data):
         if isinstance(record, Malformed):
             yield record
             continue
+        if data.author is not None and isinstance(record, dict) and record.get("author") != data.author:
+            continue
         try:
-            found = conversation_of(record, where)
+            whole = conversation_of(record, where, answered=not data.prompts)
+            if data.join_turns:
+                messages = join_turns(whole.messages, roles=("assistant",))
+                whole = replace(whole, messages=messages, joined=len(messages) < len(whole.messages))
+            yield Read(prompt_of(whole) if data.prompts else whole, whole, record)
         except ValueError as error:
             yield Malformed(where, str(error))
-            continue
-        if data.join_turns:
-            messages = join_turns(found.messages, roles=("assistant",))
-            found = replace(found, messages=messages, joined=len(messages) < len(found.messages))
-        yield found
 
 
 def _records(data: DataSet) -> Iterator[tuple[str, Any]]:

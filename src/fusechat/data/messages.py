@@ -54,6 +54,11 @@ class Conversation:
         return hashlib.sha256(text.encode()).hexdigest()[:20]
 
     @property
+    def is_answered(self) -> bool:
+        """Whether its last message is an answer."""
+        return bool(self.messages) and self.messages[-1].role == "assistant"
+
+    @property
     def responses(self) -> list[str]:
         return [message.content for message in self.messages if message.is_response]
 

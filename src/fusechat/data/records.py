@@ -2,6 +2,7 @@
 
 {"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]}, and the keys of either under the other name
 {"prompt", "completion"}, texts or lists of messages; {"instruction", "input", "output", "history"}
+Where answers are made anew, {"prompt"} and {"instruction", "input", "history"} too, and `reference` beside any of them.
 
 Beside them: `system` (or `system_prompt`), `tools`, `chat_template_kwargs`; of a message `weight` or `train`, `tool_calls`, and
 whatever else a template reads. What nothing reads is named, not dropped silently.
@@ -10,6 +11,7 @@ whatever else a template reads. What nothing reads is named, not dropped silentl
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fusechat.data.messages import Conversation, Message
@@ -42,24 +44,47 @@ _LABELS = {
     *("id", "_id", "idx", "index", "uuid", "hash", "source", "dataset", "split", "timestamp"),
     *("conversation_id", "message_id", "prompt_id"),
 }
+# What is said of an answer beside it, where models answered and one was chosen.
+_OF_CHOSEN = {"prompt_id", "author", "scores", "score", "chosen_by"}
 
 
-def conversation_of(record: Any, where: str) -> Conversation:
-    """The conversation in a record. Raises ValueError with the reason for which it is none."""
+def conversation_of(record: Any, where: str, *, answered: bool = True) -> Conversation:
+    """The conversation in a record. `answered`: it must hold an answer. Raises ValueError with the reason for which it is none."""
     if not isinstance(record, dict):
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
-    messages, read = _turns(record)
+    messages, read = _turns(record if answered else _with_answer(record))
     messages, read = _with_system(messages, record, read)
     tools = _tools(record.get("tools"))
     variables = record.get("chat_template_kwargs") or {}
     if not isinstance(variables, dict):
         raise ValueError(f'"chat_template_kwargs" is {type(variables).__name__}, not an object')
     refuse_taken(variables)
-    read |= {"tools", "chat_template_kwargs"} | _LABELS
+    read |= {"tools", "chat_template_kwargs"} | _LABELS | (_OF_CHOSEN if record.keys() >= _OF_CHOSEN else set())
     unused = {key: _digest(value) for key, value in record.items() if key not in read and value is not None}
     for value in (tools, variables):
         _refuse_half_pairs(value, "the record")
     return Conversation(messages, where, tools, variables, unused)
+
+
+def prompt_of(conversation: Conversation) -> Conversation:
+    """What is asked: without the last message if that is an answer, earlier answers being context, and without what nothing reads,
+    so that its id is that of the question alone. Raises ValueError where nothing is asked."""
+    messages = conversation.messages[: len(conversation.messages) - conversation.is_answered]
+    if not messages or not messages[-1].content.strip():
+        raise ValueError("the prompt is empty")
+    if messages[-1].role not in ("user", "tool"):
+        raise ValueError(f"the prompt ends with a message of role {messages[-1].role}, not with a question")
+    context = tuple(replace(one, taught=False) if one.role == "assistant" else one for one in messages)
+    return replace(conversation, messages=context, unused={}, joined=False)
+
+
+def reference_of(conversation: Conversation, record: dict[str, Any]) -> str | None:
+    """The answer that a record holds to its question: its `reference`, else the last message of its conversation if that is an
+    answer."""
+    told = record.get("reference")
+    if told is not None:
+        return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+    return (conversation.messages[-1].content or None) if conversation.is_answered else None
 
 
 def refuse_taken(variables: dict[str, Any]) -> None:
@@ -87,6 +112,14 @@ def _turns(record: dict[str, Any]) -> tuple[tuple[Message, ...], set[str]]:
     if lists:
         return (), set(lists)
     raise ValueError('neither "messages" nor "conversations" holds a list')
+
+
+def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
+    """A record that holds a question alone, with an empty answer, which is not read."""
+    for question, answer in (("prompt", "completion"), ("instruction", "output")):
+        if question in record and record.get(answer) is None and not any(record.get(key) for key in _LISTS):
+            return {**record, answer: ""}
+    return record
 
 
 def _side(record: dict[str, Any], key: str, role: str) -> tuple[Message, ...]:

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.evaluate.records import ASKED
+from fusechat.evaluate.records import ASKED, DRAWN
 from fusechat.evaluate.subjects import Subject
 from fusechat.models.answers import Answer, Missing, Prompt
 from fusechat.models.client import MODEL_KEY, Client, Request, model_key
@@ -55,7 +55,11 @@ class Answering:
     ) -> list[Answer | Missing]:
         assert subject.chat_model is not None
         settings = [ASKED, subject.identity, self.dtype, self.device, self.batch_tokens, self.seed, len(prompts)]
-        batches = digest_json([*settings, [_as_json(prompt) for prompt in prompts]])  # one batch draws together
+        settings += [DRAWN] if any(prompt.temperature for prompt in prompts) else []
+        settings += [subject.chat_model.stop] if subject.chat_model.stop else []
+        batches = digest_json(
+            [*settings, [_as_json(prompt) for prompt in prompts]]
+        )  # what is in a batch decides last digits
         keys = [digest_json([batches, prompt.key]) for prompt in prompts]
         with Journal(file) as journal:
             answers: list[Answer | Missing | None] = [
@@ -74,7 +78,9 @@ class Answering:
                         if answers[index] is None:  # of a batch that was begun before, some are there
                             answers[index] = answer
                             if isinstance(answer, Answer):
-                                journal.add(keys[index], asdict(answer))
+                                journal.add(
+                                    keys[index], {key: getattr(answer, key) for key in ("text", "tokens", "complete")}
+                                )
                             advance(1)
 
                     loaded[0].answer(prompts, done, [answer is not None for answer in answers])

@@ -30,6 +30,7 @@ from fusechat.run.progress import log
 
 SCHEMA, RECORDS, RESULTS = 2, "records.json", "results.json"
 ASKED = 2  # raised when models are asked by another text, so that older answers do not count; 2: by what they are taught after
+DRAWN = 2  # raised when answers at a temperature are drawn by other numbers; 2: each by its own
 Record = dict[str, Any]
 
 

@@ -97,6 +97,7 @@ def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: lis
         "data": {data.name: data.identity() for data in held_out},
         "answers": recipe.evaluate.answers,
         "tokens": recipe.evaluate.answer_tokens,
+        **({"stop": chat_model.stop} if chat_model.stop else {}),
         **_settings(recipe),
     }
 

@@ -91,7 +91,7 @@ class FusionData(Dataset[dict[str, Any]]):
         conversation = self.sets[place].pivot[row]
         candidates = self._candidates(self.sets[place], conversation)
         if not candidates:
-            return _item(conversation, nothing(len(conversation)), self._alone(conversation), place)
+            return _item(conversation, nothing(len(conversation)), self._alone(conversation), place, alone=True)
         found, share = self._compare(candidates, conversation)
         groups = teacher_selection.groups_of(conversation, self.rule.level)
         targets = mix([one.targets for one in candidates.values()], share[:, groups])
@@ -160,8 +160,12 @@ EMPTY = Prepared(
 )
 
 
-def _item(rows: Prepared, targets: SparseDistribution, comparison: Comparison | None, place: int) -> dict[str, Any]:
+def _item(
+    rows: Prepared, targets: SparseDistribution, comparison: Comparison | None, place: int, *, alone: bool = False
+) -> dict[str, Any]:
+    """`alone`: nobody has distributions of the conversation."""
     return {
+        "alone": alone,
         "input_ids": rows.input_ids,  # by its length batches may be grouped
         "conversation": rows,
         "targets": targets,
@@ -172,8 +176,8 @@ def _item(rows: Prepared, targets: SparseDistribution, comparison: Comparison | 
 
 def collate_fusion(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, Any]:
     """A batch for the trainer: padded tokens, and for the n response rows of all items together `labels` int64 [n],
-    `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k], `target_tail` float32 [n]; against the student,
-    `comparison`."""
+    `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k], `target_tail` float32 [n], `alone` bool [n];
+    against the student, `comparison`."""
     conversations = [item["conversation"] for item in items]
     batch = collate(conversations, pad)
     k = max(item["targets"].ids.shape[1] for item in items)
@@ -185,6 +189,7 @@ def collate_fusion(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, An
         "target_ids": _stack([item["targets"].ids for item in items], k, -1, torch.long),
         "target_logprobs": _stack([item["targets"].logprobs for item in items], k, -np.inf, torch.float32),
         "target_tail": torch.from_numpy(np.concatenate([item["targets"].tail for item in items])).float(),
+        "alone": torch.from_numpy(np.repeat([item["alone"] for item in items], [len(one) for one in conversations])),
         "conversation_ids": [conversation.id for conversation in conversations if conversation.id],
     }
     if items[0]["comparison"] is not None:

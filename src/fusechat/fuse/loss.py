@@ -14,7 +14,8 @@ Gate = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class LossParts:
-    """Scalars: `total = sft_weight · sft + (1 - sft_weight) · fusion`, both divided by the same number of tokens."""
+    """Scalars: `total = sft_weight · sft + (1 - sft_weight) · fusion`, both divided by the same number of tokens, and what rows
+    alone have more of the first."""
 
     total: torch.Tensor
     sft: torch.Tensor
@@ -63,8 +64,10 @@ def fusion_loss_parts(
     temperature: float = 1.0,
     num_items: torch.Tensor | float | None = None,
     gate: Gate | None = None,
+    alone: torch.Tensor | None = None,
 ) -> LossParts:
-    """As `fusion_loss`, with its two terms apart.
+    """As `fusion_loss`, with its two terms apart. `alone` bool [n]: rows of conversations that nobody has distributions of, which
+    are learnt with a `sft_weight` of 1.
 
     `gate` takes the rows' `-log Q(label)` [n], detached, and returns which rows' fusion term counts, or how much, [n]. Without
     targets (None), and with a `sft_weight` of 1, the fusion term is not computed and is 0.
@@ -89,4 +92,5 @@ def fusion_loss_parts(
         weight = gate(nll.detach())
         divergence = torch.where(weight > 0, weight * divergence, 0.0)
     fusion = temperature**2 * divergence.sum() / count
-    return LossParts(sft_weight * sft + (1 - sft_weight) * fusion, sft, fusion)
+    rest = fusion if alone is None else fusion + torch.where(alone, nll, 0.0).sum() / count
+    return LossParts(sft_weight * sft + (1 - sft_weight) * rest, sft, fusion)

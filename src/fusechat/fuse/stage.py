@@ -9,6 +9,7 @@ from typing import Any
 
 from fusechat.data.distributions import open_distributions
 from fusechat.errors import ModelError, RecipeError
+from fusechat.fuse.teacher_selection import COMPARING
 from fusechat.models.chat_files import write_chat_files
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.recipe.training_arguments import counted
@@ -66,7 +67,7 @@ def _sft_weights(recipe: Recipe) -> tuple[float, float]:
 
 def needs_pivot(recipe: Recipe, target: str) -> bool:
     """Whether the pivot's own distributions are among those that teach a target."""
-    return is_taught(recipe, target) and recipe.fuse.function != "source" and recipe.fuse.against == "pivot"
+    return is_taught(recipe, target) and recipe.fuse.function in COMPARING and recipe.fuse.against == "pivot"
 
 
 def measures(recipe: Recipe) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
+COMPARING = ("mince", "avgce")  # functions by which models are compared; by the others sources teach as they are
 FLOOR = 1e-4  # the least probability of a gold token that a kept distribution is credited with
 
 
@@ -26,11 +27,11 @@ class SelectionRule:
 
     @property
     def compares_with_pivot(self) -> bool:
-        return self.function != "source" and self.against == "pivot"
+        return self.function in COMPARING and self.against == "pivot"
 
     @property
     def compares_with_student(self) -> bool:
-        return self.function != "source" and self.against == "student"
+        return self.function in COMPARING and self.against == "student"
 
 
 @dataclass(frozen=True)

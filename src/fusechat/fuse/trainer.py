@@ -75,6 +75,7 @@ class FusionTrainer(SamplerHooks, Trainer):
             target_tail=inputs["target_tail"],
             sft_weight=self._sft_weight(),
             num_items=num_items_in_batch,
+            alone=inputs["alone"],
             gate=None if comparison is None else lambda nll: self._gate(nll, comparison),
             **self.loss_settings,
         )

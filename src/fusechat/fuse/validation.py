@@ -28,6 +28,7 @@ class Validation(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         rows = EMPTY if index == PAD_INDEX else self.prepared[index]
         return {
+            "alone": False,
             "input_ids": rows.input_ids,
             "conversation": rows,
             "targets": nothing(len(rows)),

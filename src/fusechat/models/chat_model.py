@@ -17,7 +17,7 @@ from fusechat.run.files import digest_json
 class ChatModel:
     """`name` is `pivot` or the source's key in the recipe; `chat_template` overrides the model's own, `template_name` says which
     one of several; `variables`: what the template reads where a conversation says nothing, as JSON; `date`: what it is told of
-    the day."""
+    the day; `stop`: strings that end its answers, beside the end of turn."""
 
     name: str
     reference: Reference
@@ -25,6 +25,7 @@ class ChatModel:
     template_name: str | None = None
     variables: str = ""
     date: str | None = None
+    stop: tuple[str, ...] = ()
 
     @cached_property
     def identity(self) -> str:

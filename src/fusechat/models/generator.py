@@ -1,4 +1,8 @@
-"""Answers by a model in this process: prompts of like length in one batch, padded on the left."""
+"""Answers by a model in this process: prompts of like length in one batch, padded on the left.
+
+With a temperature every row draws from numbers of its own (`sampling.py`): an answer depends on its prompt and on what its batch
+is made up of, which decides the last digits of logits, and on nothing that others draw.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,13 +17,13 @@ from fusechat.models.chat_model import ChatModel
 from fusechat.models.forward import device_of, length_batches
 from fusechat.models.load import choose_device, default_dtype, stop_tokens, without_embedding
 from fusechat.models.memory import free_memory, out_of_memory
+from fusechat.models.sampling import draw
 from fusechat.models.templates import UnrenderableError
-from fusechat.run.files import digest_json
 from fusechat.run.progress import log
 
 
 class Generator:
-    """A loaded model. `batch_tokens`: tokens of a batch at most, with the room for answers. `spread`: as `Chatter.model` has it."""
+    """A loaded model. `batch_tokens`: tokens of a batch at most, with the room for answers. `spread`: as `ChatModel.model`."""
 
     def __init__(
         self,
@@ -32,12 +36,13 @@ class Generator:
         **spread: Any,
     ) -> None:
         place = choose_device(device)
-        self._name = chat_model.name
+        self._name, self._stop_texts = chat_model.name, list(chat_model.stop)
+        self._identity = chat_model.identity
         self._template = chat_model.template()
         self._tokenizer = self._template.tokenizer
         self._model = chat_model.model(dtype=dtype or default_dtype(place), device=place, **spread)
         self._batch_tokens, self._seed = batch_tokens, seed
-        self._most = 1 << 30  # answers at once; less where memory did not suffice
+        self.most: int | None = None  # answers at once, where memory did not suffice for more
         config = self._model.config.get_text_config()
         self._room = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
         self._rows = int(self._model.get_input_embeddings().weight.shape[0])
@@ -48,11 +53,11 @@ class Generator:
     ) -> None:
         """Calls `done` with the place of each prompt and its answer, as they come; of batches that `has` wholly, nothing.
 
-        A batch is made up of the same prompts, and draws the same numbers, whatever is there already: an interrupted run
-        gives the answers of one that was not.
+        A batch is made up of the same prompts, whatever is there already: an interrupted run gives the answers of one that was
+        not.
         """
         tokens: dict[int, list[int]] = {}
-        kinds: dict[tuple[float, int], list[int]] = {}
+        kinds: dict[tuple[float, float, int], list[int]] = {}
         for index, prompt in enumerate(prompts):
             found = self._encode(prompt)
             if isinstance(found, Missing):
@@ -60,11 +65,12 @@ class Generator:
                     done(index, found)
                 continue
             tokens[index] = found
-            kinds.setdefault((prompt.temperature, prompt.max_new_tokens), []).append(index)
-        for (_, longest), members in kinds.items():
+            kinds.setdefault((prompt.temperature, prompt.top_p, prompt.max_new_tokens), []).append(index)
+        for (*_, longest), members in kinds.items():
             for batch in self._batches(members, tokens, longest):
                 while batch and not all(has[index] for index in batch):
-                    part, batch = batch[: self._most], batch[self._most :]
+                    most = self.most or len(batch)
+                    part, batch = batch[:most], batch[most:]
                     self._batch(part, prompts, tokens, done)
 
     def _batches(self, members: Sequence[int], tokens: Mapping[int, list[int]], longest: int) -> list[list[int]]:
@@ -83,14 +89,13 @@ class Generator:
         done: Callable[[int, Answer | Missing], None],
     ) -> None:
         first = prompts[chosen[0]]
-        key = digest_json([self._seed, [prompts[index].key for index in chosen]])
+        keys = [[self._seed, self._identity, prompts[index].key, prompts[index].sample] for index in chosen]
         longest = min(first.max_new_tokens, self._room - max(len(tokens[index]) for index in chosen))
         try:
             answers = self._generate(
                 [tokens[index] for index in chosen],
-                temperature=first.temperature,
                 longest=longest,
-                seed=int(key[:8], 16),
+                processors=draw(keys, temperature=first.temperature, top_p=first.top_p),
             )
         except Exception as error:
             if not out_of_memory(error):
@@ -107,12 +112,12 @@ class Generator:
         if len(chosen) == 1:
             raise ModelError(f"{self._name}: one answer does not fit in memory by itself; lower --max-new-tokens")
         log.warning("%s: %d answers do not fit in memory together; halved (--batch-tokens)", self._name, len(chosen))
-        self._most = middle = len(chosen) // 2
+        self.most = middle = len(chosen) // 2
         self._batch(chosen[:middle], *rest)
         self._batch(chosen[middle:], *rest)
 
     @torch.inference_mode()
-    def _generate(self, prompts: Sequence[list[int]], *, temperature: float, longest: int, seed: int) -> list[Answer]:
+    def _generate(self, prompts: Sequence[list[int]], *, longest: int, processors: list[Any]) -> list[Answer]:
         from transformers import GenerationConfig
 
         width = max(map(len, prompts))
@@ -122,26 +127,40 @@ class Generator:
         # Whole in itself: a model's own generation_config.json would add settings that the suites did not publish.
         self._model.generation_config = GenerationConfig(
             max_new_tokens=longest,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else 1.0,
-            top_p=1.0,
-            top_k=0,
+            do_sample=False,
             eos_token_id=sorted(self._stops) or None,
             pad_token_id=pad,
+            stop_strings=self._stop_texts or None,
         )
         device = device_of(self._model)
-        torch.manual_seed(seed)
-        output = self._model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))
+        output = self._model.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            logits_processor=processors,
+            tokenizer=self._tokenizer,  # in which the stop strings are looked for
+        )
         return [self._answer(row[width:]) for row in output.tolist()]
 
     def _answer(self, row: list[int]) -> Answer:
         end = next((at for at, token in enumerate(row) if token in self._stops), None)
         kept = row if end is None else row[:end]
-        return Answer(self._tokenizer.decode(kept, skip_special_tokens=True).strip(), len(kept), end is not None)
+        text = self._decode(kept)
+        at = min((found for stop in self._stop_texts if (found := text.find(stop)) >= 0), default=None)
+        if at is None:
+            return Answer(text.strip(), len(kept), end is not None, tuple(kept))
+        text = text[:at].strip()
+        while kept and self._decode(kept[:-1]).strip().startswith(text):
+            kept = kept[:-1]
+        return Answer(text, len(kept), True, tuple(kept))
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
 
     def _encode(self, prompt: Prompt) -> list[int] | Missing:
+        about = prompt.about
+        messages = about.messages if about else [Message(role, content) for role, content in prompt.messages]
         try:
-            text = self._template.prompt([Message(role, content) for role, content in prompt.messages])
+            text = self._template.prompt(messages, about)
         except UnrenderableError as error:
             return Missing(str(error))
         tokens = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -149,5 +168,5 @@ class Generator:
         if wrong:
             return Missing(f"its prompt has {wrong}")
         if len(tokens) >= self._room:
-            return Missing(f"its prompt of {len(tokens)} tokens leaves no room in the model's {self._room}")
+            return Missing(f"its prompt leaves no room in the model's {self._room} tokens")
         return tokens

@@ -81,30 +81,30 @@ class ChatTemplate:
                 raise
             return replace(self._locate(folded, about), system_folded=bool(messages[0].content.strip()))
 
-    def prompt(self, messages: Sequence[Message]) -> str:
-        """The asked prompt: the conversation's text up to where the model answers, as training has it. Raises
-        UnrenderableError with the reason."""
+    def prompt(self, messages: Sequence[Message], about: Conversation | None = None) -> str:
+        """The asked prompt: the conversation's text up to where the model answers, as training has it. `about`: see `render`.
+        Raises UnrenderableError with the reason."""
         folded = fold_system(messages)
-        if folded is not None and self._folds(messages):
-            return self.prompt(folded)
+        if folded is not None and self._folds(messages, about):
+            return self.prompt(folded, about)
         try:
             if OWN_PROMPT in self.template:
-                return self._apply(messages, ask=True).rstrip(" ")
-            answered = self._apply([*messages, Message("assistant", OPEN)])
+                return self._apply(messages, about, ask=True).rstrip(" ")
+            answered = self._apply([*messages, Message("assistant", OPEN)], about)
             if OPEN not in answered:
                 raise UnrenderableError("the template leaves out the assistant message")
         except UnrenderableError:
             if folded is None:
                 raise
-            return self.prompt(folded)
-        return answered[: self._asked(messages, answered, answered.rindex(OPEN))]
+            return self.prompt(folded, about)
+        return answered[: self._asked(messages, answered, answered.rindex(OPEN), about)]
 
-    def _folds(self, messages: Sequence[Message]) -> bool:
+    def _folds(self, messages: Sequence[Message], about: Conversation | None) -> bool:
         """Whether a conversation that begins so is rendered with its system message in front of the first question."""
         answered = [*messages, Message("assistant", "Hello!")]
         for each, folded in ((answered, False), (fold_system(answered) or answered, True)):
             with suppress(UnrenderableError):
-                self._locate(each, None)
+                self._locate(each, about)
                 return folded
         return False
 

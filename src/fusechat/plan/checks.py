@@ -173,7 +173,7 @@ def of_launch(recipe: Any, device: Device) -> tuple[list[str], list[str]]:
     sharded = bool(recipe.fuse.training.get("fsdp"))
     if sharded and device.count == 1:
         return [f"{fuse.ONE_PROCESS}; one {device.name} has none to share with: leave it out"], []
-    inside = inside_vllm(recipe, ("pivot", *recipe.sources))
+    inside = inside_vllm(recipe, ("pivot", *recipe.models))
     if not inside or device.count == 1:
         return [], []
     return [], [

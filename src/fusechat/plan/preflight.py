@@ -16,7 +16,7 @@ from fusechat.recipe.schema import PIVOT
 from fusechat.run import ranks
 from fusechat.run.steps import Step
 
-_RUNS = ("capture", "fuse", "evaluate")  # stages that run models
+_RUNS = ("generate", "capture", "fuse", "evaluate")  # stages that run models
 
 
 def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
@@ -26,7 +26,8 @@ def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
         found.append(lambda: choose_device(recipe.device))
     if any(step.stage == "fuse" for step in waiting):
         found.append(lambda: fuse.check(recipe, here=True))
-    captured = dict.fromkeys(step.name.partition("/")[0] for step in waiting if step.stage == "capture")
+    run = dict.fromkeys(step.name.partition("/")[0] for step in waiting if step.stage in ("generate", "capture"))
+    captured = [name for name in (PIVOT, *recipe.models) if name in run]
     found.append(lambda: _refuse(checks.of_backend(recipe, captured, devices=_gpus(), here=True)))
     found.append(lambda: _refuse(checks.of_processes(recipe, captured, ranks.world())))
     _together(found)
@@ -34,12 +35,12 @@ def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
 
 def check_models(recipe: Any, waiting: Sequence[Step]) -> None:
     """Raises a FuseChatError, with all that is wrong, for models that the waiting steps could not use."""
-    names = {step.name.partition("/")[0] for step in waiting if step.stage in ("prepare", "capture")}
+    names = {step.name.partition("/")[0] for step in waiting if step.stage in ("generate", "prepare", "capture")}
     names |= {name for step in waiting if step.stage == "align" for name in (PIVOT, step.name)}
     trained = any(step.stage == "fuse" for step in waiting)
     found: list[Callable[[], object]] = [
         lambda name=name: _check_model(recipe, name)  # type: ignore[misc]
-        for name in (PIVOT, *recipe.sources)
+        for name in (PIVOT, *recipe.models)
         if name in names or (name == PIVOT and trained)
     ]
     if trained:

@@ -23,8 +23,9 @@ _USUAL = {"join_turns": False, "truncate": "response"}  # what fingerprints say 
 OVERLAP, HITS = "overlap", "overlap.jsonl"
 
 
-def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, data: DataSet) -> Step:
-    """Renders and tokenises one data set for one model: for a source, what the pivot could use of it."""
+def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, data: DataSet, made_by: Step | None = None) -> Step:
+    """Renders and tokenises one data set for one model: for a source, what the pivot could use of it. `made_by`: the step that
+    makes what the run makes itself."""
     how = rules(recipe, data)
     settings = {
         "model": chat_model.tokenizer_identity,
@@ -32,11 +33,15 @@ def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, data: DataSet) ->
         "on_error": data.on_error,
         **{key: value for key, value in how.items() if key == "max_length" or value != _USUAL[key]},
     }
-    before = {} if chat_model.name == PIVOT else {PIVOT: step(recipe, workdir, recipe.chat_model(PIVOT), data)}
+    before = {}
+    if chat_model.name != PIVOT:
+        before[PIVOT] = step(recipe, workdir, recipe.chat_model(PIVOT), data, made_by)
+    elif data.chosen and made_by is not None:
+        before["chosen"] = made_by
 
     def work(directory: Path) -> dict[str, Any]:
-        usable = set(PreparedSet(before[PIVOT].directory).ids) if before else None
-        return _prepare(directory, chat_model, data, usable, how)
+        usable = set(PreparedSet(before[PIVOT].directory).ids) if PIVOT in before else None
+        return _prepare(directory, chat_model, data.within(workdir), usable, how)
 
     directory = workdir / "prepare" / chat_model.name / data.name
     return Step("prepare", f"{chat_model.name}/{data.name}", directory, settings, work, before, format=FORMAT)
@@ -45,7 +50,7 @@ def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, data: DataSet) ->
 def rules(recipe: Recipe, data: DataSet) -> dict[str, Any]:
     """What `prepare_conversation` is told. A response that models are measured on is whole for all of them, or left out."""
     found = recipe.data.model_dump(include={"max_length", *_USUAL})
-    return found if data in recipe.all_training_sets() else {**found, "truncate": _USUAL["truncate"]}
+    return found if data not in recipe.validation_sets() else {**found, "truncate": _USUAL["truncate"]}
 
 
 def _prepare(
@@ -56,7 +61,7 @@ def _prepare(
     from fusechat.models.tokenise import RejectedError, prepare_conversation
 
     template, rows, positions = chat_model.template(), chat_model.vocabulary_size(), chat_model.positions()
-    counts: Counter[str] = Counter()
+    counts = Counter[str](dict.fromkeys(("responses", "response_bytes", "response_tokens", "tokens"), 0))
     reasons: Counter[str] = Counter()
     rejected: list[str] = []
     seen: set[str] = set()
@@ -106,7 +111,7 @@ def _prepare(
         return result
 
     kept = write_prepared(directory / FILE, prepared())
-    if not kept:
+    if not kept and not (data.author and not reasons):  # a model of which no answer was chosen
         why = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3)) or "it holds no records"
         say = advice(reason for reason, _ in reasons.most_common())
         raise DataError(f"{data.path}: no usable conversation for {chat_model.name}: {why}{f'; {say}' if say else ''}")

@@ -19,6 +19,7 @@ from pydantic import (
 from fusechat.data.conversations import DataSet
 from fusechat.errors import RecipeError
 from fusechat.models.chat_model import ChatModel, is_template_file
+from fusechat.recipe.generate import Generate, SourceSpec, answering, chosen_set, own_targets, problems, with_author
 from fusechat.recipe.precision import Place, automatic, with_dtypes
 from fusechat.recipe.presets import with_preset
 from fusechat.recipe.sections import (
@@ -36,13 +37,12 @@ from fusechat.recipe.sections import (
     Name,
     Section,
     SourceName,
-    SourceSpec,
     TrainingSet,
     TrainingSets,
 )
 
 __all__ = ["COMMON", "FUSED", "PIVOT", "STAGES", "Recipe", "SourceSpec", "is_template_file"]
-STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
+STAGES = ("generate", "prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
 
 
 class Recipe(Section):
@@ -52,6 +52,7 @@ class Recipe(Section):
     preset: Literal["paper"] | None = None
     pivot: ModelSpec
     sources: dict[SourceName, SourceSpec] = Field(min_length=1)
+    generate: Generate | None = None
     targets: dict[SourceName, list[str]] = Field(default={})
     data: Data = Field(default=Data(), validate_default=True)
     capture: Capture = Capture()
@@ -73,7 +74,7 @@ class Recipe(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _filled_in(cls, raw: Any, check: ModelWrapValidatorHandler["Recipe"], info: ValidationInfo) -> "Recipe":
-        raw = with_preset(raw)
+        raw = with_preset(with_author(raw))
         recipe = check(with_dtypes(raw, (info.context or {}).get("dtype")))
         recipe._automatic = automatic(raw)
         return recipe
@@ -148,8 +149,8 @@ class Recipe(Section):
     def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
         if "sources" not in info.data or "targets" not in info.data:  # wrong themselves
             return merge
-        every = [*info.data["sources"], *info.data["targets"]]
-        merged = merge.targets or list(info.data["sources"])
+        own = own_targets(info.data["sources"], info.data.get("generate"))
+        every, merged = [*own, *info.data["targets"]], merge.targets or list(own)
         found: list[Any] = [
             (("targets",), f"{name} is no target; the recipe has {', '.join(every)}")
             for name in merged
@@ -163,27 +164,46 @@ class Recipe(Section):
             raise ValueError(*found)
         return merge
 
+    @model_validator(mode="after")
+    def _goes_together(self) -> "Recipe":
+        wrong: list[Any] = list(problems(self))
+        if wrong:
+            raise ValueError(*wrong)
+        return self
+
     def chat_model(self, name: str) -> ChatModel:
         spec = self.pivot if name == PIVOT else self.sources[name]
         given = spec.chat_template
         text, own = (given, None) if given is None or isinstance(given, str) else (None, given.name)
         variables = json.dumps(spec.chat_template_kwargs, sort_keys=True) if spec.chat_template_kwargs else ""
-        return ChatModel(name, spec.reference, text, own, variables, self.date)
+        stop = tuple(getattr(spec, "stop", None) or ())
+        return ChatModel(name, spec.reference, text, own, variables, self.date, stop)
+
+    @property
+    def models(self) -> list[str]:
+        """The sources that are run here, which are all but servers."""
+        return [name for name, source in self.sources.items() if source.server is None]
+
+    @property
+    def answering(self) -> list[str]:
+        """Who answers the prompts, if the recipe generates."""
+        return answering(self.sources, self.generate)
 
     def teachers(self) -> dict[str, list[str]]:
-        """Every target, and the sources that teach it: one of each source's name, then the recipe's own; none for plain SFT."""
-        return {**{name: [name] for name in self.sources}, **self.targets}
+        """Every target, and the sources that teach it: one of each source's name, or one of all that answer; then the recipe's own;
+        none for plain SFT."""
+        return {**own_targets(self.sources, self.generate), **self.targets}
 
     def sft_target(self) -> str | None:
         """The target of plain fine-tuning, the first that no source teaches."""
         return next((name for name, sources in self.targets.items() if not sources), None)
 
     def merged_targets(self) -> list[str]:
-        return self.merge.targets or list(self.sources)
+        return self.merge.targets or list(own_targets(self.sources, self.generate))
 
-    def _data_set(self, name: str, where: DataPath) -> DataSet:
+    def _data_set(self, name: str, where: DataPath, *, prompts: bool = False) -> DataSet:
         return DataSet(
-            name, where.path, self.data.on_error, where.split, where.limit, self.data.join_turns, where.commit
+            name, where.path, self.data.on_error, where.split, where.limit, self.data.join_turns, where.commit, prompts
         )
 
     def _training(self) -> Iterator[tuple[tuple[str, ...], str, TrainingSets]]:
@@ -194,28 +214,46 @@ class Recipe(Section):
             if source.data is not None:
                 yield ("sources", name, "data", "train"), name, source.data.train
 
-    def sets_of(self, source: str) -> list[DataSet]:
-        """The conversations on which `source` teaches: its own, else the recipe's."""
+    def read_sets(self, source: str) -> list[DataSet]:
+        """The conversations that are read for `source`, its own, else the recipe's: prompts, if the recipe generates. Of the pivot
+        those of all."""
+        if source == PIVOT:
+            return self.all_read_sets()
         by_owner = {own: train for _, own, train in self._training()}
         own = source if self.sources[source].data is not None else COMMON
-        return [self._data_set(name, one) for _, name, one in _named(by_owner[own], own)]
+        prompts = self.generate is not None
+        return [self._data_set(name, one, prompts=prompts) for _, name, one in _named(by_owner[own], own)]
+
+    def all_read_sets(self) -> list[DataSet]:
+        """Those of every source, each once."""
+        return list(dict.fromkeys(data for source in self.sources for data in self.read_sets(source)))
+
+    def sets_of(self, source: str) -> list[DataSet]:
+        """The conversations on which `source` teaches: what is read for it; if the recipe generates, the chosen answers, or its own
+        among them where each answer is taught by its author."""
+        if self.generate is None:
+            return self.read_sets(source)
+        return [chosen_set(source) if self.fuse.function == "author" else chosen_set()]
 
     def all_training_sets(self) -> list[DataSet]:
-        """Those of every source, each once."""
-        return list(dict.fromkeys(data for source in self.sources for data in self.sets_of(source)))
+        """Those of every target, each once."""
+        return list(dict.fromkeys(data for target in self.teachers() for data in self.training_sets(target)))
 
     def training_sets(self, target: str) -> dict[DataSet, list[str]]:
         """The conversations of a target, and which of its sources teach on them; for plain SFT those of all sources."""
         teachers = self.teachers()[target]
         sets: dict[DataSet, list[str]] = {}
-        for source in teachers or self.sources:
+        if self.generate is not None and (self.fuse.function != "author" or not teachers):
+            return {chosen_set(): teachers}
+        for source in self.answering or teachers or self.sources:
             for data in self.sets_of(source):
-                sets.setdefault(data, []).extend([source] if teachers else [])
+                sets.setdefault(data, []).extend([source] if source in teachers else [])
         return sets
 
     def weights(self) -> dict[str, float]:
-        """How often each conversation of a training set is seen in an epoch, by the set's name."""
-        return {name: one.weight for _, own, train in self._training() for _, name, one in _named(train, own)}
+        """How often each conversation of a training set is seen in an epoch, by the set's name; once, of answers."""
+        said = {name: one.weight for _, own, train in self._training() for _, name, one in _named(train, own)}
+        return {data.name: said.get(data.name, 1.0) for data in (*self.all_read_sets(), *self.all_training_sets())}
 
     def validation_sets(self) -> list[DataSet]:
         """Held-out conversations, on which every model is measured: the recipe's, and each source's own."""

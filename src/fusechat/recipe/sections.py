@@ -87,6 +87,11 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _one_reference(self) -> "ModelSpec":
+        self.check_reference()
+        return self
+
+    def check_reference(self) -> None:
+        """Raises ValueError for what names no model, or more than one."""
         if (self.model is None) == (not self.wheel):
             raise ValueError("names no model, or two: give either model or wheel")
         problem = self.reference.check()
@@ -99,7 +104,6 @@ class ModelSpec(Section):
             raise ValueError("sha256 goes with a wheel: reference")
         if self.commit and not self.reference.is_hub:
             raise ValueError("commit goes with a model of the hub")
-        return self
 
     @property
     def reference(self) -> Reference:
@@ -178,11 +182,6 @@ class SourceCapture(Section):
     url: Url | None = None
 
 
-class SourceSpec(ModelSpec):
-    data: SourceData | None = None
-    capture: SourceCapture = SourceCapture()
-
-
 class Capture(Section):
     top_k: int = Field(default=10, ge=1)
     dtype: Dtype = "bfloat16"
@@ -218,7 +217,7 @@ class Align(Section):
 
 
 class Fuse(Section):
-    function: Literal["mince", "avgce", "source"] = "mince"
+    function: Literal["mince", "avgce", "source", "author"] = "mince"
     unit: Literal["byte", "token"] = "byte"
     level: Literal["conversation", "response", "position"] = "conversation"
     against: Literal["pivot", "student"] = "pivot"

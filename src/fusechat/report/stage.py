@@ -57,7 +57,7 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
             overlap=(upstream["overlap"].manifest() or {})["counts"]["pairs"] if "overlap" in upstream else [],
             losses={name: _losses(step) for name, step in fused.items()},
             alignment={name: _alignment(step) for name, step in aligned.items()},
-            samples=_samples(recipe, aligned),
+            samples=_samples(recipe, directory.parent, aligned),
             choices=choice_rows({name: (step.manifest() or {})["counts"] for name, step in fused.items()}),
             merged=read_json(upstream["merge"].directory / "merge_report.json"),
             answers=cards(answers, {f"source-{name}": name for name in recipe.sources} | {"fused": recipe.name}),
@@ -89,7 +89,7 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
     from fusechat.models.facts import Model, facts
 
     models = []
-    for name in (PIVOT, *recipe.sources):
+    for name in (PIVOT, *recipe.models):
         reference = recipe.chat_model(name).reference
         role = PIVOT if name == PIVOT else "source"
         data = "" if name == PIVOT else _files(recipe.sets_of(name))
@@ -138,7 +138,7 @@ def _data(recipe: Recipe, steps: list[Step]) -> list[Any]:
 
     used = {step.name: step for step in steps if step.stage == "prepare"}
     taught: dict[DataSet, list[str]] = {}
-    for name in recipe.sources:
+    for name in recipe.answering or recipe.sources:
         for data in recipe.sets_of(name):
             taught.setdefault(data, []).append(name)
     weights = {name: f", weight {weight:g}" for name, weight in recipe.weights().items() if weight != 1}
@@ -154,7 +154,7 @@ def _data(recipe: Recipe, steps: list[Step]) -> list[Any]:
     return files
 
 
-def _samples(recipe: Recipe, aligned: dict[str, Step]) -> dict[str, Any]:
+def _samples(recipe: Recipe, workdir: Path, aligned: dict[str, Step]) -> dict[str, Any]:
     """Of every source whose tokenizer, and the pivot's, are on this machine, and whose distributions were not cleared away."""
     from fusechat.report.samples import samples
     from fusechat.show.conversation import Branch
@@ -170,7 +170,10 @@ def _samples(recipe: Recipe, aligned: dict[str, Step]) -> dict[str, Any]:
         return {}
     return samples(
         {
-            name: (Branch(step, pivot, recipe.chat_model(name), verify=False), recipe.sets_of(name))
+            name: (
+                Branch(step, pivot, recipe.chat_model(name), verify=False),
+                [data.within(workdir) for data in recipe.sets_of(name)],
+            )
             for name, step in here.items()
         }
     )

@@ -86,6 +86,14 @@ def gather(value: T) -> list[T]:
     return found
 
 
+def share(pieces: int, *, one_a_machine: bool = False) -> list[int]:
+    """Which pieces of work this process does: every so many-th. `one_a_machine`: the first process of each machine does the work,
+    and the others wait. Every process has to call it."""
+    local = gather(local_rank())
+    working = [number for number, on_machine in enumerate(local) if not one_a_machine or on_machine == 0]
+    return [piece for piece in range(pieces) if working[piece % len(working)] == rank()]
+
+
 def _broadcast(value: Any) -> Any:
     import torch.distributed as dist
 

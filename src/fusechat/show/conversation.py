@@ -69,6 +69,8 @@ def _starts(prepared: Prepared) -> np.ndarray:
 
 def _read(sets: Sequence[DataSet], identities: Sequence[str]) -> dict[str, Conversation]:
     wanted, found = set(identities), {}
+    if not wanted:
+        return {}
     for conversation in chain.from_iterable(map(read_conversations, sets)):
         if isinstance(conversation, Conversation) and conversation.id in wanted:
             found[conversation.id] = conversation

@@ -62,7 +62,10 @@ def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
 ) -> tuple[int, int, int]:
     mask = _mask(block, start, measured.selection if values["select_deltas"] else None)
-    return _merge(block, mask, measured.coefficients, values["normalize"], out)
+    counts: tuple[int, int, int] = _merge(block, mask, measured.coefficients, values["normalize"], out)
+    if len(block) == 2:  # base + (target - base) is one target itself, but for rounding
+        out[:] = block[1]
+    return counts
 
 
 def _keys(block: np.ndarray, row: int, out: np.ndarray) -> None:

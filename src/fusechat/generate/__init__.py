@@ -1,0 +1,1 @@
+"""Prompts answered by the sources, the answers scored by all models, and one answer chosen for each prompt."""

@@ -1,0 +1,190 @@
+"""What is chosen of all answers: reads answers and scores, writes `conversations.jsonl` and `candidates.jsonl`.
+
+A line of `conversations.jsonl` is a conversation of the usual form (messages, tools, chat_template_kwargs; earlier answers have
+weight 0) and says of its last message: `author`, `prompt_id`, `chosen_by`, `score` by which it was chosen, `scores` of the models
+(nats per byte; null where one cannot score it). A line of `candidates.jsonl` is a prompt: `messages`, `candidates` with all that
+is known of each, `chosen`, which of them that is (null for none), `kept`, and `no_candidates`, why other answers are none.
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fusechat.data.conversations import Conversation
+from fusechat.generate.choose import Candidate, Choice, agreement, choose, surest
+from fusechat.generate.shards import Shards
+from fusechat.recipe.generate import Generate
+from fusechat.run.files import write_text
+
+CONVERSATIONS, CANDIDATES = "conversations.jsonl", "candidates.jsonl"
+NO_CANDIDATE, NOT_CHOSEN, LESS_SURE = "no candidate", "none that {} accepts", "less sure than those that are kept"
+Judge = Callable[[Sequence[tuple[Conversation, list[Candidate]]]], list[list[Candidate]]]
+
+
+@dataclass
+class Answered:
+    """A prompt with its candidates, by text, in the recipe's order of their authors. `why`: of each author, why other answers are
+    no candidates."""
+
+    prompt: Conversation
+    samples: dict[str, dict[str, int]] = field(default_factory=dict)  # text → author → how many of its answers
+    scores: dict[str, dict[str, float | None]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )  # text → model → nats per byte
+    why: dict[str, list[str]] = field(default_factory=dict)
+
+    def candidates(self, scorer_of: Mapping[str, str]) -> list[Candidate]:
+        """`scorer_of`: by which name an author scores, of those that can."""
+        found = []
+        for text, samples in self.samples.items():
+            scores = dict(self.scores.get(text, {}))
+            own = {author: scores.get(scorer_of.get(author, "")) for author in samples}
+            found.append(
+                Candidate(text, samples, scores, {name: nats for name, nats in own.items() if nats is not None})
+            )
+        return found
+
+
+def gather(
+    prompts: Iterable[Conversation], answers: Mapping[str, Path], scores: Mapping[tuple[str, str], Path]
+) -> list[Answered]:
+    """`answers`: the directory of each author's answers, in the recipe's order; `scores`: of each model's of each author's."""
+    found = {one.id: Answered(one) for one in prompts}
+    first: dict[tuple[str, str, int], str] = {}  # the text of an author's answer
+    for author, directory in answers.items():
+        for row in (row for rows in Shards(directory, "answers") for row in rows):
+            one = found[row["id"]]
+            if row["why"]:
+                one.why.setdefault(author, []).append(row["why"])
+                continue
+            first[author, row["id"], row["sample"]] = row["text"]
+            authors = one.samples.setdefault(row["text"], {})
+            authors[author] = authors.get(author, 0) + 1
+    for (model, author), directory in scores.items():
+        for row in (row for rows in Shards(directory, "scores") for row in rows):
+            text = first[author, row["id"], row["sample"]]
+            nats = None if row["nll"] is None else row["nll"] / row["bytes"]
+            found[row["id"]].scores[text].setdefault(
+                model, nats
+            )  # of one text several times, the first author's counts
+    return list(found.values())
+
+
+def choose_all(
+    answered: Sequence[Answered],
+    directory: Path,
+    how: Generate,
+    *,
+    scorer_of: Mapping[str, str],
+    judge: Judge | None,
+    seed: int,
+) -> dict[str, Any]:
+    """Writes the two files; returns the counts for the manifest. `judge`: what puts `judged` to candidates."""
+    way = how.choose.way
+    candidates = [one.candidates(scorer_of) for one in answered]
+    if judge is not None:
+        candidates = judge([(one.prompt, found) for one, found in zip(answered, candidates, strict=True)])
+    choices: list[Choice | None] = [
+        choose(found, way, source=how.choose.source, seed=seed, prompt=one.prompt.id) if found else None
+        for one, found in zip(answered, candidates, strict=True)
+    ]
+    places = [place for place, choice in enumerate(choices) if choice is not None]
+    kept = {places[index] for index in surest([c for c in choices if c is not None], how.keep)} if places else set()
+    every = list(zip(answered, candidates, choices, strict=True))
+    _write(directory / CONVERSATIONS, (_conversation(*every[place], way) for place in sorted(kept)))
+    _write(directory / CANDIDATES, (_prompt(*one, kept=place in kept) for place, one in enumerate(every)))
+    return _counts(every, kept, how)
+
+
+def _write(path: Path, lines: Iterator[dict[str, Any]]) -> None:
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _messages(conversation: Conversation) -> list[dict[str, Any]]:
+    """Earlier answers as context, of which nothing is learnt."""
+    return [
+        {"role": one.role, "content": one.content, **one.more, **({} if one.taught else {"weight": 0})}
+        for one in conversation.messages
+    ]
+
+
+def _conversation(one: Answered, candidates: list[Candidate], choice: Choice | None, way: str) -> dict[str, Any]:
+    assert choice is not None
+    chosen, prompt = candidates[choice.index], one.prompt
+    return {
+        "messages": [*_messages(prompt), {"role": "assistant", "content": chosen.text}],
+        **({"tools": list(prompt.tools)} if prompt.tools else {}),
+        **({"chat_template_kwargs": dict(prompt.variables)} if prompt.variables else {}),
+        "prompt_id": prompt.id,
+        "author": choice.author,
+        "chosen_by": way,
+        "score": choice.score,
+        "scores": dict(chosen.scores),
+    }
+
+
+def _prompt(one: Answered, candidates: list[Candidate], choice: Choice | None, *, kept: bool) -> dict[str, Any]:
+    return {
+        "prompt_id": one.prompt.id,
+        "messages": _messages(one.prompt),
+        "candidates": [
+            {
+                "text": candidate.text,
+                "answers": dict(candidate.samples),
+                "scores": dict(candidate.scores),
+                **({"judged": candidate.judged} if candidate.judged is not None else {}),
+            }
+            for candidate in candidates
+        ],
+        "chosen": None if choice is None else choice.index,
+        "author": None if choice is None else choice.author,
+        "score": None if choice is None else choice.score,
+        "kept": kept,
+        "no_candidates": one.why,
+    }
+
+
+def _counts(
+    every: Sequence[tuple[Answered, list[Candidate], Choice | None]], kept: set[int], how: Generate
+) -> dict[str, Any]:
+    """`left_out`: prompts, by why; `no_candidates`: answers of each author, by why; `agreement`: see `choose.agreement`;
+    `score`: the mean of those by which answers were chosen."""
+    way = how.choose.way
+    left_out = Counter[str]()
+    for place, (_, candidates, choice) in enumerate(every):
+        if choice is None:
+            left_out[_why_none(how) if candidates else NO_CANDIDATE] += 1
+        elif place not in kept:
+            left_out[LESS_SURE] += 1
+    chosen = [choice for place, (_, _, choice) in enumerate(every) if place in kept and choice is not None]
+    scored = [choice.score for choice in chosen if choice.score is not None]
+    why: dict[str, Counter[str]] = defaultdict(Counter)
+    for one, _, _ in every:
+        for author, reasons in one.why.items():
+            why[author].update(reasons)
+    return {
+        "prompts": len(every),
+        "answers": sum(sum(sum(one.samples.values()) for one in candidates) for _, candidates, _ in every),
+        "candidates": sum(len(candidates) for _, candidates, _ in every),
+        "chosen": len(chosen),
+        "chosen_by": way,
+        "authors": dict(Counter(choice.author for choice in chosen)),
+        "agreement": agreement([candidates for _, candidates, _ in every]),
+        "score": sum(scored) / len(scored) if scored else None,
+        "without_score": len(chosen) - len(scored),
+        "left_out": dict(left_out),
+        "no_candidates": {author: dict(reasons) for author, reasons in why.items()},
+    }
+
+
+def _why_none(how: Generate) -> str:
+    if how.choose.source is not None:
+        return f"no candidate of {how.choose.source}"
+    return f"none that the {how.choose.way} accepts"
+
+
+def with_judgements(candidates: Sequence[Candidate], values: Sequence[float | None]) -> list[Candidate]:
+    return [replace(one, judged=value) for one, value in zip(candidates, values, strict=True)]

@@ -1,0 +1,67 @@
+"""The prompts that models answer: in the order of their files, each once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fusechat.data.conversations import Conversation, DataSet, Malformed, read_records
+from fusechat.data.records import reference_of
+from fusechat.errors import DataError
+
+_READ_BESIDE = {"reference"}  # by verifiers
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """`conversations` end with what is asked; the id of one is its prompt's key. `malformed`, `repeated`: records that give none;
+    `unused`: keys of records that nothing but a verifier reads."""
+
+    conversations: list[Conversation]
+    malformed: int
+    repeated: int
+    unused: list[str]
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        found = {"malformed": self.malformed, "repeated": self.repeated, "unused_keys": self.unused}
+        return {"prompts": len(self.conversations), **{key: value for key, value in found.items() if value}}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a verifier may know of a prompt: its record, the answer in it if it holds one, and where it stands."""
+
+    record: dict[str, Any]
+    reference: str | None
+    where: str
+
+
+def read_prompts(sets: Sequence[DataSet]) -> Prompts:
+    """Raises DataError for what is no prompt, unless the set says to skip that, and where there is none."""
+    found: dict[str, Conversation] = {}
+    malformed = repeated = 0
+    unused: dict[str, None] = {}
+    for data in sets:
+        for one in read_records(data):
+            if isinstance(one, Malformed):
+                if data.on_error == "stop":
+                    raise DataError(f"{one.where}: {one.reason}")
+                malformed += 1
+                continue
+            unused |= dict.fromkeys(key for key in one.whole.unused if key not in _READ_BESIDE)
+            repeated += one.conversation.id in found
+            found.setdefault(one.conversation.id, one.conversation)
+    if not found:
+        raise DataError(f"{', '.join(data.path for data in sets)}: holds no prompt that could be answered")
+    return Prompts(list(found.values()), malformed, repeated, sorted(unused))
+
+
+def read_asked(sets: Sequence[DataSet]) -> dict[str, Asked]:
+    """By the prompt's key; of equal prompts the first counts."""
+    found: dict[str, Asked] = {}
+    for data in sets:
+        for one in read_records(data):
+            if not isinstance(one, Malformed) and one.conversation.id not in found:
+                reference = reference_of(one.whole, one.record)
+                found[one.conversation.id] = Asked(one.record, reference, one.conversation.where)
+    return found

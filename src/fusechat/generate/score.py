@@ -1,0 +1,56 @@
+"""How likely a model finds answers: nats over the content's bytes, the end of turn counted as one byte more.
+
+A row is a distinct answer of one author to a prompt: `id` of the prompt, `sample` that gave it first, `nll` in nats, `bytes` with
+the end of turn's, or null and `why` the model cannot score it. A template without end of turn has neither its nll nor its byte.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fusechat.data.conversations import Conversation, Message
+from fusechat.data.prepared import Prepared
+from fusechat.generate.shards import Row
+from fusechat.models.tokenise import RejectedError, prepare_conversation
+
+Nll = Callable[[Sequence[Prepared]], Iterator[tuple[int, np.ndarray]]]  # index of each conversation, nats of its rows
+
+
+def distinct(rows: Sequence[Row]) -> list[Row]:
+    """The candidates among some answers, each text once for a prompt."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if not row["why"]:
+            found.setdefault((row["id"], row["text"]), row)
+    return list(found.values())
+
+
+def answered(prompt: Conversation, text: str) -> Conversation:
+    """The conversation in which `text` is the answer; nothing else is learnt of it."""
+    return replace(prompt, messages=(*prompt.messages, Message("assistant", text)))
+
+
+def score(
+    rows: Sequence[Row], prompts: Mapping[str, Conversation], template: Any, nll: Nll, *, max_length: int
+) -> list[Row]:
+    """The scores of the candidates among `rows`, by the model whose template and `nll` these are."""
+    candidates = distinct(rows)
+    found: list[Row] = [{"id": row["id"], "sample": row["sample"], "nll": None, "bytes": None} for row in candidates]
+    prepared: list[Prepared] = []
+    places: list[int] = []
+    for place, row in enumerate(candidates):
+        conversation = answered(prompts[row["id"]], row["text"])
+        try:
+            prepared.append(prepare_conversation(conversation, template, max_length=max_length)[0])
+            places.append(place)
+        except RejectedError as error:
+            found[place]["why"] = str(error)
+    for index, values in nll(prepared):
+        total, one, row = float(values.astype(np.float64).sum()), prepared[index], found[places[index]]
+        if np.isfinite(total):
+            row |= {"nll": total, "bytes": int(one.content_bytes.sum()) + int(one.end_of_turn.any())}
+        else:
+            row["why"] = "its values are not finite"
+    return found

@@ -1,0 +1,51 @@
+"""Files of rows that a killed step goes on from and that several processes share: `<kind>-00000.json`, each with its checksum."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fusechat.errors import WorkdirError
+from fusechat.run.integrity import read_checked, write_checked
+from fusechat.run.progress import log
+
+Row = dict[str, Any]
+
+
+class Shards:
+    """The rows of a step. A shard is written whole or not at all."""
+
+    def __init__(self, directory: Path, kind: str) -> None:
+        self.directory, self.kind = directory, kind
+
+    def path(self, number: int) -> Path:
+        return self.directory / f"{self.kind}-{number:05d}.json"
+
+    def missing(self, wanted: Sequence[int]) -> list[int]:
+        """Those that are not there. What was altered since it was written is removed, and said."""
+        found = []
+        for number in wanted:
+            if read_checked(self.path(number)) is None:
+                found.append(number)
+                if self.path(number).exists():
+                    log.warning("%s: is damaged (its checksum differs): made again", self.path(number))
+                    self.path(number).unlink()
+        return found
+
+    def write(self, number: int, rows: list[Row]) -> None:
+        write_checked(self.path(number), {"rows": rows})
+
+    def read(self, number: int) -> list[Row]:
+        found = read_checked(self.path(number))
+        if found is None:
+            raise WorkdirError(f"{self.path(number)}: is damaged; run again, and it is made again")
+        return list(found["rows"])
+
+    def __iter__(self) -> Iterator[list[Row]]:
+        """The rows of each shard that is there, in order."""
+        for number in range(len(list(self.directory.glob(f"{self.kind}-*.json")))):
+            yield self.read(number)
+
+
+def slices(items: Sequence[Any], size: int) -> list[Any]:
+    """`items` in parts of `size`."""
+    return [items[begin : begin + size] for begin in range(0, len(items), size)]

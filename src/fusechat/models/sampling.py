@@ -1,0 +1,42 @@
+"""Sampling in which every row of a batch draws from numbers of its own.
+
+The most likely token after Gumbel noise was added to the log-probabilities is a draw from them (Gumbel 1954; Maddison et al.,
+arXiv 1411.0030), so that generation itself stays greedy.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+from fusechat.run.files import digest_json
+
+
+def draw(keys: Sequence[Any], *, temperature: float, top_p: float) -> list[LogitsProcessor]:
+    """What makes greedy generation draw: at `temperature`, from the most likely tokens that have `top_p` of the probability.
+    `keys`: for each row of the batch what its numbers depend on, as JSON. Nothing at temperature 0."""
+    if not temperature:
+        return []
+    warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    return [*warpers, GumbelNoise(keys)]
+
+
+class GumbelNoise(LogitsProcessor):
+    """Adds to logits [rows, V] noise from a generator for each row, which its key alone decides."""
+
+    def __init__(self, keys: Sequence[Any]) -> None:
+        self._seeds = [int(digest_json(key)[:15], 16) for key in keys]
+        self._generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place = scores.device if scores.device.type in ("cpu", "cuda") else torch.device("cpu")
+        if not self._generators:
+            self._generators = [torch.Generator(place).manual_seed(seed) for seed in self._seeds]
+        # float64: a float32 number is 0, whose noise is infinite, once in 16 million times, which is once in some hundred tokens
+        drawn = torch.empty(scores.shape, dtype=torch.float64, device=place)
+        for row, generator in zip(drawn, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log_().to(scores)
