@@ -17,7 +17,7 @@ from fusechat.models.chat_model import ChatModel
 from fusechat.models.forward import device_of, length_batches
 from fusechat.models.load import choose_device, default_dtype, stop_tokens, without_embedding
 from fusechat.models.memory import free_memory, out_of_memory
-from fusechat.models.sampling import draw
+from fusechat.models.sampling import draw, stop_at
 from fusechat.models.templates import UnrenderableError
 from fusechat.run.progress import log
 
@@ -130,14 +130,13 @@ class Generator:
             do_sample=False,
             eos_token_id=sorted(self._stops) or None,
             pad_token_id=pad,
-            stop_strings=self._stop_texts or None,
         )
         device = device_of(self._model)
         output = self._model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             logits_processor=processors,
-            tokenizer=self._tokenizer,  # in which the stop strings are looked for
+            stopping_criteria=stop_at(self._stop_texts, self._tokenizer, prompt=width, name=self._name),
         )
         return [self._answer(row[width:]) for row in output.tolist()]
 

@@ -1,4 +1,4 @@
-"""Sampling in which every row of a batch draws from numbers of its own.
+"""Sampling in which every row of a batch draws from numbers of its own, and stop strings that are looked for in answers alone.
 
 The most likely token after Gumbel noise was added to the log-probabilities is a draw from them (Gumbel 1954; Maddison et al.,
 arXiv 1411.0030), so that generation itself stays greedy.
@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, StopStringCriteria, TemperatureLogitsWarper, TopPLogitsWarper
 
+from fusechat.errors import ModelError
 from fusechat.run.files import digest_json
 
 
@@ -40,3 +41,23 @@ class GumbelNoise(LogitsProcessor):
         for row, generator in zip(drawn, self._generators, strict=True):
             row.exponential_(generator=generator)
         return scores - drawn.clamp_(min=torch.finfo(drawn.dtype).tiny).log_().to(scores)
+
+
+def stop_at(stop: Sequence[str], tokenizer: Any, *, prompt: int, name: str) -> list[StopStringCriteria]:
+    """What ends the rows of a batch at the first of these strings, of which nothing is in the prompt, that many tokens. Raises
+    ModelError for one that cannot be written in the tokenizer's tokens."""
+    if not stop:
+        return []
+    try:
+        return [_StopInAnswer(tokenizer, list(stop), prompt=prompt)]
+    except ValueError:
+        raise ModelError(f"{name}: stop: its tokens write none of {', '.join(map(repr, stop))}") from None
+
+
+class _StopInAnswer(StopStringCriteria):
+    def __init__(self, tokenizer: Any, stop_strings: list[str], *, prompt: int) -> None:
+        super().__init__(tokenizer, stop_strings)
+        self._prompt = prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> torch.Tensor:
+        return super().__call__(input_ids[:, self._prompt :], scores, **more)
