@@ -35,7 +35,8 @@ def taught(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 def write_recipe(directory: Path, taught: dict[str, Path], **changes: Any) -> Path:
     """The llama pivot and two sources that answer six prompts; `changes` replace whole sections."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_prompts(directory / "prompts.jsonl")
+    if not (directory / "prompts.jsonl").exists():
+        write_prompts(directory / "prompts.jsonl")
     runs.write_conversations(directory / "held-out.jsonl", 3)
     recipe = {
         "name": "tiny",
@@ -165,8 +166,255 @@ def test_a_second_run_does_nothing(finished: Path) -> None:
     )
 
 
-def test_plain_text_of_what_was_done(finished: Path) -> None:
-    assert math.isfinite(counts(finished, "generate/chosen")["score"])
+def test_status_and_tokens_know_the_stage(finished: Path) -> None:
     status = runs.here("status", finished)
-    assert "generate pivot/scores/mistral" in status.stdout
     assert status.returncode == 0
+    assert "generate pivot/scores/mistral" in status.stdout
+    author = next(iter(counts(finished, "generate/chosen")["authors"]))
+    shown = runs.here("tokens", "pivot", author, "--workdir", finished, "--conversation", "0")
+    assert shown.returncode == 0, shown.stderr
+    assert "response 1 of 1" in shown.stdout
+
+
+def generated(directory: Path, taught: dict[str, Path], until: str = "generate", **changes: Any) -> Path:
+    """The work directory of a run up to a stage."""
+    run(load_recipe(write_recipe(directory, taught, **changes)), directory / "work", until=until)
+    return directory / "work"
+
+
+def texts(workdir: Path) -> list[str]:
+    return [one["messages"][-1]["content"] for one in lines(workdir / "generate/chosen/conversations.jsonl")]
+
+
+def with_records(directory: Path, **more: Any) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_prompts(directory / "prompts.jsonl", **more)
+
+
+def refused(path: Path, *options: str) -> str:
+    """The one line with which a run ends."""
+    done = runs.here("run", path, "--workdir", path.parent / "work", *options)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("fusechat: error: ")]
+    return line.removeprefix("fusechat: error: ")
+
+
+def test_ways_to_choose(taught: dict[str, Path], tmp_path: Path) -> None:
+    """One work directory: what models answered stays, and the choice is made anew."""
+    with_records(tmp_path, reference=WORDS)
+    first = generated(tmp_path, taught, generate={"max_new_tokens": 16, "choose": "self"})
+    scored = [path.name for path in (first / "generate/models/mistral/scores").iterdir() if path.is_dir()]
+    assert scored == ["mistral"], "only its own answers"
+    answers = (first / "generate/models/mistral/answers/manifest.json").read_bytes()
+    for one in lines(first / "generate/chosen/candidates.jsonl"):
+        own = [min(each["scores"][name] for name in each["answers"]) for each in one["candidates"]]
+        assert one["chosen"] == own.index(min(own))
+    ways: dict[str, Any] = {
+        "source": {"source": "gemma"},
+        "vote": "vote",
+        "random": "random",
+        "verifier": {"verifier": "exact"},
+        "likelihood": "likelihood",
+    }
+    for name, choose in ways.items():
+        work = generated(tmp_path, taught, generate={"max_new_tokens": 16, "choose": choose})
+        found = texts(work)
+        if name == "source":
+            assert found == list(KNOWN["gemma"].values())
+            assert counts(work, "generate/chosen")["authors"] == {"gemma": 6}
+        elif name == "verifier":
+            assert found == list(WORDS.values()), "every word is known to one of them"
+            assert counts(work, "generate/chosen")["score"] == 1.0
+        else:
+            assert all(
+                said in (KNOWN["mistral"][word], KNOWN["gemma"][word]) for said, word in zip(found, WORDS, strict=True)
+            )
+    assert (first / "generate/models/mistral/answers/manifest.json").read_bytes() == answers
+
+
+def test_what_a_verifier_accepts_nothing_of_is_left_out(taught: dict[str, Path], tmp_path: Path) -> None:
+    changes = {"generate": {"max_new_tokens": 16, "choose": {"verifier": "exact"}}}
+    path = write_recipe(tmp_path, taught, **changes)
+    with_records(tmp_path, reference={**WORDS, "dog": "Katze"})
+    run(load_recipe(path), tmp_path / "work", until="generate")
+    assert texts(tmp_path / "work") == list(WORDS.values())[1:]
+    assert counts(tmp_path / "work", "generate/chosen")["left_out"] == {"no candidate that the verifier accepts": 1}
+    with_records(tmp_path)
+    assert refused(path) == f"{tmp_path}/prompts.jsonl:1: holds no answer, which the verifier exact needs"
+    (tmp_path / "bad.py").write_text("def raises(asked):\n    raise KeyError(asked['answer'])\n")
+    with pytest.MonkeyPatch.context() as changed:
+        changed.chdir(tmp_path)
+        path = write_recipe(tmp_path, taught, generate={"max_new_tokens": 16, "choose": {"verifier": "bad:raises"}})
+        line = refused(path)
+    assert line == f"{tmp_path}/prompts.jsonl:1: verifier bad:raises: raised KeyError: 'Hund'"
+
+
+def test_the_surest_are_kept(taught: dict[str, Path], tmp_path: Path) -> None:
+    work = generated(tmp_path, taught, generate={"max_new_tokens": 16, "keep": 0.5})
+    every = lines(work / "generate/chosen/candidates.jsonl")
+    sure = []
+    for one in every:
+        means = sorted(sum(each["scores"].values()) / 3 for each in one["candidates"])
+        sure.append(math.exp(-means[0]) - (math.exp(-means[1]) if len(means) > 1 else 0.0))
+    expected = sorted(range(6), key=lambda place: -sure[place])[:3]
+    assert [place for place, one in enumerate(every) if one["kept"]] == sorted(expected)
+    assert len(texts(work)) == 3
+    assert counts(work, "generate/chosen")["left_out"] == {"less sure than those that are kept": 3}
+
+
+def test_several_samples(taught: dict[str, Path], tmp_path: Path) -> None:
+    how = {"max_new_tokens": 16, "samples": 3, "temperature": 1.5, "top_p": 0.95}
+    work = generated(tmp_path, taught, generate=how)
+    found = rows(work / "generate/models/mistral/answers")
+    assert [row["sample"] for row in found] == [0, 1, 2] * 6
+    assert len({row["text"] for row in found}) > 6
+    again = generated(tmp_path / "again", taught, generate=how)
+    assert runs.digests(again / "generate/models") == runs.digests(work / "generate/models")
+    other = generated(tmp_path / "other", taught, generate=how, seed=1)
+    assert rows(other / "generate/models/mistral/answers") != found
+
+
+def test_a_target_for_each_source_on_all_answers(taught: dict[str, Path], tmp_path: Path) -> None:
+    work = generated(tmp_path, taught, "merge", generate={"max_new_tokens": 16, "targets": "each"}, targets={"sft": []})
+    assert {path.name for path in (work / "fuse").iterdir() if path.is_dir()} == {"mistral", "gemma", "sft"}
+    for name in KNOWN:
+        taught_by = counts(work, f"fuse/{name}")["chosen"]["answers"]
+        assert set(taught_by) == {"pivot", name, "none", "ties", "without comparison"}
+        assert taught_by["pivot"] + taught_by[name] == 6
+    assert counts(work, "fuse/sft")["chosen"] == {"answers": {"none": 6.0, "ties": 0.0, "without comparison": 0.0}}
+    assert counts(work, "merge")["targets"] == 2
+
+
+def test_targets_that_are_named_learn_all_chosen_answers(taught: dict[str, Path], tmp_path: Path) -> None:
+    work = generated(tmp_path, taught, "fuse", targets={"sft": [], "half": ["mistral"]})
+    authors = counts(work, "generate/chosen")["authors"]
+    assert counts(work, "fuse/sft")["conversations"] == counts(work, "fuse/half")["conversations"] == 6
+    half = counts(work, "fuse/half")["chosen"]
+    assert half["answers-mistral"]["mistral"] == authors.get("mistral", 0)
+    assert half["answers-gemma"] == {"none": authors.get("gemma", 0), "ties": 0.0, "without comparison": 0.0}
+
+
+def test_an_author_without_distributions_is_learnt_by_plain_fine_tuning(
+    taught: dict[str, Path], tmp_path: Path
+) -> None:
+    """The pivot's own answers have no teacher, whatever λ is: the same weights as of plain fine-tuning."""
+    pivot = teach(taught["llama"], tmp_path / "pivot", "llama", dict(WORDS))
+    models = {**taught, "llama": pivot}
+    generate = {"max_new_tokens": 16, "sources": ["pivot"]}
+    sources = {"mistral": str(taught["mistral"])}
+    work = generated(tmp_path, models, "fuse", generate=generate, targets={"sft": []}, sources=sources)
+    assert counts(work, "generate/chosen")["authors"] == {"pivot": 6}
+    both = [load_file(work / f"fuse/{name}/model/model.safetensors") for name in ("answers", "sft")]
+    assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
+    mixed = {"max_new_tokens": 16, "sources": ["pivot", "mistral"], "choose": "random"}
+    work = generated(tmp_path / "mixed", models, "fuse", generate=mixed, sources=sources)
+    found = counts(work, "fuse/answers")["chosen"]
+    authors = counts(work, "generate/chosen")["authors"]
+    assert found["answers-pivot"]["none"] == authors["pivot"]
+    assert found["answers-mistral"]["mistral"] == authors["mistral"]
+
+
+def test_a_model_that_is_listed_twice_answers_once(taught: dict[str, Path], tmp_path: Path) -> None:
+    twice = {"mistral": str(taught["mistral"]), "again": str(taught["mistral"]), "gemma": gemma(taught)}
+    work = generated(tmp_path, taught, "fuse", sources=twice)
+    assert sorted(path.name for path in (work / "generate/models").iterdir()) == ["gemma", "mistral", "pivot"]
+    assert set(lines(work / "generate/chosen/conversations.jsonl")[0]["scores"]) == {"pivot", "mistral", "gemma"}
+    assert counts(work, "fuse/answers")["conversations"] == 6
+
+
+def test_a_source_with_data_of_its_own_answers_those_prompts(taught: dict[str, Path], tmp_path: Path) -> None:
+    own = {**gemma(taught), "data": {"train": "own.jsonl"}}
+    path = write_recipe(tmp_path, taught, sources={"mistral": str(taught["mistral"]), "gemma": own})
+    write_prompts(tmp_path / "own.jsonl", ["moon", "bread"])
+    write_prompts(tmp_path / "prompts.jsonl", ["dog", "moon"])
+    run(load_recipe(path), tmp_path / "work", until="generate")
+    every = lines(tmp_path / "work/generate/chosen/candidates.jsonl")
+    asked = [one["messages"][0]["content"] for one in every]
+    assert asked == [question(word) for word in ("dog", "moon", "bread")]
+    assert [{name for each in one["candidates"] for name in each["answers"]} for one in every] == [
+        {"mistral"},
+        {"mistral", "gemma"},
+        {"gemma"},
+    ]
+
+
+def test_history_is_context_and_the_last_answer_is_made_anew(taught: dict[str, Path], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, taught)
+    history = [
+        {"role": "user", "content": question("dog")},
+        {"role": "assistant", "content": "Hund"},
+        {"role": "user", "content": question("tree")},
+        {"role": "assistant", "content": "not read"},
+    ]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"messages": history, "kind": "words"}) + "\n")
+    run(load_recipe(path), tmp_path / "work", until="align")
+    (one,) = lines(tmp_path / "work/generate/chosen/conversations.jsonl")
+    assert one["messages"][:3] == [history[0], {**history[1], "weight": 0}, history[2]]
+    assert "not read" not in json.dumps(one)
+    assert counts(tmp_path / "work", f"prepare/pivot/answers-{one['author']}")["responses"] == 1
+    assert counts(tmp_path / "work", "generate/chosen")["unused_keys"] == ["kind"]
+    reread = tmp_path / "reread"  # the chosen answers, as a data set of another recipe
+    recipe = write_recipe(reread, taught, data={"train": str(tmp_path / "work/generate/chosen/conversations.jsonl")})
+    content = yaml.safe_load(recipe.read_text())
+    del content["generate"]
+    recipe.write_text(yaml.safe_dump(content))
+    run(load_recipe(recipe), reread / "work", until="prepare")
+    found = counts(reread / "work", "prepare/pivot/data")
+    assert (found["conversations"], found["responses"]) == (1, 1)
+    assert "unused_keys" not in found
+
+
+def test_what_is_no_candidate_is_told(taught: dict[str, Path], tmp_path: Path, heard: list[str]) -> None:
+    work = generated(tmp_path, {**taught, "mistral": taught["llama"]}, sources={
+        "mistral": str(taught["llama"]), "gemma": gemma(taught)
+    })  # fmt: skip
+    found = counts(work, "generate/chosen")
+    assert found["no_candidates"]["mistral"]["it did not end within max_new_tokens"] > 0
+    assert any("answers of mistral that are no candidates: it did not end" in line for line in heard)
+    assert found["authors"].get("gemma", 0) > 0
+    none = write_recipe(tmp_path / "none", taught, generate={"max_new_tokens": 1})
+    line = refused(none)
+    assert line == "generate: no prompt has an answer that could be learnt; what is wrong with them stands above"
+
+
+def test_bad_prompts(taught: dict[str, Path], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, taught)
+    for record, said in (
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"messages": []}, "the prompt is empty"),
+        ({"prompt": 3}, '"prompt" is int, neither text nor a list of messages'),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "the prompt is empty"),
+        (
+            {"messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "assistant")]},
+            "the prompt ends with a message of role assistant, not with a question",
+        ),
+        (
+            {"messages": [{"role": "system", "content": "x"}]},
+            "the prompt ends with a message of role system, not with a question",
+        ),
+    ):
+        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "x"}) + "\n" + json.dumps(record) + "\n")
+        assert refused(path, "--until", "generate") == f"{tmp_path}/prompts.jsonl:2: {said}"
+    (tmp_path / "prompts.jsonl").write_text("")
+    assert "holds no prompt that could be answered" in refused(path, "--until", "generate")
+
+
+def test_only_a_source_does_its_answers_and_their_scores(taught: dict[str, Path], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, taught)
+    run(load_recipe(path), tmp_path / "work", only="mistral")
+    done = {str(file.parent.relative_to(tmp_path / "work")) for file in (tmp_path / "work").rglob("manifest.json")}
+    answered = {"generate/models/mistral/answers"}
+    scored = {f"generate/models/{name}/scores/mistral" for name in ("pivot", "mistral", "gemma")}
+    assert done == answered | scored | {"prepare/overlap"}
+    assert "it has answers, mistral, gemma" in refused(path, "--only", "nobody")
+
+
+def test_a_new_source_adds_its_own_branch_only(taught: dict[str, Path], tmp_path: Path) -> None:
+    one = {"mistral": str(taught["mistral"])}
+    generated(tmp_path, taught, sources=one)
+    before = {
+        file: file.read_bytes() for file in (tmp_path / "work/generate/models").rglob("*") if file.suffix == ".json"
+    }
+    generated(tmp_path, taught, sources={**one, "gemma": gemma(taught)})
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert set(counts(tmp_path / "work", "generate/chosen")["authors"]) <= {"mistral", "gemma"}

@@ -185,7 +185,9 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
     if only is not None:
         branch = [step for step in steps if step.stage == "fuse" and step.name == only]
         answers = [step for step in steps if step.stage == "generate" and step.name == f"{only}/answers"]
-        branch = branch or [step for step in steps if step in answers or list(step.upstream.values()) == answers]
+        branch = branch or [
+            step for step in steps if step in answers or list(step.upstream.values()) == (answers or None)
+        ]
         if not branch:
             names = [step.name for step in steps if step.stage == "fuse"]
             names += [step.name.removesuffix("/answers") for step in steps if step.name.endswith("/answers")]

@@ -1,61 +1,64 @@
-"""Answers of one model to the prompts, shard by shard: by Transformers, by vLLM in this process, by a server.
+"""Answers of one model to the prompts, shard by shard.
 
 A row is an answer: `id` of its prompt, `sample`, `text`, `tokens` (ids as they were generated, of a server none), `complete` (it
 was ended by the end of turn or a stop string), and `why` it is no candidate, empty where it is one.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-from fusechat.data.conversations import Conversation
-from fusechat.generate.shards import Row
+from fusechat.data.conversations import Conversation, DataSet
+from fusechat.generate.backends import Author, Served, open_author, share
+from fusechat.generate.prompts import read_prompts
+from fusechat.generate.shards import Row, Shards, slices
+from fusechat.generate.verify import needs_reference
 from fusechat.models.answers import Answer, Missing, Prompt
-from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.generate import Generate
+from fusechat.recipe.schema import Recipe
+from fusechat.run.progress import progress
 
+ANSWERS = "answers"  # the kind of these shards
 EMPTY, UNENDED = "it is empty", "it did not end within max_new_tokens"
-BATCH_TOKENS = 16384  # of a batch at most, with the room for answers
 
 
-class Author(Protocol):
-    """Who answers prompts, one answer each in their order. `notes`: what the manifest should tell of how."""
+def answer(directory: Path, recipe: Recipe, name: str, sets: list[DataSet]) -> dict[str, Any]:
+    """Writes the shards of this process that are missing; returns the counts of all of them."""
+    how = recipe.generate
+    assert how is not None
+    prompts = read_prompts(sets, needs_reference=_needs_reference(how))
+    every = slices(prompts.conversations, recipe.capture.shard_conversations)
+    shards, mine = Shards(directory, ANSWERS), share(recipe, name, len(every))
+    missing, notes = shards.missing(mine), {}
+    if missing:
+        asked = {number: every[number] for number in missing}
+        with open_author(directory, recipe, name) as author:
+            for number, rows in _rows(author, asked, how, name):
+                shards.write(number, rows)
+            notes = author.notes
+    return {**prompts.counts, **counts(row for number in mine for row in shards.read(number)), **notes}
 
-    notes: dict[str, Any]
 
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]: ...
+def _needs_reference(how: Generate) -> str:
+    """What will need the answer in each record, so that it is missed before anybody answers."""
+    verifier = how.choose.verifier
+    return f"the verifier {verifier}" if verifier is not None and needs_reference(verifier) else ""
 
-    def close(self) -> None: ...
 
-
-class Local:
-    """A model in this process, by Transformers. `loading`: as `Generator` has it."""
-
-    def __init__(self, chat_model: ChatModel, **loading: Any) -> None:
-        from fusechat.models.generator import Generator
-
-        self._generator: Generator | None = Generator(chat_model, batch_tokens=BATCH_TOKENS, **loading)
-        self.notes: dict[str, Any] = {}
-
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]:
-        assert self._generator is not None
-        found: dict[int, Answer | Missing] = {}
-
-        def done(index: int, answer: Answer | Missing) -> None:
-            found[index] = answer
-            advance(1)
-
-        self._generator.answer(prompts, done, [False] * len(prompts))
-        if self._generator.most is not None:
-            self.notes["answers_at_once"] = self._generator.most
-        return [found[index] for index in range(len(prompts))]
-
-    def close(self) -> None:
-        """Gives the model's memory back."""
-        from fusechat.models.memory import free_memory
-
-        self._generator = None
-        free_memory()
+def _rows(
+    author: Any, asked: dict[int, list[Conversation]], how: Generate, name: str
+) -> Iterator[tuple[int, list[Row]]]:
+    """The rows of each shard as they come: of a server all at once, for it answers in an order of its own."""
+    if isinstance(author, Served):
+        rows = iter(ask(author, [one for part in asked.values() for one in part], how, lambda _: None))
+        for number, part in asked.items():
+            yield number, list(islice(rows, len(part) * how.samples))
+        return
+    with progress(f"answers of {name}", sum(map(len, asked.values())) * how.samples, "answers") as advance:
+        for number, part in asked.items():
+            yield number, ask(author, part, how, advance)
 
 
 def ask(author: Author, asked: Sequence[Conversation], how: Generate, advance: Callable[[int], None]) -> list[Row]:

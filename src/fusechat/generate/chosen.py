@@ -1,4 +1,4 @@
-"""What is chosen of all answers: reads answers and scores, writes `conversations.jsonl` and `candidates.jsonl`.
+"""What is chosen of all answers, written to `conversations.jsonl` and `candidates.jsonl`.
 
 A line of `conversations.jsonl` is a conversation of the usual form (messages, tools, chat_template_kwargs; earlier answers have
 weight 0) and says of its last message: `author`, `prompt_id`, `chosen_by`, `score` by which it was chosen, `scores` of the models
@@ -8,85 +8,29 @@ is known of each, `chosen`, which of them that is (null for none), `kept`, and `
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fusechat.data.conversations import Conversation
+from fusechat.errors import DataError
+from fusechat.generate.answered import Answered
 from fusechat.generate.choose import Candidate, Choice, agreement, choose, surest
-from fusechat.generate.shards import Shards
 from fusechat.recipe.generate import Generate
 from fusechat.run.files import write_text
+from fusechat.run.progress import log
 
 CONVERSATIONS, CANDIDATES = "conversations.jsonl", "candidates.jsonl"
-NO_CANDIDATE, NOT_CHOSEN, LESS_SURE = "no candidate", "none that {} accepts", "less sure than those that are kept"
-Judge = Callable[[Sequence[tuple[Conversation, list[Candidate]]]], list[list[Candidate]]]
-
-
-@dataclass
-class Answered:
-    """A prompt with its candidates, by text, in the recipe's order of their authors. `why`: of each author, why other answers are
-    no candidates."""
-
-    prompt: Conversation
-    samples: dict[str, dict[str, int]] = field(default_factory=dict)  # text → author → how many of its answers
-    scores: dict[str, dict[str, float | None]] = field(
-        default_factory=lambda: defaultdict(dict)
-    )  # text → model → nats per byte
-    why: dict[str, list[str]] = field(default_factory=dict)
-
-    def candidates(self, scorer_of: Mapping[str, str]) -> list[Candidate]:
-        """`scorer_of`: by which name an author scores, of those that can."""
-        found = []
-        for text, samples in self.samples.items():
-            scores = dict(self.scores.get(text, {}))
-            own = {author: scores.get(scorer_of.get(author, "")) for author in samples}
-            found.append(
-                Candidate(text, samples, scores, {name: nats for name, nats in own.items() if nats is not None})
-            )
-        return found
-
-
-def gather(
-    prompts: Iterable[Conversation], answers: Mapping[str, Path], scores: Mapping[tuple[str, str], Path]
-) -> list[Answered]:
-    """`answers`: the directory of each author's answers, in the recipe's order; `scores`: of each model's of each author's."""
-    found = {one.id: Answered(one) for one in prompts}
-    first: dict[tuple[str, str, int], str] = {}  # the text of an author's answer
-    for author, directory in answers.items():
-        for row in (row for rows in Shards(directory, "answers") for row in rows):
-            one = found[row["id"]]
-            if row["why"]:
-                one.why.setdefault(author, []).append(row["why"])
-                continue
-            first[author, row["id"], row["sample"]] = row["text"]
-            authors = one.samples.setdefault(row["text"], {})
-            authors[author] = authors.get(author, 0) + 1
-    for (model, author), directory in scores.items():
-        for row in (row for rows in Shards(directory, "scores") for row in rows):
-            text = first[author, row["id"], row["sample"]]
-            nats = None if row["nll"] is None else row["nll"] / row["bytes"]
-            found[row["id"]].scores[text].setdefault(
-                model, nats
-            )  # of one text several times, the first author's counts
-    return list(found.values())
+NO_CANDIDATE, LESS_SURE = "no candidate", "less sure than those that are kept"
+Every = Sequence[tuple[Answered, list[Candidate], Choice | None]]
 
 
 def choose_all(
-    answered: Sequence[Answered],
-    directory: Path,
-    how: Generate,
-    *,
-    scorer_of: Mapping[str, str],
-    judge: Judge | None,
-    seed: int,
+    answered: Sequence[Answered], directory: Path, how: Generate, *, scorer_of: Mapping[str, str], seed: int
 ) -> dict[str, Any]:
-    """Writes the two files; returns the counts for the manifest. `judge`: what puts `judged` to candidates."""
+    """Writes the two files; returns the counts for the manifest. Raises DataError where nothing is chosen."""
     way = how.choose.way
     candidates = [one.candidates(scorer_of) for one in answered]
-    if judge is not None:
-        candidates = judge([(one.prompt, found) for one, found in zip(answered, candidates, strict=True)])
     choices: list[Choice | None] = [
         choose(found, way, source=how.choose.source, seed=seed, prompt=one.prompt.id) if found else None
         for one, found in zip(answered, candidates, strict=True)
@@ -94,9 +38,13 @@ def choose_all(
     places = [place for place, choice in enumerate(choices) if choice is not None]
     kept = {places[index] for index in surest([c for c in choices if c is not None], how.keep)} if places else set()
     every = list(zip(answered, candidates, choices, strict=True))
-    _write(directory / CONVERSATIONS, (_conversation(*every[place], way) for place in sorted(kept)))
+    counts = _counts(every, kept, how)
+    _tell(counts)
+    if not kept:
+        raise DataError("generate: no prompt has an answer that could be learnt; what is wrong with them stands above")
     _write(directory / CANDIDATES, (_prompt(*one, kept=place in kept) for place, one in enumerate(every)))
-    return _counts(every, kept, how)
+    _write(directory / CONVERSATIONS, (_conversation(*every[place], way) for place in sorted(kept)))
+    return counts
 
 
 def _write(path: Path, lines: Iterator[dict[str, Any]]) -> None:
@@ -147,9 +95,7 @@ def _prompt(one: Answered, candidates: list[Candidate], choice: Choice | None, *
     }
 
 
-def _counts(
-    every: Sequence[tuple[Answered, list[Candidate], Choice | None]], kept: set[int], how: Generate
-) -> dict[str, Any]:
+def _counts(every: Every, kept: set[int], how: Generate) -> dict[str, Any]:
     """`left_out`: prompts, by why; `no_candidates`: answers of each author, by why; `agreement`: see `choose.agreement`;
     `score`: the mean of those by which answers were chosen."""
     way = how.choose.way
@@ -181,10 +127,18 @@ def _counts(
 
 
 def _why_none(how: Generate) -> str:
+    """Why none of some candidates is chosen."""
     if how.choose.source is not None:
         return f"no candidate of {how.choose.source}"
-    return f"none that the {how.choose.way} accepts"
+    return f"no candidate that the {how.choose.way} accepts"
 
 
-def with_judgements(candidates: Sequence[Candidate], values: Sequence[float | None]) -> list[Candidate]:
-    return [replace(one, judged=value) for one, value in zip(candidates, values, strict=True)]
+def _tell(counts: Mapping[str, Any]) -> None:
+    """What a user should know at once."""
+    share = ", ".join(f"{name} {number}" for name, number in counts["authors"].items())
+    log.info("generate: %d answers to %d prompts are chosen: %s", counts["chosen"], counts["prompts"], share)
+    for reason, number in counts["left_out"].items():
+        log.warning("generate: %d of %d prompts are left out: %s", number, counts["prompts"], reason)
+    for author, reasons in counts["no_candidates"].items():
+        said = "; ".join(f"{reason} ({number})" for reason, number in reasons.items())
+        log.warning("generate: answers of %s that are no candidates: %s", author, said)

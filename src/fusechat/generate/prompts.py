@@ -36,8 +36,9 @@ class Asked:
     where: str
 
 
-def read_prompts(sets: Sequence[DataSet]) -> Prompts:
-    """Raises DataError for what is no prompt, unless the set says to skip that, and where there is none."""
+def read_prompts(sets: Sequence[DataSet], *, needs_reference: str = "") -> Prompts:
+    """Raises DataError for what is no prompt, unless the set says to skip that, and where there is none; and for one without an
+    answer beside it where something `needs_reference`."""
     found: dict[str, Conversation] = {}
     malformed = repeated = 0
     unused: dict[str, None] = {}
@@ -48,6 +49,8 @@ def read_prompts(sets: Sequence[DataSet]) -> Prompts:
                     raise DataError(f"{one.where}: {one.reason}")
                 malformed += 1
                 continue
+            if needs_reference and reference_of(one.whole, one.record) is None:
+                raise DataError(f"{one.conversation.where}: holds no answer, which {needs_reference} needs")
             unused |= dict.fromkeys(key for key in one.whole.unused if key not in _READ_BESIDE)
             repeated += one.conversation.id in found
             found.setdefault(one.conversation.id, one.conversation)

@@ -40,10 +40,14 @@ class Shards:
             raise WorkdirError(f"{self.path(number)}: is damaged; run again, and it is made again")
         return list(found["rows"])
 
+    @property
+    def count(self) -> int:
+        """Of a finished step."""
+        return len(list(self.directory.glob(f"{self.kind}-*.json")))
+
     def __iter__(self) -> Iterator[list[Row]]:
-        """The rows of each shard that is there, in order."""
-        for number in range(len(list(self.directory.glob(f"{self.kind}-*.json")))):
-            yield self.read(number)
+        """The rows of each shard of a finished step, in order."""
+        return (self.read(number) for number in range(self.count))
 
 
 def slices(items: Sequence[Any], size: int) -> list[Any]:

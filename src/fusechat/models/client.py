@@ -32,6 +32,8 @@ _UNSUPPORTED = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|extr
 _INSTEAD = {
     "max_tokens": "max_completion_tokens",
     "temperature": None,
+    "top_p": None,
+    "stop": None,
     "seed": None,
 }  # of what a server does not support
 
@@ -168,7 +170,8 @@ class Client:
                 return Missing(result.said)
             if tried > self._retries:
                 self._give_up(result)
-                return Missing(f"{result.said}, asked {tried} times" if tried > 1 else result.said)
+                said = f"{result.said}, asked {tried} times" if tried > 1 else result.said
+                return Missing(said, for_good=False)
             await asyncio.sleep(self._pause(result, tried))
 
     async def _try(self, client: Any, body: dict[str, Any], *, logprobs: bool) -> Reply | Fault:

@@ -11,13 +11,16 @@ _LEAST_LOGPROB = -9999.0  # what stands for minus infinity, which JSON cannot ho
 
 @dataclass(frozen=True)
 class Request:
-    """`messages`: (role, content) pairs. With `top_logprobs` the log-probabilities of the answer's tokens are asked for."""
+    """`messages`: (role, content) pairs. With `top_logprobs` the log-probabilities of the answer's tokens are asked for. `stop`:
+    strings that end an answer."""
 
     messages: tuple[tuple[str, str], ...]
     temperature: float
     max_tokens: int
     top_logprobs: int | None = None
     seed: int | None = None
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
 
     def key(self, model: str) -> str:
         """SHA-256 of what is asked of which model; the same at any address."""
@@ -29,8 +32,14 @@ class Request:
                 "max_tokens": self.max_tokens,
                 "top_logprobs": self.top_logprobs,
                 "seed": self.seed,
+                **self._if_set,
             }
         )
+
+    @property
+    def _if_set(self) -> dict[str, Any]:
+        found = {"top_p": self.top_p} if self.top_p < 1 else {}
+        return {**found, **({"stop": list(self.stop)} if self.stop else {})}
 
     def body(self, model: str) -> dict[str, Any]:
         """The JSON to send."""
@@ -44,7 +53,7 @@ class Request:
             body |= {"logprobs": True, "top_logprobs": self.top_logprobs}
         if self.seed is not None:
             body["seed"] = self.seed
-        return body
+        return body | self._if_set
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The section `generate`, and what a source may say of how it answers; what does not go together is found in `problems`."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -66,7 +67,7 @@ class Choose(Section):
     verifier: Text | Annotated[list[Text], Field(min_length=1)] | None = None
     seconds: float | None = Field(default=None, gt=0)
     judge: Server | None = None
-    reward: Text | None = None
+    reward: ModelSpec | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -82,6 +83,8 @@ class Choose(Section):
         ways = [name for name in ("by", "source", "verifier", "judge", "reward") if getattr(self, name) is not None]
         if len(ways) != 1:
             raise ValueError("should have one key: source, verifier, judge or reward")
+        if isinstance(self.verifier, str) and not shlex.split(self.verifier):  # raises ValueError for half a quotation
+            raise ValueError("verifier is empty")
         if self.seconds is not None and self.verifier is None:
             raise ValueError("seconds goes with a verifier")
         return self
@@ -89,8 +92,9 @@ class Choose(Section):
     @model_serializer
     def _as_written(self) -> Any:
         said = {name: getattr(self, name) for name in type(self).model_fields if getattr(self, name) is not None}
-        if self.judge is not None:
-            said["judge"] = self.judge.model_dump(exclude_none=True)
+        for name in ("judge", "reward"):
+            if name in said:
+                said[name] = said[name].model_dump(exclude_none=True)
         return said.get("by", said)
 
     @property

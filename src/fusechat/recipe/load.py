@@ -1,6 +1,7 @@
 """Reading a recipe: YAML with line numbers, every mistake found and reported together, each with its place and, for a
 misspelt key, the right one."""
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -211,7 +212,23 @@ def _absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
         recipe["sources"] = {name: model(spec) for name, spec in recipe["sources"].items()}
     if "data" in recipe:
         recipe["data"] = data(recipe["data"])
+    choose = recipe["generate"].get("choose") if isinstance(recipe.get("generate"), dict) else None
+    if isinstance(choose, dict):
+        choose = {key: model(value) if key == "reward" else value for key, value in choose.items()}
+        recipe["generate"] = {**recipe["generate"], "choose": choose | _verifier(choose.get("verifier"), base)}
     return recipe
+
+
+def _verifier(said: Any, base: Path) -> dict[str, Any]:
+    """A verifier whose command, or a word of it, is a file beside the recipe, as words that say where that is."""
+    try:
+        words = said if isinstance(said, list) else shlex.split(said) if isinstance(said, str) else []
+    except ValueError:  # the section says so
+        return {}
+    found = [
+        str((base / word).resolve()) if isinstance(word, str) and (base / word).is_file() else word for word in words
+    ]
+    return {} if found == words else {"verifier": found}
 
 
 def _absolute(text: str, base: Path) -> str:

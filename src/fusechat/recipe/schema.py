@@ -124,8 +124,8 @@ class Recipe(Section):
         return data
 
     @model_validator(mode="after")
-    def _named_apart(self) -> "Recipe":
-        """No two sets of conversations may have one name, which is that of their directories; a set has one weight."""
+    def _goes_together(self) -> "Recipe":
+        """No two sets of conversations may have one name, that of their directories; a set has one weight. Else see `problems`."""
         wrong: list[Any] = []
         known: dict[str, tuple[Any, float]] = {data.name.lower(): (None, 1.0) for data in self.validation_sets()}
         for place, own, train in self._training():
@@ -140,7 +140,7 @@ class Recipe(Section):
                 elif weight != one.weight:
                     wrong.append(((*place, *at), f"{name} has weight {weight:g} elsewhere: a set has one weight"))
                 here.add(name.lower())
-        if wrong:
+        if wrong := wrong or list(problems(self)):
             raise ValueError(*wrong)
         return self
 
@@ -164,15 +164,15 @@ class Recipe(Section):
             raise ValueError(*found)
         return merge
 
-    @model_validator(mode="after")
-    def _goes_together(self) -> "Recipe":
-        wrong: list[Any] = list(problems(self))
-        if wrong:
-            raise ValueError(*wrong)
-        return self
-
     def chat_model(self, name: str) -> ChatModel:
-        spec = self.pivot if name == PIVOT else self.sources[name]
+        return self._chat_model(name, self.pivot if name == PIVOT else self.sources[name])
+
+    def reward_model(self) -> ChatModel | None:
+        """The model that chooses among answers, where one does."""
+        spec = self.generate.choose.reward if self.generate is not None else None
+        return None if spec is None else self._chat_model("reward", spec)
+
+    def _chat_model(self, name: str, spec: ModelSpec) -> ChatModel:
         given = spec.chat_template
         text, own = (given, None) if given is None or isinstance(given, str) else (None, given.name)
         variables = json.dumps(spec.chat_template_kwargs, sort_keys=True) if spec.chat_template_kwargs else ""
@@ -190,8 +190,7 @@ class Recipe(Section):
         return answering(self.sources, self.generate)
 
     def teachers(self) -> dict[str, list[str]]:
-        """Every target, and the sources that teach it: one of each source's name, or one of all that answer; then the recipe's own;
-        none for plain SFT."""
+        """Every target, and the sources that teach it, none for plain SFT: those of `own_targets`, then those that are named."""
         return {**own_targets(self.sources, self.generate), **self.targets}
 
     def sft_target(self) -> str | None:
@@ -215,8 +214,7 @@ class Recipe(Section):
                 yield ("sources", name, "data", "train"), name, source.data.train
 
     def read_sets(self, source: str) -> list[DataSet]:
-        """The conversations that are read for `source`, its own, else the recipe's: prompts, if the recipe generates. Of the pivot
-        those of all."""
+        """What is read for `source`, its own, else the recipe's; of the pivot all. Of recipes that generate these are prompts."""
         if source == PIVOT:
             return self.all_read_sets()
         by_owner = {own: train for _, own, train in self._training()}
@@ -229,8 +227,7 @@ class Recipe(Section):
         return list(dict.fromkeys(data for source in self.sources for data in self.read_sets(source)))
 
     def sets_of(self, source: str) -> list[DataSet]:
-        """The conversations on which `source` teaches: what is read for it; if the recipe generates, the chosen answers, or its own
-        among them where each answer is taught by its author."""
+        """The conversations on which `source` teaches: what is read for it, or the chosen answers, of which authors have theirs."""
         if self.generate is None:
             return self.read_sets(source)
         return [chosen_set(source) if self.fuse.function == "author" else chosen_set()]
@@ -241,8 +238,7 @@ class Recipe(Section):
 
     def training_sets(self, target: str) -> dict[DataSet, list[str]]:
         """The conversations of a target, and which of its sources teach on them; for plain SFT those of all sources."""
-        teachers = self.teachers()[target]
-        sets: dict[DataSet, list[str]] = {}
+        teachers, sets = self.teachers()[target], dict[DataSet, list[str]]()
         if self.generate is not None and (self.fuse.function != "author" or not teachers):
             return {chosen_set(): teachers}
         for source in self.answering or teachers or self.sources:

@@ -1,0 +1,165 @@
+"""Who answers, and who scores: a model in this process, or a server, which answers only."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+from fusechat.errors import ModelError
+from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.chat_model import ChatModel
+from fusechat.recipe.generate import Server
+from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.run import ranks
+from fusechat.run.files import PARTIAL, digest_json
+
+BEYOND_SERVERS = "it has tools, variables or more than texts, which servers are not sent"
+BATCH_TOKENS = 16384  # of a batch at most, with the room for answers
+JOURNAL = "replies.jsonl"  # no step's, so that a server is not asked again when other prompts are answered
+
+
+class Author(Protocol):
+    """Who answers prompts, one answer each in their order. `notes`: what the manifest should tell of how."""
+
+    notes: dict[str, Any]
+
+    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]: ...
+
+    def close(self) -> None: ...
+
+
+class Local:
+    """A model in this process, by Transformers. `loading`: as `Generator` has it."""
+
+    def __init__(self, chat_model: ChatModel, **loading: Any) -> None:
+        from fusechat.models.generator import Generator
+
+        self._generator: Generator | None = Generator(chat_model, batch_tokens=BATCH_TOKENS, **loading)
+        self.notes: dict[str, Any] = {}
+
+    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]:
+        assert self._generator is not None
+        found: dict[int, Answer | Missing] = {}
+
+        def done(index: int, answer: Answer | Missing) -> None:
+            found[index] = answer
+            advance(1)
+
+        self._generator.answer(prompts, done, [False] * len(prompts))
+        if self._generator.most is not None:
+            self.notes["answers_at_once"] = self._generator.most
+        return [found[index] for index in range(len(prompts))]
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        from fusechat.models.memory import free_memory
+
+        self._generator = None
+        free_memory()
+
+
+class Served:
+    """A model of a server. What came is in `journal`, and is not asked for again."""
+
+    def __init__(self, name: str, server: Server, *, stop: Sequence[str], seed: int, journal: Path) -> None:
+        from fusechat.models.client import Client
+
+        self._name, self._stop, self._seed, self._journal = name, tuple(stop), seed, journal
+        self._client = Client(
+            url=server.url,
+            model=server.model,
+            key=os.environ.get(server.key_env) if server.key_env else None,
+            what=f"sources.{name}.server",
+            key_names=[server.key_env or "server.key_env"],
+        )
+        self.notes: dict[str, Any] = {"served_at": self._client.address}
+
+    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]:
+        """Raises ModelError where some have no answer that a further run may get."""
+        from fusechat.models.client import Request
+
+        found: list[Answer | Missing] = [Missing(BEYOND_SERVERS)] * len(prompts)
+        places = [place for place, one in enumerate(prompts) if not _is_beyond_servers(one)]
+        requests = [
+            Request(
+                one.messages,
+                one.temperature,
+                one.max_new_tokens,
+                seed=int(digest_json([self._seed, one.key, one.sample])[:7], 16) if one.temperature else self._seed,
+                top_p=one.top_p,
+                stop=self._stop,
+            )
+            for one in (prompts[place] for place in places)
+        ]
+        replies = self._client.ask(requests, self._journal, description=f"answers of {self._name}")
+        waiting = [reply for reply in replies if isinstance(reply, Missing) and not reply.for_good]
+        if waiting:
+            raise ModelError(
+                f"sources.{self._name}.server: {len(waiting)} of {len(replies)} prompts have no answer ({waiting[0].reason}); the "
+                "others are kept: run again to go on"
+            )
+        for place, reply in zip(places, replies, strict=True):
+            found[place] = reply if isinstance(reply, Missing) else self._answer(reply)
+        return found
+
+    def _answer(self, reply: Any) -> Answer:
+        at = min((begin for stop in self._stop if (begin := reply.text.find(stop)) >= 0), default=None)
+        return Answer(reply.text[:at].strip(), reply.completion_tokens, at is not None or reply.finish != "length")
+
+    def close(self) -> None:
+        pass
+
+
+def _is_beyond_servers(prompt: Prompt) -> bool:
+    about = prompt.about
+    return about is not None and bool(about.tools or about.variables or any(one.more for one in about.messages))
+
+
+def share(recipe: Recipe, name: str, count: int) -> list[int]:
+    """The shards of this process; a server's answers come to the first one."""
+    if name not in (PIVOT, *recipe.models):
+        return list(range(count)) if ranks.is_first() else []
+    capture = recipe.capture_for(name)
+    return ranks.share(count, one_a_machine=capture.backend == "transformers" and capture.device_map is not None)
+
+
+@contextmanager
+def open_author(directory: Path, recipe: Recipe, name: str) -> Iterator[Any]:
+    if name not in (PIVOT, *recipe.models):
+        source = recipe.sources[name]
+        assert source.server is not None
+        yield Served(name, source.server, stop=source.stop or (), seed=recipe.seed, journal=directory.parent / JOURNAL)
+        return
+    with (
+        loading(directory, recipe, name) as how,
+        closing(Local(recipe.chat_model(name), seed=recipe.seed, **how)) as one,
+    ):
+        yield one
+
+
+@contextmanager
+def open_scorer(directory: Path, recipe: Recipe, chat_model: ChatModel) -> Iterator[Any]:
+    from fusechat.models.load import choose_device
+    from fusechat.models.memory import free_memory
+    from fusechat.models.teacher_forcing import TeacherForcing
+
+    name = f"{chat_model.name} ({chat_model.reference})"
+    with loading(directory, recipe, chat_model.name) as how:
+        how["device"] = choose_device(how["device"])
+        keys, tokens = ("capture.batch_tokens", "data.max_length"), recipe.capture_for(chat_model.name).batch_tokens
+        forced = TeacherForcing(chat_model.model(**how), batch_tokens=tokens, name=name, keys=keys)
+        try:
+            yield forced.nll
+        finally:
+            del forced
+            free_memory()
+
+
+@contextmanager
+def loading(directory: Path, recipe: Recipe, name: str) -> Iterator[dict[str, Any]]:
+    """How a model is loaded, while there is room for what of it does not fit in memory."""
+    capture = recipe.capture_for(name)
+    with TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room:
+        yield {"dtype": capture.dtype, "device": recipe.device, "device_map": capture.device_map, "offload": Path(room)}

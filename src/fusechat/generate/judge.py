@@ -1,0 +1,74 @@
+"""Answers judged by an LLM behind a server: a number from 1 to 10 for each, without a look at the others."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fusechat.data.conversations import Conversation
+from fusechat.errors import ModelError
+from fusechat.recipe.generate import Server
+from fusechat.run.progress import log
+
+_MOST = 1024  # tokens of a judgement
+_RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
+_LEAST, _BEST = 1.0, 10.0
+_INSTRUCTION = (
+    "You judge an answer to the last question of a conversation. Say in a few sentences whether it is right, helpful, relevant and "
+    "complete, and in the language that was asked for; length alone is no merit. Then end with a rating from 1 to 10 in double "
+    "brackets, such as [[7]]."
+)
+
+
+@dataclass(frozen=True)
+class ToJudge:
+    prompt: Conversation
+    answer: str
+    reference: str | None
+
+
+def judge(answers: Sequence[ToJudge], server: Server, journal: Path) -> list[float | None]:
+    """The rating of each answer, None where the judge gives none. What it said is in the journal, and is not asked for again.
+    Tells first what that will take. Raises ModelError where some have no judgement that a further run may get."""
+    from fusechat.models.answers import Missing
+    from fusechat.models.client import Client, Request
+
+    client = Client(
+        url=server.url,
+        model=server.model,
+        key=os.environ.get(server.key_env) if server.key_env else None,
+        what="generate.choose.judge",
+        key_names=[server.key_env or "generate.choose.judge.key_env"],
+    )
+    requests = [Request((("user", text_for(one)),), 0.0, _MOST) for one in answers]
+    log.info("generate: %s", client.estimate(requests, journal))
+    replies = client.ask(requests, journal, description="judgements")
+    waiting = [reply for reply in replies if isinstance(reply, Missing) and not reply.for_good]
+    if waiting:
+        raise ModelError(
+            f"generate.choose.judge: {len(waiting)} of {len(replies)} answers have no judgement ({waiting[0].reason}); the others "
+            "are kept: run again to go on"
+        )
+    ratings = [None if isinstance(reply, Missing) else rating(reply.text) for reply in replies]
+    silent = sum(found is None for found in ratings)
+    if silent:
+        log.warning("generate: of %d of %d answers the judge gives no rating", silent, len(ratings))
+    return ratings
+
+
+def rating(text: str) -> float | None:
+    """The last one in a judgement."""
+    found = _RATING.findall(text)
+    value = float(found[-1]) if found else None
+    return value if value is not None and _LEAST <= value <= _BEST else None
+
+
+def text_for(one: ToJudge) -> str:
+    """What the judge reads."""
+    turns: list[Any] = [f"[{message.role}]\n{message.content}" for message in one.prompt.messages]
+    parts = [_INSTRUCTION, "The conversation:", *turns]
+    if one.reference is not None:
+        parts += ["A reference answer:", one.reference]
+    return "\n\n".join([*parts, "The answer to judge:", one.answer])

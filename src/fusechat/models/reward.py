@@ -1,0 +1,86 @@
+"""Reward models: Transformers' sequence classification with one label, whose logit is the reward of a conversation."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fusechat.errors import ModelError
+from fusechat.models.chat_model import ChatModel
+from fusechat.models.forward import length_batches
+from fusechat.models.load import DTYPES, choose_device, model_error, quiet_transformers, refuse_missing
+from fusechat.models.memory import free_memory, out_of_memory
+
+
+class RewardModel:
+    """A loaded model. `batch_tokens`: of a batch at most, padding counted; fewer once memory did not suffice."""
+
+    def __init__(self, chat_model: ChatModel, *, dtype: str, device: str | None, batch_tokens: int) -> None:
+        quiet_transformers()
+        from transformers import AutoModelForSequenceClassification
+
+        self._name, directory = f"reward ({chat_model.reference})", chat_model.directory
+        self._tokenizer, self._room = chat_model.tokenizer(), chat_model.positions() or 1 << 30
+        self._device, self._batch_tokens = choose_device(device), batch_tokens
+        trust = chat_model.reference.trust_remote_code
+        try:
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                directory,
+                dtype=DTYPES[dtype],
+                trust_remote_code=trust,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise model_error(directory, "the reward model", error) from error
+        refuse_missing(report, str(directory))
+        if model.config.num_labels != 1:
+            raise ModelError(
+                f"{self._name}: gives {model.config.num_labels} numbers for a conversation, not one reward"
+            )
+        self._pads_itself = model.config.get_text_config().pad_token_id is not None
+        self._model: Any = model.to(self._device).eval()
+
+    def rewards(self, texts: Sequence[str]) -> list[float | None]:
+        """Of each rendered conversation, None where it is longer than the model takes."""
+        found: list[float | None] = [None] * len(texts)
+        tokens = [list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+        fitting = [place for place, one in enumerate(tokens) if 0 < len(one) <= self._room]
+        lengths = np.array([len(tokens[place]) for place in fitting], dtype=np.int64)
+        for batch in length_batches(lengths, self._batch_tokens):
+            places = [fitting[index] for index in batch]
+            for place, value in zip(places, self._run([tokens[place] for place in places]), strict=True):
+                found[place] = value
+        return found
+
+    def _run(self, rows: list[list[int]]) -> list[float]:
+        """Halves a batch that does not fit in memory."""
+        try:
+            return self._forward(rows)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+        free_memory()  # not before the exception, and what its frames hold, is gone
+        if len(rows) == 1:
+            raise ModelError(f"{self._name}: a conversation of {len(rows[0])} tokens does not fit in memory by itself")
+        middle = len(rows) // 2
+        return self._run(rows[:middle]) + self._run(rows[middle:])
+
+    @torch.inference_mode()
+    def _forward(self, rows: list[list[int]]) -> list[float]:
+        config, width = self._model.config.get_text_config(), max(map(len, rows))
+        if not self._pads_itself:  # the reward stands at the last token that is no padding
+            config.pad_token_id = next(
+                token for token in range(len(rows) + 1) if token not in {row[-1] for row in rows}
+            )
+        pad = config.pad_token_id
+        ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self._device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)
+        return [float(value) for value in self._model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()]
+
+    def close(self) -> None:
+        """Gives the model's memory back."""
+        self._model = None
+        free_memory()
