@@ -1,5 +1,6 @@
 """What would end a run later, and what its user should know before: a line each."""
 
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -147,6 +148,20 @@ def of_package(recipe: Any, who: str, directory: Path) -> list[str]:
     measured = recipe.evaluate.bits_per_byte and recipe.validation_sets()
     missing = missing_package(directory) if measured or recipe.capture_for(who).backend == "transformers" else None
     return [f"{who} ({recipe.chat_model(who).reference}): {missing}"] if missing else []
+
+
+def of_servers(recipe: Any, names: Iterable[str]) -> list[str]:
+    """Keys that the environment lacks, of sources that servers answer for and of a judge, and a client that is not installed."""
+    servers = {f"sources.{name}.server": recipe.sources[name].server for name in names}
+    if recipe.generate is not None and recipe.generate.choose.judge is not None:
+        servers["generate.choose.judge"] = recipe.generate.choose.judge
+    found = []
+    for key, server in servers.items():
+        if server.key_env is not None and not os.environ.get(server.key_env):
+            found.append(f"{key}.key_env: the environment has no {server.key_env}")
+        if not is_installed("openai"):
+            found.append(not_installed(f"{key}: the client of the server", "server"))
+    return found
 
 
 def of_processes(recipe: Any, names: Iterable[str], processes: int) -> list[str]:

@@ -29,6 +29,9 @@ def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
     run = dict.fromkeys(step.name.partition("/")[0] for step in waiting if step.stage in ("generate", "capture"))
     captured = [name for name in (PIVOT, *recipe.models) if name in run]
     found.append(lambda: _refuse(checks.of_backend(recipe, captured, devices=_gpus(), here=True)))
+    if any(step.stage == "generate" for step in waiting):
+        servers = [name for name in recipe.sources if name in run and name not in recipe.models]
+        found.append(lambda: _refuse(checks.of_servers(recipe, servers)))
     found.append(lambda: _refuse(checks.of_processes(recipe, captured, ranks.world())))
     _together(found)
 

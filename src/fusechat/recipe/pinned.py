@@ -74,7 +74,7 @@ def recipe_of(workdir: Path) -> Recipe:
 
 def _asked(spec: Any) -> tuple[str | None, str]:
     """`model` or `dataset`, and its id, of one of the hub's that names no commit; None for everything else."""
-    if isinstance(spec, ModelSpec) and spec.reference.is_hub and spec.commit is None:
+    if isinstance(spec, ModelSpec) and spec.model is not None and spec.reference.is_hub and spec.commit is None:
         return "model", str(spec.model)
     if isinstance(spec, DataPath) and DataSet("", spec.path).is_hub and spec.commit is None:
         return "dataset", spec.path
