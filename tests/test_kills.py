@@ -75,8 +75,8 @@ def test_the_tables_count_what_came_of_every_fault(tmp_path: Path) -> None:
         ["**all**", "", "4", "2", "1", "1", "1"],
     ]
     assert rows[8:] == [
-        ["one process", "0", "0", "0", "2", "0", "0", "0", "2"],
-        ["torchrun", "0", "0", "0", "0", "1", "0", "0", "1"],
+        ["one process", "0", "0", "0", "0", "2", "0", "0", "0", "2"],
+        ["torchrun", "0", "0", "0", "0", "0", "1", "0", "0", "1"],
     ]
 
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import fusechat.fuse.trainer
 import fusechat.merge.standalone
+import fusechat.generate.chosen
 import fusechat.models.generator
 import fusechat.pipeline
 import fusechat.report.page  # noqa: F401
@@ -36,7 +37,7 @@ from faults.place import LAUNCHES, LOST, Place, fused
 from fusechat.recipe.schema import STAGES
 
 ONE, TWO = LAUNCHES
-KILLED = {"prepare": 3, "capture": 10, "align": 3, "fuse": 25, "merge": 15, "evaluate": 3, "report": 2}
+KILLED = {"generate": 8, "prepare": 3, "capture": 10, "align": 3, "fuse": 25, "merge": 15, "evaluate": 3, "report": 2}
 
 
 def plan(place: Place, *, quick: bool) -> dict[str, Callable[[], None]]:
@@ -44,7 +45,7 @@ def plan(place: Place, *, quick: bool) -> dict[str, Callable[[], None]]:
 
     def every_kill() -> None:
         for launch, wanted, at_once in ((ONE, 15, 10), (TWO, 2, 3)) if quick else ((ONE, 140, 12), (TWO, 65, 10)):
-            kills.series(place, launch, 0, STAGES[3:5] if quick and launch == TWO else STAGES)
+            kills.series(place, launch, 0, ("fuse", "merge") if quick and launch == TWO else STAGES)
             number = 1
             while sum((fault.kind, fault.launch) == ("SIGKILL", launch) for fault in place.faults) < wanted:
                 kills.series(place, launch, number, kills.drawn(place.chance("stages", launch, number), at_once))

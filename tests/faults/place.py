@@ -23,6 +23,9 @@ TRAINING = runs.TRAINING | {
     "load_best_model_at_end": True,
     "metric_for_best_model": "bits_per_byte",
 }
+# Models that know nothing end no answer; drawn letters end most of theirs. All sources teach on the chosen answers.
+GENERATE = {"max_new_tokens": 40, "temperature": 1.0, "samples": 2, "targets": "each"}
+STOP = [*"aeioun", " "]
 MERGE = {"method": "sce", "select_topk": 0.5, "granularity": "layer"}
 
 
@@ -59,7 +62,12 @@ class Place:
         self.scratch.mkdir(parents=True)
         models = {kind: tiny.build(kind, self.scratch / "models" / kind) for kind in tiny.KINDS}
         fuse = {"sft_weight": 0.5, "training": TRAINING}
-        self.recipe = runs.write_recipe(self.scratch, models, fuse=fuse, merge=MERGE)
+        sources = {
+            "mistral": {"model": str(models["mistral"]), "stop": STOP},
+            "gemma": {"model": str(models["gemma"]), "chat_template": tiny.TEMPLATE, "stop": STOP},
+        }
+        changes = {"fuse": fuse, "merge": MERGE, "generate": GENERATE, "sources": sources}
+        self.recipe = runs.write_recipe(self.scratch, models, **changes)
         self.references = {launch: self._reference(launch) for launch in LAUNCHES}
 
     def chance(self, *what: object) -> random.Random:
