@@ -107,7 +107,7 @@ def test_a_long_prompt_takes_no_room_from_those_beside_it(models: dict[str, Path
     generator = Generator(chat_model(models, "llama"), dtype="float32", device="cpu", batch_tokens=10**6, seed=0)
     alone = answers(generator, prompts(longest=40))
     written = (Prompt("long", (("user", "word " * count),), 0.0, 40) for count in range(100, 2000, 3))
-    lengths = ((prompt, generator._encode(prompt)) for prompt in written)
+    lengths = ((prompt, generator._asking.encode(prompt)) for prompt in written)
     long = next(prompt for prompt, ids in lengths if isinstance(ids, list) and len(ids) > 2048 - 30)
     asked = [long, *prompts(longest=40)]
     found = answers(generator, asked)

@@ -89,7 +89,23 @@ class Engine:
         if self.busy > 0:
             self.busy -= 1
             return 503, {"error": {"message": "busy"}}
+        if "prompt_logprobs" not in body:
+            return self.generate(body)
         return self.complete(body["prompt"], body["prompt_logprobs"], body["model"])
+
+    def generate(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """The most likely tokens, one after the other, whatever the temperature."""
+        tokens, found = list(body["prompt"]), []
+        if len(tokens) + body["max_tokens"] > self.max_model_len:
+            return _error(400, f"This model's maximum context length is {self.max_model_len} tokens.")
+        ended = False
+        while len(found) < body["max_tokens"] and not ended:
+            with torch.inference_mode():
+                found.append(int(self.model(torch.tensor([tokens + found])).logits[0, -1].argmax()))
+            text = self.tokenizer.decode(found, skip_special_tokens=True)
+            ended = found[-1] in body["stop_token_ids"] or any(stop in text for stop in body.get("stop", ()))
+        choice = {"index": 0, "text": text, "finish_reason": "stop" if ended else "length"}
+        return 200, {"choices": [choice | ({"token_ids": found} if body.get("return_token_ids") else {})]}
 
     def complete(self, tokens: list[int], k: int, name: str) -> tuple[int, Any]:
         if name != self.name:

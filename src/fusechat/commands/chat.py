@@ -38,7 +38,7 @@ def talk(
     tokenizer, place = template.tokenizer, choose_device(device)
     network = chat_model.model(dtype=default_dtype(place), device=place)
     rows = int(network.get_input_embeddings().weight.shape[0])
-    stops = stop_tokens(network, tokenizer, template.end_of_turn)
+    stops = stop_tokens(network.generation_config, tokenizer, template.end_of_turn)
     torch.manual_seed(seed)
     messages = [Message("system", system)] if system else []
     for question in _questions():

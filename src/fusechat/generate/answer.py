@@ -5,7 +5,7 @@ was ended by the end of turn or a stop string), and `why` it is no candidate, em
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from fusechat.generate.verify import needs_reference
 from fusechat.models.answers import Answer, Missing, Prompt
 from fusechat.recipe.generate import Generate
 from fusechat.recipe.schema import Recipe
-from fusechat.run.progress import progress
+from fusechat.run.progress import Advance, progress
 
 ANSWERS = "answers"  # the kind of these shards
 EMPTY, UNENDED = "it is empty", "it did not end within max_new_tokens"
@@ -33,9 +33,9 @@ def answer(directory: Path, recipe: Recipe, name: str, sets: list[DataSet]) -> d
     shards, mine = Shards(directory, ANSWERS), share(recipe, name, len(every))
     missing, notes = shards.missing(mine), {}
     if missing:
-        asked = {number: every[number] for number in missing}
-        with open_author(directory, recipe, name) as author:
-            for number, rows in _rows(author, asked, how, name):
+        asked = {number: prompts_of(every[number], how) for number in missing}
+        with open_author(directory, recipe, name, [one for part in asked.values() for one in part]) as author:
+            for number, rows in _rows(author, asked, name):
                 shards.write(number, rows)
             notes = author.notes
     return {**prompts.counts, **counts(row for number in mine for row in shards.read(number)), **notes}
@@ -47,23 +47,20 @@ def _needs_reference(how: Generate) -> str:
     return f"the verifier {verifier}" if verifier is not None and needs_reference(verifier) else ""
 
 
-def _rows(
-    author: Any, asked: dict[int, list[Conversation]], how: Generate, name: str
-) -> Iterator[tuple[int, list[Row]]]:
+def _rows(author: Author, asked: dict[int, list[Prompt]], name: str) -> Iterator[tuple[int, list[Row]]]:
     """The rows of each shard as they come: of a server all at once, for it answers in an order of its own."""
     if isinstance(author, Served):
-        rows = iter(ask(author, [one for part in asked.values() for one in part], how, lambda _: None))
-        for number, part in asked.items():
-            yield number, list(islice(rows, len(part) * how.samples))
+        rows = iter(ask(author, [one for part in asked.values() for one in part], lambda amount=1, note="": None))
+        yield from ((number, list(islice(rows, len(part)))) for number, part in asked.items())
         return
-    with progress(f"answers of {name}", sum(map(len, asked.values())) * how.samples, "answers") as advance:
+    with progress(f"answers of {name}", sum(map(len, asked.values())), "answers") as advance:
         for number, part in asked.items():
-            yield number, ask(author, part, how, advance)
+            yield number, ask(author, part, advance)
 
 
-def ask(author: Author, asked: Sequence[Conversation], how: Generate, advance: Callable[[int], None]) -> list[Row]:
-    """The rows of some prompts: all samples of the first, then of the next."""
-    prompts = [
+def prompts_of(asked: Sequence[Conversation], how: Generate) -> list[Prompt]:
+    """All samples of the first prompt, then of the next."""
+    return [
         Prompt(
             one.id,
             tuple((message.role, message.content) for message in one.messages),
@@ -76,6 +73,10 @@ def ask(author: Author, asked: Sequence[Conversation], how: Generate, advance: C
         for one in asked
         for sample in range(how.samples)
     ]
+
+
+def ask(author: Author, prompts: Sequence[Prompt], advance: Advance) -> list[Row]:
+    """A row for each prompt."""
     answers = author.answer(prompts, advance)
     return [_row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
 

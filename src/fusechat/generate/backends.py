@@ -7,17 +7,26 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
+import numpy as np
+
+from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError
 from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.asking import cut
 from fusechat.models.chat_model import ChatModel
+from fusechat.models.memory import free_memory
 from fusechat.recipe.generate import Server
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run import ranks
 from fusechat.run.files import PARTIAL, digest_json
+from fusechat.run.progress import Advance
 
 BEYOND_SERVERS = "it has tools, variables or more than texts, which servers are not sent"
 BATCH_TOKENS = 16384  # of a batch at most, with the room for answers
 JOURNAL = "replies.jsonl"  # no step's, so that a server is not asked again when other prompts are answered
+
+
+Nll = Callable[[Sequence[Prepared]], Iterator[tuple[int, np.ndarray]]]  # index of each conversation, nats of its rows
 
 
 class Author(Protocol):
@@ -25,7 +34,7 @@ class Author(Protocol):
 
     notes: dict[str, Any]
 
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]: ...
+    def answer(self, prompts: Sequence[Prompt], advance: Advance) -> list[Answer | Missing]: ...
 
     def close(self) -> None: ...
 
@@ -39,7 +48,7 @@ class Local:
         self._generator: Generator | None = Generator(chat_model, batch_tokens=BATCH_TOKENS, **loading)
         self.notes: dict[str, Any] = {}
 
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]:
+    def answer(self, prompts: Sequence[Prompt], advance: Advance) -> list[Answer | Missing]:
         assert self._generator is not None
         found: dict[int, Answer | Missing] = {}
 
@@ -54,8 +63,6 @@ class Local:
 
     def close(self) -> None:
         """Gives the model's memory back."""
-        from fusechat.models.memory import free_memory
-
         self._generator = None
         free_memory()
 
@@ -76,7 +83,7 @@ class Served:
         )
         self.notes: dict[str, Any] = {"served_at": self._client.address}
 
-    def answer(self, prompts: Sequence[Prompt], advance: Callable[[int], None]) -> list[Answer | Missing]:
+    def answer(self, prompts: Sequence[Prompt], advance: Advance) -> list[Answer | Missing]:
         """Raises ModelError where some have no answer that a further run may get."""
         from fusechat.models.client import Request
 
@@ -105,7 +112,7 @@ class Served:
         return found
 
     def _answer(self, reply: Any) -> Answer:
-        at = min((begin for stop in self._stop if (begin := reply.text.find(stop)) >= 0), default=None)
+        at = cut(reply.text, self._stop)
         return Answer(reply.text[:at].strip(), reply.completion_tokens, at is not None or reply.finish != "length")
 
     def close(self) -> None:
@@ -126,35 +133,53 @@ def share(recipe: Recipe, name: str, count: int) -> list[int]:
 
 
 @contextmanager
-def open_author(directory: Path, recipe: Recipe, name: str) -> Iterator[Any]:
+def open_author(directory: Path, recipe: Recipe, name: str, prompts: Sequence[Prompt]) -> Iterator[Author]:
+    """Who answers for a source, or the pivot. `prompts`: those that will be asked."""
     if name not in (PIVOT, *recipe.models):
         source = recipe.sources[name]
         assert source.server is not None
         yield Served(name, source.server, stop=source.stop or (), seed=recipe.seed, journal=directory.parent / JOURNAL)
         return
-    with (
-        loading(directory, recipe, name) as how,
-        closing(Local(recipe.chat_model(name), seed=recipe.seed, **how)) as one,
-    ):
-        yield one
+    chat_model, capture = recipe.chat_model(name), recipe.capture_for(name)
+    with loading(directory, recipe, name) as how:
+        if capture.backend == "vllm":
+            from fusechat.models.vllm_answers import VllmAnswers
+
+            where: dict[str, Any] = {"tensor_parallel": capture.tensor_parallel, "url": capture.url}
+            author: Author = VllmAnswers(chat_model, prompts, dtype=capture.dtype, seed=recipe.seed, **where)
+        else:
+            author = Local(chat_model, seed=recipe.seed, **how)
+        with closing(author):
+            yield author
 
 
 @contextmanager
-def open_scorer(directory: Path, recipe: Recipe, chat_model: ChatModel) -> Iterator[Any]:
+def open_scorer(directory: Path, recipe: Recipe, chat_model: ChatModel) -> Iterator[Nll]:
+    """What tells how likely a model finds the rows of conversations."""
     from fusechat.models.load import choose_device
-    from fusechat.models.memory import free_memory
     from fusechat.models.teacher_forcing import TeacherForcing
+    from fusechat.models.vllm import open_vllm
 
-    name = f"{chat_model.name} ({chat_model.reference})"
+    capture = recipe.capture_for(chat_model.name)
+    if capture.backend == "vllm":
+        where: dict[str, Any] = {"tensor_parallel": capture.tensor_parallel, "url": capture.url}
+        length = recipe.data.max_length
+        with closing(open_vllm(chat_model, dtype=capture.dtype, k=1, max_length=length, **where)) as backend:
+            yield lambda conversations: _captured(backend, conversations)
+        return
+    name, keys = f"{chat_model.name} ({chat_model.reference})", ("capture.batch_tokens", "data.max_length")
     with loading(directory, recipe, chat_model.name) as how:
         how["device"] = choose_device(how["device"])
-        keys, tokens = ("capture.batch_tokens", "data.max_length"), recipe.capture_for(chat_model.name).batch_tokens
-        forced = TeacherForcing(chat_model.model(**how), batch_tokens=tokens, name=name, keys=keys)
-        try:
-            yield forced.nll
-        finally:
-            del forced
-            free_memory()
+        model = chat_model.model(**how)
+        yield TeacherForcing(model, batch_tokens=capture.batch_tokens, name=name, keys=keys).nll
+    del model
+    free_memory()
+
+
+def _captured(backend: Any, conversations: Sequence[Prepared]) -> Iterator[tuple[int, np.ndarray]]:
+    found = backend.capture(conversations, lambda amount=1, note="": None)
+    for index, (one, result) in enumerate(zip(conversations, found, strict=True)):
+        yield index, np.full(len(one), np.nan, np.float32) if result is None else result.nll
 
 
 @contextmanager

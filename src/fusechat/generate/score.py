@@ -5,7 +5,7 @@ the end of turn's, or null and `why` the model cannot score it. A template witho
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared
-from fusechat.generate.backends import open_scorer, share
+from fusechat.generate.backends import Nll, open_scorer, share
 from fusechat.generate.prompts import read_prompts
 from fusechat.generate.shards import Row, Shards
 from fusechat.models.tokenise import RejectedError, prepare_conversation
@@ -22,7 +22,6 @@ from fusechat.recipe.schema import Recipe
 from fusechat.run.progress import progress
 
 SCORES = "scores"  # the kind of these shards
-Nll = Callable[[Sequence[Prepared]], Iterator[tuple[int, np.ndarray]]]  # index of each conversation, nats of its rows
 
 
 def distinct(rows: Sequence[Row]) -> list[Row]:

@@ -101,6 +101,12 @@ class ChatModel:
         text = read_configuration(self.directory, trust_remote_code=trust).get_text_config()
         return getattr(text, "max_position_embeddings", None)
 
+    def generation_config(self) -> Any:
+        """How the model is said to generate."""
+        from fusechat.models.load import generation_config
+
+        return generation_config(self.directory, trust_remote_code=self.reference.trust_remote_code)
+
     def model(self, *, dtype: str, device: Any, **spread: Any) -> Any:
         """`spread`: `device_map` and `offload` of `load_model`."""
         from fusechat.models.load import load_model

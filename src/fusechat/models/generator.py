@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.data.conversations import Message
 from fusechat.errors import ModelError
 from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.asking import Asking
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.forward import device_of, length_batches
-from fusechat.models.load import choose_device, default_dtype, stop_tokens, without_embedding
+from fusechat.models.load import choose_device, default_dtype
 from fusechat.models.memory import free_memory, out_of_memory
 from fusechat.models.sampling import draw, stop_at
-from fusechat.models.templates import UnrenderableError
 from fusechat.run.progress import log
 
 
@@ -36,17 +35,11 @@ class Generator:
         **spread: Any,
     ) -> None:
         place = choose_device(device)
-        self._name, self._stop_texts = chat_model.name, list(chat_model.stop)
-        self._identity = chat_model.identity
-        self._template = chat_model.template()
-        self._tokenizer = self._template.tokenizer
+        self._name, self._identity = chat_model.name, chat_model.identity
+        self._asking = Asking(chat_model)
         self._model = chat_model.model(dtype=dtype or default_dtype(place), device=place, **spread)
         self._batch_tokens, self._seed = batch_tokens, seed
         self.most: int | None = None  # answers at once, where memory did not suffice for more
-        config = self._model.config.get_text_config()
-        self._room = int(getattr(config, "max_position_embeddings", None) or 1 << 30)
-        self._rows = int(self._model.get_input_embeddings().weight.shape[0])
-        self._stops = stop_tokens(self._model, self._tokenizer, self._template.end_of_turn)
 
     def answer(
         self, prompts: Sequence[Prompt], done: Callable[[int, Answer | Missing], None], has: Sequence[bool]
@@ -59,7 +52,7 @@ class Generator:
         tokens: dict[int, list[int]] = {}
         kinds: dict[tuple[float, float, int], list[int]] = {}
         for index, prompt in enumerate(prompts):
-            found = self._encode(prompt)
+            found = self._asking.encode(prompt)
             if isinstance(found, Missing):
                 if not has[index]:
                     done(index, found)
@@ -75,8 +68,8 @@ class Generator:
 
     def _batches(self, members: Sequence[int], tokens: Mapping[int, list[int]], longest: int) -> list[list[int]]:
         """Prompts of like length together; by itself each that leaves less room than the longest answer takes."""
-        alone = [index for index in members if len(tokens[index]) + longest > self._room]
-        others = [index for index in members if len(tokens[index]) + longest <= self._room]
+        alone = [index for index in members if len(tokens[index]) + longest > self._asking.room]
+        others = [index for index in members if len(tokens[index]) + longest <= self._asking.room]
         lengths = np.array([len(tokens[index]) + longest for index in others], dtype=np.int64)
         batches = length_batches(lengths, self._batch_tokens)
         return [[others[index] for index in batch] for batch in batches] + [[index] for index in alone]
@@ -90,7 +83,7 @@ class Generator:
     ) -> None:
         first = prompts[chosen[0]]
         keys = [[self._seed, self._identity, prompts[index].key, prompts[index].sample] for index in chosen]
-        longest = min(first.max_new_tokens, self._room - max(len(tokens[index]) for index in chosen))
+        longest = min(first.max_new_tokens, self._asking.room - max(len(tokens[index]) for index in chosen))
         try:
             answers = self._generate(
                 [tokens[index] for index in chosen],
@@ -121,14 +114,14 @@ class Generator:
         from transformers import GenerationConfig
 
         width = max(map(len, prompts))
-        pad = min(self._stops, default=0)
+        pad = min(self._asking.stops, default=0)
         ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts])
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
         # Whole in itself: a model's own generation_config.json would add settings that the suites did not publish.
         self._model.generation_config = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,
-            eos_token_id=sorted(self._stops) or None,
+            eos_token_id=sorted(self._asking.stops) or None,
             pad_token_id=pad,
         )
         device = device_of(self._model)
@@ -136,36 +129,6 @@ class Generator:
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             logits_processor=processors,
-            stopping_criteria=stop_at(self._stop_texts, self._tokenizer, prompt=width, name=self._name),
+            stopping_criteria=stop_at(self._asking.stop_texts, self._asking.tokenizer, prompt=width, name=self._name),
         )
-        return [self._answer(row[width:]) for row in output.tolist()]
-
-    def _answer(self, row: list[int]) -> Answer:
-        end = next((at for at, token in enumerate(row) if token in self._stops), None)
-        kept = row if end is None else row[:end]
-        text = self._decode(kept)
-        at = min((found for stop in self._stop_texts if (found := text.find(stop)) >= 0), default=None)
-        if at is None:
-            return Answer(text.strip(), len(kept), end is not None, tuple(kept))
-        text = text[:at].strip()
-        while kept and self._decode(kept[:-1]).strip().startswith(text):
-            kept = kept[:-1]
-        return Answer(text, len(kept), True, tuple(kept))
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, skip_special_tokens=True))
-
-    def _encode(self, prompt: Prompt) -> list[int] | Missing:
-        about = prompt.about
-        messages = about.messages if about else [Message(role, content) for role, content in prompt.messages]
-        try:
-            text = self._template.prompt(messages, about)
-        except UnrenderableError as error:
-            return Missing(str(error))
-        tokens = list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-        wrong = without_embedding(tokens, self._rows, self._tokenizer)
-        if wrong:
-            return Missing(f"its prompt has {wrong}")
-        if len(tokens) >= self._room:
-            return Missing(f"its prompt leaves no room in the model's {self._room} tokens")
-        return tokens
+        return [self._asking.answer(row[width:]) for row in output.tolist()]

@@ -211,9 +211,18 @@ def computes_bfloat16(device: torch.device) -> bool:
     return False
 
 
-def stop_tokens(model: Any, tokenizer: Any, end_of_turn: int | None) -> set[int]:
+def generation_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """How a model is said to generate: by a file beside it, else by its configuration."""
+    from transformers import GenerationConfig
+
+    if (directory / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(directory)
+    return GenerationConfig.from_model_config(read_configuration(directory, trust_remote_code=trust_remote_code))
+
+
+def stop_tokens(generation_config: Any, tokenizer: Any, end_of_turn: int | None) -> set[int]:
     """Tokens that end an answer: the template's end of turn, the tokenizer's and the model's end of sequence."""
-    own = getattr(model.generation_config, "eos_token_id", None)
+    own = getattr(generation_config, "eos_token_id", None)
     every = (end_of_turn, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]))
     return {token for token in every if token is not None}
 

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fusechat.data.distributions import SparseDistribution
@@ -57,69 +57,96 @@ def open_vllm(
         from fusechat.models.vllm_server import Server
 
         return Server(chat_model, k=k, url=url)
+    refuse_processes()
+    return InProcess(chat_model, dtype=dtype, k=k, max_length=max_length, tensor_parallel=tensor_parallel)
+
+
+def refuse_processes() -> None:
+    """Raises RecipeError under `torchrun`."""
     if ranks.world() > 1:
         raise RecipeError(
             "capture.backend: vllm starts the processes for its GPUs itself; run the capture without torchrun "
             "(capture.tensor_parallel spreads a model), or give capture.url"
         )
-    return InProcess(chat_model, dtype=dtype, k=k, max_length=max_length, tensor_parallel=tensor_parallel)
 
 
 class InProcess:
-    """vLLM's engine, in processes that this one starts and `close()` ends."""
+    """Log-probabilities of prompts by vLLM's engine in this process."""
 
     def __init__(self, chat_model: ChatModel, *, dtype: str, k: int, max_length: int, tensor_parallel: int) -> None:
-        vllm = _import_vllm()
-        self._who = f"{chat_model.name} ({chat_model.reference})"
         self._vocabulary = chat_model.vocabulary_size()
         self._k = min(k, self._vocabulary)
+        self._engine = Engine(
+            chat_model,
+            lambda config: _room(config, max_length),
+            dtype=dtype,
+            tensor_parallel_size=tensor_parallel,
+            skip_tokenizer_init=True,
+            max_logprobs=self._k,
+            logprobs_mode="raw_logprobs",
+            enable_prefix_caching=False,  # what is read from a cache has no log-probabilities
+            enable_chunked_prefill=True,
+            max_num_batched_tokens=min(max(_LOGITS // self._vocabulary, 256), 8192),
+            max_num_seqs=64,
+            enforce_eager=True,  # nothing is generated, for which graphs would pay
+        )
+        options = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self._k, "detokenize": False}
+        self._parameters = self._engine.parameters(**options)
+
+    def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
+        """One result for each conversation, in their order; None where a value is not finite."""
+        who = self._engine.who
+        refuse_long(conversations, self._engine.takes, who)
+        results: list[SparseDistribution | None] = []
+        for part in _parts(conversations):
+            outputs = self._engine.generate([one.input_ids.tolist() for one in part], self._parameters)
+            for conversation, output in zip(part, outputs, strict=True):
+                found, vocabulary = output.prompt_logprobs, self._vocabulary
+                results.append(sparse_distribution(conversation, found, k=self._k, vocabulary=vocabulary, who=who))
+            advance(len(part))
+        return results
+
+    def close(self) -> None:
+        self._engine.close()
+
+
+class Engine:
+    """vLLM's engine, in processes that this one starts and `close()` ends. `room`: from vLLM's configuration of the model the
+    tokens that a prompt may have, `takes`, and the length that the engine is told. `options` are vLLM's own. `who`: what errors
+    call it."""
+
+    def __init__(
+        self, chat_model: ChatModel, room: Callable[[Any], tuple[int, int]], *, dtype: str, **options: Any
+    ) -> None:
+        self._vllm = _import_vllm()
+        self.who = f"{chat_model.name} ({chat_model.reference})"
         model = {
             "model": str(chat_model.directory),
             "dtype": dtype,
             "trust_remote_code": chat_model.reference.trust_remote_code,
-            "skip_tokenizer_init": True,
+            "skip_tokenizer_init": options.pop("skip_tokenizer_init"),
             "load_format": "safetensors",  # never a pickle
             "generation_config": "vllm",
         }
         before = {child.pid for child in multiprocessing.active_children()}
         try:
-            self._takes, room = _room(vllm.EngineArgs(**model).create_model_config(), max_length)
-            self._llm = vllm.LLM(
-                **model,
-                tensor_parallel_size=tensor_parallel,
-                max_model_len=room,
-                max_logprobs=self._k,
-                logprobs_mode="raw_logprobs",
-                enable_prefix_caching=False,  # what is read from a cache has no log-probabilities
-                enable_chunked_prefill=True,
-                max_num_batched_tokens=min(max(_LOGITS // self._vocabulary, 256), 8192),
-                max_num_seqs=64,
-                enforce_eager=True,  # nothing is generated, for which graphs would pay
-                seed=0,
-            )
+            self.takes, length = room(self._vllm.EngineArgs(**model).create_model_config())
+            self._llm = self._vllm.LLM(**model, max_model_len=length, seed=0, **options)
         except Exception as error:
             raise self._failure("cannot run it", error) from error
         self._processes = [child for child in multiprocessing.active_children() if child.pid not in before]
         self._watch = _watch([process.pid for process in self._processes])
-        self._parameters = vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=self._k, detokenize=False)
 
-    def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
-        """One result for each conversation, in their order; None where a value is not finite."""
-        refuse_long(conversations, self._takes, self._who)
-        results: list[SparseDistribution | None] = []
-        for part in _parts(conversations):
-            prompts = [{"prompt_token_ids": conversation.input_ids.tolist()} for conversation in part]
-            try:
-                outputs = self._llm.generate(prompts, self._parameters, use_tqdm=False)
-            except Exception as error:
-                raise self._failure("failed", error) from error
-            for conversation, output in zip(part, outputs, strict=True):
-                found, vocabulary = output.prompt_logprobs, self._vocabulary
-                results.append(
-                    sparse_distribution(conversation, found, k=self._k, vocabulary=vocabulary, who=self._who)
-                )
-            advance(len(part))
-        return results
+    def parameters(self, **options: Any) -> Any:
+        """How to generate, as vLLM has it."""
+        return self._vllm.SamplingParams(**options)
+
+    def generate(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
+        """What vLLM gives of each prompt, in their order. `parameters` are of all prompts, or a list with those of each."""
+        try:
+            return list(self._llm.generate([{"prompt_token_ids": one} for one in prompts], parameters, use_tqdm=False))
+        except Exception as error:
+            raise self._failure("failed", error) from error
 
     def close(self) -> None:
         """Ends the engine's processes, which gives its memory back. A second time does nothing."""
@@ -140,7 +167,7 @@ class InProcess:
         """A line about the user's model or machine; our own failures stay what they are."""
         if isinstance(error, AttributeError | NameError | TypeError):
             return error
-        return ModelError(f"{self._who}: vLLM {what}: {first_line(error)}")
+        return ModelError(f"{self.who}: vLLM {what}: {first_line(error)}")
 
 
 def _room(config: Any, max_length: int) -> tuple[int, int]:

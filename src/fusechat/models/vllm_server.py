@@ -7,7 +7,7 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from fusechat.run.extras import import_extra
 from fusechat.run.progress import Advance, log
 
 T = TypeVar("T")
+R = TypeVar("R")
 KEY = "VLLM_API_KEY"  # the environment variable that vLLM's own server takes its key from
 _AT_ONCE = 16  # requests under way; the server makes its own batches
 _RETRIES = 5  # after a failed connection, a timeout, 429 and 5xx; the client waits 0.5 to 8 s in between
@@ -60,7 +61,7 @@ class Server:
     def __init__(self, chat_model: ChatModel, *, k: int, url: str) -> None:
         self._openai = import_extra("openai", "capture.url: the client of the server", "server")
         self._url = url.rstrip("/")
-        self._who = f"capture.url: the server at {self._url}"
+        self.who = f"capture.url: the server at {self._url}"
         self._name = f"{chat_model.name} ({chat_model.reference})"
         self._vocabulary = chat_model.vocabulary_size()
         self._k = min(k, self._vocabulary)
@@ -80,8 +81,17 @@ class Server:
     def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
         """One result for each conversation, in their order; None where a value is not finite."""
         if self._takes is not None:
-            refuse_long(conversations, self._takes, self._who, "start it with a greater --max-model-len, or ")
-        return self._loop.run(self._all(conversations, advance))
+            refuse_long(conversations, self._takes, self.who, "start it with a greater --max-model-len, or ")
+        return self._loop.run(self._all(conversations, self._ask, advance))
+
+    @property
+    def takes(self) -> int | None:
+        """Tokens that prompt and answer may have together, where the server tells."""
+        return None if self._takes is None else self._takes + 1
+
+    def complete(self, bodies: Sequence[dict[str, Any]], advance: Advance) -> list[dict[str, Any]]:
+        """The first completion of each, as the server's API has it. Raises ModelError for what it refuses."""
+        return self._loop.run(self._all(bodies, self._choice, advance))
 
     def close(self) -> None:
         """Closes the connections; the server continues. A second time does nothing."""
@@ -90,16 +100,17 @@ class Server:
             self._loop.run(client.close())
             self._loop.close()
 
-    async def _all(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
+    async def _all(self, items: Sequence[T], ask: Callable[[T], Coroutine[Any, Any, R]], advance: Advance) -> list[R]:
+        """What is answered to each, several at a time."""
         gate = asyncio.Semaphore(_AT_ONCE)
 
-        async def one(conversation: Prepared) -> SparseDistribution | None:
+        async def one(item: T) -> R:
             async with gate:
-                result = await self._ask(conversation)
+                result = await ask(item)
             advance(1)
             return result
 
-        tasks = [asyncio.create_task(one(conversation)) for conversation in conversations]
+        tasks = [asyncio.create_task(one(item)) for item in items]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -108,18 +119,29 @@ class Server:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _ask(self, conversation: Prepared) -> SparseDistribution | None:
-        tokens = conversation.input_ids.tolist()
-        body = {"model": self._model, "prompt": tokens, "max_tokens": 1, "temperature": 0, "prompt_logprobs": self._k}
+        body = {
+            "prompt": conversation.input_ids.tolist(),
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": self._k,
+        }
         try:
-            answer = await self._client.post("/completions", body=body, cast_to=object)
-            found = answer["choices"][0].get("prompt_logprobs")
-        except self._openai.OpenAIError as error:
-            if _NOT_JSON in str(error):
+            found = (await self._choice(body)).get("prompt_logprobs")
+        except ModelError as error:
+            if _NOT_JSON in str(error.__cause__):
                 return None
+            raise
+        return sparse_distribution(conversation, found, k=self._k, vocabulary=self._vocabulary, who=self.who)
+
+    async def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The first completion. `body`: what is asked, without the model's name."""
+        try:
+            answer = await self._client.post("/completions", body={"model": self._model, **body}, cast_to=object)
+            return dict(answer["choices"][0])
+        except self._openai.OpenAIError as error:
             raise self._refused(error) from error
         except _OTHER_SHAPE as error:
-            raise ModelError(f"{self._who}: {_NO_VLLM}") from error
-        return sparse_distribution(conversation, found, k=self._k, vocabulary=self._vocabulary, who=self._who)
+            raise ModelError(f"{self.who}: {_NO_VLLM}") from error
 
     async def _open(self, chat_model: ChatModel) -> None:
         """Finds the model, and asks a short question, so that what is wrong is known before the work begins."""
@@ -134,7 +156,7 @@ class Server:
         ours = tokenizer(_TEXT, add_special_tokens=False)["input_ids"]
         theirs = await self._tokenize(_TEXT)
         if theirs is not None and theirs[-_COMPARED:] != ours[-_COMPARED:]:
-            raise ModelError(f"{self._who}: {self._model} cuts text into other tokens than {self._name}: another model")
+            raise ModelError(f"{self.who}: {self._model} cuts text into other tokens than {self._name}: another model")
 
     async def _choose(self, names: set[str]) -> tuple[str, int | None]:
         """The model to ask for, by the names that it may have, and the tokens that a conversation may have, if the server
@@ -145,14 +167,14 @@ class Server:
         except self._openai.OpenAIError as error:
             raise self._refused(error) from error
         except _OTHER_SHAPE as error:
-            raise ModelError(f"{self._who}: {_NO_VLLM}") from error
+            raise ModelError(f"{self.who}: {_NO_VLLM}") from error
         fitting = [name for name, card in cards.items() if names & {name, card.get("root")}]
         if not fitting and len(cards) != 1:
             served = ", ".join(sorted(cards)) or "nothing"
-            raise ModelError(f"{self._who}: serves {served}; none of these names is that of {self._name}")
+            raise ModelError(f"{self.who}: serves {served}; none of these names is that of {self._name}")
         name = [*fitting, *cards][0]
         if not fitting:
-            log.info("%s serves %s, which is taken to be %s", self._who, name, self._name)
+            log.info("%s serves %s, which is taken to be %s", self.who, name, self._name)
         length = cards[name].get("max_model_len")
         return name, None if length is None else int(length) - 1  # one is kept for the token that it generates
 
@@ -186,7 +208,7 @@ class Server:
             what = f"{_NO_VLLM} ({said})"
         else:
             what = said
-        return ModelError(f"{self._who}: {what}")
+        return ModelError(f"{self.who}: {what}")
 
 
 _OTHER_SHAPE = (TypeError, KeyError, IndexError, AttributeError, ValueError)  # an answer is not built as expected
