@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+import answering
 import runs
 import showing
 import tiny
@@ -110,6 +111,14 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished / "work", tmp_path / "copied" / "work")
     shutil.copy(finished / "recipe.yaml", tmp_path / "copied")
     return tmp_path / "copied"
+
+
+@pytest.fixture(scope="session")
+def taught(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The pivot as it is, and two sources that each know four words of six: `answering.KNOWN`."""
+    root = tmp_path_factory.mktemp("taught")
+    sources = {kind: answering.teach(models[kind], root / kind, kind, known) for kind, known in answering.KNOWN.items()}
+    return {"llama": models["llama"], **sources}
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,12 @@ import pytest
 import yaml
 
 import runs
-from answering import WORDS, question, write_prompts
+from answering import WORDS, counts, lines, question, refused, rows, write_prompts
 from fusechat.commands.run import run
 from fusechat.generate.judge import ToJudge, rating, text_for
 from fusechat.models import client as module
 from fusechat.pipeline import load_recipe
 from judging import Canned, canned, completion, misbehaving
-from test_generate_stage import counts, lines, refused, rows
 
 
 @pytest.fixture(autouse=True)

@@ -8,16 +8,13 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaForSequenceClassification
 
 import tiny
-from answering import WORDS, question
+from answering import KNOWN, WORDS, lines, question, refused, write_recipe
 from fusechat.commands.run import run
 from fusechat.errors import ModelError
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.reference import Reference
 from fusechat.models.reward import RewardModel
 from fusechat.pipeline import load_recipe
-from test_generate_stage import KNOWN, lines, refused, taught, write_recipe
-
-__all__ = ["taught"]  # a fixture
 
 
 def build(directory: Path, *, labels: int = 1, pads: bool = True) -> Path:

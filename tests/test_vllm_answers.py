@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from answering import counts, gemma, refused, rows, texts, write_recipe
 from fusechat.commands.run import run
 from fusechat.errors import FuseChatError
 from fusechat.models import vllm_answers
@@ -16,7 +17,6 @@ from fusechat.models.generator import Generator
 from fusechat.models.reference import Reference
 from fusechat.models.vllm_answers import VllmAnswers
 from fusechat.pipeline import load_recipe
-from test_generate_stage import counts, gemma, refused, rows, texts, write_recipe
 from vllm_like import Engine, serving
 
 QUESTIONS = ("Hi", "What is the capital of France?", "1 + 1?")
