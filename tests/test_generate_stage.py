@@ -366,3 +366,21 @@ def test_a_new_source_adds_its_own_branch_only(taught: dict[str, Path], tmp_path
     generated(tmp_path, taught, sources={**one, "gemma": gemma(taught)})
     assert all(file.read_bytes() == content for file, content in before.items())
     assert set(counts(tmp_path / "work", "generate/chosen")["authors"]) <= {"mistral", "gemma"}
+
+
+def test_other_commands_on_such_a_recipe(finished: Path, taught: dict[str, Path], tmp_path: Path) -> None:
+    card = (finished / "merge/model/README.md").read_text()
+    assert "answers of the sources to prompts, one chosen for each prompt" in card
+    assert "- Source `mistral`: `mistral`, answered `prompts.jsonl`" in card
+    path = write_recipe(tmp_path, taught)
+    planned = runs.here("plan", path)
+    assert planned.returncode == 2
+    assert "cannot be planned yet" in planned.stderr
+    work = tmp_path / "work"
+    early = runs.here("eval", "alignment", path, "--workdir", work)
+    assert early.returncode == 2
+    assert f"{work}: no answers were chosen to count on" in early.stderr
+    run(load_recipe(path), work, until="generate")
+    compared = runs.here("eval", "alignment", path, "--workdir", work, "--top-k", "3", "--json")
+    assert compared.returncode == 0, compared.stderr
+    assert {one["source"] for one in json.loads(compared.stdout)} <= {"mistral", "gemma"}

@@ -12,6 +12,8 @@ from fusechat.align.quality import Quality
 from fusechat.align.stage import models
 from fusechat.capture import stage as capture
 from fusechat.commands.run import lock
+from fusechat.errors import WorkdirError
+from fusechat.generate import stage as generate
 from fusechat.pipeline import RECIPE, of_day
 from fusechat.prepare import stage as prepare
 from fusechat.recipe.load import save_recipe
@@ -55,12 +57,12 @@ def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> l
     """A record for each source, k and strategy. Counts on the training set, measures on the held-out one, which the source is
     run over once. Raises RecipeError for a source without held-out conversations."""
     recipe = of_day(recipe, workdir)
-    held_out = {source: recipe.validation_set(source) for source in recipe.sources}
+    held_out = {source: recipe.validation_set(source) for source in recipe.models}
     records = []
     with lock(recipe, workdir):
         recipe = pin(recipe, workdir, begin=True)
         save_recipe(recipe, workdir / RECIPE)
-        for source in recipe.sources:
+        for source in recipe.models:
             data = _conversations(recipe, workdir, source, held_out[source], k=max(top_ks))
             records += [{"source": source, **record} for record in _compare(recipe, source, *data, top_ks)]
     return records
@@ -73,9 +75,12 @@ def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *,
         step.run(needed=True)
         return [step.directory]
 
+    chosen = generate.chosen_step(recipe, workdir) if recipe.generate is not None else None
+    if chosen is not None and not chosen.finished:
+        raise WorkdirError(f"{workdir}: no answers were chosen to count on; run the recipe with --until generate first")
     chat_models = recipe.chat_model(PIVOT), recipe.chat_model(source)
     training, measured = (
-        [[prepare.step(recipe, workdir, chat_model, data) for data in sets] for chat_model in chat_models]
+        [[prepare.step(recipe, workdir, chat_model, data, chosen) for data in sets] for chat_model in chat_models]
         for sets in (recipe.sets_of(source), [held_out])
     )
     captured = capture.step(recipe, workdir, chat_models[1], measured[1][0], at_least=k)

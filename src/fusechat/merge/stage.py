@@ -26,7 +26,7 @@ def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
         "pivot": pivot.identity,
         "chat_template": pivot.template_key,
         "name": recipe.name,
-        "sources": {name: str(recipe.chat_model(name).reference) for name in _sources(recipe)},
+        "sources": {name: recipe.sources[name].label for name in _sources(recipe)},
         "seed": recipe.seed,
     }
 
@@ -77,8 +77,8 @@ def _counts(step: Step) -> dict[str, Any]:
 
 
 def _sources(recipe: Recipe) -> list[str]:
-    """The sources that taught what is merged."""
-    merged = [source for target in recipe.merged_targets() for source in recipe.teachers()[target]]
+    """The sources that taught what is merged, or wrote what was learnt."""
+    merged = [source for target in recipe.merged_targets() for source in recipe.teachers()[target]] + recipe.answering
     return [name for name in recipe.sources if name in merged]
 
 
@@ -91,9 +91,10 @@ def _card(recipe: Recipe, pivot: ChatModel, report: dict[str, Any], note: str | 
         name=recipe.name,
         method=recipe.merge.method,
         pivot=str(pivot.reference),
-        sources={name: str(recipe.chat_model(name).reference) for name in _sources(recipe)},
+        sources={name: recipe.sources[name].label for name in _sources(recipe)},
         how_to_ask=note,
-        data={name: ", ".join(Path(data.path).name for data in recipe.sets_of(name)) for name in _sources(recipe)},
+        data={name: ", ".join(Path(data.path).name for data in recipe.read_sets(name)) for name in _sources(recipe)},
+        generated=recipe.generate is not None,
         coefficients=report["mean_coefficients"],
         recipe=yaml.safe_dump(as_written, sort_keys=False, allow_unicode=True, width=100),
     )

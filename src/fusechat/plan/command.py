@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
-from fusechat.errors import FuseChatError
+from fusechat.errors import FuseChatError, RecipeError
 from fusechat.fuse import stage as fuse
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.gguf_parallel import convert_together
@@ -52,6 +52,10 @@ _unread = lru_cache(maxsize=None)(WithoutWeights.of)
 def make_plan(recipe: Recipe, workdir: Path, device: Device, *, conversations: int | None = None) -> Plan:
     """What `recipe` takes on `device`. `conversations`: as if the training sets had so many together, of the same kind. Raises
     FuseChatError with all models and data sets of which nothing can be known."""
+    if recipe.generate is not None:
+        raise RecipeError(
+            "generate: recipes in which models answer prompts cannot be planned yet; run them with --until generate"
+        )
     recipe = of_day(recipe, workdir)
     planned = _Planned.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
     return _Planner(planned, workdir, device, conversations).plan()

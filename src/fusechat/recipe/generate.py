@@ -53,6 +53,11 @@ class SourceSpec(ModelSpec):
         return None
 
     @property
+    def label(self) -> str:
+        """What model it is, for a person: of a server its name there."""
+        return self.server.model if self.server else str(self.reference)
+
+    @property
     def reference(self) -> Reference:
         assert self.server is None, "a server is no model that could be run here"
         return super().reference

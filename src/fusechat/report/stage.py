@@ -99,6 +99,9 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
         models.append(
             Model(role, "" if name == PIVOT else name, reference.label, reference.parts, identity, data, found)
         )
+    for name, source in recipe.sources.items():
+        if source.server is not None:
+            models.append(Model("source", name, source.label, ("behind a server",), "", "", facts(None)))
     for name, step in fused.items():
         data = _files(recipe.training_sets(name))
         taught = " + ".join(recipe.teachers()[name]) or "nobody: plain fine-tuning"
