@@ -27,8 +27,8 @@ from rich import console, table  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 import fusechat.fuse.trainer
-import fusechat.merge.standalone
 import fusechat.generate.chosen
+import fusechat.merge.standalone
 import fusechat.models.generator
 import fusechat.pipeline
 import fusechat.report.page  # noqa: F401
