@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache
+from typing import get_args
 
 PAGE = "docs/recipe.md"
 _PLACE = re.compile(r"(?:\.ya?ml|:\d+): (?P<key>[a-z_]+(?:\.[^\s:]+)*): ")  # as `yaml_file.Document` writes it
-_DOTTED = re.compile(r"(?<![\w./-])(?:data|capture|align|fuse|merge|evaluate|pivot|sources)(?:\.[\w-]+)+")
+_DOTTED = re.compile(r"(?<![\w./-])(?:data|generate|capture|align|fuse|merge|evaluate|pivot|sources)(?:\.[\w-]+)+")
 _FILE = re.compile(r"\.(jsonl?|parquet|gz|ya?ml|gguf|txt|md|py)$")
 
 
@@ -21,7 +22,7 @@ def anchor(key: str) -> str | None:
     models, sets, known = _known()
     key = re.sub(r"\.\d+(?=\.|$)", "", key)  # indices of lists
     key = re.sub(rf"^sources\..+?\.(?=({models})(\.|$))", "pivot.", key)
-    key = re.sub(r"^sources\..+?\.(?=(data|capture)(\.|$))", "sources.NAME.", key)
+    key = re.sub(r"^sources\..+?\.(?=(data|capture|stop|server)(\.|$))", "sources.NAME.", key)
     key = re.sub(rf"^(sources\.NAME\.)?data\.(train|validation)\.(?=({sets})$)", "data.train.", key)
     parts = key.split(".")
     return next((start for end in range(len(parts), 0, -1) if (start := ".".join(parts[:end])) in known), None)
@@ -47,9 +48,10 @@ def _known() -> tuple[str, str, frozenset[str]]:
     from fusechat.recipe.schema import Recipe
     from fusechat.recipe.sections import ModelSpec, TrainingSet
 
-    found = {*Recipe.model_fields, "sources.NAME.data", "sources.NAME.capture"}
+    found = {*Recipe.model_fields, *(f"sources.NAME.{key}" for key in ("data", "capture", "stop", "server"))}
     for name, field in Recipe.model_fields.items():
-        for key, inner in getattr(field.annotation, "model_fields", {}).items():
-            found.add(f"{name}.{inner.alias or key}")
+        for section in (field.annotation, *get_args(field.annotation)):  # of `Section | None`
+            for key, inner in getattr(section, "model_fields", {}).items():
+                found.add(f"{name}.{inner.alias or key}")
     found |= {f"data.train.{key}" for key in TrainingSet.model_fields}
     return "|".join(ModelSpec.model_fields), "|".join(TrainingSet.model_fields), frozenset(found)
