@@ -43,6 +43,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """What a test changes of the log, by a command or by `fusechat.run_recipe`, is as before for the next."""
+    before = log.handlers[:], log.level, log.propagate
+    yield
+    log.handlers[:], log.level, log.propagate = before
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _plans_measure_briefly() -> Iterator[None]:
     """How fast this machine is matters to no test."""

@@ -16,7 +16,13 @@ from fusechat.models.generator import Generator
 from fusechat.models.reference import Reference
 from fusechat.models.vllm_answers import VllmAnswers
 
-QUESTIONS = ("Hi", "What is the capital of France? Please explain.", "1 + 1?", "Übung macht 🙂", "A train travels 60 miles.")
+QUESTIONS = (
+    "Hi",
+    "What is the capital of France? Please explain.",
+    "1 + 1?",
+    "Übung macht 🙂",
+    "A train travels 60 miles.",
+)
 
 
 def prompts(temperature: float = 0.0, longest: int = 24, **more: Any) -> list[Prompt]:

@@ -50,7 +50,7 @@ def _known() -> tuple[str, str, frozenset[str]]:
 
     found = {*Recipe.model_fields, *(f"sources.NAME.{key}" for key in ("data", "capture", "stop", "server"))}
     for name, field in Recipe.model_fields.items():
-        for section in (field.annotation, *get_args(field.annotation)):  # of `Section | None`
+        for section in (field.annotation, *get_args(field.annotation)) if name != "sources" else ():  # `Section | None`
             for key, inner in getattr(section, "model_fields", {}).items():
                 found.add(f"{name}.{inner.alias or key}")
     found |= {f"data.train.{key}" for key in TrainingSet.model_fields}
