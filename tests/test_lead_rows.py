@@ -14,7 +14,7 @@ from fusechat.align.aligner import Aligner, Pair, Side, Strategy, Survey
 from fusechat.align.back_off import BackOff
 from fusechat.commands.run import run
 from fusechat.data.conversations import Conversation, Message
-from fusechat.data.prepared import Prepared, PreparedSet, write_prepared
+from fusechat.data.prepared import FILE, Prepared, PreparedSet, write_prepared
 from fusechat.fuse.student import Comparison
 from fusechat.fuse.teacher_selection import Candidate, SelectionRule, cross_entropies
 from fusechat.models.answers import Prompt
@@ -162,6 +162,17 @@ def align(
         for ids, ps in zip(found.ids, found.probabilities, strict=True)
     ]
     return targets, aligner.figures.summary()
+
+
+def test_a_file_without_lead_rows_beside_one_that_has_some(tmp_path: Path) -> None:
+    """Two sets of conversations of one source, read one after the other."""
+    places, marks = (tmp_path / "one", tmp_path / "other"), ([False, False], [True, False])
+    rows, nothing = np.arange(1, 3, dtype=np.int32), np.zeros(2, np.int32)
+    for place, lead in zip(places, marks, strict=True):
+        place.mkdir()
+        columns = (rows, rows, nothing, nothing, nothing, nothing.astype(bool), nothing[:1])
+        write_prepared(place / FILE, [Prepared(place.name, *columns, lead=np.array(lead))])
+    assert [one.lead.tolist() for one in PreparedSet(*places)] == list(marks)
 
 
 def test_the_same_token_before_the_content_carries_its_distribution_over() -> None:

@@ -53,7 +53,7 @@ class Prepared:
     lead: np.ndarray = None  # type: ignore[assignment]  # bool [n]; none of the rows where it is left out
 
     def __post_init__(self) -> None:
-        if self.lead is None:
+        if self.lead is None or len(self.lead) < len(self.position):  # of a file without, joined with one that has some
             object.__setattr__(self, "lead", np.zeros(len(self.position), dtype=bool))
 
     def __len__(self) -> int:
