@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from answering import (
 )
 from fusechat.commands.run import run
 from fusechat.pipeline import load_recipe
+from fusechat.recipe.anchors import links
+from fusechat.recipe.generate import Generate
 
 
 @pytest.fixture(scope="module")
@@ -384,3 +387,16 @@ def test_other_commands_on_such_a_recipe(finished: Path, taught: dict[str, Path]
     compared = runs.here("eval", "alignment", path, "--workdir", work, "--top-k", "3", "--json")
     assert compared.returncode == 0, compared.stderr
     assert {one["source"] for one in json.loads(compared.stdout)} <= {"mistral", "gemma"}
+
+
+def test_defaults_are_those_of_the_recipe_page() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| `generate\.(\w+)` \| ([^|]+) \|", page, flags=re.MULTILINE))
+    found = Generate().model_dump()
+    assert shown.pop("sources") == "all"
+    assert found.pop("sources") is None
+    assert {key: yaml.safe_load(cell.strip("`")) for key, cell in shown.items()} == found
+    assert links(["r.yaml:3: generate.choose.verfier: unknown key", "r.yaml:3: sources.a.server.url: x"]) == [
+        "docs/recipe.md#generate.choose",
+        "docs/recipe.md#sources.NAME.server",
+    ]
