@@ -86,7 +86,9 @@ def done(workdir: Path) -> list[str]:
         (
             "seed: 0",
             "zzzz: 0",
-            ["19: zzzz: unknown key; known here: name, preset, pivot, sources, generate, targets, data, capture, align,"],
+            [
+                "19: zzzz: unknown key; known here: name, preset, pivot, sources, generate, targets, data, capture, align,"
+            ],
         ),
         ("sft_weight", "sft_wieght", ["16: fuse.sft_wieght: unknown key; did you mean sft_weight?"]),
         ("max_length", "maxlength", ["12: data.maxlength: unknown key; did you mean max_length?"]),
@@ -238,7 +240,11 @@ def test_a_bad_change_on_the_command_line(tmp_path: Path, change: str, expected:
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("--until", "preapre", "no such stage; choose one of generate, prepare, capture, align, fuse, merge, evaluate, report"),
+        (
+            "--until",
+            "preapre",
+            "no such stage; choose one of generate, prepare, capture, align, fuse, merge, evaluate, report",
+        ),
         ("--only", "mistrall", "the recipe has no such source or target; it has mistral, gemma"),
     ],
 )

@@ -73,7 +73,11 @@ RESERVED = "this name is taken; choose another"
         (LORA, "unit: word", ["12: fuse.unit: Input should be 'byte' or 'token', not 'word'"]),
         (LORA, "level: turn", ["12: fuse.level: Input should be 'conversation', 'response' or 'position', not 'turn'"]),
         (LORA, "against: all", ["12: fuse.against: Input should be 'pivot' or 'student', not 'all'"]),
-        (LORA, "function: max", ["12: fuse.function: Input should be 'mince', 'avgce', 'source' or 'author', not 'max'"]),
+        (
+            LORA,
+            "function: max",
+            ["12: fuse.function: Input should be 'mince', 'avgce', 'source' or 'author', not 'max'"],
+        ),
     ],
 )
 def test_a_mistake_is_named_with_its_line(tmp_path: Path, old: str, new: str, expected: list[str]) -> None:
