@@ -164,3 +164,15 @@ def test_settings_that_do_not_exist_and_targets_that_do_not_fit_are_refused() ->
     ):
         with pytest.raises(ValueError, match=message):
             fusion_loss(**{**given, **wrong}, sft_weight=0.9)
+
+
+def test_rows_that_nobody_teaches_learn_their_gold_token_alone() -> None:
+    """By hand: two outcomes; the first row has a teacher that says 3/4, 1/4, the second none. λ weighs the terms of the first."""
+    logits = torch.log(torch.tensor([[0.5, 0.5], [0.2, 0.8]]))
+    ids, logprobs = torch.tensor([[0, 1], [-1, -1]]), torch.log(torch.tensor([[0.75, 0.25], [1.0, 1.0]]))
+    parts = fusion_loss_parts(
+        logits, torch.tensor([0, 0]), ids, logprobs, sft_weight=0.4, alone=torch.tensor([False, True])
+    )
+    half, fifth = -torch.log(torch.tensor(0.5)), -torch.log(torch.tensor(0.2))
+    assert parts.total.item() == pytest.approx(((0.4 * half + 0.6 * half + fifth) / 2).item(), rel=1e-6)
+    assert parts.sft.item() == pytest.approx(((half + fifth) / 2).item(), rel=1e-6)
