@@ -206,9 +206,15 @@ def test_another_size_of_shards_begins_anew(config: Config, tmp_path: Path) -> N
 
 def test_what_is_done_is_not_done_again(config: Config, tmp_path: Path) -> None:
     first = build(config, tmp_path / "out")
-    before = {path: path.stat() for path in tmp_path.rglob("*")}
+    before = written(tmp_path)
     assert build(config, tmp_path / "out", threads=1) == first
-    assert {path: path.stat() for path in tmp_path.rglob("*")} == before
+    assert written(tmp_path) == before
+
+
+def written(directory: Path) -> dict[Path, tuple[int, int, int]]:
+    """When each file was made and last changed; it may be read."""
+    found = {path: path.stat() for path in directory.rglob("*")}
+    return {path: (one.st_ino, one.st_size, one.st_mtime_ns) for path, one in found.items()}
 
 
 # -- two at once --------------------------------------------------------------------------------------------------------
