@@ -350,6 +350,42 @@ def test_bad_prompts(taught: dict[str, Path], tmp_path: Path) -> None:
     assert "holds no prompt that could be answered" in refused(path, "--until", "generate")
 
 
+def test_records_that_are_left_out_are_told(taught: dict[str, Path], tmp_path: Path, heard: list[str]) -> None:
+    data = {"train": "prompts.jsonl", "on_error": "skip", "max_length": 128}
+    path = write_recipe(tmp_path, taught, data=data, sources={"gemma": gemma(taught)})
+    record = {"prompt": question("moon"), "level": 3}
+    bad = {"prompt": "  "}
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (record, bad, record)))
+    run(load_recipe(path), tmp_path / "work", until="generate")
+    found = counts(tmp_path / "work", "generate/chosen")
+    assert (found["prompts"], found["malformed"], found["repeated"], found["unused_keys"]) == (1, 1, 1, ["level"])
+    assert "generate: 1 malformed records are left out" in heard
+    assert "generate: keys of the records that nothing reads: level" in heard
+
+
+def test_models_that_cannot_answer(taught: dict[str, Path], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path / "template", taught, sources={"gemma": str(taught["gemma"])})
+    assert "has no chat template; a recipe can give it one: set chat_template for it" in refused(path)
+    path = write_recipe(tmp_path / "long", taught, data={"train": "prompts.jsonl", "max_length": 4096})
+    long = {"prompt": "word " * 3000}
+    (tmp_path / "long" / "prompts.jsonl").write_text(
+        json.dumps(long) + "\n" + json.dumps({"prompt": question("moon")}) + "\n"
+    )
+    run(load_recipe(path), tmp_path / "long" / "work", until="generate")
+    found = counts(tmp_path / "long" / "work", "generate/chosen")
+    assert found["left_out"] == {"no candidate": 1}
+    assert found["no_candidates"]["gemma"] == {"its prompt leaves no room in the model's 2048 tokens": 1}
+    refuses = "{% for m in messages %}{% if 'moon' in m.content %}{{ raise_exception('not the moon') }}{% endif %}"
+    refuses += "{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    sources = {"mistral": {"model": str(taught["mistral"]), "chat_template": refuses}, "gemma": gemma(taught)}
+    work = generated(tmp_path / "refuses", taught, sources=sources)
+    (reason,) = [why for why in counts(work, "generate/chosen")["no_candidates"]["mistral"] if "moon" in why]
+    assert reason == "the template refuses it: not the moon"
+    scores = lines(work / "generate/chosen/candidates.jsonl")[list(WORDS).index("moon")]["candidates"][0]["scores"]
+    assert scores["mistral"] is None, "nor can it score others' answers there"
+    assert scores["pivot"] is not None
+
+
 def test_only_a_source_does_its_answers_and_their_scores(taught: dict[str, Path], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, taught)
     run(load_recipe(path), tmp_path / "work", only="mistral")

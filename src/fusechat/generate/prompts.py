@@ -7,6 +7,7 @@ from typing import Any
 from fusechat.data.conversations import Conversation, DataSet, Malformed, read_records
 from fusechat.data.records import reference_of
 from fusechat.errors import DataError
+from fusechat.run.progress import log
 
 _READ_BESIDE = {"reference"}  # by verifiers
 
@@ -25,6 +26,15 @@ class Prompts:
     def counts(self) -> dict[str, Any]:
         found = {"malformed": self.malformed, "repeated": self.repeated, "unused_keys": self.unused}
         return {"prompts": len(self.conversations), **{key: value for key, value in found.items() if value}}
+
+    def tell(self, *, unused: bool) -> None:
+        """What a user should know of the records. `unused`: nothing reads what they hold beside prompts."""
+        if self.malformed:
+            log.warning("generate: %d malformed records are left out", self.malformed)
+        if self.repeated:
+            log.info("generate: %d records repeat a prompt, which is asked once", self.repeated)
+        if self.unused and unused:
+            log.warning("generate: keys of the records that nothing reads: %s", ", ".join(self.unused))
 
 
 @dataclass(frozen=True)

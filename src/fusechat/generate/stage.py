@@ -5,7 +5,7 @@ One step for each author, and one for each model and author that it scores, so t
 no more. A model that is listed twice answers and scores once.
 """
 
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +144,7 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _join(counts: list[dict[str, Any]]) -> dict[str, Any]:
     """One of the counts of all processes."""
-    joined = dict(counts[0])
+    joined = dict(ChainMap(*counts))
     joined |= {key: sum(one[key] for one in counts) for key in _TALLIES if key in joined}
     joined["left_out"] = dict(sum((Counter(one["left_out"]) for one in counts), Counter[str]()))
     return joined
@@ -204,6 +204,7 @@ def _choose(directory: Path, recipe: Recipe, found: Authors) -> dict[str, Any]:
     assert how is not None
     sets = list(dict.fromkeys(data for name in found.answers for data in recipe.read_sets(name)))
     read = read_prompts(sets)
+    read.tell(unused=how.choose.verifier is None)
     answers, rewards = (
         {name: step.directory for name, step in each.items()} for each in (found.answers, found.rewards)
     )
