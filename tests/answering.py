@@ -23,7 +23,7 @@ KNOWN = {
     "mistral": {word: said if place < 4 else "Auto" for place, (word, said) in enumerate(WORDS.items())},
     "gemma": {word: said if place >= 2 else "Auto" for place, (word, said) in enumerate(WORDS.items())},
 }
-TRAINING = {**runs.TRAINING, "num_train_epochs": 20, "learning_rate": 5e-3}
+TRAINING = {**runs.TRAINING, "learning_rate": 5e-3, "num_train_epochs": 1, "save_strategy": "no"}
 
 
 def question(word: str) -> str:

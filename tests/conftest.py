@@ -122,11 +122,15 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def taught(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def taught(shared: Any, models: dict[str, Path]) -> dict[str, Path]:
     """The pivot as it is, and two sources that each know four words of six: `answering.KNOWN`."""
-    root = tmp_path_factory.mktemp("taught")
-    sources = {kind: answering.teach(models[kind], root / kind, kind, known) for kind, known in answering.KNOWN.items()}
-    return {"llama": models["llama"], **sources}
+
+    def teach(root: Path) -> None:
+        for kind, known in answering.KNOWN.items():
+            answering.teach(models[kind], root / kind, kind, known)
+
+    root = shared("taught", teach)
+    return {"llama": models["llama"], **{kind: root / kind for kind in answering.KNOWN}}
 
 
 @pytest.fixture(scope="session")

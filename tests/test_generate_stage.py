@@ -16,6 +16,7 @@ import runs
 import tiny
 from answering import (
     KNOWN,
+    TRAINING,
     WORDS,
     counts,
     gemma,
@@ -35,21 +36,22 @@ from fusechat.recipe.generate import Generate
 
 
 @pytest.fixture(scope="module")
-def finished(taught: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(taught: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of one whole run."""
     directory = tmp_path_factory.mktemp("generated")
-    run(load_recipe(write_recipe(directory, taught)), directory / "work")
+    fuse = {"sft_weight": 0.5, "training": {**TRAINING, "num_train_epochs": 20}}
+    run(load_recipe(write_recipe(directory, taught, fuse=fuse)), directory / "work")
     return directory / "work"
 
 
-def test_each_source_answers_each_prompt(finished: Path, taught: dict[str, Path]) -> None:
+def test_each_source_answers_each_prompt(whole: Path, taught: dict[str, Path]) -> None:
     for name, known in KNOWN.items():
-        found = rows(finished / "generate/models" / name / "answers")
+        found = rows(whole / "generate/models" / name / "answers")
         assert [row["text"] for row in found] == [known[word] for word in WORDS]
         tokenizer = AutoTokenizer.from_pretrained(taught[name])
         assert [tokenizer.decode(row["tokens"]).strip() for row in found] == [known[word] for word in WORDS]
         assert all(row["complete"] and not row["why"] for row in found)
-    files = sorted(file.name for file in (finished / "generate/models/mistral/answers").glob("*.json"))
+    files = sorted(file.name for file in (whole / "generate/models/mistral/answers").glob("*.json"))
     assert files == ["answers-00000.json", "answers-00001.json", "manifest.json"], "six prompts, four a shard"
 
 
@@ -69,23 +71,23 @@ def naive_score(directory: Path, template: str | None, word: str, said: str) -> 
     return -sum(float(logprobs[at - 1, ids[at]]) for at in range(begin, len(ids))) / (len(said.encode()) + 1)
 
 
-def test_every_model_scores_every_answer_as_a_plain_forward_pass_does(finished: Path, taught: dict[str, Path]) -> None:
+def test_every_model_scores_every_answer_as_a_plain_forward_pass_does(whole: Path, taught: dict[str, Path]) -> None:
     for model, kind in (("pivot", "llama"), ("mistral", "mistral"), ("gemma", "gemma")):
         for author, known in KNOWN.items():
-            found = rows(finished / "generate/models" / model / "scores" / author)
+            found = rows(whole / "generate/models" / model / "scores" / author)
             for row, (word, said) in zip(found, known.items(), strict=True):
                 expected = naive_score(taught[kind], tiny.TEMPLATES[kind], word, said)
                 assert row["nll"] / row["bytes"] == pytest.approx(expected, rel=1e-4), (model, word, said)
 
 
-def test_the_answer_that_all_find_most_likely_is_chosen(finished: Path) -> None:
-    chosen = lines(finished / "generate/chosen/conversations.jsonl")
+def test_the_answer_that_all_find_most_likely_is_chosen(whole: Path) -> None:
+    chosen = lines(whole / "generate/chosen/conversations.jsonl")
     assert [one["messages"][0]["content"] for one in chosen] == [question(word) for word in WORDS]
     by_prompt = {
         (author, row["id"]): row["nll"] / row["bytes"]
         for model in ("pivot", "mistral", "gemma")
         for author in KNOWN
-        for row in rows(finished / "generate/models" / model / "scores" / author)
+        for row in rows(whole / "generate/models" / model / "scores" / author)
         if model == "pivot"
     }
     for one, word in zip(chosen, WORDS, strict=True):
@@ -96,47 +98,50 @@ def test_the_answer_that_all_find_most_likely_is_chosen(finished: Path) -> None:
         assert one["scores"]["pivot"] == pytest.approx(by_prompt[one["author"], one["prompt_id"]])
         if len(set(answers.values())) == 1:
             assert one["scores"][one["author"]] == min(one["scores"][name] for name in KNOWN)
-    for one in lines(finished / "generate/chosen/candidates.jsonl"):
+    for one in lines(whole / "generate/chosen/candidates.jsonl"):
         means = [sum(each["scores"].values()) / 3 for each in one["candidates"]]
         assert one["chosen"] == means.index(min(means))
-    found = counts(finished, "generate/chosen")
+    found = counts(whole, "generate/chosen")
     assert (found["prompts"], found["answers"], found["candidates"], found["chosen"]) == (6, 12, 10, 6)
     assert found["agreement"] == pytest.approx(2 / 6)
     assert sum(found["authors"].values()) == 6
     assert found["score"] == pytest.approx(sum(one["score"] for one in chosen) / 6)
 
 
-def test_each_answer_is_taught_by_its_author_and_the_one_target_is_copied(finished: Path) -> None:
-    authors = counts(finished, "generate/chosen")["authors"]
-    taught = counts(finished, "fuse/answers")["chosen"]
+def test_each_answer_is_taught_by_its_author_and_the_one_target_is_copied(whole: Path) -> None:
+    authors = counts(whole, "generate/chosen")["authors"]
+    taught = counts(whole, "fuse/answers")["chosen"]
     for name in KNOWN:
         assert taught[f"answers-{name}"][name] == authors.get(name, 0)
         assert taught[f"answers-{name}"]["none"] == 0
-        assert counts(finished, f"align/{name}")["conversations"] == authors.get(name, 0)
-    target, fused = (load_file(finished / place / "model/model.safetensors") for place in ("fuse/answers", "merge"))
+        assert counts(whole, f"align/{name}")["conversations"] == authors.get(name, 0)
+    target, fused = (load_file(whole / place / "model/model.safetensors") for place in ("fuse/answers", "merge"))
     assert target.keys() == fused.keys()
     assert all(torch.equal(target[name], fused[name]) for name in target)
-    losses = lines(finished / "fuse/answers/losses.jsonl")
+    losses = lines(whole / "fuse/answers/losses.jsonl")
     assert losses[-1]["sft_loss"] < losses[0]["sft_loss"] / 2, "it learns what was chosen"
 
 
-def test_a_second_run_does_nothing(finished: Path) -> None:
-    before = runs.digests(finished)
-    assert run(load_recipe(finished.parent / "recipe.yaml"), finished) == 0
-    assert runs.digests(finished) == before
-    assert load_recipe(finished / "recipe.yaml") == load_recipe(finished.parent / "recipe.yaml").model_copy(
-        update={"date": load_recipe(finished / "recipe.yaml").date}
+def test_a_second_run_does_nothing(whole: Path) -> None:
+    before = runs.digests(whole)
+    assert run(load_recipe(whole.parent / "recipe.yaml"), whole) == 0
+    assert runs.digests(whole) == before
+    assert load_recipe(whole / "recipe.yaml") == load_recipe(whole.parent / "recipe.yaml").model_copy(
+        update={"date": load_recipe(whole / "recipe.yaml").date}
     )
 
 
-def test_status_and_tokens_know_the_stage(finished: Path) -> None:
-    status = runs.here("status", finished)
+def test_status_and_tokens_know_the_stage(whole: Path) -> None:
+    status = runs.here("status", whole)
     assert status.returncode == 0
     assert "generate pivot/scores/mistral" in status.stdout
-    author = next(iter(counts(finished, "generate/chosen")["authors"]))
-    shown = runs.here("tokens", "pivot", author, "--workdir", finished, "--conversation", "0")
+    author = next(iter(counts(whole, "generate/chosen")["authors"]))
+    shown = runs.here("tokens", "pivot", author, "--workdir", whole, "--conversation", "0")
     assert shown.returncode == 0, shown.stderr
     assert "response 1 of 1" in shown.stdout
+
+
+QUICK = {"max_new_tokens": 16, "choose": "self"}  # nobody scores answers of others
 
 
 def generated(directory: Path, taught: dict[str, Path], until: str = "generate", **changes: Any) -> Path:
@@ -226,7 +231,7 @@ def test_several_samples(taught: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_target_for_each_source_on_all_answers(taught: dict[str, Path], tmp_path: Path) -> None:
-    work = generated(tmp_path, taught, "merge", generate={"max_new_tokens": 16, "targets": "each"}, targets={"sft": []})
+    work = generated(tmp_path, taught, "merge", generate={**QUICK, "targets": "each"}, targets={"sft": []})
     assert {path.name for path in (work / "fuse").iterdir() if path.is_dir()} == {"mistral", "gemma", "sft"}
     for name in KNOWN:
         taught_by = counts(work, f"fuse/{name}")["chosen"]["answers"]
@@ -237,7 +242,7 @@ def test_a_target_for_each_source_on_all_answers(taught: dict[str, Path], tmp_pa
 
 
 def test_targets_that_are_named_learn_all_chosen_answers(taught: dict[str, Path], tmp_path: Path) -> None:
-    work = generated(tmp_path, taught, "fuse", targets={"sft": [], "half": ["mistral"]})
+    work = generated(tmp_path, taught, "fuse", generate=QUICK, targets={"sft": [], "half": ["mistral"]})
     authors = counts(work, "generate/chosen")["authors"]
     assert counts(work, "fuse/sft")["conversations"] == counts(work, "fuse/half")["conversations"] == 6
     half = counts(work, "fuse/half")["chosen"]
@@ -251,7 +256,7 @@ def test_an_author_without_distributions_is_learnt_by_plain_fine_tuning(
     """The pivot's own answers have no teacher, whatever λ is: the same weights as of plain fine-tuning."""
     pivot = teach(taught["llama"], tmp_path / "pivot", "llama", dict(WORDS))
     models = {**taught, "llama": pivot}
-    generate = {"max_new_tokens": 16, "sources": ["pivot"]}
+    generate = {**QUICK, "sources": ["pivot"]}
     sources = {"mistral": str(taught["mistral"])}
     work = generated(tmp_path, models, "fuse", generate=generate, targets={"sft": []}, sources=sources)
     assert counts(work, "generate/chosen")["authors"] == {"pivot": 6}
@@ -407,8 +412,8 @@ def test_a_new_source_adds_its_own_branch_only(taught: dict[str, Path], tmp_path
     assert set(counts(tmp_path / "work", "generate/chosen")["authors"]) <= {"mistral", "gemma"}
 
 
-def test_other_commands_on_such_a_recipe(finished: Path, taught: dict[str, Path], tmp_path: Path) -> None:
-    card = (finished / "merge/model/README.md").read_text()
+def test_other_commands_on_such_a_recipe(whole: Path, taught: dict[str, Path], tmp_path: Path) -> None:
+    card = (whole / "merge/model/README.md").read_text()
     assert "answers of the sources to prompts, one chosen for each prompt" in card
     assert "- Source `mistral`: `mistral`, answered `prompts.jsonl`" in card
     path = write_recipe(tmp_path, taught)
