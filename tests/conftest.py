@@ -77,6 +77,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[
         with (root / f".{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not done.exists():
+                shutil.rmtree(place, ignore_errors=True)  # of a process that was killed
                 place.mkdir()
                 make(place)
                 done.touch()

@@ -3,6 +3,7 @@ imports take. What libraries read of the environment while they are imported is 
 `runs.fusechat`."""
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -73,7 +75,8 @@ class Command:
         return self.returncode
 
     def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
 
     def communicate(self, timeout: float = 600) -> tuple[str, str]:
         """stdout and stderr, all of them."""
@@ -98,10 +101,17 @@ def ranks(number: int, *arguments: str | Path, **options: Any) -> list[Command]:
 
 
 def together(number: int, *arguments: str | Path, **options: Any) -> str:
-    """As `ranks`, to its end, which is a good one; what they say on stderr, all of them."""
-    ended = [one.ended() for one in ranks(number, *arguments, **options)]
-    said = "".join(one.stderr for one in ended)
-    assert not any(one.returncode for one in ended), said
+    """As `ranks`, to its end, which is a good one; what they say on stderr, all of them. Where one fails the others are killed."""
+    every = ranks(number, *arguments, **options)
+    while None in (found := [one.poll() for one in every]):
+        time.sleep(0.01)
+        if any(found):
+            time.sleep(1)
+            for one in every:
+                if one.poll() is None:
+                    one.kill()
+    said = "".join(one.communicate()[1] for one in every)
+    assert not any(found), said
     return said
 
 
@@ -179,6 +189,8 @@ def _become(asked: dict[str, Any]) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()  # as an interpreter ends, without the second that taking it apart takes
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

@@ -94,9 +94,9 @@ def test_chat_answers_each_line_and_keeps_the_conversation(finished: Path) -> No
     assert len(two.stdout) > len(one.stdout)
 
 
-def test_progress_bars_are_drawn_on_a_terminal(finished: Path, tmp_path: Path) -> None:
+def test_progress_bars_are_drawn_on_a_terminal(single: Path, tmp_path: Path) -> None:
     """Every long step shows a bar with its name on a terminal of 100 columns."""
-    text = runs.on_a_terminal(100, "run", finished / "recipe.yaml", "--workdir", tmp_path / "work")
-    steps = ("prepare pivot/data", "capture pivot", "transfer gemma", "fuse mistral", "merge (sce)", "evaluate fused")
+    text = runs.on_a_terminal(100, "run", single / "recipe.yaml", "--workdir", tmp_path / "work")
+    steps = ("prepare pivot/data", "capture pivot", "transfer mistral", "fuse mistral", "merge (sce)", "evaluate fused")
     assert [name for name in steps if name not in text] == []
     assert "━" in text
