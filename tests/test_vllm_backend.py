@@ -322,8 +322,8 @@ def test_the_key_comes_from_the_environment(
 def test_a_url_that_is_not_that_of_the_interface(models: dict[str, Path], engine: Engine) -> None:
     with serving(engine) as root:
         assert refusal(models["mistral"], root) == (
-            f"capture.url: the server at {root}: does not answer as vLLM does; is the URL the one that ends in /v1? (Error "
-            "code: 404)"
+            f"capture.url: the server at {root}: does not answer as vLLM does; is the URL the one that ends in /v1? (Not "
+            "Found)"
         )
 
 

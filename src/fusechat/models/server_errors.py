@@ -47,14 +47,14 @@ def fault_of(error: Exception, openai: Any, *, timeout: float, secret: str) -> F
     if isinstance(error, openai.APIStatusError):
         wait = _seconds(error.response.headers.get("retry-after"))
         code, param = getattr(error, "code", None) or "", getattr(error, "param", None) or ""
-        said = f"status {error.status_code}: {_shortened(_message(error), secret)}"
+        said = f"status {error.status_code}: {_shortened(said_by_server(error), secret)}"
         return Fault("status", said, status=error.status_code, code=str(code), param=str(param), wait=wait)
     if isinstance(error, openai.APITimeoutError) and cause == "ConnectTimeout":
         return Fault("timeout", "no connection in time")
     if isinstance(error, openai.APITimeoutError | TimeoutError):
         return Fault("timeout", f"no answer within {timeout:g} s")
     if isinstance(error, openai.APIConnectionError):
-        why = _shortened(_cause(error), secret)
+        why = _shortened(root_cause(error), secret)
         refused = cause == "ConnectError"
         return (
             Fault("refused", f"no connection ({why})") if refused else Fault("broken", f"a broken connection ({why})")
@@ -70,9 +70,9 @@ def _shortened(text: str, secret: str) -> str:
     return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 1]}…"
 
 
-def _message(error: Any) -> str:
+def said_by_server(error: Exception) -> str:
     """What the server itself said, else what the client says."""
-    body = error.body
+    body: Any = getattr(error, "body", None)
     for name in ("error", "message", "detail"):  # {"error": {"message": …}}, {"error": …}, {"detail": …}
         if isinstance(body, dict) and body.get(name):
             body = body[name]
@@ -80,12 +80,12 @@ def _message(error: Any) -> str:
     return said.strip() or first_line(error)
 
 
-def _cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """What it came from in the end: `Connection refused`."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     if isinstance(error, BaseExceptionGroup):  # of a name with several addresses
-        return _cause(error.exceptions[0])
+        return root_cause(error.exceptions[0])
     number = getattr(error, "errno", None)
     return os.strerror(number) if number and number > 0 else first_line(error)
 

@@ -14,9 +14,10 @@ import numpy as np
 
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
-from fusechat.errors import ModelError, first_line
+from fusechat.errors import ModelError
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.prompt_logprobs import refuse_long, sparse_distribution
+from fusechat.models.server_errors import OTHER_SHAPE, root_cause, said_by_server
 from fusechat.run.extras import import_extra
 from fusechat.run.progress import Advance, log
 
@@ -140,7 +141,7 @@ class Server:
             return dict(answer["choices"][0])
         except self._openai.OpenAIError as error:
             raise self._refused(error) from error
-        except _OTHER_SHAPE as error:
+        except OTHER_SHAPE as error:
             raise ModelError(f"{self.who}: {_NO_VLLM}") from error
 
     async def _open(self, chat_model: ChatModel) -> None:
@@ -166,7 +167,7 @@ class Server:
             cards = {str(card["id"]): card for card in answer["data"]}
         except self._openai.OpenAIError as error:
             raise self._refused(error) from error
-        except _OTHER_SHAPE as error:
+        except OTHER_SHAPE as error:
             raise ModelError(f"{self.who}: {_NO_VLLM}") from error
         fitting = [name for name, card in cards.items() if names & {name, card.get("root")}]
         if not fitting and len(cards) != 1:
@@ -184,12 +185,12 @@ class Server:
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         try:
             return list((await beside.post("/tokenize", body=body, cast_to=object))["tokens"])
-        except (self._openai.OpenAIError, *_OTHER_SHAPE):
+        except (self._openai.OpenAIError, *OTHER_SHAPE):
             return None
 
     def _refused(self, error: Exception) -> ModelError:
         """One line that says what to do about what the client raised."""
-        said = _message(error)
+        said = said_by_server(error)
         limit = re.search(r"greater than max allowed: (\d+)", said)
         if limit:
             what = (
@@ -201,7 +202,7 @@ class Server:
         elif isinstance(error, self._openai.APITimeoutError):
             what = "does not answer in time, even when asked again; run again to continue"
         elif isinstance(error, self._openai.APIConnectionError):
-            what = f"no connection ({_cause(error)}); is it running?"
+            what = f"no connection ({root_cause(error)}); is it running?"
         elif isinstance(error, self._openai.AuthenticationError | self._openai.PermissionDeniedError):
             what = f"refuses the key; the environment variable {KEY} has to hold it"
         elif isinstance(error, self._openai.NotFoundError | self._openai.APIResponseValidationError):
@@ -209,26 +210,6 @@ class Server:
         else:
             what = said
         return ModelError(f"{self.who}: {what}")
-
-
-_OTHER_SHAPE = (TypeError, KeyError, IndexError, AttributeError, ValueError)  # an answer is not built as expected
-
-
-def _message(error: Exception) -> str:
-    """What the server itself said, else what the client says."""
-    body = getattr(error, "body", None)
-    if isinstance(body, dict) and isinstance(body.get("error"), dict):
-        body = body["error"]
-    said = body.get("message") if isinstance(body, dict) else None
-    return " ".join(str(said).split()) if said else first_line(error)
-
-
-def _cause(error: BaseException) -> str:
-    """What it came from in the end: `Connection refused`."""
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    number = getattr(error, "errno", None)
-    return os.strerror(number) if number and number > 0 else first_line(error)
 
 
 def _conversation(tokens: list[int]) -> Prepared:
