@@ -29,11 +29,9 @@ def talk(
     from fusechat.models.load import choose_device, default_dtype, stop_tokens, without_embedding
     from fusechat.models.templates import UnrenderableError
 
-    reference = Reference((str(Path(model).resolve()) if Path(model).exists() else model,))
-    problem = reference.check()
-    if problem:
-        raise ModelError(problem)
-    chat_model = with_template(ChatModel(model, reference, date=day_of(Path(model).resolve())), chat_template)
+    chat_model = with_template(
+        ChatModel(model, Reference.named(model), date=day_of(Path(model).resolve())), chat_template
+    )
     template = chat_model.template()
     tokenizer, place = template.tokenizer, choose_device(device)
     network = chat_model.model(dtype=default_dtype(place), device=place)

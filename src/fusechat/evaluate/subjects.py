@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fusechat.errors import ModelError, RecipeError
+from fusechat.errors import RecipeError
 from fusechat.models.chat_model import ChatModel, with_template
 from fusechat.models.dates import day_of
 from fusechat.models.reference import Reference
@@ -70,15 +70,9 @@ def parse_model(text: str, chat_template: str | None = None) -> Subject:
             shown = "a server's URL" if re.search(r"[@?]", model) else url["url"]  # it may hold a key
             raise RecipeError(f"{shown}: does not say which model; add its name, as in {shown}#NAME")
         return Subject("", label or url["name"], server=Server(url["url"], url["name"]))
-    if not model:
-        raise RecipeError(
-            "MODEL is empty: give a directory or another reference"
-        )  # a path that is empty is where we are
-    path = Path(model).expanduser()
-    reference = Reference((str(path.resolve()) if path.exists() else model,))
-    problem = reference.check()
-    if problem:
-        raise ModelError(problem)
+    if not model:  # a path that is empty is where we are
+        raise RecipeError("MODEL is empty: give a directory or another reference")
+    path, reference = Path(model).expanduser(), Reference.named(model)
     name = label or (model.rstrip("/") if path.is_dir() else reference.label)
     chat_model = ChatModel(name, reference, date=day_of(path.resolve()))
     return Subject("", name, chat_model=with_template(chat_model, chat_template))

@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fusechat.errors import ModelError
+
 WHEEL = re.compile(r"wheel:(?P<dist>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9._+!-]+)/(?P<path>[^\s]+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 COMMIT = r"[0-9a-f]{40}"
@@ -28,6 +30,12 @@ class Reference:
     def __str__(self) -> str:
         return self.parts[0] if len(self.parts) == 1 else f"{self.parts[0]} (and {len(self.parts) - 1} more)"
 
+    @classmethod
+    def named(cls, text: str) -> "Reference":
+        """As a command line names a model: by a path, which is made absolute, or as a recipe does. Raises ModelError."""
+        path = Path(text).expanduser()
+        return cls((str(path.resolve()) if path.exists() else text,)).checked()
+
     @property
     def label(self) -> str:
         """A short name for tables: the hub's name, or the file's without its endings and quantisation."""
@@ -50,6 +58,12 @@ class Reference:
     @property
     def is_hub(self) -> bool:
         return not self.is_file and not Path(self.parts[0]).is_dir()
+
+    def checked(self) -> "Reference":
+        """Itself; raises ModelError for what is wrong with it."""
+        if problem := self.check():
+            raise ModelError(problem)
+        return self
 
     def check(self) -> str | None:
         """What is wrong with the reference, as far as can be seen without fetching anything."""

