@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fusechat.commands.run import lock
 from fusechat.errors import WorkdirError
-from fusechat.pipeline import RECIPE, build_steps
+from fusechat.pipeline import build_steps
 from fusechat.recipe.pinned import recipe_of
 from fusechat.run.integrity import write_checked
 from fusechat.run.steps import FREED, MANIFEST, STARTED, Step
@@ -30,8 +30,6 @@ class Part:
 
 def parts(workdir: Path) -> list[Part]:
     """All that can go. Raises WorkdirError where the run is not finished."""
-    if not (workdir / RECIPE).is_file():
-        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
     steps = build_steps(recipe_of(workdir), workdir)
     for step in steps:
         if not step.finished:

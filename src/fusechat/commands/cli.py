@@ -145,11 +145,9 @@ def report(workdir: WorkDirectory) -> None:
     """Write the report of a finished run again, and print its table."""
     from fusechat.commands.finished import print_finished
     from fusechat.errors import WorkdirError
-    from fusechat.pipeline import RECIPE, build_steps
+    from fusechat.pipeline import build_steps
     from fusechat.recipe.pinned import recipe_of
 
-    if not (workdir / RECIPE).is_file():
-        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
     recipe = recipe_of(workdir)
     *before, page = build_steps(recipe, workdir)
     unfinished = [f"{step.label} is {step.state()[0]}" for step in before if not step.finished]

@@ -24,7 +24,7 @@ from fusechat.evaluate.subjects import Subject, check_labels, parse_model
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.client import MODEL_KEY, check_url
 from fusechat.models.tokenise import RejectedError, prepare_conversation
-from fusechat.pipeline import RECIPE, build_steps, run_models
+from fusechat.pipeline import build_steps, run_models
 from fusechat.recipe.pinned import recipe_of
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json
@@ -106,7 +106,7 @@ def evaluation(
             pivot = subjects[0].label if subjects else None
             found = Evaluation(suite, tuple(subjects), file.parent, file, pivot)
         else:
-            recipe = _recipe(workdir)
+            recipe = recipe_of(workdir)
             held.enter_context(lock(recipe, workdir))
             subjects = _of_run(recipe, workdir, models)
             root = workdir / "evaluate"
@@ -177,12 +177,6 @@ def _make(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"--out {file}: its directory cannot be made ({error.strerror})") from error
-
-
-def _recipe(workdir: Path) -> Recipe:
-    if not (workdir / RECIPE).is_file():
-        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    return recipe_of(workdir)
 
 
 def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject]:

@@ -8,16 +8,14 @@ from rich.table import Table
 
 from fusechat.commands.run import check_workdir
 from fusechat.data.rejected import LeftOut, left_out
-from fusechat.errors import WorkdirError
-from fusechat.pipeline import RECIPE, build_steps, load_recipe
-from fusechat.recipe.pinned import pin
+from fusechat.pipeline import build_steps, load_recipe
+from fusechat.recipe.pinned import pin, recipe_file
 
 
 def show_status(workdir: Path, recipe: Path | None, changes: list[str] | None, *, as_json: bool) -> None:
     """`recipe`: a changed one, before it is run; None for the one that was run."""
-    if not (workdir / RECIPE).is_file():
-        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
-    loaded = pin(load_recipe(recipe or workdir / RECIPE, changes), workdir)
+    own = recipe_file(workdir)
+    loaded = pin(load_recipe(recipe or own, changes), workdir)
     check_workdir(loaded, workdir)
     rows: list[tuple[str, str, str, LeftOut | None]] = []
     for step in build_steps(loaded, workdir):

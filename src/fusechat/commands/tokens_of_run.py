@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from fusechat.errors import DataError, RecipeError, WorkdirError
-from fusechat.pipeline import RECIPE, build_steps
+from fusechat.pipeline import build_steps
 from fusechat.recipe.pinned import recipe_of
 from fusechat.run.steps import Step, with_upstream
 from fusechat.show.conversation import PIVOT, Branch
@@ -12,11 +12,9 @@ from fusechat.show.passages import TokenView
 
 def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> TokenView:
     """One conversation that `source` taught in the run; `conversation` is its number from 0 on, its id or how that begins."""
-    if not (workdir / RECIPE).is_file():
-        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    recipe = recipe_of(workdir)
     if pivot != PIVOT:
         raise RecipeError(f"{pivot}: with --workdir the first argument is {PIVOT}, the second a source of the run")
-    recipe = recipe_of(workdir)
     step = _align_step(build_steps(recipe, workdir), source, workdir)
     branch = Branch(step, recipe.chat_model(PIVOT), recipe.chat_model(source))
     identity = _find(conversation, branch.ids, source)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from fusechat.data.conversations import DataSet
+from fusechat.errors import WorkdirError
 from fusechat.models.reference import COMMIT
 from fusechat.models.resolve import current_commit, newest_commit
 from fusechat.recipe.load import raw_recipe, read_recipe
@@ -68,8 +69,15 @@ def with_dtype(recipe: Recipe, dtype: str) -> Recipe:
 
 
 def recipe_of(workdir: Path) -> Recipe:
-    """The recipe of a run, as it was run."""
-    return pin(read_recipe(workdir / RECIPE), workdir)
+    """The recipe of a run, as it was run. Raises WorkdirError where there is none."""
+    return pin(read_recipe(recipe_file(workdir)), workdir)
+
+
+def recipe_file(workdir: Path) -> Path:
+    """Where a run keeps its recipe. Raises WorkdirError for a directory that is no run's."""
+    if not (workdir / RECIPE).is_file():
+        raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
+    return workdir / RECIPE
 
 
 def _asked(spec: Any) -> tuple[str | None, str]:
