@@ -16,6 +16,7 @@ from fusechat.merge.architecture import Architecture, architecture_of
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
 from fusechat.merge.tensor import Stored
 from fusechat.merge.values import stack_of
+from fusechat.models.facts import safetensors_header
 from fusechat.models.resolve import ADAPTER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -224,11 +225,8 @@ def _read_header(file: Path) -> dict[str, Entry]:
             pass
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: not a whole safetensors file: {first_line(error)}") from error
-    with file.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        header = json.loads(handle.read(length))
-    header.pop("__metadata__", None)
+    header, first = safetensors_header(file)
     return {
-        name: Entry(file, 8 + length + part["data_offsets"][0], tuple(part["shape"]), part["dtype"])
+        name: Entry(file, first + part["data_offsets"][0], tuple(part["shape"]), part["dtype"])
         for name, part in header.items()
     }

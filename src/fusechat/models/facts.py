@@ -3,16 +3,16 @@
 import json
 import math
 import re
-import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fusechat.models.companion_files import read_json_of
 from fusechat.models.gguf import ABOUT
-from fusechat.run.files import read_json
 
 _HEADER_LIMIT = 1 << 30  # no header of a safetensors file is longer
 
@@ -62,10 +62,10 @@ def facts(directory: Path | None) -> Facts:
     """Of a model directory. What cannot be read is left out."""
     if directory is None:
         return Facts()
-    config = _json(directory / "config.json")
+    config = read_json_of(directory / "config.json")
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     parameters, dtypes = count_parameters(directory, tied=bool(config.get("tie_word_embeddings", False)))
-    original = _json(directory / ABOUT)
+    original = read_json_of(directory / ABOUT)
     licence, where = _licence(directory, original)
     architectures = config.get("architectures") or [None]
     return Facts(
@@ -86,8 +86,8 @@ def count_parameters(directory: Path, *, tied: bool) -> tuple[int | None, str]:
     that is stored next to the embeddings is the same weights."""
     shapes: dict[str, tuple[int, str]] = {}
     for file in sorted(directory.glob("*.safetensors")):
-        for name, entry in _header(file).items():
-            if name != "__metadata__":
+        with suppress(OSError, ValueError):
+            for name, entry in safetensors_header(file)[0].items():
                 shapes[name] = (math.prod(entry["shape"]), str(entry["dtype"]))
     if tied and any(name.endswith("embed_tokens.weight") for name in shapes):
         shapes.pop("lm_head.weight", None)
@@ -96,14 +96,15 @@ def count_parameters(directory: Path, *, tied: bool) -> tuple[int | None, str]:
     return sum(size for size, _ in shapes.values()), ", ".join(sorted({dtype for _, dtype in shapes.values()}))
 
 
-def _header(file: Path) -> dict[str, Any]:
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            found = json.loads(stream.read(min(length, _HEADER_LIMIT)))
-    except (OSError, struct.error, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each of its tensors, and the byte that the first of them begins at. Raises OSError or
+    ValueError for a file that has no such header."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(min(length, _HEADER_LIMIT)))
+    if not isinstance(header, dict):
+        raise ValueError("its header is no mapping")
+    return {name: entry for name, entry in header.items() if name != "__metadata__"}, 8 + length
 
 
 def _licence(directory: Path, original: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -127,14 +128,6 @@ def front_matter(card: Path) -> Mapping[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     return header if isinstance(header, dict) else {}
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = read_json(file)
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _number(config: Any, key: str) -> int | None:

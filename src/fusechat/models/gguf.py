@@ -23,11 +23,10 @@ _FORMAT = 1  # raised when the conversion changes what it writes
 def converted(reference: Reference, *, before: Callable[[int], None] | None = None) -> Path:
     """The directory of the converted model; fetches and converts it the first time. Two runs at once convert once. `before` is
     called when the file is there, with the bytes of memory that its conversion takes."""
-    sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
-    target = cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
+    target = _place(reference)
     with locked(target):
         if not target.is_dir():
-            _convert_new(reference, sha, target, before or partial(_say_much, reference))
+            _convert_new(reference, target, before or partial(_say_much, reference))
     return target
 
 
@@ -35,12 +34,17 @@ def find_cached(reference: Reference) -> Path | None:
     """The directory of the converted model, where there is one already; fetches and converts nothing."""
     if reference.is_wheel and not reference.sha256:
         return None  # the checksum that names it is not known before the file is
-    sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
-    target = cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
+    target = _place(reference)
     return target if target.is_dir() else None
 
 
-def _convert_new(reference: Reference, sha: str, target: Path, before: Callable[[int], None]) -> None:
+def _place(reference: Reference) -> Path:
+    """Where the converted model is kept."""
+    sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
+    return cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
+
+
+def _convert_new(reference: Reference, target: Path, before: Callable[[int], None]) -> None:
     with atomic_directory(target) as directory:
         file = directory / "model.gguf"
         if reference.is_wheel:
