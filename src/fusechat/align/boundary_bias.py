@@ -10,9 +10,8 @@ from fusechat.align.spelling import Spelling
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-RARE_BOUNDARY = (
-    0.1  # of the source's mass on what begins with the bytes of the token before, at most this on that very token
-)
+# Of the source's mass on what begins with the bytes of the token before, at most this on that very token.
+RARE_BOUNDARY = 0.1
 
 
 def boundary_probability(source: Prepared, captured: SparseDistribution, spelling: Spelling) -> np.ndarray:

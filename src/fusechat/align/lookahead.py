@@ -17,9 +17,8 @@ from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 from fusechat.models.token_bytes import TokenBytes
 
-MIN_EXTENDED_SHARE = (
-    0.01  # a source token is open where at least this share of its counts is with longer pivot tokens, or has none
-)
+# A source token is open where at least this share of its counts is with longer pivot tokens, or where it has none.
+MIN_EXTENDED_SHARE = 0.01
 MIN_CONTINUATION = 0.01  # continuations less likely than this are left to W
 
 

@@ -183,12 +183,7 @@ def write_results(file: Path, found: Sequence[Record]) -> None:
     write_json(file, {"schema": SCHEMA, "scores": list(found)})
 
 
-_HARMLESS = {
-    "judge_address",
-    "device",
-    "batch_tokens",
-    "batch_size",
-}  # settings that change nothing but the last digits
+_HARMLESS = {"judge_address", "device", "batch_tokens", "batch_size"}  # settings that change the last digits at most
 _KEY = {"suite", "data", "metric", "role", "model"}
 
 

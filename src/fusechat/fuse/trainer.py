@@ -96,9 +96,8 @@ class FusionTrainer(SamplerHooks, Trainer):
         rows = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
         if together and self.args.world_size > 1:
             rows = self.accelerator.gather(rows).sum()
-        found = rows / (
-            self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        )  # devices that have the same batch
+        same_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # devices that have one
+        found = rows / same_batch
         if together or self.args.world_size == 1:
             return batches, found
         having = (self.accelerator.gather(found) > 0).sum()

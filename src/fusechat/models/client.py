@@ -29,13 +29,8 @@ _PATIENT, _MOST_PATIENT = 60.0, 600.0  # seconds that a server may ask to wait: 
 _CONNECT = 10.0  # seconds for a connection
 _IN_A_ROW = 5  # requests given up, and nothing heard from the server meanwhile
 _UNSUPPORTED = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|extra inputs", re.IGNORECASE)
-_INSTEAD = {
-    "max_tokens": "max_completion_tokens",
-    "temperature": None,
-    "top_p": None,
-    "stop": None,
-    "seed": None,
-}  # of what a server does not support
+# Of what a server does not support.
+_INSTEAD = {"max_tokens": "max_completion_tokens", **dict.fromkeys(("temperature", "top_p", "stop", "seed"))}
 
 
 @dataclass(frozen=True)

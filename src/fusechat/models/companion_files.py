@@ -10,27 +10,12 @@ from typing import Any
 _PATTERNS = (  # of names in lower case
     *("generation_config.json", "*processor_config.json", "chat_template*.json", "*.jinja"),
     *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json", "encoder.json", "merges.txt"),
-    *(
-        "vocab.*",
-        "*-vocab.*",
-        "*.vocab",
-        "*.model",
-        "*.model.v[0-9]*",
-        "*.tiktoken",
-        "*.spm",
-        "*.bpe",
-        "*.codes",
-        "dict*.txt",
-    ),
+    *("vocab.*", "*-vocab.*", "*.vocab", "*.model", "*.model.v[0-9]*", "*.tiktoken", "*.spm", "*.bpe", "*.codes"),
+    "dict*.txt",
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("license*", "licence*", "copying*", "notice*", "use_policy*"),
 )
-_FETCHED = (
-    "*.json",
-    "*.txt",
-    "*.py",
-    "readme.md",
-)  # of the hub also these, which are small, and in part looked for later
+_FETCHED = ("*.json", "*.txt", "*.py", "readme.md")  # of the hub these too: small, and in part looked for later
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 _FURTHER = "additional_chat_templates"
 

@@ -98,9 +98,7 @@ def device_of(model: Any) -> torch.device:
     if not _is_spread(model):
         return next(model.parameters()).device
     inner, head = unwrapped(model), _head(model)
-    where = (
-        inner.hf_device_map
-    )  # module → device; what is kept in memory or on disk is run on the first device of another kind
+    where = inner.hf_device_map  # module → device; weights that are kept elsewhere are run on the first that is none
     main = next((device for device in where.values() if device not in _KEPT), "cpu")
     name = next((name for name, module in inner.named_modules() if module is head), "")
     parts = name.split(".")

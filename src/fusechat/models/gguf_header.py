@@ -28,7 +28,7 @@ def weights(file: Path) -> int:
         ValueError,
         OSError,
         RecursionError,
-    ):  # the last: a place that no file has
+    ):  # OSError: a place that no file has
         return _MOST * file.stat().st_size
 
 

@@ -107,17 +107,9 @@ def _download(dist: str, version: str, room: Path) -> Path:
             if file.name.lower().startswith(stem) and zipfile.is_zipfile(file):
                 return file
         log.info("fetching %s==%s", dist, version)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--only-binary=:all:",
-            "--disable-pip-version-check",
-        ]
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
         done = subprocess.run(
-            [*command, "--quiet", "--dest", str(room), f"{dist}=={version}"],
+            [*command, "--disable-pip-version-check", "--quiet", "--dest", str(room), f"{dist}=={version}"],
             capture_output=True,
             text=True,
             check=False,
