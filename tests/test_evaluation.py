@@ -14,7 +14,7 @@ import pytest
 
 import runs
 import tiny
-from fusechat.evaluate.records import Measurement, gather, keep, records, write_results
+from fusechat.evaluate.records import About, Measurement, gather, keep, records, write_results
 from fusechat.pipeline import load_recipe, run_models
 from fusechat.run.lock import exclusive_lock
 from fusechat.run.steps import Step
@@ -239,9 +239,8 @@ def test_records_by_hand(tmp_path: Path) -> None:
             Measurement("all", "none", {}, 4, why="nothing there"),
         ],
     }
-    found = records(
-        "s", measured, roles={"p": "pivot"}, identities={"p": "i"}, pivot="p", settings={"x": 1}, versions={}
-    )
+    models = {"p": About("pivot", "p", "i")}
+    found = records("s", measured, models=models, pivot="p", settings={"x": 1}, versions={})
     assert [(one["model"], one["metric"], one["value"], one["n"], one["missing"]) for one in found] == [
         ("p", "score", 2, 2, 1),
         ("q", "score", 4, 2, 0),

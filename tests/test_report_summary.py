@@ -16,7 +16,7 @@ from rich.console import Console
 import runs
 from fusechat.commands.evaluate_models import Evaluation
 from fusechat.evaluate import stage
-from fusechat.evaluate.records import Measurement, keep, records
+from fusechat.evaluate.records import About, Measurement, keep, records
 from fusechat.evaluate.subjects import Subject
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.report.page import render_page
@@ -26,6 +26,7 @@ from fusechat.run.files import read_json, write_json
 from reporting import compared, contents, record, results, students_t
 
 ROLES = {"llama": "pivot", "sft": "target", "tiny": "fused"}
+ABOUT = {name: About(role, name, None) for name, role in ROLES.items()}
 
 
 def measured(suite: str, data: str, metric: str, *, higher: bool, **models: list[float]) -> list[dict[str, Any]]:
@@ -36,7 +37,7 @@ def measured(suite: str, data: str, metric: str, *, higher: bool, **models: list
         ]
         for name, values in models.items()
     }
-    how: dict[str, Any] = {"roles": ROLES, "identities": {}, "settings": {}, "versions": {}}
+    how: dict[str, Any] = {"models": ABOUT, "settings": {}, "versions": {}}
     return records(suite, found, pivot="llama", sft="sft", **how)
 
 
@@ -250,8 +251,8 @@ def test_results_of_a_run_are_compared_with_its_plain_fine_tuning(tmp_path: Path
         subjects.append(SimpleNamespace(role=role, label=name.removeprefix("target-"), step=step, chat_model=model))
     found = {"p": [Measurement("all", "score", {"a": (1, 1)}, 0)], "f": [Measurement("all", "score", {"a": (3, 1)}, 0)]}
     for suite, identity in (("now", "id of target-sft"), ("before", "another")):
-        ids = {"p": identity, "f": "id of fused"}
-        own = records(suite, found, roles={"f": "fused"}, identities=ids, pivot=None, sft="p", settings={}, versions={})
+        about = {"p": About("", "p", identity), "f": About("fused", "f", "id of fused")}
+        own = records(suite, found, models=about, pivot=None, sft="p", settings={}, versions={})
         keep(tmp_path / suite, own)
     stage._results(tmp_path, subjects, ["d"], "target-sft")  # type: ignore[arg-type]
     by = {(one["suite"], one["model"]): one for one in read_json(tmp_path / "results.json")["scores"]}

@@ -19,7 +19,7 @@ from fusechat.data.conversations import Conversation, DataSet, Malformed, read_c
 from fusechat.data.prepared import Prepared
 from fusechat.errors import DataError, FuseChatError, ModelError, RecipeError, StorageError, WorkdirError, storage_error
 from fusechat.evaluate.answers import Answering
-from fusechat.evaluate.records import RESULTS, Measurement, Record, gather, keep, records, write_results
+from fusechat.evaluate.records import RESULTS, About, Measurement, Record, gather, keep, records, write_results
 from fusechat.evaluate.subjects import Subject, check_labels, parse_model
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.client import MODEL_KEY, check_url
@@ -145,21 +145,9 @@ def resolved(dtype: str | None, device: str | None) -> dict[str, str]:
 def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any]) -> list[Record]:
     """Writes the records and the results, of a run its report too; returns the records of these models."""
     used = versions(*_LIBRARIES.get(evaluated.suite, ()))
-    roles = {subject.label: subject.role for subject in evaluated.subjects}
-    identities = {subject.label: subject.identity for subject in evaluated.subjects}
-    new = records(
-        evaluated.suite,
-        measured,
-        roles=roles,
-        identities=identities,
-        pivot=evaluated.pivot,
-        sft=evaluated.sft,
-        settings=settings,
-        versions=used,
-    )
-    shown = {subject.label: subject.shown or subject.label for subject in evaluated.subjects}
-    for record in new:
-        record |= {key: shown.get(record[key], record[key]) for key in ("model", "compared_with", "sft_target")}
+    models = {one.label: About(one.role, one.shown or one.label, one.identity) for one in evaluated.subjects}
+    how: dict[str, Any] = {"models": models, "pivot": evaluated.pivot, "sft": evaluated.sft}
+    new = records(evaluated.suite, measured, settings=settings, versions=used, **how)
     keep(evaluated.directory, new)
     timings = {"seconds": round(time.monotonic() - evaluated.began, 3)}
     manifest = {"stage": "evaluate", "name": evaluated.suite, "versions": used, "timings": timings}

@@ -66,20 +66,32 @@ class Measurement:
         return Estimate(self.value, self.standard_error, n)
 
 
+@dataclass(frozen=True)
+class About:
+    """What records say of a model. `label`: its name there; `identity`: None for one that is known by its name alone."""
+
+    role: str
+    label: str
+    identity: str | None
+
+
 def records(
     suite: str,
     measured: Mapping[str, Sequence[Measurement]],
     *,
-    roles: Mapping[str, str],
-    identities: Mapping[str, str],
+    models: Mapping[str, About],
     pivot: str | None,
     sft: str | None = None,
     settings: Mapping[str, Any],
     versions: Mapping[str, str],
 ) -> list[Record]:
-    """The records of a suite. `measured`: model → its measurements; `roles`, `identities`: of each model, the latter None for one
-    that is known by its name alone; `pivot`, `sft`: the models that the others are compared with, None for none."""
+    """The records of a suite. `measured`: model → its measurements; `models`: what more than their names is known of them; `pivot`,
+    `sft`: those that the others are compared with, None for none."""
     sft = sft if sft in measured else None
+    nobody = About("", "", None)
+    about: dict[str | None, About] = {name: About("", name, None) for name in measured}
+    about.update((name, one) for name, one in models.items())
+    base, plain = about.get(pivot, nobody), about.get(sft, nobody)
     references = {name: {(one.data, one.metric): one for one in measured.get(name or "", ())} for name in (pivot, sft)}
     found = []
     for model, measurements in measured.items():
@@ -94,9 +106,9 @@ def records(
                     "suite": suite,
                     "data": one.data,
                     "metric": one.metric,
-                    "role": roles.get(model, ""),
-                    "model": model,
-                    "identity": identities.get(model),
+                    "role": about[model].role,
+                    "model": about[model].label,
+                    "identity": about[model].identity,
                     "value": estimate.value,
                     "standard_error": estimate.standard_error,
                     "n": estimate.n,
@@ -104,13 +116,13 @@ def records(
                     "missing": one.missing,
                     "why": one.why if estimate.value is None else None,
                     "higher_is_better": one.higher_is_better,
-                    "compared_with": pivot if model != pivot else None,
-                    "pivot_identity": identities.get(pivot or ""),
+                    "compared_with": (base.label or pivot) if model != pivot else None,
+                    "pivot_identity": base.identity,
                     "difference_to_pivot": difference.value,
                     "difference_standard_error": difference.standard_error,
                     "difference_n": difference.n,
-                    "sft_target": sft if model != sft else None,
-                    "sft_identity": identities.get(sft or ""),
+                    "sft_target": (plain.label or None) if model != sft else None,
+                    "sft_identity": plain.identity,
                     "difference_to_sft": to_sft.value,
                     "difference_to_sft_standard_error": to_sft.standard_error,
                     "difference_to_sft_n": to_sft.n,

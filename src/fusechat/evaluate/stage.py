@@ -210,7 +210,7 @@ def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
 
 def _results(directory: Path, subjects: list[Measured], sets: list[str], sft: str | None) -> dict[str, Any]:
     from fusechat.evaluate.bits_per_byte import compare
-    from fusechat.evaluate.records import records, write_results
+    from fusechat.evaluate.records import About, records, write_results
 
     found = []
     for name in sets:
@@ -218,24 +218,9 @@ def _results(directory: Path, subjects: list[Measured], sets: list[str], sft: st
         compared = compare(scores)
         settings = {key: subjects[0].step.settings[key] for key in ("dtype", "batch_tokens", "device")}
         measured = {step: [score.measurement(name)] for step, score in compared.items()}
-        roles = {subject.step.name: subject.role for subject in subjects}
-        labels = {subject.step.name: subject.label for subject in subjects}
-        identities = {subject.step.name: subject.chat_model.tokenizer_identity for subject in subjects}
-        own = records(
-            "bits-per-byte",
-            measured,
-            roles=roles,
-            identities=identities,
-            pivot=PIVOT,
-            sft=sft,
-            settings=settings,
-            versions=versions(),
-        )
-        for record in own:
-            record["model"] = labels[record["model"]]
-            record["compared_with"] = record["compared_with"] and labels[PIVOT]
-            record["sft_target"] = record["sft_target"] and labels[record["sft_target"]]
-        found += own
+        models = {one.step.name: About(one.role, one.label, one.chat_model.tokenizer_identity) for one in subjects}
+        how: dict[str, Any] = {"models": models, "pivot": PIVOT, "sft": sft}
+        found += records("bits-per-byte", measured, settings=settings, versions=versions(), **how)
         if compared and compared[PIVOT].missing:
             log.warning(
                 "evaluate %s: %d responses are left out, which some model does not have", name, compared[PIVOT].missing
