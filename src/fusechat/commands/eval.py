@@ -1,8 +1,7 @@
 """`fusechat eval SUITE MODEL…`: the command line of the suites; see `evaluation.py` for where results go."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -69,10 +68,7 @@ def mt_bench(
         raise RecipeError("--baseline: nothing is compared with it; --mode pairwise does")
     loaded = questions.load(data, reference=reference)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
-    with (
-        evaluation("mt-bench", models or [], workdir=workdir, out=out, chat_template=chat_template) as found,
-        _stopping() as announce,
-    ):
+    with evaluation("mt-bench", models or [], workdir=workdir, out=out, chat_template=chat_template) as found:
         how: dict[str, Any] = {**resolved(dtype, device), "batch_tokens": batch_tokens, "seed": seed}
         measured, settings = suite.run(
             found.subjects,
@@ -85,7 +81,7 @@ def mt_bench(
             limit=limit,
             max_new_tokens=max_new_tokens,
             judge_max_tokens=judge_max_tokens,
-            announce=announce(estimate),
+            announce=_announcing(only=estimate),
         )
         _show(finish(found, measured, {**settings, **how, "judge_address": judge.address}), found, as_json)
 
@@ -136,10 +132,7 @@ def alpaca_eval(
     with library():  # told to be missing now, and not after hours of answers
         loaded = instructions.load(data)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
-    with (
-        evaluation("alpaca-eval", models or [], workdir=workdir, out=out, chat_template=chat_template) as found,
-        _stopping() as announce,
-    ):
+    with evaluation("alpaca-eval", models or [], workdir=workdir, out=out, chat_template=chat_template) as found:
         how: dict[str, Any] = {**resolved(dtype, device), "batch_tokens": batch_tokens, "seed": seed}
         measured, settings = suite.run(
             found.subjects,
@@ -150,7 +143,7 @@ def alpaca_eval(
             limit=limit,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
-            announce=announce(estimate),
+            announce=_announcing(only=estimate),
         )
         _show(finish(found, measured, {**settings, **how, "judge_address": judge.address}), found, as_json)
 
@@ -227,27 +220,18 @@ def _judge(url: str | None, model: str | None, *, concurrency: int, timeout: flo
     return Client(url=url, model=model, key=judge_key(), what="--judge-url", concurrency=concurrency, timeout=timeout)
 
 
-class _EstimateOnly(Exception):
-    """The estimate is told, and nothing more was asked for."""
+def _announcing(*, only: bool) -> Callable[[Any], None]:
+    """What tells the estimate of a judge's work, and where it is asked for alone, ends the command with it."""
 
+    def tell(estimate: Any) -> None:
+        if only:
+            print(estimate)
+            raise typer.Exit
+        from fusechat.run.progress import log
 
-@contextmanager
-def _stopping() -> Iterator[Callable[[bool], Callable[[Any], None]]]:
-    """What tells the estimate, and, where it is asked for alone, ends the block with it."""
+        log.info("%s", estimate)
 
-    def announce(only: bool) -> Callable[[Any], None]:
-        def tell(estimate: Any) -> None:
-            if only:
-                print(estimate)
-                raise _EstimateOnly
-            from fusechat.run.progress import log
-
-            log.info("%s", estimate)
-
-        return tell
-
-    with suppress(_EstimateOnly):
-        yield announce
+    return tell
 
 
 def _show(records: list[dict[str, Any]], found: Any, as_json: bool) -> None:

@@ -22,14 +22,9 @@ _PROMPTS = Path("judge_prompts.jsonl")
 TURNS = 2
 # Category → sampling temperature of the answers, as published.
 TEMPERATURES = {
-    "writing": 0.7,
-    "roleplay": 0.7,
-    "reasoning": 0.0,
-    "math": 0.0,
-    "coding": 0.0,
-    "extraction": 0.0,
-    "stem": 0.1,
-    "humanities": 0.1,
+    **dict.fromkeys(("writing", "roleplay"), 0.7),
+    **dict.fromkeys(("reasoning", "math", "coding", "extraction"), 0.0),
+    **dict.fromkeys(("stem", "humanities"), 0.1),
 }
 REFERENCED = frozenset({"math", "reasoning", "coding"})  # the judge compares with reference answers
 

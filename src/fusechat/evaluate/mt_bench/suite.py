@@ -84,16 +84,22 @@ def run(
         subject.label: _measured([one for one in judged if one.case.model == subject.label], questions, mode)
         for subject in subjects
     }
-    return measured, _settings(
-        data,
-        questions,
-        judge,
-        mode=mode,
-        against=against,
-        limit=limit,
-        max_new_tokens=max_new_tokens,
-        judge_max_tokens=judge_max_tokens,
-    )
+    turns = range(1, TURNS + 1)
+    prompts = {judging.prompt_name(one.category, turn=turn, mode=mode) for one in questions for turn in turns}
+    return measured, {
+        "mode": mode,
+        "baseline": against,
+        "judge": judge.model,
+        "judge_temperature": judging.TEMPERATURE,
+        "prompts": sorted(prompts),
+        "reference_answers": data.reference,
+        "data_sha256": data.digest,
+        "questions": len(questions),
+        "temperatures": "published",
+        "limit": limit,
+        "max_new_tokens": max_new_tokens,
+        "judge_max_tokens": judge_max_tokens,
+    }
 
 
 def chosen(questions: Sequence[Question], limit: int | None) -> list[Question]:
@@ -248,28 +254,3 @@ def _measured(judged: Sequence[Judged], questions: Sequence[Question], mode: Mod
         for is_a in (True, False)
     )
     return measure.of_outcomes(questions, {case: judging.joined(first[case], second[case]) for case in first})
-
-
-def _settings(
-    data: MtBench,
-    questions: Sequence[Question],
-    judge: Client,
-    *,
-    mode: Mode,
-    against: str | None,
-    **tokens: int | None,
-) -> dict[str, Any]:
-    turns = range(1, TURNS + 1)
-    prompts = {judging.prompt_name(one.category, turn=turn, mode=mode) for one in questions for turn in turns}
-    return {
-        "mode": mode,
-        "baseline": against,
-        "judge": judge.model,
-        "judge_temperature": judging.TEMPERATURE,
-        "prompts": sorted(prompts),
-        "reference_answers": data.reference,
-        "data_sha256": data.digest,
-        "questions": len(questions),
-        "temperatures": "published",
-        **tokens,
-    }
