@@ -13,7 +13,8 @@ from cases import each, pairwise
 from fusechat.errors import ModelError
 from fusechat.merge.kernels import CHUNK
 from fusechat.merge.methods import load_method, method_names
-from fusechat.merge.tensor import Workers, cores
+from fusechat.merge.tensor import Workers
+from fusechat.run.usage import cores
 from merging import merged, tensor_of
 
 SIZE = 11 * CHUNK + 77

@@ -16,12 +16,13 @@ from fusechat.align.back_off import BackOff
 from fusechat.align.batching import ConversationBatch, groups, join, join_distributions, split
 from fusechat.align.check import check_conversation
 from fusechat.align.counts import Counts, Seen, add_counts, add_seen
-from fusechat.align.processes import Processes, cores
+from fusechat.align.processes import Processes
 from fusechat.align.stats import AlignmentStats, add_figures
 from fusechat.align.vocabulary import VocabularyMap
 from fusechat.data.distributions import DistributionSet, SparseDistribution, nothing, open_distributions
 from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.run.progress import Advance
+from fusechat.run.usage import cores
 
 R = TypeVar("R")
 SIZE = 256  # conversations a block

@@ -22,11 +22,6 @@ I = TypeVar("I")  # noqa: E741
 R = TypeVar("R")
 
 
-def cores() -> int:
-    """How many this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Processes:
     """`number` processes, begun when there is work for more than one of them; a context manager. What they are given lies in
     files next to `directory`'s own, under temporary names."""

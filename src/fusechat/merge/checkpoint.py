@@ -15,8 +15,9 @@ from fusechat.errors import ModelError, first_line
 from fusechat.merge.architecture import Architecture, architecture_of
 from fusechat.merge.kernels import BFLOAT16, FLOAT16, FLOAT32
 from fusechat.merge.tensor import Stored
-from fusechat.merge.values import stack_of
+from fusechat.merge.values import stacks_of
 from fusechat.models.facts import safetensors_header
+from fusechat.models.load import read_configuration
 from fusechat.models.resolve import ADAPTER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -123,11 +124,8 @@ class Checkpoint:
 
     @cached_property
     def stacks(self) -> dict[str, int]:
-        """How many layers each stack of them has, by the names of the tensors."""
-        found: dict[str, int] = {}
-        for stack, layer in filter(None, map(stack_of, self.entries)):
-            found[stack] = max(found.get(stack, 0), layer + 1)
-        return found
+        """How many layers each stack of them has."""
+        return stacks_of(self.entries)
 
     @property
     def depth(self) -> int | None:
@@ -152,11 +150,8 @@ class Checkpoint:
         for config in (self.config.get("text_config"), self.config):
             if isinstance(config, dict) and "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
-        from transformers import AutoConfig
-
         try:
-            config = AutoConfig.from_pretrained(self.directory, trust_remote_code=False)
-            return bool(config.get_text_config().tie_word_embeddings)
+            return bool(read_configuration(self.directory).get_text_config().tie_word_embeddings)
         except Exception:  # a class of its own code: without the key, it says nothing
             return False
 

@@ -19,7 +19,7 @@ from fusechat.merge.output import copy_files, merge_card
 from fusechat.merge.parameters import Values
 from fusechat.merge.plan import WIDEST, Plan, make_plan
 from fusechat.merge.report import make_report
-from fusechat.merge.values import stack_of
+from fusechat.merge.values import stack_of, stacks_of
 from fusechat.models.companion_files import beside
 from fusechat.models.reference import Reference
 from fusechat.models.resolve import local_directory
@@ -142,9 +142,7 @@ def open_job(
 
 def _layers(donor: Checkpoint, plan: Plan) -> dict[str, int]:
     """How many layers each stack of the model has: an only one by the configuration, else by the names of the tensors."""
-    counts: dict[str, int] = {}
-    for stack, layer in filter(None, (stack_of(piece.name) for piece in plan.pieces)):
-        counts[stack] = max(counts.get(stack, 0), layer + 1)
+    counts = stacks_of(piece.name for piece in plan.pieces)
     if len(counts) == 1 and donor.depth is not None:
         return dict.fromkeys(counts, donor.depth)
     return counts

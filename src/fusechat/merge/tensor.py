@@ -1,6 +1,5 @@
 """One parameter tensor as every model stores it, worked on block by block in float32 by all cores."""
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -11,6 +10,7 @@ import numpy as np
 
 from fusechat.errors import ModelError
 from fusechat.merge.kernels import BFLOAT16, CHUNK, FLOAT16, FLOAT32, read
+from fusechat.run.usage import cores
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -146,11 +146,6 @@ class Workers:
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _of_thread = threading.local()

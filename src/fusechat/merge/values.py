@@ -44,6 +44,14 @@ def stack_of(tensor_name: str) -> tuple[str, int] | None:
     return None
 
 
+def stacks_of(tensor_names: Iterable[str]) -> dict[str, int]:
+    """How many layers each stack of them has, by the names of the tensors."""
+    found: dict[str, int] = {}
+    for stack, layer in filter(None, map(stack_of, tensor_names)):
+        found[stack] = max(found.get(stack, 0), layer + 1)
+    return found
+
+
 def layer_of(tensor_name: str) -> int | None:
     """The number of the layer that a tensor belongs to."""
     found = stack_of(tensor_name)

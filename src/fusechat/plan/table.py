@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fusechat.plan.estimate import Estimate
-from fusechat.run.units import amount, duration, size
+from fusechat.run.units import amount, duration, operations, size
 
 _ALWAYS = ("step", "tokens", "disk", "while at it", "memory", "time")  # what a narrow terminal shows too
 _WIDE = 128  # characters that all of them take
@@ -44,15 +44,6 @@ def rows(steps: list[Estimate], *, by_stage: bool = False) -> Iterator[tuple[str
     fullest = f"≤ {size(every['fullest'])}" if every["fullest"] > every["disk"] else ""
     last = size(every["memory"]), operations(every["flops"]), duration(every["seconds"])
     yield ("all", "", "", "", size(every["disk"]), fullest, *last)
-
-
-def operations(count: float) -> str:
-    """Floating-point operations: 3.2 PFLOP."""
-    units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
-    power = 0
-    while power + 1 < len(units) and count >= 999.5:
-        count, power = count / 1000, power + 1
-    return f"{count:.3g} {units[power]}"
 
 
 def _joined(steps: list[Estimate]) -> list[Estimate]:

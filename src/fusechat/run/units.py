@@ -13,6 +13,11 @@ def amount(count: float | None) -> str:
     return _scaled(count, ("", "k", "M", "B", "T"))
 
 
+def operations(count: float | None) -> str:
+    """Floating-point operations: 3.2 PFLOP."""
+    return _scaled(count, tuple(f" {prefix}FLOP" for prefix in ("", "k", "M", "G", "T", "P", "E", "Z")))
+
+
 def duration(seconds: float | None) -> str:
     return "–" if seconds is None else in_time(seconds)
 

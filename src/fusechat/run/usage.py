@@ -1,5 +1,7 @@
-"""The most memory that this process held at once while it did something; processes that it started are not counted."""
+"""What this process may take of a machine, and what it took: cores, and the most memory that it held at once while it did
+something; processes that it started are not counted."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -8,6 +10,11 @@ from typing import Any
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 _PEAK = "5"  # written to clear_refs: the peak starts again, see proc_pid_clear_refs(5)
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def watch() -> Callable[[], dict[str, int]]:
