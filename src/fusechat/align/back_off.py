@@ -8,16 +8,8 @@ from fusechat.align.dtw import surface
 from fusechat.models.token_bytes import TokenBytes
 
 TAIL = -1  # what corresponds to no pivot token: its mass joins the tail
-SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL, SAME_TOKEN = ORIGINS = (
-    "seen",
-    "special",
-    "same bytes",
-    "first token",
-    "longest prefix",
-    "edit distance",
-    "tail",
-    "same token",
-)
+ORIGINS = ("seen", "special", "same bytes", "first token", "longest prefix", "edit distance", "tail", "same token")
+SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL, SAME_TOKEN = ORIGINS
 _CELLS = 1 << 25  # distances computed at a time
 
 

@@ -30,8 +30,3 @@ def with_adapters(model: Any, settings: Mapping[str, Any], *, seed: int) -> Any:
             return get_peft_model(model, lora_config(settings))
         except ValueError as error:
             raise RecipeError(f"fuse.lora: {first_line(error)}") from error
-
-
-def merged(model: Any) -> Any:
-    """The model with its adapters added to its weights: of the same structure as before `with_adapters`."""
-    return model.merge_and_unload()

@@ -227,7 +227,7 @@ def _train(
     import torch
 
     from fusechat.data.prepared import PreparedSet
-    from fusechat.fuse.lora import merged, with_adapters
+    from fusechat.fuse.lora import with_adapters
     from fusechat.fuse.training import make_trainer, total_steps, train, trained_weights, training_arguments
     from fusechat.fuse.validation import Validation
     from fusechat.models.load import choose_device, padding
@@ -250,11 +250,7 @@ def _train(
             student(torch.device("cpu") if arguments.fsdp else device),  # FSDP takes each process's share of it
             data,
             arguments,
-            loss_settings={
-                "kind": fuse.loss,
-                "tail": fuse.tail,
-                "temperature": fuse.temperature,
-            },
+            loss_settings={"kind": fuse.loss, "tail": fuse.tail, "temperature": fuse.temperature},
             sft_weight=_sft_weights(recipe) if is_taught(recipe, target) else (1.0, 1.0),
             pad=padding(pivot.tokenizer(), pivot.vocabulary_size()),
             advance=advance,
@@ -270,7 +266,7 @@ def _train(
         model = student("cpu")
         model.load_state_dict(weights)
     if fuse.lora is not None:
-        model = merged(model)
+        model = model.merge_and_unload()  # of the same structure as without adapters
     write_text(directory / LOSSES, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
     with atomic_directory(directory / MODEL) as saved:
         model.save_pretrained(saved)

@@ -21,14 +21,7 @@ def weights(file: Path) -> int:
     try:
         with file.open("rb") as handle:
             return 4 * _count(handle)
-    except (
-        struct.error,
-        KeyError,
-        OverflowError,
-        ValueError,
-        OSError,
-        RecursionError,
-    ):  # OSError: a place that no file has
+    except (struct.error, KeyError, OverflowError, ValueError, OSError, RecursionError):
         return _MOST * file.stat().st_size
 
 

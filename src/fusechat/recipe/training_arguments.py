@@ -33,12 +33,8 @@ RESERVED = {
 
 
 POSITIVE = (
-    "num_train_epochs",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "logging_steps",
-    "save_steps",
+    *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
+    *("gradient_accumulation_steps", "logging_steps", "save_steps"),
 )
 _ALSO = {"fsdp": bool}  # what Transformers takes, and asks for, in addition to what it annotates
 _PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
@@ -46,14 +42,7 @@ _PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
 
 # What no weight depends on: when and where something is written down, and how batches get to the model.
 _WRITING = (
-    "log_*",
-    "logging_*",
-    "report_to",
-    "run_name",
-    "project",
-    "trackio_*",
-    "push_to_hub",
-    "hub_*",
+    *("log_*", "logging_*", "report_to", "run_name", "project", "trackio_*", "push_to_hub", "hub_*"),
     "skip_memory_metrics",
 )
 _SERVING = (

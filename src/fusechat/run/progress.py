@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
@@ -72,14 +72,6 @@ def progress(description: str, total: int | None, unit: str = "") -> Iterator[Ad
         yield from _bar(description, total, unit)
     else:
         yield from _lines(description, total, unit)
-
-
-def track(items: Sequence[T], description: str, unit: str = "") -> Iterator[T]:
-    """Iterates with a progress bar."""
-    with progress(description, len(items), unit) as advance:
-        for item in items:
-            yield item
-            advance()
 
 
 def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
