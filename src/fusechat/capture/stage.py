@@ -8,7 +8,6 @@ shards that are missing and gets the same bytes, and so do several processes tha
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fusechat.data.distributions import SHARDS, begun_format, is_sound, shards_of, write_shard, write_store
@@ -18,7 +17,7 @@ from fusechat.errors import DataError
 from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import Recipe
 from fusechat.run import ranks
-from fusechat.run.files import PARTIAL
+from fusechat.run.files import scratch
 from fusechat.run.manifests import which_device
 from fusechat.run.progress import log, progress
 from fusechat.run.steps import Step
@@ -80,8 +79,8 @@ def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings
         paths = {number: write_shard(directory, number, [], **stored) for number in missing}
     elif missing:
         with (
-            TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room,
-            closing(_open(chat_model, settings, k, data, Path(room))) as backend,
+            scratch(directory) as room,
+            closing(_open(chat_model, settings, k, data, room)) as backend,
             progress(f"capture {chat_model.name}", sum(map(len, shards.values())), "conversations") as advance,
         ):
             advance(sum(len(shards[number]) for number in paths))

@@ -2,12 +2,10 @@
 evaluate/answers-<model>/answers.json: what it answers to some of the held-out questions, for the report.
 evaluate/results.json: the scores of all models, and what suites found that were run by themselves; see `records.py`."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fusechat.data.conversations import DataSet
@@ -15,7 +13,7 @@ from fusechat.evaluate.records import ASKED, RECORDS, RESULTS
 from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.cache import known_digest
-from fusechat.run.files import PARTIAL, read_json, write_json
+from fusechat.run.files import read_json, scratch, write_json
 from fusechat.run.manifests import versions, which_device
 from fusechat.run.progress import log, progress
 from fusechat.run.steps import Step
@@ -120,13 +118,6 @@ def _device_map(recipe: Recipe, chat_model: ChatModel, made_by: Step | None) -> 
     return None if made_by else recipe.capture_for(chat_model.name).device_map
 
 
-@contextmanager
-def _room(directory: Path) -> Iterator[Path]:
-    """Where a model that is spread may leave weights."""
-    with TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room:
-        yield Path(room)
-
-
 def _score(
     directory: Path,
     chat_model: ChatModel,
@@ -144,7 +135,7 @@ def _score(
     waiting = {name: PreparedSet(prepared[name].directory) for name, file in files.items() if not file.is_file()}
     if waiting:
         with (
-            _room(directory) as room,
+            scratch(directory) as room,
             progress(f"evaluate {label}", sum(map(len, waiting.values())), "conversations") as advance,
         ):
             device = choose_device(settings["device"])
@@ -160,7 +151,7 @@ def _score(
 def _answer(
     directory: Path, recipe: Recipe, chat_model: ChatModel, held_out: list[DataSet], device_map: Any, *, label: str
 ) -> dict[str, Any]:
-    from fusechat.models.answers import Answer, Missing, Prompt
+    from fusechat.models.answers import Answer, Prompt
     from fusechat.models.generator import Generator
 
     shown = questions(held_out, recipe.evaluate.answers)
@@ -169,18 +160,11 @@ def _answer(
         Prompt(one["id"], tuple((turn["role"], turn["content"]) for turn in one["prompt"]), 0.0, evaluate.answer_tokens)
         for one in shown
     ]
-    found: dict[int, Answer | Missing] = {}
-    with _room(directory) as room, progress(f"answers of {label}", len(prompts), "questions") as advance:
+    with scratch(directory) as room, progress(f"answers of {label}", len(prompts), "questions") as advance:
         options: dict[str, Any] = {"dtype": evaluate.dtype, "device": recipe.device, "seed": recipe.seed}
         generator = Generator(chat_model, batch_tokens=ANSWER_BATCH, device_map=device_map, offload=room, **options)
-
-        def done(index: int, answer: Answer | Missing) -> None:
-            found[index] = answer
-            advance(1)
-
-        generator.answer(prompts, done, [False] * len(prompts))
-    for index, one in enumerate(shown):
-        answer = found[index]
+        found = generator.answers(prompts, advance)
+    for one, answer in zip(shown, found, strict=True):
         one["text"] = answer.text if isinstance(answer, Answer) else ""
         one["complete"] = isinstance(answer, Answer) and answer.complete
         one["missing"] = None if isinstance(answer, Answer) else answer.reason

@@ -60,17 +60,10 @@ def _rows(author: Author, asked: dict[int, list[Prompt]], name: str) -> Iterator
 
 def prompts_of(asked: Sequence[Conversation], how: Generate) -> list[Prompt]:
     """All samples of the first prompt, then of the next."""
+    texts = [tuple((message.role, message.content) for message in one.messages) for one in asked]
     return [
-        Prompt(
-            one.id,
-            tuple((message.role, message.content) for message in one.messages),
-            how.temperature,
-            how.max_new_tokens,
-            top_p=how.top_p,
-            sample=sample,
-            about=one,
-        )
-        for one in asked
+        Prompt(one.id, said, how.temperature, how.max_new_tokens, top_p=how.top_p, sample=sample, about=one)
+        for one, said in zip(asked, texts, strict=True)
         for sample in range(how.samples)
     ]
 

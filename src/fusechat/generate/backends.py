@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from fusechat.models.memory import free_memory
 from fusechat.recipe.generate import Server
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run import ranks
-from fusechat.run.files import PARTIAL, digest_json
+from fusechat.run.files import digest_json, scratch
 from fusechat.run.progress import Advance
 
 BEYOND_SERVERS = "it has tools, variables or more than texts, which servers are not sent"
@@ -50,16 +49,10 @@ class Local:
 
     def answer(self, prompts: Sequence[Prompt], advance: Advance) -> list[Answer | Missing]:
         assert self._generator is not None
-        found: dict[int, Answer | Missing] = {}
-
-        def done(index: int, answer: Answer | Missing) -> None:
-            found[index] = answer
-            advance(1)
-
-        self._generator.answer(prompts, done, [False] * len(prompts))
+        found = self._generator.answers(prompts, advance)
         if self._generator.most is not None:
             self.notes["answers_at_once"] = self._generator.most
-        return [found[index] for index in range(len(prompts))]
+        return found
 
     def close(self) -> None:
         """Gives the model's memory back."""
@@ -67,24 +60,42 @@ class Local:
         free_memory()
 
 
+class AskedServer:
+    """A server that the recipe names at the key `what`. What came is in `journal`, and is not asked for again."""
+
+    def __init__(self, server: Server, what: str, journal: Path) -> None:
+        from fusechat.models.client import Client
+
+        key = os.environ.get(server.key_env) if server.key_env else None
+        key_names = [server.key_env or f"{what}.key_env"]
+        self.client = Client(url=server.url, model=server.model, key=key, what=what, key_names=key_names)
+        self._what, self._journal = what, journal
+
+    def estimate(self, requests: Sequence[Any]) -> Any:
+        return self.client.estimate(requests, self._journal)
+
+    def ask(self, requests: Sequence[Any], description: str, *, lacking: str) -> list[Any]:
+        """Raises ModelError where some lack a reply that a further run may get."""
+        replies = self.client.ask(requests, self._journal, description=description)
+        waiting = [reply for reply in replies if isinstance(reply, Missing) and not reply.for_good]
+        if waiting:
+            raise ModelError(
+                f"{self._what}: {len(waiting)} of {len(replies)} {lacking} ({waiting[0].reason}); the others are kept: "
+                "run again to go on"
+            )
+        return replies
+
+
 class Served:
     """A model of a server. What came is in `journal`, and is not asked for again."""
 
     def __init__(self, name: str, server: Server, *, stop: Sequence[str], seed: int, journal: Path) -> None:
-        from fusechat.models.client import Client
-
-        self._name, self._stop, self._seed, self._journal = name, tuple(stop), seed, journal
-        self._client = Client(
-            url=server.url,
-            model=server.model,
-            key=os.environ.get(server.key_env) if server.key_env else None,
-            what=f"sources.{name}.server",
-            key_names=[server.key_env or "server.key_env"],
-        )
-        self.notes: dict[str, Any] = {"served_at": self._client.address}
+        self._name, self._stop, self._seed = name, tuple(stop), seed
+        self._asked = AskedServer(server, f"sources.{name}.server", journal)
+        self.notes: dict[str, Any] = {"served_at": self._asked.client.address}
 
     def answer(self, prompts: Sequence[Prompt], advance: Advance) -> list[Answer | Missing]:
-        """Raises ModelError where some have no answer that a further run may get."""
+        """Raises as `AskedServer.ask` does."""
         from fusechat.models.client import Request
 
         found: list[Answer | Missing] = [Missing(BEYOND_SERVERS)] * len(prompts)
@@ -100,13 +111,7 @@ class Served:
             )
             for one in (prompts[place] for place in places)
         ]
-        replies = self._client.ask(requests, self._journal, description=f"answers of {self._name}")
-        waiting = [reply for reply in replies if isinstance(reply, Missing) and not reply.for_good]
-        if waiting:
-            raise ModelError(
-                f"sources.{self._name}.server: {len(waiting)} of {len(replies)} prompts have no answer ({waiting[0].reason}); the "
-                "others are kept: run again to go on"
-            )
+        replies = self._asked.ask(requests, f"answers of {self._name}", lacking="prompts have no answer")
         for place, reply in zip(places, replies, strict=True):
             found[place] = reply if isinstance(reply, Missing) else self._answer(reply)
         return found
@@ -186,5 +191,5 @@ def _captured(backend: Any, conversations: Sequence[Prepared]) -> Iterator[tuple
 def loading(directory: Path, recipe: Recipe, name: str) -> Iterator[dict[str, Any]]:
     """How a model is loaded, while there is room for what of it does not fit in memory."""
     capture = recipe.capture_for(name)
-    with TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room:
-        yield {"dtype": capture.dtype, "device": recipe.device, "device_map": capture.device_map, "offload": Path(room)}
+    with scratch(directory) as room:
+        yield {"dtype": capture.dtype, "device": recipe.device, "device_map": capture.device_map, "offload": room}

@@ -1,6 +1,5 @@
 """Answers judged by an LLM behind a server: a number from 1 to 10 for each, without a look at the others."""
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.data.conversations import Conversation
-from fusechat.errors import ModelError
+from fusechat.generate.backends import AskedServer
 from fusechat.recipe.generate import Server
 from fusechat.run.progress import log
 
@@ -33,24 +32,12 @@ def judge(answers: Sequence[ToJudge], server: Server, journal: Path) -> list[flo
     """The rating of each answer, None where the judge gives none. What it said is in the journal, and is not asked for again.
     Tells first what that will take. Raises ModelError where some have no judgement that a further run may get."""
     from fusechat.models.answers import Missing
-    from fusechat.models.client import Client, Request
+    from fusechat.models.client import Request
 
-    client = Client(
-        url=server.url,
-        model=server.model,
-        key=os.environ.get(server.key_env) if server.key_env else None,
-        what="generate.choose.judge",
-        key_names=[server.key_env or "generate.choose.judge.key_env"],
-    )
+    asked = AskedServer(server, "generate.choose.judge", journal)
     requests = [Request((("user", text_for(one)),), 0.0, _MOST) for one in answers]
-    log.info("generate: %s", client.estimate(requests, journal))
-    replies = client.ask(requests, journal, description="judgements")
-    waiting = [reply for reply in replies if isinstance(reply, Missing) and not reply.for_good]
-    if waiting:
-        raise ModelError(
-            f"generate.choose.judge: {len(waiting)} of {len(replies)} answers have no judgement ({waiting[0].reason}); the others "
-            "are kept: run again to go on"
-        )
+    log.info("generate: %s", asked.estimate(requests))
+    replies = asked.ask(requests, "judgements", lacking="answers have no judgement")
     ratings = [None if isinstance(reply, Missing) else rating(reply.text) for reply in replies]
     silent = sum(found is None for found in ratings)
     if silent:

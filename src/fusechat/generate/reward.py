@@ -3,9 +3,8 @@
 A row is a distinct answer of one author to a prompt: `id` of the prompt, `sample` that gave it first, `reward`, or null and `why`.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,11 @@ import numpy as np
 from fusechat.data.conversations import Conversation
 from fusechat.generate.prompts import read_prompts
 from fusechat.generate.score import answered, distinct
-from fusechat.generate.shards import Row, Shards
+from fusechat.generate.shards import Making, Row, Shards, make
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.templates import UnrenderableError
 from fusechat.recipe.schema import Recipe
 from fusechat.run import ranks
-from fusechat.run.progress import progress
 
 REWARDS = "rewards"  # the kind of these shards
 
@@ -27,23 +25,17 @@ REWARDS = "rewards"  # the kind of these shards
 def reward(directory: Path, recipe: Recipe, chat_model: ChatModel, author: str, answers: Shards) -> dict[str, Any]:
     """Writes the shards of this process that are missing; returns the counts of all of them."""
     prompts = {one.id: one for one in read_prompts(recipe.read_sets(author)).conversations}
-    shards, mine = Shards(directory, REWARDS), ranks.share(answers.count)
-    missing = shards.missing(mine)
-    if missing:
+
+    @contextmanager
+    def opened() -> Iterator[Making]:
         from fusechat.models.reward import RewardModel
 
         capture, template = recipe.capture, chat_model.template()
         how: dict[str, Any] = {"dtype": capture.dtype, "device": recipe.device, "batch_tokens": capture.batch_tokens}
-        with (
-            closing(RewardModel(chat_model, **how)) as model,
-            progress(f"rewards of {author}", len(missing), "shards") as advance,
-        ):
-            for number in missing:
-                shards.write(number, _rows(answers.read(number), prompts, template, model))
-                advance(1)
-    rows = [row for number in mine for row in shards.read(number)]
-    left_out = Counter(row["why"] for row in rows if row["reward"] is None)
-    return {"candidates": len(rows), "scored": len(rows) - sum(left_out.values()), "left_out": dict(left_out)}
+        with closing(RewardModel(chat_model, **how)) as model:
+            yield lambda rows: _rows(rows, prompts, template, model)
+
+    return make(Shards(directory, REWARDS), ranks.share(answers.count), answers, opened(), f"rewards of {author}")
 
 
 def _rows(rows: Sequence[Row], prompts: Mapping[str, Conversation], template: Any, model: Any) -> list[Row]:

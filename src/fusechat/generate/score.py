@@ -4,8 +4,8 @@ A row is a distinct answer of one author to a prompt: `id` of the prompt, `sampl
 the end of turn's, or null and `why` the model cannot score it. A template without end of turn has neither its nll nor its byte.
 """
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared
 from fusechat.generate.backends import Nll, open_scorer, share
 from fusechat.generate.prompts import read_prompts
-from fusechat.generate.shards import Row, Shards
+from fusechat.generate.shards import Making, Row, Shards, make
 from fusechat.models.tokenise import RejectedError, prepare_conversation
 from fusechat.recipe.schema import Recipe
-from fusechat.run.progress import progress
 
 SCORES = "scores"  # the kind of these shards
 
@@ -65,22 +64,13 @@ def scores(
 def score(directory: Path, recipe: Recipe, scorer: str, author: str, answers: Shards) -> dict[str, Any]:
     """Writes the shards of this process that are missing; returns the counts of all of them."""
     prompts = {one.id: one for one in read_prompts(recipe.read_sets(author)).conversations}
-    shards, mine = (
-        Shards(directory, SCORES),
-        share(recipe, scorer, answers.count),
-    )
-    missing = shards.missing(mine)
-    if missing:
+
+    @contextmanager
+    def opened() -> Iterator[Making]:
         chat_model = recipe.chat_model(scorer)
         template = chat_model.template()
-        with (
-            open_scorer(directory, recipe, chat_model) as nll,
-            progress(f"scores of {author} by {scorer}", len(missing), "shards") as advance,
-        ):
-            for number in missing:
-                rows = scores(answers.read(number), prompts, template, nll, max_length=recipe.data.max_length)
-                shards.write(number, rows)
-                advance(1)
-    rows = [row for number in mine for row in shards.read(number)]
-    left_out = Counter(row["why"] for row in rows if row["nll"] is None)
-    return {"candidates": len(rows), "scored": sum(row["nll"] is not None for row in rows), "left_out": dict(left_out)}
+        with open_scorer(directory, recipe, chat_model) as nll:
+            yield lambda rows: scores(rows, prompts, template, nll, max_length=recipe.data.max_length)
+
+    mine = share(recipe, scorer, answers.count)
+    return make(Shards(directory, SCORES), mine, answers, opened(), f"scores of {author} by {scorer}")

@@ -1,14 +1,18 @@
 """Files of rows that a killed step goes on from and that several processes share: `<kind>-00000.json`, each with its checksum."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from fusechat.errors import WorkdirError
 from fusechat.run.integrity import read_checked, write_checked
-from fusechat.run.progress import log
+from fusechat.run.progress import log, progress
 
 Row = dict[str, Any]
+Making = Callable[[list[Row]], list[Row]]  # rows about answers, from the answers
+Opened = AbstractContextManager[Making]
 
 
 class Shards:
@@ -48,6 +52,20 @@ class Shards:
     def __iter__(self) -> Iterator[list[Row]]:
         """The rows of each shard of a finished step, in order."""
         return (self.read(number) for number in range(self.count))
+
+
+def make(shards: Shards, mine: Sequence[int], answers: Shards, opened: Opened, what: str) -> dict[str, Any]:
+    """Makes the shards of this process that are missing, each from the one of `answers`; returns the counts of all of `mine`. A row
+    with a `why` has no value."""
+    missing = shards.missing(mine)
+    if missing:
+        with opened as rows_of, progress(what, len(missing), "shards") as advance:
+            for number in missing:
+                shards.write(number, rows_of(answers.read(number)))
+                advance(1)
+    rows = [row for number in mine for row in shards.read(number)]
+    left_out = Counter(row["why"] for row in rows if "why" in row)
+    return {"candidates": len(rows), "scored": len(rows) - left_out.total(), "left_out": dict(left_out)}
 
 
 def slices(items: Sequence[Any], size: int) -> list[Any]:

@@ -19,15 +19,9 @@ from fusechat.run.manifests import which_device
 from fusechat.run.steps import Step
 
 FORMAT = 1
-JUDGEMENTS = (
-    "judgements.jsonl"  # what a judge said; no step's, so that it is not asked again when the choice is made anew
-)
-_TALLIES = (
-    "answers",
-    "candidates",
-    "tokens",
-    "scored",
-)  # counts that are summed over processes; `left_out` by its keys
+# What a judge said; no step's, so that it is not asked again when the choice is made anew.
+JUDGEMENTS = "judgements.jsonl"
+_TALLIES = ("answers", "candidates", "tokens", "scored")  # counts summed over processes; `left_out` by its keys
 
 
 @dataclass(frozen=True)

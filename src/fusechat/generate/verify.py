@@ -26,6 +26,7 @@ from fusechat.errors import DataError, RecipeError
 from fusechat.generate import verifiers
 from fusechat.run.cache import known_digest
 from fusechat.run.progress import Advance
+from fusechat.run.usage import cores
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _START = 120.0  # seconds for a function's process to import it
@@ -57,7 +58,7 @@ def verify(
 ) -> list[float]:
     """What the verifier makes of each answer, true being 1. `asked`: what it is told, and where the prompt stands. Raises DataError
     naming that where it raises, hangs or says something else; RecipeError where it cannot be run."""
-    with _open(verifier, seconds) as ask, ThreadPoolExecutor(_cores()) as pool:
+    with _open(verifier, seconds) as ask, ThreadPoolExecutor(cores()) as pool:
 
         def one(told: tuple[Mapping[str, Any], str]) -> float:
             request, where = told
@@ -202,10 +203,6 @@ def _judgement(found: Any, said: str) -> float:
     if not isinstance(found, bool | int | float) or not math.isfinite(found):
         raise _FailedError(f"gave {said[:_SHOWN]}, not true, false or a number")
     return float(found)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _serve(target: str) -> None:

@@ -16,9 +16,9 @@ from fusechat.models.asking import Asking
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.forward import device_of, length_batches
 from fusechat.models.load import choose_device, default_dtype
-from fusechat.models.memory import free_memory, out_of_memory
+from fusechat.models.memory import if_it_fits
 from fusechat.models.sampling import draw, stop_at
-from fusechat.run.progress import log
+from fusechat.run.progress import Advance, log
 
 
 class Generator:
@@ -66,6 +66,17 @@ class Generator:
                     part, batch = batch[:most], batch[most:]
                     self._batch(part, prompts, tokens, done)
 
+    def answers(self, prompts: Sequence[Prompt], advance: Advance) -> list[Answer | Missing]:
+        """All answers, in the prompts' order."""
+        found: dict[int, Answer | Missing] = {}
+
+        def done(index: int, answer: Answer | Missing) -> None:
+            found[index] = answer
+            advance(1)
+
+        self.answer(prompts, done, [False] * len(prompts))
+        return [found[index] for index in range(len(prompts))]
+
     def _batches(self, members: Sequence[int], tokens: Mapping[int, list[int]], longest: int) -> list[list[int]]:
         """Prompts of like length together; by itself each that leaves less room than the longest answer takes."""
         alone = [index for index in members if len(tokens[index]) + longest > self._asking.room]
@@ -84,18 +95,12 @@ class Generator:
         first = prompts[chosen[0]]
         keys = [[self._seed, self._identity, prompts[index].key, prompts[index].sample] for index in chosen]
         longest = min(first.max_new_tokens, self._asking.room - max(len(tokens[index]) for index in chosen))
-        try:
-            answers = self._generate(
-                [tokens[index] for index in chosen],
-                longest=longest,
-                processors=draw(keys, temperature=first.temperature, top_p=first.top_p),
-            )
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-            answers = None
-        if answers is None:  # after the exception, and what its frames hold, is gone
-            free_memory()
+        drawing, asked = (
+            draw(keys, temperature=first.temperature, top_p=first.top_p),
+            [tokens[index] for index in chosen],
+        )
+        answers = if_it_fits(lambda: self._generate(asked, longest=longest, processors=drawing))
+        if answers is None:
             self._split(chosen, prompts, tokens, done)
             return
         for index, answer in zip(chosen, answers, strict=True):

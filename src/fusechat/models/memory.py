@@ -1,8 +1,11 @@
 """What to do where memory does not suffice: tell that it is that, and give back what can be given."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+T = TypeVar("T")
 _LIMITS = Path("/sys/fs/cgroup")
 
 
@@ -12,6 +15,17 @@ def out_of_memory(error: Exception) -> bool:
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+def if_it_fits(work: Callable[[], T]) -> T | None:
+    """What `work` gives; None where memory does not suffice for it."""
+    try:
+        return work()
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+    free_memory()  # not before the exception, and what its frames hold, is gone
+    return None
 
 
 def free_memory() -> None:

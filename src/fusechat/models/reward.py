@@ -10,7 +10,7 @@ from fusechat.errors import ModelError
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.forward import length_batches
 from fusechat.models.load import DTYPES, choose_device, model_error, quiet_transformers, refuse_missing
-from fusechat.models.memory import free_memory, out_of_memory
+from fusechat.models.memory import free_memory, if_it_fits
 
 
 class RewardModel:
@@ -57,12 +57,9 @@ class RewardModel:
 
     def _run(self, rows: list[list[int]]) -> list[float]:
         """Halves a batch that does not fit in memory."""
-        try:
-            return self._forward(rows)
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        free_memory()  # not before the exception, and what its frames hold, is gone
+        found = if_it_fits(lambda: self._forward(rows))
+        if found is not None:
+            return found
         if len(rows) == 1:
             raise ModelError(f"{self._name}: a conversation of {len(rows[0])} tokens does not fit in memory by itself")
         middle = len(rows) // 2
@@ -72,9 +69,8 @@ class RewardModel:
     def _forward(self, rows: list[list[int]]) -> list[float]:
         config, width = self._model.config.get_text_config(), max(map(len, rows))
         if not self._pads_itself:  # the reward stands at the last token that is no padding
-            config.pad_token_id = next(
-                token for token in range(len(rows) + 1) if token not in {row[-1] for row in rows}
-            )
+            last = {row[-1] for row in rows}
+            config.pad_token_id = next(token for token in range(len(rows) + 1) if token not in last)
         pad = config.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self._device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self._device)

@@ -2,6 +2,7 @@
 suffice, and what its logits say at the response rows: log-probabilities for capture, evaluation and scores of answers."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from fusechat.data.prepared import Prepared, PreparedSet
 from fusechat.errors import ModelError
 from fusechat.models.forward import collate, length_batches, response_logits, token_nll
-from fusechat.models.memory import free_memory, out_of_memory
+from fusechat.models.memory import if_it_fits
 from fusechat.run.progress import log
 
 Conversations = PreparedSet | Sequence[Prepared]
@@ -35,7 +36,7 @@ class TeacherForcing:
         while waiting:
             batch = waiting.pop(0)
             members = [conversations[index] for index in batch]
-            started = self._start(members, compute)
+            started = if_it_fits(partial(self._start, members, compute))
             if before is not None:  # read while a GPU works on this batch
                 yield from _arrived(*before)
             before = None if started is None else (batch, members, started)
@@ -51,18 +52,12 @@ class TeacherForcing:
         for index, (nll,) in self.run(conversations, lambda logits, gold: (token_nll(logits, gold),)):
             yield index, nll
 
-    def _start(self, members: list[Prepared], compute: Compute) -> Started | None:
-        """What a batch gives, on its way to the CPU, and when it has arrived; None where it does not fit in memory."""
-        try:
-            columns = forward(self.model, members, compute)
-            gpu = columns[0].is_cuda
-            arriving = tuple(column.to("cpu", non_blocking=gpu) for column in columns)
-            return arriving, torch.cuda.current_stream(columns[0].device).record_event() if gpu else None
-        except Exception as error:
-            if not out_of_memory(error):
-                raise
-        free_memory()  # not before the exception, and what its frames hold, is gone
-        return None
+    def _start(self, members: list[Prepared], compute: Compute) -> Started:
+        """What a batch gives, on its way to the CPU, and when it has arrived."""
+        columns = forward(self.model, members, compute)
+        gpu = columns[0].is_cuda
+        arriving = tuple(column.to("cpu", non_blocking=gpu) for column in columns)
+        return arriving, torch.cuda.current_stream(columns[0].device).record_event() if gpu else None
 
     def _shrink(self, members: list[Prepared]) -> None:
         """Halves the budget, until the batch that did not fit is split by it."""

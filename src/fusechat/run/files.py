@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 PARTIAL = ".partial"  # every temporary name ends with it
@@ -48,6 +49,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def scratch(directory: Path) -> Iterator[Path]:
+    """A new directory in there, gone with all that is in it at the end."""
+    with TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room:
+        yield Path(room)
 
 
 def write_text(path: Path, text: str) -> None:
