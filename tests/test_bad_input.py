@@ -152,6 +152,11 @@ def done(workdir: Path) -> list[str]:
             "output_dir: here",
             ["17: fuse.training: output_dir cannot be set: checkpoints live in"],
         ),
+        (
+            "learning_rate: 5e-6",
+            "enable_jit_checkpoint: true",
+            ["17: fuse.training: enable_jit_checkpoint cannot be set: training would end as if it were finished"],
+        ),
         ("name: tiny", "name: [tiny", ["2: not YAML: "]),
         ("name: tiny", "\tname: tiny", ["1: not YAML: "]),
         ("seed: 0", "seed: *nowhere", ["19: not YAML: "]),

@@ -11,7 +11,7 @@ import torch
 
 from fusechat.errors import TrainingError
 from fusechat.fuse.dataset import FusionData, collate_fusion
-from fusechat.fuse.trainer import COMPLETE, last_checkpoint, mark_complete
+from fusechat.fuse.trainer import COMPLETE, Checkpoints, last_checkpoint, mark_complete
 from training import fine_tune, fusion_data
 
 
@@ -86,6 +86,20 @@ def test_a_loss_that_is_not_finite_names_the_conversations(
     step = int(str(caught.value).split("step ")[1].split(",")[0])
     assert len(named) == (8 if step % 2 else len(data) - 8)
     assert last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step - 1}"
+
+
+def test_training_that_ends_before_its_last_step_is_not_taken_for_finished(
+    models: dict[str, Path], data: FusionData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever of Transformers asks for it, as its checkpoints at SIGTERM do."""
+
+    def stop(self: Checkpoints, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(Checkpoints, "on_step_end", stop)
+    with pytest.raises(TrainingError, match=r"^training ended after step 2 of 5; the model is not written"):
+        fine_tune(models["llama"], data, tmp_path, max_steps=5, save_strategy="steps", save_steps=1)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
 
 
 def test_only_complete_checkpoints_are_resumed_from(tmp_path: Path) -> None:

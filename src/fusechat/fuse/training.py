@@ -189,7 +189,7 @@ def make_trainer(
 
 def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None) -> list[dict[str, float]]:
     """Fine-tunes in place, resuming from the last complete checkpoint; returns the log, an entry each logged step and each
-    evaluation. `logs` is as for `make_trainer`."""
+    evaluation. `logs` is as for `make_trainer`. Raises TrainingError where the Trainer ends before its last step."""
     checkpoint = ranks.from_first(lambda: last_checkpoint(Path(trainer.args.output_dir)))
     if checkpoint is not None:
         ranks.from_first(lambda: trainer.check_resume(checkpoint))
@@ -207,6 +207,11 @@ def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None)
 
             wandb.finish()  # the next target is a run of its own …
             wandb.teardown()  # … in a directory of its own, which is asked for once
+    if trainer.state.global_step < trainer.state.max_steps:
+        raise TrainingError(
+            f"training ended after step {trainer.state.global_step} of {trainer.state.max_steps}; the model is not written, and "
+            "the last checkpoint is kept"
+        )
     return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
 
 

@@ -29,6 +29,7 @@ RESERVED = {
     "label_smoothing_factor": "the loss is FuseChat's own",
     "disable_tqdm": "the progress bar is FuseChat's own",
     "save_only_model": "an interrupted run could not resume exactly",
+    "enable_jit_checkpoint": "training would end as if it were finished; FuseChat writes a checkpoint by save_strategy",
 }
 
 
@@ -52,7 +53,7 @@ _SERVING = (
 _BY_MEASURES = ("reduce_lr_on_plateau", "greedy")  # schedules of the learning rate that follow measurements
 # What none depends on where training ends with the last step, at a rate that no measurement changes.
 _BETWEEN = (
-    *("save_*", "enable_jit_checkpoint", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
+    *("save_*", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
     *("per_device_eval_batch_size", "metric_for_best_model", "greater_is_better"),
 )
 
