@@ -259,6 +259,7 @@ def test_a_stage_or_source_that_there_is_not(
     recipe = runs.write_recipe(tmp_path, models)
     assert complaints("run", recipe, "--workdir", tmp_path / "work", option, value) == [f"{option} {value}: {expected}"]
     assert done(tmp_path) == []
+    assert option != "--until" or not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command line, as a user types it."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,6 +93,25 @@ def test_chat_answers_each_line_and_keeps_the_conversation(finished: Path) -> No
     assert one.stdout.strip()
     assert two.stdout.startswith(one.stdout)
     assert len(two.stdout) > len(one.stdout)
+
+
+def test_chat_runs_code_of_a_model_only_where_it_is_trusted(models: dict[str, Path], tmp_path: Path) -> None:
+    model = shutil.copytree(models["mistral"], tmp_path / "model")
+    (model / "code.py").write_text(
+        "from transformers import MistralConfig, MistralForCausalLM\n\n\n"
+        "class Config(MistralConfig):\n    model_type = 'of-its-own'\n\n\n"
+        "class Model(MistralForCausalLM):\n    config_class = Config\n"
+    )
+    own = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "of-its-own", "auto_map": own}))
+    arguments = ("chat", model, "--max-new-tokens", "5")
+    refused = runs.here(*arguments, stdin="What is 1 + 2?\n")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "needs code of its own to run" in refused.stderr
+    plain = runs.here("chat", models["mistral"], "--max-new-tokens", "5", stdin="What is 1 + 2?\n")
+    trusted = runs.here(*arguments, "--trust-remote-code", stdin="What is 1 + 2?\n")
+    assert (trusted.returncode, trusted.stdout) == (0, plain.stdout), trusted.stderr
 
 
 def test_progress_bars_are_drawn_on_a_terminal(single: Path, tmp_path: Path) -> None:

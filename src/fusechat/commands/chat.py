@@ -20,6 +20,7 @@ def talk(
     seed: int,
     device: str | None,
     chat_template: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Reads questions until the end of input and streams the answers to stdout, keeping the conversation. `chat_template`: the name
     of one of the model's own, or a file."""
@@ -29,9 +30,8 @@ def talk(
     from fusechat.models.load import choose_device, default_dtype, stop_tokens, without_embedding
     from fusechat.models.templates import UnrenderableError
 
-    chat_model = with_template(
-        ChatModel(model, Reference.named(model), date=day_of(Path(model).resolve())), chat_template
-    )
+    reference = Reference.named(model, trust_remote_code=trust_remote_code)
+    chat_model = with_template(ChatModel(model, reference, date=day_of(Path(model).resolve())), chat_template)
     template = chat_model.template()
     tokenizer, place = template.tokenizer, choose_device(device)
     network = chat_model.model(dtype=default_dtype(place), device=place)

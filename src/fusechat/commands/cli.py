@@ -166,12 +166,13 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, help="For a temperature above 0.")] = 0,
     device: Annotated[str | None, typer.Option(help="[default: what is there]")] = None,
     chat_template: TemplateChoice = None,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with the model.")] = False,
 ) -> None:
     """Talk to a model. Questions come from the terminal, or a line each from standard input."""
     from fusechat.commands.chat import talk
 
     how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "device": device}
-    talk(model, system=system, chat_template=chat_template, **how)
+    talk(model, system=system, chat_template=chat_template, trust_remote_code=trust_remote_code, **how)
 
 
 @app.command()

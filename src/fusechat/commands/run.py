@@ -26,6 +26,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
 
     Raises a FuseChatError for what a user can correct. Under `torchrun` every process calls it; see `run/ranks.py`.
     """
+    select_steps([], until=until)  # an unknown stage is refused before anything is written
     recipe = ranks.from_first(partial(of_day, recipe, workdir))
     with shared_workdir(recipe, workdir, until=until, only=only) as recipe:
         ranks.on_every_machine(lambda: _get_ready(recipe, workdir, until, only))

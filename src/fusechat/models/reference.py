@@ -31,10 +31,11 @@ class Reference:
         return self.parts[0] if len(self.parts) == 1 else f"{self.parts[0]} (and {len(self.parts) - 1} more)"
 
     @classmethod
-    def named(cls, text: str) -> "Reference":
+    def named(cls, text: str, *, trust_remote_code: bool = False) -> "Reference":
         """As a command line names a model: by a path, which is made absolute, or as a recipe does. Raises ModelError."""
         path = Path(text).expanduser()
-        return cls((str(path.resolve()) if path.exists() else text,)).checked()
+        parts = (str(path.resolve()) if path.exists() else text,)
+        return cls(parts, trust_remote_code=trust_remote_code).checked()
 
     @property
     def label(self) -> str:
