@@ -1,6 +1,7 @@
 """Answers of one model to the prompts, shard by shard.
 
-A row is an answer: `id` of its prompt, `sample`, `text`, `tokens` (ids as they were generated, of a server none), `complete` (it
+A row is an answer: `id` of its prompt, `sample`, `text`, `tokens` (ids as they were generated, of a server none), of a
+server `received` (how many tokens, where it tells), `complete` (it
 was ended by the end of turn or a stop string), and `why` it is no candidate, empty where it is one.
 """
 
@@ -79,7 +80,8 @@ def _row(prompt: Prompt, answer: Answer | Missing) -> Row:
     if isinstance(answer, Missing):
         return {**place, "text": "", "tokens": [], "complete": False, "why": answer.reason}
     why = UNENDED if not answer.complete else EMPTY if not answer.text.strip() else ""
-    return {**place, "text": answer.text, "tokens": list(answer.ids), "complete": answer.complete, "why": why}
+    row = {**place, "text": answer.text, "tokens": list(answer.ids), "complete": answer.complete, "why": why}
+    return row if answer.ids or not answer.tokens else {**row, "received": answer.tokens}
 
 
 def counts(rows: Iterable[Row]) -> dict[str, Any]:
@@ -89,5 +91,5 @@ def counts(rows: Iterable[Row]) -> dict[str, Any]:
         "answers": len(rows),
         "candidates": sum(not row["why"] for row in rows),
         "left_out": dict(Counter(row["why"] for row in rows if row["why"])),
-        "tokens": sum(len(row["tokens"]) for row in rows),
+        "tokens": sum(len(row["tokens"]) or row.get("received", 0) for row in rows),
     }

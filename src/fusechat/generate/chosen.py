@@ -2,8 +2,9 @@
 
 A line of `conversations.jsonl` is a conversation of the usual form (messages, tools, chat_template_kwargs; earlier answers have
 weight 0) and says of its last message: `author`, `prompt_id`, `chosen_by`, `score` by which it was chosen, `scores` of the models
-(nats per byte; null where one cannot score it). A line of `candidates.jsonl` is a prompt: `messages`, `candidates` with all that
-is known of each, `chosen`, which of them that is (null for none), `kept`, and `no_candidates`, why other answers are none.
+(nats per byte; null where one cannot score it). A line of `candidates.jsonl` is a prompt: `data`, the sets that it stands in,
+`messages`, `candidates` with all that is known of each, `chosen`, which of them that is (null for none), `kept`, and
+`no_candidates`, why other answers are none.
 """
 
 import json
@@ -26,9 +27,16 @@ Every = Sequence[tuple[Answered, list[Candidate], Choice | None]]
 
 
 def choose_all(
-    answered: Sequence[Answered], directory: Path, how: Generate, *, scorer_of: Mapping[str, str], seed: int
+    answered: Sequence[Answered],
+    directory: Path,
+    how: Generate,
+    *,
+    data: Mapping[str, Sequence[str]],
+    scorer_of: Mapping[str, str],
+    seed: int,
 ) -> dict[str, Any]:
-    """Writes the two files; returns the counts for the manifest. Raises DataError where nothing is chosen."""
+    """Writes the two files; returns the counts for the manifest. `data`: the sets of each prompt, by its key. Raises DataError
+    where nothing is chosen."""
     way = how.choose.way
     candidates = [one.candidates(scorer_of) for one in answered]
     choices: list[Choice | None] = [
@@ -42,9 +50,21 @@ def choose_all(
     _tell(counts)
     if not kept:
         raise DataError("generate: no prompt has an answer that could be learnt; what is wrong with them stands above")
-    _write(directory / CANDIDATES, (_prompt(*one, kept=place in kept) for place, one in enumerate(every)))
+    _write(directory / CANDIDATES, (_prompt(*one, data, kept=place in kept) for place, one in enumerate(every)))
     _write(directory / CONVERSATIONS, (_conversation(*every[place], way) for place in sorted(kept)))
     return counts
+
+
+def read_candidates(directory: Path, scorer_of: Mapping[str, str]) -> Iterator[tuple[dict[str, Any], list[Candidate]]]:
+    """The lines of `candidates.jsonl`, each with its candidates. `scorer_of`: by which name an author scores, of those that can."""
+    with (directory / CANDIDATES).open(encoding="utf-8") as lines:
+        for line in map(json.loads, lines):
+            one = Answered(Conversation((), ""), why=line["no_candidates"])
+            for found in line["candidates"]:
+                one.samples[found["text"]] = found["answers"]
+                one.scores[found["text"]] = found["scores"]
+                one.judged[found["text"]] = found.get("judged")
+            yield line, one.candidates(scorer_of)
 
 
 def _write(path: Path, lines: Iterator[dict[str, Any]]) -> None:
@@ -74,9 +94,12 @@ def _conversation(one: Answered, candidates: list[Candidate], choice: Choice | N
     }
 
 
-def _prompt(one: Answered, candidates: list[Candidate], choice: Choice | None, *, kept: bool) -> dict[str, Any]:
+def _prompt(
+    one: Answered, candidates: list[Candidate], choice: Choice | None, data: Mapping[str, Sequence[str]], *, kept: bool
+) -> dict[str, Any]:
     return {
         "prompt_id": one.prompt.id,
+        "data": data[one.prompt.id],
         "messages": _messages(one.prompt),
         "candidates": [
             {

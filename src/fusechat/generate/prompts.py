@@ -14,10 +14,11 @@ _READ_BESIDE = {"reference"}  # by verifiers
 
 @dataclass(frozen=True)
 class Prompts:
-    """`conversations` end with what is asked; the id of one is its prompt's key. `malformed`, `repeated`: records that give none;
-    `unused`: keys of records that nothing but a verifier reads."""
+    """`conversations` end with what is asked; the id of one is its prompt's key. `data`: the sets that each stands in, by this key.
+    `malformed`, `repeated`: records that give none; `unused`: keys of records that nothing but a verifier reads."""
 
     conversations: list[Conversation]
+    data: dict[str, list[str]]
     malformed: int
     repeated: int
     unused: list[str]
@@ -50,6 +51,7 @@ def read_prompts(sets: Sequence[DataSet], *, needs_reference: str = "") -> Promp
     """Raises DataError for what is no prompt, unless the set says to skip that, and where there is none; and for one without an
     answer beside it where something `needs_reference`."""
     found: dict[str, Conversation] = {}
+    sets_of: dict[str, dict[str, None]] = {}
     malformed = repeated = 0
     unused: dict[str, None] = {}
     for data in sets:
@@ -64,9 +66,12 @@ def read_prompts(sets: Sequence[DataSet], *, needs_reference: str = "") -> Promp
             unused |= dict.fromkeys(key for key in one.whole.unused if key not in _READ_BESIDE)
             repeated += one.conversation.id in found
             found.setdefault(one.conversation.id, one.conversation)
+            sets_of.setdefault(one.conversation.id, {})[data.name] = None
     if not found:
         raise DataError(f"{', '.join(data.path for data in sets)}: holds no prompt that could be answered")
-    return Prompts(list(found.values()), malformed, repeated, sorted(unused))
+    return Prompts(
+        list(found.values()), {key: list(names) for key, names in sets_of.items()}, malformed, repeated, sorted(unused)
+    )
 
 
 def read_asked(sets: Sequence[DataSet]) -> dict[str, Asked]:

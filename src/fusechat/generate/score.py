@@ -1,7 +1,8 @@
 """How likely a model finds answers: nats over the content's bytes, the end of turn counted as one byte more.
 
 A row is a distinct answer of one author to a prompt: `id` of the prompt, `sample` that gave it first, `nll` in nats, `bytes` with
-the end of turn's, or null and `why` the model cannot score it. A template without end of turn has neither its nll nor its byte.
+the end of turn's, `tokens`, as many as the model scored, or null and `why` it cannot. A template without end of turn has neither
+its nll nor its byte.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +56,8 @@ def scores(
     for index, values in nll(prepared):
         total, one, row = float(values.astype(np.float64).sum()), prepared[index], found[places[index]]
         if np.isfinite(total):
-            row |= {"nll": total, "bytes": int(one.content_bytes.sum()) + int(one.end_of_turn.any())}
+            size = int(one.content_bytes.sum()) + int(one.end_of_turn.any())
+            row |= {"nll": total, "bytes": size, "tokens": len(values)}
         else:
             row["why"] = "its values are not finite"
     return found

@@ -65,7 +65,9 @@ def make(shards: Shards, mine: Sequence[int], answers: Shards, opened: Opened, w
                 advance(1)
     rows = [row for number in mine for row in shards.read(number)]
     left_out = Counter(row["why"] for row in rows if "why" in row)
-    return {"candidates": len(rows), "scored": len(rows) - left_out.total(), "left_out": dict(left_out)}
+    tokens = sum(row.get("tokens", 0) for row in rows)
+    found = {"candidates": len(rows), "scored": len(rows) - left_out.total(), "left_out": dict(left_out)}
+    return {**found, "tokens": tokens} if tokens else found
 
 
 def slices(items: Sequence[Any], size: int) -> list[Any]:

@@ -139,7 +139,7 @@ def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _join(counts: list[dict[str, Any]]) -> dict[str, Any]:
     """One of the counts of all processes."""
     joined = dict(ChainMap(*counts))
-    joined |= {key: sum(one[key] for one in counts) for key in _TALLIES if key in joined}
+    joined |= {key: sum(one.get(key, 0) for one in counts) for key in _TALLIES if key in joined}
     joined["left_out"] = dict(sum((Counter(one["left_out"]) for one in counts), Counter[str]()))
     return joined
 
@@ -205,4 +205,5 @@ def _choose(directory: Path, recipe: Recipe, found: Authors) -> dict[str, Any]:
     scores = {pair: step.directory for pair, step in found.scores.items()}
     answered = gather(read.conversations, answers, scores, rewards)
     put_judgements(answered, sets, how.choose, journal=directory.parent / JUDGEMENTS)
-    return {**read.counts, **choose_all(answered, directory, how, scorer_of=found.scorer_of, seed=recipe.seed)}
+    told: dict[str, Any] = {"data": read.data, "scorer_of": found.scorer_of, "seed": recipe.seed}
+    return {**read.counts, **choose_all(answered, directory, how, **told)}
