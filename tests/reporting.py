@@ -1,13 +1,19 @@
 """A report's contents by hand, and text that would run if it were taken for markup."""
 
+import json
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 from fusechat.data.rejected import LeftOut
+from fusechat.generate.chosen import read_candidates
 from fusechat.models.facts import DataFile, Facts, Model
+from fusechat.recipe.generate import Choose
 from fusechat.report.answers import cards
+from fusechat.report.authors import largest, places
 from fusechat.report.costs import Cost, StageCost
+from fusechat.report.examples import examples, pick
+from fusechat.report.generated import AnswerCost, Generated
 from fusechat.report.page import Contents
 from fusechat.report.results import result_tables
 from fusechat.report.summary import summarise
@@ -110,6 +116,61 @@ def contents(text: str = "text", **changes: Any) -> Contents:
         "versions": {"fusechat": "0.1.0", text: text},
     }
     return Contents(**{**given, **changes})
+
+
+def line(prompt: str, *candidates: tuple[str, dict[str, int], dict[str, float | None]], **more: Any) -> dict[str, Any]:
+    """A line of candidates.jsonl: a prompt, and of each candidate its text, how many answers of whom it is, its scores."""
+    return {
+        "prompt_id": prompt,
+        "data": ["data"],
+        "messages": [{"role": "user", "content": prompt}],
+        "candidates": [{"text": text, "answers": answers, "scores": scores} for text, answers, scores in candidates],
+        "chosen": 0,
+        "author": next(iter(candidates[0][1])) if candidates else None,
+        "score": None,
+        "kept": True,
+        "no_candidates": {},
+        **more,
+    }
+
+
+def read(directory: Path, *lines: dict[str, Any]) -> list[Any]:
+    """These lines as the report reads them, from a file; each author scores by its own name."""
+    (directory / "candidates.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines), encoding="utf-8")
+    return list(read_candidates(directory, {name: name for one in lines for name in _authors(one)}))
+
+
+def _authors(line: dict[str, Any]) -> list[str]:
+    return [name for one in line["candidates"] for name in one["answers"]]
+
+
+def generated(lines: list[Any], text: str = "text", **changes: Any) -> Generated:
+    """What the page tells of these lines, with `text` wherever a model, a file or a user may put one."""
+    names = list(dict.fromkeys(name for one, _ in lines for name in _authors(one)))
+    by_name = {name: sum(one["kept"] and one["author"] == name for one, _ in lines) for name in names}
+    every = places(lines, names, "likelihood")
+    given: dict[str, Any] = {
+        "counts": {
+            "prompts": len(lines),
+            "chosen_by": "likelihood",
+            "chosen": sum(one["kept"] for one, _ in lines),
+            "authors": by_name,
+            "agreement": 0.5,
+            "left_out": {text: 3},
+            "repeated": 2,
+        },
+        "by": text,
+        "unit": "nats per byte",
+        "by_author": True,
+        "places": tuple(largest(every)),
+        "sets": max(1, len(every) - 1),
+        "asked": (),
+        "sha256": f"sha256:{'b' * 64}",
+        "examples": tuple(examples(lines, pick(lines, Choose(by="likelihood"), 0))),
+        "left_out": (LeftOut(text, text, 3, {text: 1}, Path(text)),),
+        "costs": (AnswerCost(text, 5, 50, 7, 70, 9, 61.0), AnswerCost("pivot", None, None, 7, 90, None, 2.0)),
+    }
+    return Generated(**{**given, **changes})
 
 
 class Elements(HTMLParser):

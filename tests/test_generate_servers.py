@@ -13,6 +13,7 @@ from fusechat.commands.run import run
 from fusechat.generate.judge import ToJudge, rating, text_for
 from fusechat.models import client as module
 from fusechat.pipeline import load_recipe
+from fusechat.report.generated import generated as told_of_answers
 from judging import Canned, canned, completion, misbehaving
 
 
@@ -87,7 +88,10 @@ def test_a_server_answers_and_its_answers_are_learnt_by_plain_fine_tuning(
     assert counts(work, "generate/models/big/answers")["served_at"] == proxied
     assert counts(work, "fuse/answers")["chosen"] == {"answers": {"none": 4.0, "ties": 0.0, "without comparison": 0.0}}
     assert not (work / "capture").exists()
-    assert "big" in (work / "report/index.html").read_text()
+    (cost, pivot) = told_of_answers(load_recipe(path), work).costs  # type: ignore[union-attr]
+    assert (cost.name, cost.answers, cost.calls, cost.scored, pivot.calls) == ("big", 6, 6, None, None)
+    assert cost.generated == counts(work, "generate/models/big/answers")["tokens"] > 0, "as the server counts"
+    assert "I do not talk of bread" in (work / "report/index.html").read_text()
 
 
 def test_a_server_that_dies_keeps_what_it_said(models: dict[str, Path], tmp_path: Path) -> None:

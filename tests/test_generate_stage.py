@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from answering import (
     write_recipe,
 )
 from fusechat.commands.run import run
-from fusechat.pipeline import load_recipe
+from fusechat.pipeline import build_steps, load_recipe
 from fusechat.recipe.anchors import links
 from fusechat.recipe.generate import Generate
+from fusechat.report import stage as report
+from fusechat.report.generated import generated as told_of_answers
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +417,8 @@ def test_a_new_source_adds_its_own_branch_only(taught: dict[str, Path], tmp_path
 
 def test_other_commands_on_such_a_recipe(whole: Path, taught: dict[str, Path], tmp_path: Path) -> None:
     card = (whole / "merge/model/README.md").read_text()
-    assert "answers of the sources to prompts, one chosen for each prompt" in card
+    shares = ", ".join(f"`{name}` {number}" for name, number in counts(whole, "generate/chosen")["authors"].items())
+    assert f"It learned answers of the models to prompts, one chosen for each of 6 prompts: {shares}." in card
     assert "- Source `mistral`: `mistral`, answered `prompts.jsonl`" in card
     path = write_recipe(tmp_path, taught)
     planned = runs.here("plan", path)
@@ -428,6 +432,37 @@ def test_other_commands_on_such_a_recipe(whole: Path, taught: dict[str, Path], t
     compared = runs.here("eval", "alignment", path, "--workdir", work, "--top-k", "3", "--json")
     assert compared.returncode == 0, compared.stderr
     assert {one["source"] for one in json.loads(compared.stdout)} <= {"mistral", "gemma"}
+
+
+def test_the_report_tells_whose_answers_were_chosen(whole: Path) -> None:
+    recipe = load_recipe(whole / "recipe.yaml")
+    made = told_of_answers(recipe, whole)
+    assert made is not None
+    found, chosen = counts(whole, "generate/chosen"), lines(whole / "generate/chosen/conversations.jsonl")
+    (place,) = made.places
+    assert {name: one.taught for name, one in place.authors.items()} == found["authors"]
+    assert place.same / place.several == found["agreement"]
+    for name, one in place.authors.items():
+        gave = [said["messages"][-1]["content"] == KNOWN[name][word] for said, word in zip(chosen, WORDS, strict=True)]
+        assert (one.asked, one.answered, one.best) == (6, 6, sum(gave))
+    assert len(made.examples) == 5
+    costs = {one.name: one for one in made.costs}
+    for name in KNOWN:
+        answered = rows(whole / "generate/models" / name / "answers")
+        assert costs[name].generated == sum(len(row["tokens"]) for row in answered)
+        assert costs[name].scored == 12
+    tokenizer = AutoTokenizer.from_pretrained(whole / "fuse/answers/model")
+    ended = [len(tokenizer(said)["input_ids"]) + 1 for known in KNOWN.values() for said in known.values()]
+    assert (costs["pivot"].answers, costs["pivot"].scored, costs["pivot"].read) == (None, 12, sum(ended))
+    page = (whole / "report/index.html").read_text(encoding="utf-8")
+    assert f"It learned one answer to each of 6 prompts, chosen among the models' own: {made.shares}." in page
+    assert "a copy of answers" in page
+    assert page.count("answered by mistral, gemma") == 1
+    again = whole / "again"
+    again.mkdir()
+    report._write(again, recipe, dict(build_steps(recipe, whole)[-1].upstream))
+    assert (again / report.PAGE).read_text(encoding="utf-8") == page
+    shutil.rmtree(again)
 
 
 def test_defaults_are_those_of_the_recipe_page() -> None:

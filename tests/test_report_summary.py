@@ -67,7 +67,7 @@ def test_three_answers_by_hand() -> None:
         "Worse than plain fine-tuning",
     )
     assert beyond.lines == (Line("worse", False, "data: +0.1000 ± 0.0000 bits per byte, 7.1% more"),)
-    assert "target sft: the pivot, trained on the conversations of all sources" in beyond.note
+    assert "target sft: the pivot, trained on the same conversations without" in beyond.note
     assert not beyond.code
 
 

@@ -1,5 +1,6 @@
 """`merge_report.json`: what happened to every tensor of a merge, and what it comes to."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fusechat.merge.card import portable
@@ -24,3 +25,8 @@ def make_report(job: MergeJob, tensors: dict[str, Any]) -> dict[str, Any]:
         "only_in_base": job.plan.only_base,
         "tensors": tensors,
     }
+
+
+def is_copy(report: Mapping[str, Any]) -> bool:
+    """Whether the merged model is its one target, entry for entry."""
+    return len(report["targets"]) == 1 and report["method"] == "sce"

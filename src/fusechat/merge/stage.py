@@ -12,7 +12,7 @@ from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json
 from fusechat.run.integrity import matches_record, record
 from fusechat.run.progress import log
-from fusechat.run.steps import SEALED, Step
+from fusechat.run.steps import SEALED, Step, with_upstream
 
 MODEL, REPORT = "model", "merge_report.json"
 FORMAT = 2
@@ -64,7 +64,8 @@ def _merge(directory: Path, recipe: Recipe, pivot: ChatModel, targets: dict[str,
         write_json(directory / REPORT, report)
         copy_files(pivot.directory, building, job.plan)
         write_chat_files(pivot, building, own_prompt=own_prompt, name="merge")
-        (building / "README.md").write_text(_card(recipe, pivot, report, note), encoding="utf-8")
+        card = _card(recipe, pivot, report, note, _chosen(targets))
+        (building / "README.md").write_text(card, encoding="utf-8")
         forget_parts(job, building)
         record(directory / SEALED, building, directory / REPORT)
         building.rename(model)
@@ -82,8 +83,15 @@ def _sources(recipe: Recipe) -> list[str]:
     return [name for name in recipe.sources if name in merged]
 
 
-def _card(recipe: Recipe, pivot: ChatModel, report: dict[str, Any], note: str | None) -> str:
+def _chosen(targets: dict[str, Step]) -> dict[str, Any]:
+    """How many answers of the models were chosen, and whose; empty for a recipe that does not generate."""
+    steps = with_upstream(list(targets.values()))
+    return next((_counts(step) for step in steps if (step.stage, step.name) == ("generate", "chosen")), {})
+
+
+def _card(recipe: Recipe, pivot: ChatModel, report: dict[str, Any], note: str | None, generated: dict[str, Any]) -> str:
     from fusechat.merge.card import portable, render_card
+    from fusechat.merge.report import is_copy
 
     as_written = portable(recipe.model_dump(exclude_none=True, by_alias=True))
     return render_card(
@@ -94,7 +102,8 @@ def _card(recipe: Recipe, pivot: ChatModel, report: dict[str, Any], note: str | 
         sources={name: recipe.sources[name].label for name in _sources(recipe)},
         how_to_ask=note,
         data={name: ", ".join(Path(data.path).name for data in recipe.read_sets(name)) for name in _sources(recipe)},
-        generated=recipe.generate is not None,
+        generated=generated,
+        is_copy=is_copy(report),
         coefficients=report["mean_coefficients"],
         recipe=yaml.safe_dump(as_written, sort_keys=False, allow_unicode=True, width=100),
     )

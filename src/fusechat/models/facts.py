@@ -49,13 +49,14 @@ class Model:
 
 @dataclass(frozen=True)
 class DataFile:
-    """`counts`: of the pivot's prepare step."""
+    """`counts`: of the pivot's prepare step; `is_made`: by the run itself."""
 
     name: str
     file: str
     identity: str
     use: str
     counts: Mapping[str, Any]
+    is_made: bool = False
 
 
 def facts(directory: Path | None) -> Facts:

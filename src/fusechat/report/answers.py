@@ -49,15 +49,16 @@ def cards(found: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str,
         ]
         if first.get("reference"):
             answers.append(_answer("reference", "held-out answer", first["reference"], room, complete=True))
-        prompt = tuple((message["role"], _cut(message["content"], room)[0]) for message in first["prompt"])
+        prompt = tuple((message["role"], cut(message["content"], room)[0]) for message in first["prompt"])
         result.append(Card(first["data"].removesuffix("-held-out"), prompt, tuple(answers)))
     return result
 
 
 def _answer(kind: str, name: str, text: str, room: int, *, complete: bool) -> Answer:
-    shown, cut = _cut(text, room)
-    return Answer(kind, name, shown, complete, cut)
+    shown, is_cut = cut(text, room)
+    return Answer(kind, name, shown, complete, is_cut)
 
 
-def _cut(text: str, room: int) -> tuple[str, bool]:
+def cut(text: str, room: int) -> tuple[str, bool]:
+    """The beginning of a text, and whether that is not all."""
     return (text, False) if len(text) <= room else (text[:room] + "…", True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from fusechat.merge.report import is_copy
 from fusechat.report.plots import Plot, axis, layout, number, plain
 
 OUTSIDE = "–"  # the row of tensors that are in no layer
@@ -21,9 +22,9 @@ _SCALE = [[0, "#c2570c"], [0.5, "#e8e6e3"], [1, "#2563c9"]]
 
 
 def heat_maps(report: Mapping[str, Any]) -> list[Plot]:
-    """A figure a target, none where nothing was merged. `report`: merge_report.json."""
+    """A figure a target, none where nothing was merged, or one target copied. `report`: merge_report.json."""
     tensors = {name: entry for name, entry in report["tensors"].items() if "coefficients" in entry}
-    if not tensors:
+    if not tensors or is_copy(report):
         return []
     targets = report["targets"]
     joined = len(tensors) * len(targets) > MOST

@@ -10,8 +10,10 @@ import jinja2
 from fusechat.data.rejected import LeftOut
 from fusechat.models.facts import DataFile, Model
 from fusechat.report.answers import Card
+from fusechat.report.authors import author_figures, colour_numbers, marks
 from fusechat.report.coefficients import heat_maps
 from fusechat.report.costs import StageCost, together
+from fusechat.report.generated import Generated
 from fusechat.report.plots import loss_figures
 from fusechat.report.results import INTERVAL, ResultTable
 from fusechat.report.samples import Sample
@@ -65,11 +67,13 @@ class Contents:
     left_out: Sequence[LeftOut] = ()
     notes: Sequence[tuple[str, str]] = ()
     how_to_ask: str | None = None  # the fused model, where its template alone does not see to it
+    generated: Generated | None = None
 
 
 def render_page(contents: Contents) -> str:
     """The page as HTML. Every text in it is escaped; the only scripts that its policy lets run are ours and Plotly."""
-    losses, merging = loss_figures(contents.losses), heat_maps(contents.merged)
+    losses, merging, made = loss_figures(contents.losses), heat_maps(contents.merged), contents.generated
+    best = author_figures(made.places, made.unit) if made else []
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([_HERE, _HERE.parent]),  # show/passage.html.j2 too
         autoescape=True,
@@ -84,17 +88,25 @@ def render_page(contents: Contents) -> str:
         "percent": units.percent,
         "short": short,
         "figure": _figure,
-        "count_of": lambda value: f"{value:,.10g}",
+        "count_of": lambda value: "–" if value is None else f"{value:,.10g}",
+        "score": lambda value: "–" if value is None else f"{value:,.3f}",
     }
     return environment.get_template("page.html.j2").render(
         page=contents,
         interval=INTERVAL,
         alignment_rows=[(title, *place) for title, place in _ALIGNMENT.items()],
-        colours=_colours(contents.choices),
+        colours=colour_numbers(
+            [
+                *(made.places[0].authors if made else ()),
+                *(who for row in contents.choices for who, _, _ in row.taught_by),
+            ]
+        ),
         losses=losses,
+        best=best,
+        marks=marks(list(made.places[0].authors)) if made else {},
         merging=merging,
         total=together("all", [stage.total for stage in contents.costs]),
-        scripts=scripts([*losses, *merging]),
+        scripts=scripts([*best, *losses, *merging]),
     )
 
 
@@ -113,11 +125,3 @@ def _figure(figures: dict[str, Any], key: str, form: str) -> str:
     return {"d": lambda: f"{value:,}", "%": lambda: units.percent(value), "f": lambda: f"{value:.4f}"}.get(
         form, lambda: str(value)
     )()
-
-
-def _colours(choices: Sequence[ChoiceRow]) -> dict[str, int]:
-    """A colour for each teacher, the pivot's the first."""
-    names = dict.fromkeys(who for row in choices for who, _, _ in row.taught_by)
-    return {
-        who: number for number, who in enumerate(sorted(names, key=lambda who: who != "pivot"), "pivot" not in names)
-    }

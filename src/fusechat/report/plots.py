@@ -8,7 +8,15 @@ from typing import Any
 POINTS = 500  # a curve with more is drawn by means of neighbours, and says so
 _GRID = "rgba(128,136,144,0.25)"
 _INK = "#808890"  # readable on a light and on a dark ground
-_SFT, _HELD_OUT, _FUSION = "#3b82c4", "#b45bcf", "#d9822b"
+SERIES = (
+    "#8896a5",
+    "#3b82c4",
+    "#d9822b",
+    "#3fa57a",
+    "#b45bcf",
+    "#c9547a",
+)  # .c0 to .c5 of the page, the first the pivot's
+_SFT, _HELD_OUT, _FUSION = SERIES[1], SERIES[4], SERIES[2]
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,11 @@ class Sample:
 
 
 def samples(branches: Mapping[str, tuple[Branch, Sequence[DataSet]]]) -> dict[str, list[Sample]]:
-    """By source. With many sources each has fewer conversations, and shorter ones."""
+    """By source, of those that have any. With many sources each has fewer conversations, and shorter ones."""
     each = max(1, min(EACH, _ALL // TOKENS // max(1, len(branches))))
     room = max(_FEWEST, min(TOKENS, _ALL // max(1, each * len(branches))))
-    return {name: _of(branch, sets, each=each, room=room) for name, (branch, sets) in branches.items()}
+    found = {name: _of(branch, sets, each=each, room=room) for name, (branch, sets) in branches.items()}
+    return {name: some for name, some in found.items() if some}
 
 
 def _of(branch: Branch, sets: Sequence[DataSet], *, each: int, room: int) -> list[Sample]:

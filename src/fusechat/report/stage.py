@@ -9,15 +9,16 @@ from typing import Any
 import yaml
 
 from fusechat.data.conversations import DataSet
+from fusechat.merge.stage import REPORT
 from fusechat.models.reference import Reference
 from fusechat.models.resolve import find_cached
-from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.recipe.schema import PIVOT, STAGES, Recipe
 from fusechat.run.files import digest_json, read_json, write_text
 from fusechat.run.progress import in_bytes, log
 from fusechat.run.steps import Step, with_upstream
 
 PAGE, LIMIT = "index.html", 5_000_000  # bytes that the page should not pass
-FORMAT = 3  # 2: more sections, Plotly packed; 3: the summary
+FORMAT = 4  # 2: more sections, Plotly packed; 3: the summary; 4: answers of the models
 
 
 def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
@@ -35,6 +36,7 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
     from fusechat.data.rejected import left_out, notes
     from fusechat.report.answers import cards
     from fusechat.report.costs import stage_costs
+    from fusechat.report.generated import generated
     from fusechat.report.page import Contents, render_page
     from fusechat.report.results import result_tables
     from fusechat.report.summary import summarise
@@ -44,28 +46,33 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
     results = read_json(evaluated.directory / "results.json") if evaluated else None
     fused, aligned = _named(upstream, "fuse"), _named(upstream, "align")
     answers = {name: read_json(step.directory / "answers.json") for name, step in _named(upstream, "answers").items()}
-    every = list(with_upstream(list(upstream.values())))
+    every = sorted(with_upstream(list(upstream.values())), key=lambda step: STAGES.index(step.stage))
+    made = generated(recipe, directory.parent)
     page = render_page(
         Contents(
             name=recipe.name,
             tables=result_tables(results) if results else [],
             summary=summarise(results, recipe.sft_target()),
             models=_models(recipe, fused, upstream["merge"]),
-            data=_data(recipe, every),
+            data=_data(recipe, every, made),
             left_out=[found for step in every if (found := left_out(step)) is not None],
             notes=[(step.name, line) for step in every for line in notes(step)],
             overlap=(upstream["overlap"].manifest() or {})["counts"]["pairs"] if "overlap" in upstream else [],
             losses={name: _losses(step) for name, step in fused.items()},
             alignment={name: _alignment(step) for name, step in aligned.items()},
             samples=_samples(recipe, directory.parent, aligned),
-            choices=choice_rows({name: (step.manifest() or {})["counts"] for name, step in fused.items()}),
-            merged=read_json(upstream["merge"].directory / "merge_report.json"),
+            choices=choice_rows(
+                {name: (step.manifest() or {})["counts"] for name, step in fused.items()},
+                {data.name: "chosen answers" for data in recipe.all_training_sets() if data.chosen},
+            ),
+            merged=read_json(upstream["merge"].directory / REPORT),
             answers=cards(answers, {f"source-{name}": name for name in recipe.sources} | {"fused": recipe.name}),
             costs=stage_costs(every),
             recipe=yaml.safe_dump(
                 recipe.model_dump(exclude_none=True, by_alias=True), sort_keys=False, allow_unicode=True, width=100
             ),
             seed=recipe.seed,
+            generated=made,
             how_to_ask=(upstream["merge"].manifest() or {})["counts"].get("how_to_ask"),
             versions={
                 **(upstream["merge"].manifest() or {})["versions"],
@@ -86,13 +93,14 @@ def _named(upstream: dict[str, Step], stage: str) -> dict[str, Step]:
 
 def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
     """Pivot, sources, targets and the fused model, from what is on this machine; nothing is fetched."""
+    from fusechat.merge.report import is_copy
     from fusechat.models.facts import Model, facts
 
     models = []
     for name in (PIVOT, *recipe.models):
         reference = recipe.chat_model(name).reference
         role = PIVOT if name == PIVOT else "source"
-        data = "" if name == PIVOT else _files(recipe.sets_of(name))
+        data = _answered(recipe, name) if recipe.generate else "" if name == PIVOT else _files(recipe.sets_of(name))
         directory = find_cached(reference)
         found = facts(directory)
         identity = _identity(reference, directory)
@@ -101,13 +109,20 @@ def _models(recipe: Recipe, fused: dict[str, Step], merge: Step) -> list[Any]:
         )
     for name, source in recipe.sources.items():
         if source.server is not None:
-            models.append(Model("source", name, source.label, ("behind a server",), "", "", facts(None)))
+            where = ("behind a server",)
+            models.append(Model("source", name, source.label, where, "", _answered(recipe, name), facts(None)))
     for name, step in fused.items():
-        data = _files(recipe.training_sets(name))
+        data = "the chosen answers" if recipe.generate else _files(recipe.training_sets(name))
         taught = " + ".join(recipe.teachers()[name]) or "nobody: plain fine-tuning"
         models.append(_made("target", name, step, f"the pivot, taught by {taught}", data))
     made_of = " + ".join(recipe.merged_targets())
-    return [*models, _made("fused", recipe.name, merge, f"{recipe.merge.method} of {made_of}", "")]
+    how = "a copy of" if is_copy(read_json(merge.directory / REPORT)) else f"{recipe.merge.method} of"
+    return [*models, _made("fused", recipe.name, merge, f"{how} {made_of}", "")]
+
+
+def _answered(recipe: Recipe, name: str) -> str:
+    """The prompts that a model answers."""
+    return _files(recipe.read_sets(name)) if name in recipe.answering else ""
 
 
 def _files(sets: Iterable[DataSet]) -> str:
@@ -135,25 +150,30 @@ def _identity(reference: Reference, directory: Path | None) -> str:
     return f"hub:{reference.parts[0]}@{directory.name}"  # a snapshot's directory is named after its commit
 
 
-def _data(recipe: Recipe, steps: list[Step]) -> list[Any]:
-    """Every file of conversations that was used, as the pivot could use it."""
+def _data(recipe: Recipe, steps: list[Step], made: Any) -> list[Any]:
+    """Every file of conversations that was used, as the pivot could use it, and the prompts that were answered."""
     from fusechat.models.facts import DataFile
 
     used = {step.name: step for step in steps if step.stage == "prepare"}
-    taught: dict[DataSet, list[str]] = {}
-    for name in recipe.answering or recipe.sources:
-        for data in recipe.sets_of(name):
-            taught.setdefault(data, []).append(name)
-    weights = {name: f", weight {weight:g}" for name, weight in recipe.weights().items() if weight != 1}
-    uses = {data: f"teaches {', '.join(names)}{weights.get(data.name, '')}" for data, names in taught.items()}
+    if made is None:
+        weights = {name: f", weight {weight:g}" for name, weight in recipe.weights().items() if weight != 1}
+        taught: dict[DataSet, list[str]] = {}
+        for name in recipe.sources:
+            for data in recipe.sets_of(name):
+                taught.setdefault(data, []).append(name)
+        uses = {data: f"teaches {', '.join(names)}{weights.get(data.name, '')}" for data, names in taught.items()}
+    else:
+        sets = recipe.all_training_sets()
+        uses = {data: f"chosen answers of {data.author}" if data.author else "all chosen answers" for data in sets}
     uses |= dict.fromkeys(recipe.validation_sets(), "held out")
-    files = []
+    files = list(made.asked) if made else []
     for data, use in uses.items():
         manifest = used[f"pivot/{data.name}"].manifest() if f"pivot/{data.name}" in used else None
         if manifest is not None:
-            counts = manifest["counts"]
             digest = manifest["inputs"]["settings"]["data"]
-            files.append(DataFile(data.name, Path(data.path).name, digest, use, counts))
+            if made and data.chosen:
+                digest = " ".join([made.sha256, *digest.split()[1:]])
+            files.append(DataFile(data.name, Path(data.path).name, digest, use, manifest["counts"], data.chosen))
     return files
 
 

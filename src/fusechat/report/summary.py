@@ -40,7 +40,7 @@ _WITHOUT_SFT = (
 )
 _SFT_NOT_MEASURED = "No result has both the fused model and target {}. Name both in fusechat eval, or no model at all."
 _SFT = (
-    "Plain fine-tuning is target {}: the pivot, trained on the conversations of all sources without their "
+    "Plain fine-tuning is target {}: the pivot, trained on the same conversations without the sources' "
     "distributions. The difference includes what merging changes."
 )
 

@@ -1,5 +1,7 @@
 """Which model taught how much of each target's conversations, as rows of a table."""
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +21,15 @@ class ChoiceRow:
     ties: float
 
 
-def choice_rows(counts: dict[str, dict[str, Any]]) -> list[ChoiceRow]:
-    """From the counts in the manifests of the fuse steps; what nobody taught is named if there is any."""
+def choice_rows(counts: dict[str, dict[str, Any]], joined: Mapping[str, str] | None = None) -> list[ChoiceRow]:
+    """From the counts in the manifests of the fuse steps; what nobody taught is named if there is any. `joined`: sets that are one
+    for the reader, by the name of that."""
     rows = []
     for target, found in counts.items():
+        sets: dict[str, Counter[str]] = {}
         for data, chosen in found["chosen"].items():
+            sets.setdefault((joined or {}).get(data, data), Counter()).update(chosen)
+        for data, chosen in sets.items():
             taught = {who: count for who, count in chosen.items() if who not in _ASIDE and (count or who != "none")}
             total = sum(taught.values())
             plain = set(taught) == {"none"}
