@@ -1,6 +1,6 @@
 """FuseChat: fuses the knowledge of several chat LLMs into one model of the size of a chosen pivot (arXiv 2408.07990).
 
-The public names; docs/python.md describes them. All but the errors are imported when they are first used, since they bring PyTorch.
+docs/python.md describes the public names. All names but the errors are imported at first use, because they import PyTorch.
 """
 
 from importlib import import_module
@@ -60,7 +60,7 @@ _ELSEWHERE = {
 }
 
 
-if not TYPE_CHECKING:  # else a type checker takes every name for one of these
+if not TYPE_CHECKING:  # a type checker would resolve every name by __getattr__
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

@@ -1,4 +1,4 @@
-"""Errors that a user can act on. They end the program with status 2, a line each on stderr, and no traceback.
+"""Errors that a user can correct. They end the program with status 2 and a line each on stderr, without a traceback.
 
 FuseChatError
 ├── RecipeError     a recipe, or an option of the command line
@@ -6,9 +6,10 @@ FuseChatError
 ├── ModelError      a model reference, its weights, tokenizer or chat template
 ├── WorkdirError    a work directory: of another recipe, in use, damaged
 ├── TrainingError   fine-tuning that cannot continue (a loss that is not finite)
-└── StorageError    no space left, no permission, a file that cannot be written, or read
+├── StorageError    no space left, no permission, a file that cannot be written or read
+└── PlanError       a plan that found what would end the run
 
-Everything else that escapes is a defect of FuseChat, and ends it with status 1 and a traceback.
+Any other exception is a defect of FuseChat. It ends the program with status 1 and a traceback.
 """
 
 import errno
@@ -19,7 +20,7 @@ from pathlib import Path
 
 
 class FuseChatError(Exception):
-    """What the user can correct; `messages` holds one line for each thing that is wrong."""
+    """An error that the user can correct. `messages`: one line for each mistake."""
 
     reported = False  # another process of the launch reports it
 
@@ -32,56 +33,57 @@ class FuseChatError(Exception):
 
 
 class RecipeError(FuseChatError):
-    pass
+    """A mistake in a recipe, in an option, or in an argument of the Python interface."""
 
 
 class DataError(FuseChatError):
-    pass
+    """A mistake in a file of conversations, or in a text."""
 
 
 class ModelError(FuseChatError):
-    pass
+    """A model reference, weights, a tokenizer or a chat template that cannot be used."""
 
 
 class WorkdirError(FuseChatError):
-    pass
+    """A work directory that is in use, damaged, unfinished, or of another recipe."""
 
 
 class TrainingError(FuseChatError):
-    pass
+    """A fine-tuning that cannot continue."""
 
 
 class StorageError(FuseChatError):
-    pass
+    """A file that cannot be written or read: no space left, or no permission."""
 
 
 class PlanError(FuseChatError):
-    """What a plan found that would end the run."""
+    """A plan that found problems which would end the run."""
 
 
 _STORAGE_ERRNO = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOTDIR, errno.ENAMETOOLONG),
 }
-# What libraries written in Rust and C++ say where Python would raise an OSError with a number, and what to say for it.
+# Texts of errors from Rust and C++ libraries that stand for an OSError, and the message for each ("": the text itself).
 _STORAGE_TEXT = {
     "No space left on device": "",
     "File too large": "",
     "Disk quota exceeded": "",
     "Read-only file system": "",
     "PytorchStreamWriter failed writing": "a checkpoint could not be written",
-    "unexpected pos": "a checkpoint could not be written",  # PyTorch, when it finds that less was written than it gave
+    "unexpected pos": "a checkpoint could not be written",  # PyTorch, after an incomplete write
 }
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _ADVICE = "free some room or choose another {place}, then run again to resume"
 _OTHER_ADVICE = "make it writable or choose another {place}, then run again to resume"
-_REFUSED = (errno.EACCES, errno.EPERM)  # of reading as well as of writing
+_REFUSED = (errno.EACCES, errno.EPERM)  # for reading and for writing
 
 
 def storage_error(error: BaseException, place: str = "--workdir", where: Path | None = None) -> str | None:
-    """What to tell the user where `error` (or what caused it) says that the disk cannot be written, or a file not read; else None.
+    """The message for an error, or its cause, that comes from the disk: full, read-only, no permission. None for other errors.
 
-    `place`: how the user says where to write. `where`: what was being written, for errors that do not name their file."""
+    `place`: the option that sets where to write. `where`: the file being written, for errors that do not name theirs.
+    """
     advice, other = _ADVICE.format(place=place), _OTHER_ADVICE.format(place=place)
     seen: BaseException | None = error
     while seen is not None:
@@ -102,7 +104,7 @@ def storage_error(error: BaseException, place: str = "--workdir", where: Path | 
 
 
 def unreadable(path: Path) -> str | None:
-    """What to tell the user where a file or directory is there and may not be read; else None."""
+    """The message for a file or directory that exists but cannot be read, else None."""
     try:
         if path.is_dir():
             os.listdir(path)
@@ -113,23 +115,23 @@ def unreadable(path: Path) -> str | None:
         advice = "make it readable" if closed is None else f"{closed} may not be entered"
         return f"{path}: cannot be read ({error.strerror}): {advice}"
     except OSError:
-        pass  # not there, or broken in another way
+        pass  # missing, or broken in another way
     return None
 
 
 @contextmanager
 def naming_storage(where: Path) -> Iterator[None]:
-    """Raises StorageError, naming a place, for whatever says that it cannot be written to."""
+    """Raises StorageError, naming `where`, in place of any error that comes from the disk."""
     try:
         yield
     except Exception as error:
-        told = None if isinstance(error, FuseChatError) else storage_error(error, where=where)
-        if told is None:
+        message = None if isinstance(error, FuseChatError) else storage_error(error, where=where)
+        if message is None:
             raise
-        raise StorageError(told) from error
+        raise StorageError(message) from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as one line: its first, or all of it where that one only leads on to the rest."""
+    """The first line of a library's error; all of its text, on one line, if the first line ends with a colon."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return " ".join(str(error).split()) if first.endswith(":") else first

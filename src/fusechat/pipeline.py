@@ -1,8 +1,8 @@
-"""The main path, to be read first: from a recipe to its steps, in order, skipping what is done.
+"""The main path, to be read first: builds the steps of a recipe, in order.
 
     prompts ─► generate ─► conversations ─► prepare ─► capture ─► align ─► fuse ─► merge ─► evaluate ─► report
 
-A step knows its upstream steps, so that its fingerprint changes when anything that it depends on does; see `run/steps.py`.
+A step knows its upstream steps, so that its fingerprint changes whenever they do; see `run/steps.py`.
 """
 
 from collections import Counter
@@ -41,17 +41,17 @@ def load_recipe(
     changes: Mapping[str, Any] | None = None,
     dtype: str | None = None,
 ) -> Recipe:
-    """As `read_recipe`, with the merging stage's check of its parameters."""
+    """Reads a recipe as `read_recipe` does, and checks its merge parameters too. Raises RecipeError."""
     return read_recipe(source, overrides, changes=changes, dtype=dtype, merge_check=merge_problems)
 
 
 def of_day(recipe: Recipe, workdir: Path) -> Recipe:
-    """The recipe with the day that chat templates are told: its own, else that on which the work directory was begun."""
+    """The recipe with the date that chat templates see: its own, else the day on which the work directory was created."""
     return recipe if recipe.date else recipe.model_copy(update={"date": day_of(workdir) or today()})
 
 
 def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
-    """Every step of the recipe, upstream first. Raises DataError naming all data files that are not there."""
+    """Builds all steps of the recipe, upstream first. Raises DataError naming all missing data files."""
     recipe = of_day(recipe, workdir)
     _check_files([*recipe.all_read_sets(), *_held_out(recipe)])
     chosen = generate.chosen_step(recipe, workdir) if recipe.generate else None
@@ -68,26 +68,26 @@ def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
 
 
 def _held_out(recipe: Recipe) -> list[DataSet]:
-    """The held-out sets that the run measures on."""
+    """The held-out sets that the run measures."""
     return recipe.validation_sets() if recipe.evaluate.bits_per_byte or fuse.measures(recipe) else []
 
 
 def evaluation_texts(recipe: Recipe) -> list[DataSet | Questions]:
-    """What should not be in the training data: the held-out sets of a run, and where it has some, the questions of suites that are
-    at hand. A run that measures nothing has none, whatever this machine has."""
+    """Texts that should not be in the training data: the held-out sets, and the questions of installed suites. None if the run
+    measures nothing."""
     held_out = _held_out(recipe)
     return [*held_out, *questions.find_installed()] if held_out else []
 
 
 def _overlap(recipe: Recipe, workdir: Path) -> dict[str, Step]:
-    """Evaluation texts in the training data: told before any training, which does not depend on it."""
+    """The step that looks for evaluation texts in the training data. Training does not depend on it."""
     texts = evaluation_texts(recipe)
     return {prepare.OVERLAP: prepare.overlap_step(recipe, workdir, recipe.all_read_sets(), texts)} if texts else {}
 
 
 def _target(recipe: Recipe, workdir: Path, target: str, chosen: Step | None) -> Step:
-    """The fuse step of one target, and through it all that its branch needs: nothing but tokens for plain fine-tuning. `chosen`:
-    the step that makes its conversations, if the recipe generates."""
+    """The fuse step of one target, with its upstream steps: only the prepared tokens for plain fine-tuning. `chosen`: the step
+    that writes its conversations, if the recipe generates."""
     pivot, sets, weights = recipe.chat_model(PIVOT), [], recipe.weights()
     is_taught = fuse.is_taught(recipe, target)
     branches = {name: _branch(recipe, workdir, name, chosen) for name in recipe.teachers()[target] if is_taught}
@@ -102,7 +102,7 @@ def _target(recipe: Recipe, workdir: Path, target: str, chosen: Step | None) -> 
 
 
 def _branch(recipe: Recipe, workdir: Path, source: str, chosen: Step | None) -> dict[str, fuse.SourceSteps]:
-    """One source on each set of its conversations, by the set's name, up to its distributions in the pivot's tokens."""
+    """By set name, one source's steps on each set of its conversations, up to its distributions over pivot tokens."""
     pivot, teacher = recipe.chat_model(PIVOT), recipe.chat_model(source)
     sets: dict[str, dict[str, Step]] = {}
     for data in recipe.sets_of(source):
@@ -114,7 +114,7 @@ def _branch(recipe: Recipe, workdir: Path, source: str, chosen: Step | None) -> 
 
 
 def _evaluation(recipe: Recipe, workdir: Path, targets: dict[str, Step], merged: Step) -> dict[str, Step]:
-    """Every model on every held-out set, what pivot, sources and fused model answer there, and what suites found."""
+    """The steps that measure every model on every held-out set, collect answers there, and join the results of suites."""
     measured = recipe.validation_sets() if recipe.evaluate.bits_per_byte else []
     models = run_models(recipe, targets, merged)
     subjects = [_subject(recipe, workdir, model, measured) for model in models]
@@ -132,8 +132,7 @@ def _evaluation(recipe: Recipe, workdir: Path, targets: dict[str, Step], merged:
 
 @dataclass(frozen=True)
 class RunModel:
-    """A model of a run. `name`: how it is told from the others; `made_by`: the step that wrote it, None where the recipe
-    names it."""
+    """A model of a run. `name` is unique among them; `made_by` is the step that wrote it, None for models of the recipe."""
 
     role: str
     name: str
@@ -143,7 +142,7 @@ class RunModel:
 
 
 def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[RunModel]:
-    """Pivot, sources, targets and the fused model. Sources that are one model with one template are there once."""
+    """Pivot, sources, targets and the fused model. Sources with the same model and template are listed once."""
     models, seen = [], set()
     for name in (PIVOT, *recipe.models):
         chat_model = recipe.chat_model(name)
@@ -165,7 +164,7 @@ def run_models(recipe: Recipe, targets: dict[str, Step], merged: Step) -> list[R
 
 
 def _subject(recipe: Recipe, workdir: Path, model: RunModel, held_out: list[DataSet]) -> evaluate.Measured:
-    """How a model of the run is measured: a target or the fused model with the pivot's tokens."""
+    """How a model of the run is measured: targets and the fused model with the pivot's tokens."""
     tokens = model.chat_model if model.made_by is None else recipe.chat_model(PIVOT)
     prepared = {data.name: prepare.step(recipe, workdir, tokens, data) for data in held_out}
     step = evaluate.model_step(recipe, workdir, model.name, model.chat_model, prepared, model.made_by)
@@ -180,8 +179,8 @@ def _check_files(sets: list[DataSet]) -> None:
 
 
 def select_steps(steps: list[Step], *, until: str | None = None, only: str | None = None) -> list[Step]:
-    """The steps up to stage `until`, and of source (or other target) `only` its own branch alone, which ends before the merge; of a
-    source that answers, and is no target, its answers and the scores of these."""
+    """The steps up to stage `until`. `only` keeps the branch of one source or target, which ends before the merge. For a source
+    that only answers, it keeps its answers and their scores. Raises RecipeError for unknown names."""
     if only is not None:
         branch = [step for step in steps if step.stage == "fuse" and step.name == only]
         answers = [step for step in steps if step.stage == "generate" and step.name == f"{only}/answers"]

@@ -1,7 +1,7 @@
-"""FuseChat from Python: what `import fusechat` offers. Documented in docs/python.md.
+"""The Python interface: what `import fusechat` offers. See docs/python.md.
 
-Mistakes raise FuseChatError, as on the command line, and nothing here ends the process or changes it for good: log lines are shown
-unless the program shows them itself, and the environment, Transformers' settings and random numbers are afterwards as before.
+Mistakes raise FuseChatError. Nothing here ends the process or leaves it changed: environment variables, Transformers' settings
+and random states are restored. Log lines are shown unless the program has logging of its own.
 """
 
 import copy
@@ -30,7 +30,7 @@ Record = dict[str, Any]
 
 @contextmanager
 def _as_guest(place: Path | None = None) -> Iterator[None]:
-    """Keeps this process as its owner has it. `place`: where files are written, for errors that do not name theirs."""
+    """Restores the state of the caller's process on exit. `place`: where files are written, for errors that do not name theirs."""
     import torch
     from transformers.utils import logging
 
@@ -52,11 +52,11 @@ def _as_guest(place: Path | None = None) -> Iterator[None]:
 
 
 def load_recipe(recipe: Mapping[str, Any] | PathLike, /, **sections: Any) -> Recipe:
-    """The recipe of a YAML file, or of a mapping with the same keys.
+    """Reads and checks a recipe from a YAML file, or from a mapping with the same keys.
 
-    `sections`: keys to change, mappings merged key by key: `fuse={"sft_weight": 1.0}` leaves the rest of `fuse` as it is. Relative
-    paths start at the recipe's file; those of a mapping and of `sections` at the working directory. Raises RecipeError with a line
-    for each mistake.
+    `sections`: changes by key; mappings are merged key by key, so `fuse={"sft_weight": 1.0}` keeps the other keys of `fuse`.
+    Relative paths in a file start at its directory, those in a mapping and in `sections` at the working directory. Raises
+    RecipeError with one line for each mistake.
     """
     if isinstance(recipe, Mapping):
         return pipeline.load_recipe(recipe, changes=sections)
@@ -65,22 +65,22 @@ def load_recipe(recipe: Mapping[str, Any] | PathLike, /, **sections: Any) -> Rec
 
 @dataclass(frozen=True)
 class Run:
-    """A work directory and the recipe that was run in it."""
+    """A work directory, and the recipe that ran in it, with all defaults. `run_recipe` returns it."""
 
     workdir: Path
     recipe: Recipe = field(repr=False)
 
     @property
     def model_path(self) -> Path:
-        """The directory of the fused model, in Hugging Face's format. Raises WorkdirError before the merge is done."""
+        """The directory of the fused model, in Hugging Face's format. Raises WorkdirError if the merge is not done."""
         return self._finished("merge") / "model"
 
     @property
     def results(self) -> list[Record]:
-        """`evaluate/results.json`: a record for each model, data set and metric; with what `fusechat eval` added since.
+        """One record for each model, data set and metric of `evaluate/results.json`, including what `fusechat eval` added.
 
-        Nested keys are joined by dots (`settings.dtype`), so that `pandas.DataFrame(run.results)` has a column for each. Empty
-        where the recipe measures nothing. Raises WorkdirError before the evaluation is done.
+        Nested keys are joined by dots (`settings.dtype`), so that `pandas.DataFrame(run.results)` has a column for each. The
+        list is empty if the recipe evaluates nothing. Raises WorkdirError if the evaluation is not done.
         """
         from fusechat.evaluate.records import RESULTS
         from fusechat.run.files import read_json
@@ -90,10 +90,11 @@ class Run:
         return [_flat(record) for record in read_json(self._finished(_RESULTS) / RESULTS)["scores"]]
 
     def load(self, *, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
-        """The fused model, in evaluation mode, and its tokenizer, as Transformers has them.
+        """Loads the fused model, in evaluation mode, and its tokenizer with Transformers.
 
-        `device` defaults to the recipe's, else to what is there; `dtype` (float32, bfloat16, float16) to bfloat16 on a GPU and
-        float32 elsewhere. Raises WorkdirError before the merge is done, ModelError for a device that is not there.
+        `device` defaults to the recipe's. `dtype` is float32, bfloat16 or float16; it defaults to bfloat16 on a GPU and to
+        float32 elsewhere. Raises WorkdirError if the merge is not done, ModelError for an unavailable device, RecipeError for
+        another `dtype`.
         """
         from fusechat.models.load import DTYPES, choose_device, default_dtype, load_model
         from fusechat.models.tokenizer import load_tokenizer
@@ -130,10 +131,10 @@ def _flat(record: Mapping[str, Any], above: str = "") -> Record:
 def run_recipe(
     recipe: RecipeLike, workdir: PathLike | None = None, *, until: str | None = None, only: str | None = None
 ) -> Run:
-    """Runs the whole pipeline, or what is not done of it yet in `workdir` (default `runs/NAME`).
+    """Runs the steps of a recipe that are not done yet in `workdir` (default `runs/NAME`). Call it again to resume.
 
-    `until`: stop after this stage (prepare, capture, align, fuse, merge, evaluate, report). `only`: this source's, or target's, own
-    branch, without the merge. `recipe` is what `load_recipe` gives or takes. Raises FuseChatError; called again, continues.
+    `recipe`: a Recipe, or what `load_recipe` takes. `until`: the last stage to run (generate, prepare, capture, align, fuse,
+    merge, evaluate, report). `only`: a source or target; runs its own branch, without the merge. Raises FuseChatError.
     """
     from fusechat.commands.run import run
     from fusechat.recipe.pinned import recipe_of
@@ -152,11 +153,12 @@ def plan_recipe(
     device: str | None = None,
     conversations: int | None = None,
 ) -> dict[str, Any]:
-    """What a run will take, step by step, and what would fail in it: what `fusechat plan --json` prints. No weights are read.
+    """Predicts what a run takes, step by step, and what would fail in it, without reading weights: `fusechat plan --json`.
 
-    `device`: of this machine, or of the table (`h100`, `8xh100`, …); default the recipe's. `conversations`: plan for so many of the
-    kind that is there. Sizes in bytes, times in seconds. `problems` are what would end the run; they raise nothing here. Raises
-    FuseChatError where models or data cannot be read.
+    `recipe`, `workdir`: as for `run_recipe`. `device`: this machine's, or a known one (`h100`, `8xh100`, …); default the
+    recipe's. `conversations`: plan for this many, of the kind in the recipe's data. Returns sizes in bytes and times in
+    seconds. `problems` lists what would end the run; it is returned, not raised. Raises FuseChatError if data or models cannot
+    be read.
     """
     from fusechat.plan.calibration import choose, dtype_on
     from fusechat.plan.command import make_plan
@@ -181,11 +183,11 @@ def merge_models(
     threads: int | None = None,
     shard_size: float = 5.0,
 ) -> dict[str, Any]:
-    """Merges models in parameter space, as `fusechat merge` does, and writes a plain model directory to `out`.
+    """Merges models in parameter space, as `fusechat merge` does, and writes a Hugging Face model directory to `out`.
 
-    `config`: a file or mapping in mergekit's form. `allow_vocab_resize`: merge the rows that all vocabularies have. `threads`:
-    default all cores. `shard_size`: the largest file of the output, in GB. Killed and called again, it continues. Returns what
-    `merge_report.json` says. Raises FuseChatError.
+    `config`: a file or mapping in mergekit's format. `allow_vocab_resize`: merge the rows that all vocabularies share.
+    `threads`: default all cores. `shard_size`: the largest output file, in GB. Returns the content of `merge_report.json`. Call
+    it again to resume. Raises FuseChatError.
     """
     from fusechat.merge.standalone import merge
 
@@ -202,11 +204,11 @@ def merge_models(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class TextAlignment:
-    """Two tokenizers' tokens of a text. Drawn by `print`, and in colours where it is the last line of a notebook's cell.
+    """A text's tokens by two tokenizers, aligned. `print` draws it; a notebook cell that ends with it draws it in colours.
 
-    `pivot_tokens`, `source_tokens`: the tokens' texts, as drawn. `…_ids`: int32 [n]. `…_spans`: int64 [n, 2], UTF-8 bytes of the
-    text. `starts`: int64 [pivot tokens], the source token that starts at the same byte, -1 where none does. `coverage`: the share
-    of the pivot's tokens that have one; None for a text without tokens.
+    `pivot_tokens`, `source_tokens`: the tokens as drawn. `…_ids`: int32 [n]. `…_spans`: int64 [n, 2], UTF-8 bytes `[begin,
+    end)` of the text. `starts`: int64 [pivot tokens], the source token that starts at the same byte, or -1. `coverage`: the
+    share of `starts` that are not -1; None for a text without tokens.
     """
 
     text: str
@@ -240,10 +242,10 @@ class TextAlignment:
 
 
 def align_text(pivot_tokenizer: Any, source_tokenizer: Any, text: str) -> TextAlignment:
-    """The tokens of `text` by two tokenizers, aligned at bytes: what `fusechat tokens` draws.
+    """Aligns two tokenizers' tokens of a text by bytes, as `fusechat tokens` draws it.
 
-    A tokenizer is a fast one of Transformers, or a reference to a model (directory, hub id, `.gguf` file), or a tokenizer.json.
-    Raises ModelError for a tokenizer that cannot be loaded or is slow, DataError for a text that is none.
+    A tokenizer is a fast tokenizer of Transformers, a model (directory, hub id, `.gguf` file) or a `tokenizer.json`. Raises
+    ModelError for a tokenizer that cannot be loaded or is slow, DataError if `text` is not a string.
     """
     from fusechat.show.tokens import load, of_tokenizers
 
