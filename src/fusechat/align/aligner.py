@@ -1,6 +1,5 @@
-"""One strategy of alignment, conversation by conversation: `Survey` counts all of them, then sees what the map must know, and
-`Aligner` aligns each through the map. Both are made of what can be sent to another process; the map is made in one.
-"""
+"""One alignment strategy, conversation by conversation. `Survey` collects what the vocabulary map needs; `Aligner` aligns each
+conversation with the finished map. Both can be sent to other processes; the map is built in one."""
 
 from collections import Counter
 from dataclasses import dataclass, fields, replace
@@ -28,7 +27,7 @@ from fusechat.models.token_bytes import TokenBytes
 
 @dataclass(frozen=True)
 class Strategy:
-    """How to align; the keys of a recipe's `align` section."""
+    """How to align: the keys of a recipe's `align` section."""
 
     sequence: Literal["boundary", "dtw"] = "boundary"
     vocabulary: Literal["exact", "edit", "statistics"] = "statistics"
@@ -40,14 +39,14 @@ class Strategy:
 
     @classmethod
     def of(cls, section: Any) -> "Strategy":
-        """Of a recipe's `align` section."""
+        """The strategy of a recipe's `align` section."""
         own = {field.name: getattr(section, field.name) for field in fields(cls)}
         return cls(**{**own, "look_ahead": section.looks_ahead})
 
 
 @dataclass(frozen=True)
 class Side:
-    """One model's tokens: their bytes, and what its special tokens do."""
+    """One model's tokens: their bytes, and its special tokens by role."""
 
     tokens: TokenBytes
     roles: SpecialTokens
@@ -55,8 +54,8 @@ class Side:
 
     @classmethod
     def of(cls, tokens: TokenBytes, end_of_turn: int | None, *, rows: int | None = None) -> "Side":
-        """`end_of_turn`: the token that the model's template ends a turn with; `rows`: how many tokens the model has an embedding
-        for, where its tokenizer may have more."""
+        """Builds a side. `end_of_turn`: the token that ends a turn in the model's template. `rows`: the size of the model's
+        embedding, if its tokenizer may have more tokens."""
         tokenizer: Any = tokens.tokenizer
         ids = (end_of_turn, tokenizer.eos_token_id, tokenizer.bos_token_id)
         known = [token if token is None or rows is None or token < rows else None for token in ids]
@@ -65,7 +64,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """A pivot and a source, and how the second is aligned to the first. `same_tokens`: the two have one tokenizer."""
+    """A pivot, a source and the strategy that aligns them. `same_tokens`: both have the same tokenizer."""
 
     pivot: Side
     source: Side
@@ -73,7 +72,7 @@ class Pair:
     same_tokens: bool = False
 
     def align(self, pivot: Prepared, source: Prepared) -> Alignment:
-        """Which source row each pivot row corresponds to."""
+        """Finds the source row that corresponds to each pivot row."""
         spell = (self.pivot.tokens, self.source.tokens)
         own = dtw_rows(pivot, source, spell) if self.strategy.sequence == "dtw" else None
         return align_leads(align_rows(pivot, source, own), pivot, source, spell)
@@ -81,7 +80,7 @@ class Pair:
     def remainders(
         self, alignment: Alignment, pivot: Prepared, source: Prepared, captured: SparseDistribution
     ) -> list[Remainders]:
-        """What candidates have left where they are not whole source tokens."""
+        """The bytes that remain of candidates where they are not whole source tokens."""
         spell = (self.pivot.tokens, self.source.tokens)
         several = [remainders_clipped(alignment, pivot, source, captured, spell=spell)]
         if self.strategy.unaligned == "condition" and alignment.inside.any():
@@ -92,17 +91,18 @@ class Pair:
         return several
 
     def ahead(self, alignment: Alignment, source: Prepared, is_open: np.ndarray) -> Ahead:
-        """Where to look one source token ahead."""
+        """The rows at which to look one source token ahead."""
         inside = self.strategy.unaligned == "condition"
         return rows_ahead(alignment, source, is_open, self.source.tokens, inside=inside)
 
     def extendable_tokens(self, counts: Counts) -> np.ndarray:
-        """bool [source tokens]: which of them longer pivot tokens start with."""
+        """bool [source tokens]: tokens that longer pivot tokens start with."""
         if self.same_tokens:
             return np.zeros(len(self.source.tokens), dtype=bool)
         return extendable_tokens(counts, self.pivot.tokens, self.source.tokens)
 
     def build_map(self, seen: Seen, back_off: BackOff) -> VocabularyMap:
+        """The vocabulary map W for what a survey has `seen`."""
         return build_map(
             seen,
             source=self.source.tokens,
@@ -115,7 +115,7 @@ class Pair:
 
 
 class Survey:
-    """Sees conversations, and says what the vocabulary map must know of them: first all are counted, then `need` has its turn."""
+    """Collects what the vocabulary map needs: `count` all conversations first, then call `need` for each."""
 
     def __init__(self, pair: Pair, is_open: np.ndarray | None = None) -> None:
         self.pair = pair
@@ -126,17 +126,18 @@ class Survey:
         self._open = is_open if pair.strategy.look_ahead else None
 
     def count(self, pivot: Prepared, source: Prepared) -> None:
-        """Adds the tokens of one conversation that start together to the statistics."""
+        """Counts the pairs of tokens that start at the same byte of the conversation."""
         alignment = self.pair.align(pivot, source)
         rows = np.flatnonzero(alignment.unclipped & ~pivot.end_of_turn)
         self._pairs.append((source.gold[alignment.source_row[rows]], pivot.gold[rows]))
 
     def counts(self) -> Counts:
+        """The counted pairs so far."""
         return count_pairs(self._pairs)
 
     def need(self, pivot: Prepared, source: Prepared, captured: SparseDistribution | None) -> None:
-        """Adds what the map must have a row for: tokens and bytes that the distributions hold, and how bytes were continued in
-        the conversation itself. Without distributions only the latter."""
+        """Collects the tokens and bytes that the map needs a row for, and how bytes continue in this conversation. Without
+        `captured` distributions only the latter."""
         pair, spell = self.pair, self.pair.source.tokens
         alignment = pair.align(pivot, source)
         if pair.strategy.unaligned == "condition":
@@ -155,16 +156,17 @@ class Survey:
                 self._remaining_bytes.update(bytes_ahead(ahead, next_candidates(ahead, captured)[0], spell)[0])
 
     def _continue(self, remaining_bytes: list[bytes], tokens: np.ndarray) -> None:
-        """Adds pivot tokens that started where these bytes came next."""
+        """Counts the pivot tokens that start where these bytes follow."""
         self._parts.update((rest, token) for rest, token in zip(remaining_bytes, tokens.tolist(), strict=True) if rest)
 
     def seen(self) -> Seen:
+        """All that was collected so far."""
         tokens = np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *self._tokens]))
         return Seen(self.counts(), self._parts, tokens, self._remaining_bytes - {b""})
 
 
 class Aligner:
-    """Aligns a source's distributions to the pivot's tokens, through a finished map."""
+    """Aligns a source's distributions to the pivot's tokens with a finished map. `figures` counts what happened."""
 
     def __init__(self, pair: Pair, vocabulary_map: VocabularyMap, is_open: np.ndarray) -> None:
         self.pair, self.map, self.is_open = pair, vocabulary_map, is_open
@@ -180,8 +182,8 @@ class Aligner:
         k: int,
         fill: SparseDistribution | None = None,
     ) -> SparseDistribution:
-        """Targets for the pivot's rows of a conversation, or of several joined, [n_pivot, k]. `fill` [n_pivot, k]: the pivot's own
-        distributions."""
+        """Targets [n_pivot, k] for the pivot's rows of one conversation, or of several joined. `fill` [n_pivot, k]: the pivot's
+        own distributions, for `unaligned: pivot`."""
         alignment, candidates, result = self.transferred(pivot, source, captured, k=k)
         has_source, little = self.taught(alignment, result)
         self.figures.add(alignment, candidates, result, self.map, little=little)
@@ -193,8 +195,8 @@ class Aligner:
         return self._fill(pivot, has_source | little, result.rows, fill)
 
     def taught(self, alignment: Alignment, result: Transferred) -> tuple[np.ndarray, np.ndarray]:
-        """bool [n_pivot] each: rows for which enough of the source's mass arrived, and those for which less than `min_mass` did,
-        which have no target. Of lead rows the latter are none: there the gold token stands in."""
+        """bool [n_pivot] each: rows that receive enough of the source's mass, and content rows that receive less than
+        `min_mass`, which have no target. Lead rows are never among the latter: the gold token takes their place."""
         enough = result.mapped >= self.pair.strategy.min_mass
         content = covered(alignment, result)
         return (content | _covered_leads(alignment, result)) & enough, content & ~enough
@@ -202,7 +204,7 @@ class Aligner:
     def transferred(
         self, pivot: Prepared, source: Prepared, captured: SparseDistribution, *, k: int
     ) -> tuple[Alignment, Candidates, Transferred]:
-        """The alignment, the source's candidates at the pivot's rows, and what the map makes of them."""
+        """The alignment, the source's candidates at the pivot's rows, and these candidates mapped by W."""
         alignment = self.pair.align(pivot, source)
         candidates = gather(alignment, captured, self.map, self.pair.remainders(alignment, pivot, source, captured))
         if self.pair.strategy.chain_rule:
@@ -213,7 +215,7 @@ class Aligner:
         return alignment, candidates, self.transfer(candidates, pivot.gold, k=k)
 
     def unaligned(self, pivot: Prepared, *, k: int, fill: SparseDistribution | None = None) -> SparseDistribution:
-        """Targets for a conversation that the source does not have."""
+        """Targets [n_pivot, k] for a conversation that the source does not have."""
         n = len(pivot)
         self.figures.add_without_source(int((~pivot.lead).sum()), int(pivot.lead.sum()))
         return self._fill(pivot, np.zeros(n, dtype=bool), nothing(n, k), fill)
@@ -221,8 +223,8 @@ class Aligner:
     def _fill(
         self, pivot: Prepared, covered: np.ndarray, rows: SparseDistribution, fill: SparseDistribution | None
     ) -> SparseDistribution:
-        """What stands where the source says nothing: the gold token, the pivot's own distribution, or nothing. In lead rows the
-        gold token, if not nothing: a model that is not taught to write them forgets it."""
+        """Fills rows without a source: the gold token, the pivot's own distribution, or nothing. Lead rows get the gold token,
+        or nothing: a model that is not taught to write them forgets to."""
         kind, content = self.pair.strategy.unaligned, ~covered & ~pivot.lead
         gold = ~covered if kind in ("label", "condition") else ~covered & pivot.lead
         if kind == "pivot" and fill is not None:
@@ -236,16 +238,15 @@ class Aligner:
 
 
 def covered(alignment: Alignment, result: Transferred) -> np.ndarray:
-    """bool [n_pivot]: rows at which the source says something: aligned ones, and those where it could be conditioned; lead rows
-    are not among them."""
+    """bool [n_pivot]: aligned rows, and rows inside a source token that received mass. Lead rows are not included."""
     return alignment.aligned | (alignment.inside & (result.mapped > 0))
 
 
 def _covered_leads(alignment: Alignment, result: Transferred) -> np.ndarray:
-    """bool [n_pivot]: lead rows for which something of the source arrived."""
+    """bool [n_pivot]: lead rows that received mass."""
     return alignment.lead & (alignment.source_row >= 0) & (result.mapped > 0)
 
 
 def with_strategy(pair: Pair, strategy: Strategy) -> Pair:
-    """The same two models under another strategy."""
+    """The same two models with another strategy."""
     return replace(pair, strategy=strategy)

@@ -1,4 +1,4 @@
-"""A pivot token for bytes that no count speaks of. See docs/alignment.md; `edit` is of FuseLLM (arXiv 2401.10491)."""
+"""Finds a pivot token for bytes without counts. See docs/alignment.md; `edit` is FuseLLM's (arXiv 2401.10491)."""
 
 from collections.abc import Sequence
 
@@ -7,30 +7,33 @@ import numpy as np
 from fusechat.align.dtw import surface
 from fusechat.models.token_bytes import TokenBytes
 
-TAIL = -1  # what corresponds to no pivot token: its mass joins the tail
+TAIL = -1  # no pivot token: the mass joins the tail
 ORIGINS = ("seen", "special", "same bytes", "first token", "longest prefix", "edit distance", "tail", "same token")
 SEEN, SPECIAL, SAME_BYTES, FIRST_TOKEN, LONGEST_PREFIX, EDIT, TO_TAIL, SAME_TOKEN = ORIGINS
 _CELLS = 1 << 25  # distances computed at a time
 
 
 class BackOff:
-    """Finds a pivot token for bytes that were never seen aligned: the token with the same bytes, else the first token of the
-    pivot's encoding of them in the middle of a text, else (not UTF-8) the longest token that begins them, else none. `rows`: how
-    many tokens the model has an embedding for, where its tokenizer may have more: others are not found."""
+    """Finds a pivot token for bytes that were never aligned.
+
+    In this order: the token with the same bytes; the first token of the pivot's encoding of them in the middle of a text; for
+    bytes that are not UTF-8, the longest token that is a prefix of them; none. `rows`: the size of the model's embedding, if
+    its tokenizer may have more tokens, which are then not used.
+    """
 
     def __init__(self, pivot: TokenBytes, rows: int | None = None) -> None:
         self.pivot = pivot
         self.size = len(pivot) if rows is None else min(rows, len(pivot))
         self._by_bytes: dict[bytes, int] = {}
-        # A byte's own token comes last: it is written only where no other spells the byte.
+        # A byte-fallback token comes last: tokenizers use it only if no other token spells the byte.
         for token in sorted(range(self.size), key=pivot.is_byte):
             data = pivot.pieces[token]
             if data and token not in pivot.special:
-                self._by_bytes.setdefault(data, token)  # of equal spellings the lowest id
+                self._by_bytes.setdefault(data, token)  # the lowest id wins a tie
         self._longest = max(map(len, self._by_bytes), default=0)
 
     def lookup(self, data: bytes) -> tuple[int, str]:
-        """The pivot token (or TAIL) for `data`, and how it was found."""
+        """The pivot token (or TAIL) for `data`, and its origin, one of `ORIGINS`."""
         found = self.same_bytes(data)
         if found[0] != TAIL or not data:
             return found
@@ -42,12 +45,12 @@ class BackOff:
         return (first, FIRST_TOKEN) if first is not None else self._longest_prefix(data)
 
     def same_bytes(self, data: bytes) -> tuple[int, str]:
-        """The pivot token with the same bytes or TAIL (`exact`, "EM" in the paper)."""
+        """The pivot token with the same bytes, or TAIL, and its origin (`exact`; "EM" in the paper)."""
         token = self._by_bytes.get(data, TAIL)
         return token, TO_TAIL if token == TAIL else SAME_BYTES
 
     def nearest(self, several: Sequence[bytes]) -> list[tuple[int, str]]:
-        """For each the pivot token with the smallest edit distance, ties to the lower id (`edit`, "MinED" in the paper)."""
+        """For each, the pivot token with the smallest edit distance, the lowest id of equals (`edit`; "MinED" in the paper)."""
         from rapidfuzz.distance import Levenshtein
         from rapidfuzz.process import cdist
 
@@ -66,7 +69,9 @@ class BackOff:
 
     def _first_token(self, text: str) -> int | None:
         backend = self.pivot.tokenizer.backend_tokenizer
-        if self.pivot.byte_level and backend.pre_tokenizer is not None:  # it cuts words, which the model must not join
+        if (
+            self.pivot.byte_level and backend.pre_tokenizer is not None
+        ):  # it splits words, which the model must not join
             for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)[:1]:
                 found = self._first_piece(word, text)
                 if found is not None:
@@ -74,7 +79,7 @@ class BackOff:
         return self._first_piece(self.pivot.piece(text), text)
 
     def _first_piece(self, word: str, text: str) -> int | None:
-        """The first token of a word in the tokenizer's own alphabet, where the text begins with it."""
+        """The first token of a word in the tokenizer's own alphabet, if the text begins with its bytes."""
         pieces = self.pivot.tokenizer.backend_tokenizer.model.tokenize(word)
         token = int(pieces[0].id) if pieces else TAIL
         data = self.pivot.pieces[token] if 0 <= token < self.size and token not in self.pivot.special else b""

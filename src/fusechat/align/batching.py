@@ -1,7 +1,7 @@
-"""Several conversations as one, so that what is done for each row is done for many at once.
+"""Several conversations joined into one, so that NumPy works on many rows at once.
 
-Rows are aligned within their response, whichever conversation it is of: with responses numbered on, conversations one after another
-are aligned exactly as each alone.
+Rows are aligned within their response. With responses numbered consecutively, joined conversations are aligned exactly as each
+is alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,12 @@ import numpy as np
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-ROWS = 1 << 14  # of the pivot, that are done at a time
+ROWS = 1 << 14  # rows of the pivot in a batch
 
 
 @dataclass(frozen=True)
 class ConversationBatch:
-    """Both models' rows of several conversations, and the source's distributions, if there are any, in the same order."""
+    """Both models' rows of several conversations, and the source's distributions if given, in the same order."""
 
     ids: list[str]
     pivot: Prepared
@@ -29,7 +29,7 @@ class ConversationBatch:
 def join(
     several: Sequence[tuple[Prepared, Prepared]], captured: Sequence[SparseDistribution] | None = None
 ) -> ConversationBatch:
-    """The (pivot, source) pairs one after another. All distributions keep the same number of tokens."""
+    """Joins (pivot, source) pairs, in order. All distributions have the same k."""
     room = [max(len(side.content_bytes) for side in pair) for pair in several]
     first = np.concatenate([[0], np.cumsum(room)])[:-1].tolist()
     return ConversationBatch(
@@ -42,7 +42,7 @@ def join(
 
 
 def join_distributions(several: Sequence[SparseDistribution]) -> SparseDistribution:
-    """Distributions of one k, one after another."""
+    """Concatenates distributions of the same k."""
     return SparseDistribution(
         ids=np.concatenate([each.ids for each in several]),
         logprobs=np.concatenate([each.logprobs for each in several]),
@@ -52,7 +52,7 @@ def join_distributions(several: Sequence[SparseDistribution]) -> SparseDistribut
 
 
 def split(rows: SparseDistribution, lengths: Sequence[int]) -> Iterator[SparseDistribution]:
-    """The distributions of each conversation apart."""
+    """The distributions of each conversation; `lengths`: its rows."""
     begin = 0
     for length in lengths:
         yield rows.take(slice(begin, begin + length))
@@ -60,7 +60,7 @@ def split(rows: SparseDistribution, lengths: Sequence[int]) -> Iterator[SparseDi
 
 
 def groups(lengths: Sequence[int], rows: int = ROWS) -> Iterator[range]:
-    """Consecutive conversations that have at most `rows` rows together, or one that has more."""
+    """Ranges of consecutive conversations with at most `rows` rows together; a longer conversation is a range by itself."""
     begin, held = 0, 0
     for index, length in enumerate(lengths):
         if held and held + length > rows:
@@ -82,5 +82,5 @@ def _one(several: list[Prepared], first_response: list[int]) -> Prepared:
         end=np.concatenate([each.end for each in several]),
         end_of_turn=np.concatenate([each.end_of_turn for each in several]),
         lead=np.concatenate([each.lead for each in several]),
-        content_bytes=np.zeros(0, dtype=np.int32),  # of no meaning here
+        content_bytes=np.zeros(0, dtype=np.int32),  # unused
     )

@@ -1,6 +1,5 @@
-"""Conversations aligned block by block, in this process or over several: what a block gives depends on the block alone, and
-blocks are joined in their order, so that results do not depend on how many processes there are.
-"""
+"""Aligns conversations block by block, in this process or in several. The result of a block depends on the block alone, and
+blocks are joined in order, so that results do not depend on the number of processes."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -25,16 +24,16 @@ from fusechat.run.progress import Advance
 from fusechat.run.usage import cores
 
 R = TypeVar("R")
-SIZE = 256  # conversations a block
-WORTH = 2_000_000  # rows that make up for the start of a process
+SIZE = 256  # conversations in a block
+WORTH = 2_000_000  # rows for which starting a process pays off
 Rows = list[tuple[str, SparseDistribution]]
 
 
 class Conversations:
-    """What two models have of the same conversations: directories, one for each set of them, opened by each process for itself.
+    """Two models' data of the same conversations: one directory for each set, opened by each process for itself.
 
-    `pivot`, `source`: prepared; `captured`: the source's distributions; `fill`: the pivot's own, where they are asked for. `names`:
-    how errors call the two models. `sizes`: how many tokens each model knows, its padding counted. `without`: ids to leave out.
+    `pivot`, `source`: prepared conversations. `captured`: the source's distributions. `fill`: the pivot's own, if needed.
+    `names`: the models' names in errors. `sizes`: both vocabulary sizes, padding included. `without`: ids to leave out.
     """
 
     def __init__(
@@ -56,33 +55,37 @@ class Conversations:
 
     @cached_property
     def pivot(self) -> PreparedSet:
+        """The pivot's prepared conversations."""
         return PreparedSet(*self._places[0])
 
     @cached_property
     def source(self) -> PreparedSet:
+        """The source's prepared conversations."""
         return PreparedSet(*self._places[1])
 
     @cached_property
     def captured(self) -> DistributionSet | None:
+        """The source's distributions. Raises WorkdirError for damaged shards."""
         return self._open(2)
 
     @cached_property
     def fill(self) -> DistributionSet | None:
+        """The pivot's own distributions. Raises WorkdirError for damaged shards."""
         return self._open(3)
 
     def _open(self, place: int) -> DistributionSet | None:
-        """A store, its checksums verified once: not again in every process that aligns."""
+        """Opens a store. Checksums are verified once, not again in every process."""
         directories = self._places[place]
         return open_distributions(*directories, verify=parent_process() is None) if directories else None
 
     def has(self, identity: str) -> bool:
-        """Whether both models have the conversation, and the source its distributions if there are any."""
+        """Whether both models have the conversation, and the source its distributions if there is a store."""
         known = self.captured.index if self.captured else self.source.row_of
         here = identity in self.pivot.row_of and identity in self.source.row_of and identity in known
         return here and identity not in self.without
 
     def filling(self, identity: str, rows: int, k: int) -> SparseDistribution:
-        """The pivot's own distributions of a conversation, cut or padded to `k` tokens; nothing but pads where there are none."""
+        """The pivot's own distributions of a conversation, cut or padded to `k` tokens; only pads if there are none."""
         result = nothing(rows, k)
         if self.fill and identity in self.fill:
             own = self.fill[identity].cut(k)
@@ -92,27 +95,26 @@ class Conversations:
 
     @property
     def rows(self) -> int:
-        """Response rows of the pivot, in all conversations."""
+        """The number of response rows of the pivot."""
         return int(self.pivot.table.list_lengths("position").sum())
 
     @property
     def ids(self) -> list[str]:
-        """The pivot's conversations in their order, each once."""
+        """The ids of the pivot's conversations, in order and without repetitions."""
         return list(self.pivot.row_of)
 
     def common(self) -> list[str]:
-        """The conversations that both models have, in the pivot's order."""
+        """The ids of conversations that both models have, in the pivot's order."""
         return [identity for identity in self.ids if self.has(identity)]
 
     def pair(self, identity: str) -> tuple[Prepared, Prepared]:
+        """The pivot's and the source's rows of a conversation."""
         return self.pivot[self.pivot.row_of[identity]], self.source[self.source.row_of[identity]]
 
 
 class Blocks:
-    """The three passes over the conversations of a training set; a context manager, for the processes that it begins.
-
-    `processes`: how many at most: by default as many as there are cores and enough to do for. `directory`: see `Processes`.
-    """
+    """The three passes over the conversations of a training set, as a context manager that owns the processes. `processes`: at
+    most this many; by default as many as there are cores and enough work for. `directory`: see `Processes`."""
 
     def __init__(
         self,
@@ -133,15 +135,15 @@ class Blocks:
         self.processes.__exit__(*error)
 
     def count(self, advance: Advance) -> Counts:
-        """Pass one: pairs of tokens at shared starts. Checks what is stored."""
+        """Pass one: counts pairs of tokens with shared starts. Raises WorkdirError for stored rows that do not match."""
         return add_counts(self._over(_count, (self.pair, self.data), self.data.common(), advance))
 
     def survey(self, is_open: np.ndarray, advance: Advance) -> Seen:
-        """Pass two: what else the map must know."""
+        """Pass two: collects what else the map needs to know."""
         return add_seen(self._over(_survey, (self.pair, self.data, is_open), self.data.common(), advance))
 
     def build_map(self, back_off: BackOff, advance: Advance) -> tuple[VocabularyMap, np.ndarray]:
-        """Passes one and two, and the map that they lead to; and which source tokens longer pivot tokens start with."""
+        """Passes one and two, and the resulting map; also bool [source tokens]: tokens that longer pivot tokens start with."""
         counts = self.count(advance)
         is_open = self.pair.extendable_tokens(counts)
         seen = self.survey(is_open, advance)
@@ -151,7 +153,7 @@ class Blocks:
     def align(
         self, vocabulary_map: VocabularyMap, is_open: np.ndarray, *, k: int, advance: Advance, figures: AlignmentStats
     ) -> Iterator[tuple[str, SparseDistribution]]:
-        """Pass three: targets for all conversations of the pivot, in order; adds to `figures`."""
+        """Pass three: yields (id, targets) for all conversations of the pivot, in order; adds to `figures`."""
         state = (self.pair, self.data, vocabulary_map, is_open, k)
         for rows, part in self._over(_align, state, self.data.ids, advance):
             yield from rows
@@ -160,7 +162,7 @@ class Blocks:
     def _over(
         self, work: Callable[[Any, list[str]], R], state: Any, ids: Sequence[str], advance: Advance
     ) -> Iterator[R]:
-        """`work(state, block)` for every block, in order."""
+        """Yields `work(state, block)` for every block, in order."""
         blocks = [list(ids[begin : begin + self.size]) for begin in range(0, len(ids), self.size)]
         for block, result in zip(blocks, self.processes.map(work, state, blocks), strict=True):
             yield result
@@ -168,7 +170,7 @@ class Blocks:
 
 
 def _joined(data: Conversations, block: list[str]) -> Iterator[ConversationBatch]:
-    """The conversations of a block that both models have, several at a time."""
+    """The conversations of a block that both models have, in batches."""
     both = [identity for identity in block if data.has(identity)]
     pairs = [data.pair(identity) for identity in both]
     for group in groups([len(pivot) for pivot, _ in pairs]):

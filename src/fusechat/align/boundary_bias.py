@@ -1,7 +1,7 @@
-"""Boundary bias: places where the source itself would rarely have cut.
+"""Boundary bias: positions where the source itself would rarely have ended a token.
 
-A source's distribution after a token knows that the token ended there. Where most of the source's mass went to longer tokens
-that begin with the same bytes, its cut tells what comes next, and a pivot that cuts otherwise does not know that.
+A source's distribution after a token depends on the token ending there. If most of its mass was on longer tokens with the same
+first bytes, the boundary reveals what comes next, and a pivot with other boundaries cannot know it.
 """
 
 import numpy as np
@@ -10,13 +10,15 @@ from fusechat.align.spelling import Spelling
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-# Of the source's mass on what begins with the bytes of the token before, at most this on that very token.
-RARE_BOUNDARY = 0.1
+RARE_BOUNDARY = 0.1  # a boundary of lower `boundary_probability` is rare
 
 
 def boundary_probability(source: Prepared, captured: SparseDistribution, spelling: Spelling) -> np.ndarray:
-    """For every source row the share of its mass, one row before, on the very token that stands there, among that token and
-    the kept candidates that continue after its bytes: float64 [n]; 1 at the start of a response and at its end of turn."""
+    """For each source row, the probability that the token before it ends there: float64 [n].
+
+    It is the share of that token in the mass of the token and of the kept candidates that continue its bytes. 1 at the start of
+    a response and at its end of turn.
+    """
     lengths = spelling.lengths
     known = np.minimum(source.gold, len(lengths) - 1)
     length = np.where(source.gold < len(lengths), lengths[known], 0)

@@ -1,4 +1,4 @@
-"""What a source says at each pivot row, before the vocabulary map: rows of W with their mass. See docs/alignment.md."""
+"""What a source predicts at each pivot row, before the vocabulary map: rows of W with their mass. See docs/alignment.md."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ NONE = -1
 
 @dataclass(frozen=True)
 class Candidates:
-    """`row` int64 [n, c]: rows of W, -1 for none; `mass` float64 [n, c], at most one a row.
+    """`row` int64 [n, c]: rows of W, or -1. `mass` float64 [n, c]: probabilities, with a sum of at most 1 in a row.
 
-    With the chain rule the last candidate is the source's own token, where its mass is known: `own` bool [n]. `chained` float64
-    [n]: the probability of the pivot's own token given that token, NaN where not known."""
+    With the chain rule the last candidate is the source's own token, if its mass is known: `own` bool [n]. `chained` float64
+    [n]: the probability of the pivot's gold token given that token, or NaN.
+    """
 
     row: np.ndarray
     mass: np.ndarray
@@ -29,8 +30,8 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Remainders:
-    """Bytes that candidates have left, at [i] `pivot_row[i]` int64, `column[i]` int64 of the captured distribution. `mass` float64:
-    what the candidate has; `data`: the bytes, empty where it has none left and goes to the tail."""
+    """Bytes that remain of candidates: item i belongs to `pivot_row[i]` and to `column[i]` of the captured distribution
+    (int64). `mass` float64: its probability. `data`: its bytes, empty if none remain and the mass joins the tail."""
 
     pivot_row: np.ndarray
     column: np.ndarray
@@ -41,10 +42,10 @@ class Remainders:
 def remainders_inside(
     alignment: Alignment, source: Prepared, captured: SparseDistribution, *, tokens: TokenBytes, spelling: Spelling
 ) -> Remainders:
-    """Where a pivot token starts inside a source token: the source's distribution at that token, given its bytes before.
+    """For pivot tokens that start inside a source token: the source's distribution at that token, given its first bytes.
 
-    Of the kept candidates those that begin with the bytes given stay, their mass divided by that of all of them; one that has
-    nothing left goes to the tail, because what follows it is not known.
+    Kept candidates that begin with these bytes remain, renormalised. The mass of one with no bytes left joins the tail, because
+    what follows it is unknown.
     """
     rows = np.flatnonzero(alignment.inside)
     source_rows, given = alignment.inside_row[rows], alignment.given[rows]
@@ -67,9 +68,8 @@ def remainders_clipped(
     *,
     spell: tuple[TokenBytes, TokenBytes],
 ) -> Remainders:
-    """Where a token takes in template text before the content (`▁Hello`): a candidate loses what the source's own token took in,
-    and gets what the pivot's did; one that does not begin with it goes to the tail. Not where both take in the same: those go over
-    whole."""
+    """For tokens that cover template text before the content (`▁Hello`): replaces the source's template bytes by the pivot's.
+    Candidates without the source's template bytes join the tail. Rows where both tokens cover the same text use whole tokens."""
     found: list[tuple[int, int, float, bytes]] = []
     clipped = np.flatnonzero(alignment.aligned & ~alignment.unclipped & ~alignment.whole)
     probabilities = captured.take(alignment.source_row[clipped]).probabilities
@@ -93,7 +93,7 @@ def remainders_clipped(
 def gather(
     alignment: Alignment, captured: SparseDistribution, vocabulary_map: VocabularyMap, several: list[Remainders]
 ) -> Candidates:
-    """The candidates of every pivot row: whole source tokens where rows are aligned, and the bytes that `several` have left."""
+    """The candidates of every pivot row: whole source tokens at aligned rows, and the remaining bytes in `several`."""
     n, k = len(alignment.source_row), captured.ids.shape[1]
     row, mass = np.full((n, k), NONE, dtype=np.int64), np.zeros((n, k))
     aligned = np.flatnonzero(alignment.source_row >= 0)

@@ -1,8 +1,8 @@
-"""The gold token by the chain rule: what a source says about the text that is there, known exactly from its captured nll.
+"""The chain rule for the gold token: what a source predicts for the actual text, exactly, from its captured nll.
 
-Where a pivot token continues to the end of several whole source tokens, the source's probability of them is the product over
-them: given the first, the others' product takes the place of what W says on average. And the source's own token is a
-candidate even where it is not among the kept ones. (A hindsight about the gold token alone: the maps are judged without it.)
+Where a pivot token ends at the end of a later source token, its probability is the product of theirs: given the first, the
+product of the others replaces the average in W. The source's own token becomes a candidate even if it was not kept. (This uses
+the actual text, for the gold token only; the maps are evaluated without it.)
 """
 
 import numpy as np
@@ -15,8 +15,8 @@ from fusechat.data.prepared import Prepared
 
 
 def following(alignment: Alignment, pivot: Prepared, source: Prepared, nll: np.ndarray) -> np.ndarray:
-    """The probability, given the source's token at which a pivot token starts, of the whole source tokens after it up to the byte
-    where the pivot token ends: float64 [n_pivot], NaN where there are none or where it ends inside one."""
+    """The probability of the whole source tokens after the first, up to the pivot token's end, given the first: float64
+    [n_pivot]. `nll` [n_source] in nats. NaN if there are no such tokens, or the pivot token ends inside one."""
     ours, theirs = number_line(pivot, source)
     first = np.where(alignment.inside, alignment.inside_row, alignment.source_row)
     starts = (ours[:, 0] == theirs[first, 0]) | alignment.inside
@@ -36,8 +36,8 @@ def with_own_token(
     captured: SparseDistribution,
     vocabulary_map: VocabularyMap,
 ) -> Candidates:
-    """The candidates with the source's own token as the last one. Where it was not kept it has its mass from its nll; not so
-    inside a source token, where to add it to the few that are left would be to know it beforehand."""
+    """Adds the source's own token as the last candidate, with the probability exp(-nll) if it was not kept. Not inside a source
+    token: adding it to the few candidates left there would use the actual text beforehand."""
     first = np.where(alignment.inside, alignment.inside_row, alignment.source_row)
     gold = source.gold[first]
     kept = (captured.ids[first] == gold[:, None]) & (first >= 0)[:, None] & (candidates.row >= 0)

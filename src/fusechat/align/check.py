@@ -1,4 +1,4 @@
-"""What two models have of one conversation, before it is aligned: the same text, and distributions that belong to it."""
+"""Checks of two models' stored rows of a conversation: same text, matching distributions."""
 
 import unicodedata
 
@@ -20,7 +20,7 @@ def check_conversation(
     names: tuple[str, str],
     sizes: tuple[int, int],
 ) -> None:
-    """Raises WorkdirError naming the model and the conversation. `sizes`: how many tokens each model knows."""
+    """Raises WorkdirError, naming model and conversation, for rows that do not match. `sizes`: both models' vocabulary sizes."""
     where = f"conversation {pivot.id}"
     for rows, name, size in zip((pivot, source), names, sizes, strict=True):
         if not len(rows):
@@ -45,10 +45,13 @@ def _check_ids(ids: np.ndarray, size: int, where: str, what: str = "it holds") -
 
 
 def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool] | None:
-    """The first byte of a response that a model has, the response from there on by its tokens' bytes, and whether that is all of
-    it: not where the last token continues after the content, or the end was cut off. Without what is in the template's own words.
-    None where the tokens' bytes are not their spans (a tokenizer that
-    changes the text, a dummy prefix), or where one is special."""
+    """The first byte of a response that a model has, the text from there by its tokens' bytes, and whether this is the whole
+    rest.
+
+    It is not if the last token continues after the content, or the end was truncated. The template's own words are left out.
+    None if the tokens' bytes do not match their spans (a tokenizer that changes the text, a dummy prefix), or a token is
+    special.
+    """
     mine = rows.response == response
     which = np.flatnonzero(mine & ~rows.end_of_turn & ~rows.lead & (rows.begin < WORDS))
     tokens, begin, end = rows.gold[which], rows.begin[which], rows.end[which]
@@ -63,8 +66,8 @@ def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool
 
 
 def _agree(one: tuple[int, bytes, bool], other: tuple[int, bytes, bool]) -> bool:
-    """Whether two parts of a response are the same text where both have any, and elsewhere the space that templates strip, or the
-    reasoning before it."""
+    """Whether two parts of a response have the same text where they overlap, and elsewhere only what templates drop: spaces, or
+    reasoning."""
     first = max(one[0], other[0])
     last = max(min(one[0] + len(one[1]), other[0] + len(other[1])), first)
     parts = [(data[: first - at], data[first - at : last - at], data[last - at :]) for at, data, _ in (one, other)]
@@ -74,5 +77,5 @@ def _agree(one: tuple[int, bytes, bool], other: tuple[int, bytes, bool]) -> bool
 
 
 def _plain(data: bytes) -> str:
-    """A text without what a tokenizer may change of it while its bytes stay as many: one normalizes, one has no capitals."""
+    """The text without differences that a tokenizer may introduce at equal length: normalisation and case."""
     return unicodedata.normalize("NFKC", data.decode(errors="replace")).casefold()

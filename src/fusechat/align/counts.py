@@ -1,4 +1,4 @@
-"""How often tokens met at shared starts, over a whole training set. Source: the paper (arXiv 2408.07990), section 3.3."""
+"""Counts of token pairs that start at the same byte, over a training set (arXiv 2408.07990, section 3.3)."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_ROOM = 1 << 22  # keys that wait before they are folded in
+_ROOM = 1 << 22  # keys collected before they are counted
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Pairs of tokens seen at shared starts: `source`, `pivot` int64 [p], sorted, distinct; `count` int64 [p]."""
+    """Pairs of tokens with shared starts: `source`, `pivot` int64 [p], sorted and distinct; `count` int64 [p]."""
 
     source: np.ndarray
     pivot: np.ndarray
@@ -19,7 +19,7 @@ class Counts:
 
 
 def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Counts:
-    """Counts (source ids, pivot ids) of aligned positions. A pair that occurs twice counts twice, in whatever order."""
+    """Counts (source ids, pivot ids) of aligned positions, int [n] each. The order does not matter."""
     keys, count = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
     waiting: list[np.ndarray] = []
     size = 0
@@ -34,7 +34,7 @@ def count_pairs(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Counts:
 
 
 def add_counts(parts: Iterable[Counts]) -> Counts:
-    """The sum of several counts; their order does not matter."""
+    """The sum of several counts. The order does not matter."""
     parts = list(parts)
     keys = np.concatenate([np.zeros(0, dtype=np.int64), *((part.source << 32) | part.pivot for part in parts)])
     weights = np.concatenate([np.zeros(0, dtype=np.int64), *(part.count for part in parts)])
@@ -43,7 +43,7 @@ def add_counts(parts: Iterable[Counts]) -> Counts:
 
 
 def _fold(keys: np.ndarray, count: np.ndarray, waiting: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Counts of what was known and of the `waiting` keys together."""
+    """Adds the `waiting` keys to sorted keys and their counts."""
     new = np.concatenate([np.zeros(0, dtype=np.int64), *waiting])
     new.sort()
     first = np.flatnonzero(np.append(True, new[1:] != new[:-1])) if len(new) else np.zeros(0, dtype=np.int64)
@@ -62,11 +62,11 @@ def _summed(keys: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 @dataclass
 class Seen:
-    """What the map must know, as a pass over conversations finds it.
+    """What the map needs to know of conversations.
 
-    `pairs`: counts of tokens at shared starts. `parts`: how often a pivot token started where these bytes of the source came next,
-    up to the end of a source token. `tokens`: the source tokens that any captured distribution holds. `remaining_bytes`: bytes that
-    stand for candidates which are no whole source token.
+    `pairs`: counts of tokens with shared starts. `parts`: how often a pivot token started where these bytes of the source
+    followed, up to the end of a source token. `tokens`: int64, the source tokens in captured distributions. `remaining_bytes`:
+    bytes of candidates that are not whole source tokens.
     """
 
     pairs: Counts = field(default_factory=lambda: count_pairs([]))
@@ -76,7 +76,7 @@ class Seen:
 
 
 def add_seen(parts: Iterable[Seen]) -> Seen:
-    """What several parts of a training set have seen together; their order does not matter."""
+    """The sum of several parts of a training set. The order does not matter."""
     parts = list(parts)
     total: Counter[tuple[bytes, int]] = Counter()
     for part in parts:

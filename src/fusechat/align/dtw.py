@@ -1,9 +1,8 @@
-"""Dynamic time warping over token surfaces, as the paper aligns sequences. Source:
-FuseLLM (arXiv 2401.10491), section 3.2.
+"""Dynamic time warping over token surfaces, the paper's sequence alignment (FuseLLM, arXiv 2401.10491, section 3.2).
 
-The cost of a cell is the edit distance between two surfaces, computed once for each pair of distinct ones. A pair of the path is
-kept where the surfaces agree: equal, or one ends with the other. Of several tokens against one the last is meant, so that
-a kept pair ends together, and what follows both is the same text: the rows after it correspond.
+The cost of a cell is the edit distance between two surfaces, computed once for each distinct pair. A pair of the path is kept
+if the surfaces are equal or one is a suffix of the other. If several tokens meet one, the pair is its last token's, so that a
+kept pair ends at the same byte, and the rows after it predict the same text.
 """
 
 from collections.abc import Sequence
@@ -15,25 +14,23 @@ from fusechat.data.prepared import Prepared
 from fusechat.models.token_bytes import TokenBytes
 from fusechat.run.compiled import compiled
 
-_DIAGONAL, _SOURCE, _PIVOT = 0, 1, 2  # a step's kind, in the order in which ties go
+_DIAGONAL, _SOURCE, _PIVOT = 0, 1, 2  # kinds of steps; the lower one wins a tie
 
 
 def surface(data: bytes) -> str:
-    """Bytes as the characters that edit distance compares; bytes that are no whole character stay apart from all others."""
+    """Bytes as the characters that edit distance compares. Bytes of an incomplete character differ from every character."""
     return data.decode("utf-8", errors="surrogateescape")
 
 
 def warping_path(pivot: Sequence[str], source: Sequence[str]) -> np.ndarray:
-    """The cheapest path from the first pair to the last, int64 [p, 2] of (pivot, source) indices, both never empty.
-
-    Ties go to the diagonal step first, then to the one along the source. Takes n_pivot × n_source bytes for the steps.
-    """
+    """The cheapest path from the first pair to the last: int64 [p, 2] of (pivot, source) indices. Neither side may be empty.
+    Ties prefer the diagonal step, then the step along the source. Memory: n_pivot × n_source bytes."""
     distances, ours, theirs = distinct_distances(pivot, source)
     return _backtrack(_steps(distances, ours, theirs))
 
 
 def distinct_distances(pivot: Sequence[str], source: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Edit distances between distinct surfaces int32 [u, v], and which of them each token has, int64 [n], [m]."""
+    """Edit distances between distinct surfaces, int32 [u, v], and the index of each token's surface, int64 [n] and [m]."""
     from rapidfuzz.distance import Levenshtein
     from rapidfuzz.process import cdist
 
@@ -43,16 +40,14 @@ def distinct_distances(pivot: Sequence[str], source: Sequence[str]) -> tuple[np.
 
 
 def kept_pairs(path: np.ndarray, pivot: Sequence[str], source: Sequence[str]) -> list[tuple[int, int]]:
-    """The pairs of a path at which both tokens end: the last of each run, where one surface ends with the other."""
+    """The (pivot, source) pairs of a path where both tokens end: the last of each run, if one surface ends with the other."""
     last = np.append((np.diff(path, axis=0) == 1).all(axis=1), True)
     return [(i, j) for i, j in path[last].tolist() if pivot[i].endswith(source[j]) or source[j].endswith(pivot[i])]
 
 
 def dtw_rows(pivot: Prepared, source: Prepared, spell: tuple[TokenBytes, TokenBytes]) -> np.ndarray:
-    """For every pivot row the source's row, int64 [n_pivot], -1 where none: each response is warped on its own.
-
-    The first content rows of a response correspond, and the rows after a kept pair; end-of-turn rows as in `align_rows`.
-    """
+    """For each pivot row, the corresponding source row or -1: int64 [n_pivot]. Each response is warped by itself. The first
+    content rows of a response correspond, and the rows after each kept pair; end-of-turn rows as in `align_rows`."""
     ours, theirs = number_line(pivot, source)
     result = np.where(pivot.end_of_turn, align_starts(ours, theirs), -1)
     for response in np.intersect1d(pivot.response, source.response).tolist():
@@ -80,14 +75,14 @@ def _content_rows(rows: Prepared, response: int) -> np.ndarray:
 
 
 def _surfaces(rows: Prepared, which: np.ndarray, table: TokenBytes) -> list[str]:
-    """The tokens' surfaces, less what they take in of the template before the content."""
+    """The tokens' surfaces, without the bytes of the template that they cover before the content."""
     tokens, clip = rows.gold[which].tolist(), np.maximum(-rows.begin[which], 0).tolist()
     return [surface(table[token][taken:]) for token, taken in zip(tokens, clip, strict=True)]
 
 
 @compiled()
 def _steps(distances: np.ndarray, pivot: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """The kind of step uint8 [n, m] that leads to every cell on the cheapest way to it."""
+    """uint8 [n, m]: the kind of the last step on the cheapest path to each cell."""
     n, m = len(pivot), len(source)
     steps = np.empty((n, m), dtype=np.uint8)
     cost = np.empty(m, dtype=np.int64)  # of the row above, overwritten from left to right

@@ -1,8 +1,8 @@
-"""Looking one source token ahead: where a pivot token may be longer than the source token it starts with.
+"""Looks one source token ahead, where a pivot token may be longer than the source token it starts with.
 
-There W knows only how often what came next, over the whole training set. But along the text that is there the source's distribution
-after its own token is known as well: in that branch each of its next candidates, with its own probability, says which
-bytes follow, and bytes say more about the pivot's token than one source token does.
+There, W has only the average of what follows over the training set. But for the actual text the source's distribution after its
+own token was captured: each of its next candidates, with its own probability, gives the bytes that follow, and more bytes
+determine the pivot's token better than one source token does.
 """
 
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 from fusechat.models.token_bytes import TokenBytes
 
-# A source token is open where at least this share of its counts is with longer pivot tokens, or where it has none.
-MIN_EXTENDED_SHARE = 0.01
-MIN_CONTINUATION = 0.01  # continuations less likely than this are left to W
+MIN_EXTENDED_SHARE = (
+    0.01  # a source token is open if this share of its counts is with longer pivot tokens, or it has none
+)
+MIN_CONTINUATION = 0.01  # less probable continuations use W
 
 
 def extendable_tokens(counts: Counts, pivot: TokenBytes, source: TokenBytes) -> np.ndarray:
-    """bool [source tokens]: which of them a longer pivot token may well start with; all of those that were never counted."""
+    """bool [source tokens]: tokens that a longer pivot token often starts with, and tokens without counts."""
     own, other = _lengths(source, counts.source), _lengths(pivot, counts.pivot)
     size = max(len(source), int(counts.source.max(initial=-1)) + 1)
     longer = np.bincount(counts.source, weights=counts.count * (other > own), minlength=size)
@@ -37,8 +38,8 @@ def _lengths(tokens: TokenBytes, ids: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Pivot rows at which to look ahead, int64 [b]; the source row of the token each starts with or inside of; the bytes that
-    this token has from there on."""
+    """Pivot rows at which to look ahead, int64 [b]; the source row, int64 [b], whose token each starts with or inside of; and
+    the bytes of that token from there on."""
 
     pivot_row: np.ndarray
     source_row: np.ndarray
@@ -48,7 +49,7 @@ class Ahead:
 def rows_ahead(
     alignment: Alignment, source: Prepared, is_open: np.ndarray, tokens: TokenBytes, *, inside: bool
 ) -> Ahead:
-    """Where a pivot token starts with an open source token, or (`inside`) inside any, and the same response continues after it."""
+    """Rows where a pivot token starts with an open source token, or (`inside`) inside any, and the response continues after it."""
     first = np.where(alignment.inside, alignment.inside_row, alignment.source_row)
     gold = source.gold[first]
     after = np.append(source.response[1:] == source.response[:-1], False)[first] & ~source.end_of_turn[first]
@@ -60,17 +61,16 @@ def rows_ahead(
 
 
 def next_candidates(ahead: Ahead, captured: SparseDistribution) -> tuple[np.ndarray, np.ndarray]:
-    """What the source says after its own token: ids [b, k], -1 for none and for faint ones, and their probabilities float64."""
+    """The source's predictions after its own token: ids [b, k], -1 for none and for improbable ones, and probabilities,
+    float64."""
     rows = captured.take(ahead.source_row + 1)
     share = rows.probabilities
     return np.where(share >= MIN_CONTINUATION, rows.ids, NONE), np.where(share >= MIN_CONTINUATION, share, 0.0)
 
 
 def bytes_ahead(ahead: Ahead, candidates: np.ndarray, tokens: TokenBytes) -> tuple[list[bytes], np.ndarray]:
-    """The bytes up to the end of each next candidate: the different ones, and which of them each has, int64 [b, c], -1 for none.
-
-    `candidates` int [b, c], -1 pads, of the source rows after. After a special token comes no text: the bytes end with the rest.
-    """
+    """The distinct byte strings up to the end of each next candidate, and the index of each candidate's, int64 [b, c], or -1.
+    `candidates` int [b, c], -1 pads, of the source rows after. A special token adds no bytes."""
     number: dict[bytes, int] = {}
     rest = np.array([number.setdefault(data, len(number)) for data in ahead.rest], dtype=np.int64)
     remaining_bytes = list(number)
@@ -91,8 +91,8 @@ def with_ahead(
     vocabulary_map: VocabularyMap,
     tokens: TokenBytes,
 ) -> Candidates:
-    """The candidates with the mass of the source's own token spread over its continuations; what their tail has, and faint
-    ones, stays."""
+    """Distributes the mass of the source's own token over its continuations. The mass of their tail, and of improbable ones,
+    stays."""
     n, k = len(candidates.row), captured.ids.shape[1]
     own = _own_column(candidates, ahead, source, captured)
     use = np.flatnonzero((own >= 0) & np.isnan(candidates.chained[ahead.pivot_row]))
@@ -112,7 +112,7 @@ def with_ahead(
 
 
 def _own_column(candidates: Candidates, ahead: Ahead, source: Prepared, captured: SparseDistribution) -> np.ndarray:
-    """The column of the source's own token among the candidates, int64 [b], -1 where it is none of them."""
+    """int64 [b]: the column of the source's own token among the candidates, or -1."""
     k = captured.ids.shape[1]
     same = captured.ids[ahead.source_row] == source.gold[ahead.source_row][:, None]
     same &= candidates.row[ahead.pivot_row, :k] >= 0

@@ -1,4 +1,4 @@
-"""Work on items in order, here or in other processes, which end with the one that began them however that ends."""
+"""Runs work on items in order, in this process or in others. They end when the process that started them ends."""
 
 import os
 import pickle
@@ -23,8 +23,8 @@ R = TypeVar("R")
 
 
 class Processes:
-    """`number` processes, begun when there is work for more than one of them; a context manager. What they are given lies in
-    files next to `directory`'s own, under temporary names."""
+    """A context manager of `number` processes, started when there is work for more than one. Their input is stored in temporary
+    files in `directory`."""
 
     def __init__(self, number: int, directory: Path | None = None) -> None:
         self.number, self.directory = number, directory
@@ -39,13 +39,13 @@ class Processes:
             self._pool = None
 
     def map(self, work: Callable[[Any, I], R], state: Any, items: Sequence[I]) -> Iterator[R]:
-        """`work(state, item)` of every item, in order. Raises WorkdirError where a process was killed."""
+        """Yields `work(state, item)` for each item, in order. Raises WorkdirError if a process was killed."""
         if min(self.number, len(items)) < 2:
             return (work(state, item) for item in items)
         return self._fan_out(work, state, items)
 
     def _fan_out(self, work: Callable[[Any, I], R], state: Any, items: Sequence[I]) -> Iterator[R]:
-        """No more than two items a process are under way, so that results do not pile up."""
+        """Keeps at most two items a process in progress, so that results do not pile up."""
         waiting: deque[Future[R]] = deque()
         with tempfile.NamedTemporaryFile(dir=self.directory, suffix=PARTIAL) as file:
             pickle.dump(state, file, protocol=5)
@@ -68,8 +68,8 @@ class Processes:
     def _submit(self, work: Callable[[Any, I], R], file: str, item: I) -> Future[R]:
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self.number, get_context("spawn"), _begin)
-        # A process that this begins inherits what is blocked: Ctrl-C is for the one that began it. It would also run the user's
-        # script again, up to its `if __name__ == "__main__"`, had this process a main module with a file.
+        # A child inherits the signal mask: Ctrl-C is for the parent. A main module with a file would make the child run the
+        # user's script again, up to its `if __name__ == "__main__"`.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
         try:
@@ -79,7 +79,7 @@ class Processes:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-_state: tuple[str, Any] = ("", None)  # of a process: the file that it has read last, and what was in it
+_state: tuple[str, Any] = ("", None)  # the file that this process read last, and its content
 
 
 def _begin() -> None:
@@ -89,7 +89,7 @@ def _begin() -> None:
 def _end_with_parent() -> None:
     parent = parent_process()
     if parent is not None:
-        parent.join()  # a process holds both ends of its queue, and would wait for ever
+        parent.join()  # a child holds both ends of its queue, and would wait forever
         os._exit(1)
 
 

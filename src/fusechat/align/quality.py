@@ -1,8 +1,8 @@
-"""How good an alignment is: transferred nll compared with the source's own, and coverage. See docs/alignment.md.
+"""Quality of an alignment: transferred nll compared with the source's own, and coverage. See docs/alignment.md.
 
-The gold pivot tokens' cross-entropy under the stored distributions, a token outside of them at p = 1e-4, is compared with the
-source's own nll on the same bytes. The text is cut where both models start a token; a *segment* between two cuts counts where
-every pivot token in it has a distribution, so that both sides speak of the very same bytes.
+The transferred nll is the cross-entropy of the gold pivot tokens under the stored distributions, at p = 1e-4 for tokens that
+were not kept. It is compared with the source's own nll of the same bytes: the text is cut where both models start a token, and
+a *segment* between two cuts counts if every pivot token in it has a distribution.
 """
 
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from fusechat.align.sequence import number_line
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-FLOOR = 1e-4  # probability of a gold token outside the kept ones
+FLOOR = 1e-4  # probability of a gold token that was not kept
 
 
 @dataclass
 class Quality:
-    """Sums over conversations, in nats and bytes; `summary` makes bits per byte of them."""
+    """Sums over conversations, in nats and bytes. `summary` turns them into bits per byte."""
 
     positions: int = 0
     covered: int = 0
     little: int = 0
     mapped: float = 0.0
-    common_nll: float = 0.0  # transferred, on positions that all strategies compared have
+    common_nll: float = 0.0  # transferred, on positions that all strategies cover
     common_bytes: int = 0
-    segment_nll: float = 0.0  # transferred, on segments that are covered
+    segment_nll: float = 0.0  # transferred, on covered segments
     segment_own: float = 0.0
-    segment_own_kept: float = 0.0  # the source's own, cut to its k most likely tokens and the same floor
+    segment_own_kept: float = 0.0  # the source's own, from its k kept tokens and the same floor
     segment_bytes: int = 0
     bytes: int = 0
     own: float = 0.0  # the source's, on everything
     rare: int = 0
-    rare_nll: float = 0.0  # transferred, where the source would rarely have cut
+    rare_nll: float = 0.0  # transferred, where the source rarely ends a token
 
     def add(
         self,
@@ -48,9 +48,11 @@ class Quality:
         common: np.ndarray,
         rare: np.ndarray,
     ) -> None:
-        """Adds a conversation: the stored `rows` [n_pivot, k] and their `mapped` mass, where they are `covered`, where that mass is
-        too `little`, where all strategies have a distribution (`common`), where the source would rarely have cut (`rare`); bool
-        [n_pivot] each."""
+        """Adds a conversation: the stored `rows` [n_pivot, k] and their `mapped` mass, float64 [n_pivot].
+
+        bool [n_pivot] each: rows that are `covered`; that have too `little` mass; that all strategies cover (`common`); where
+        the source rarely ends a token (`rare`).
+        """
         nll = gold_nll(rows, pivot.gold)
         content = _content(pivot)
         width = (pivot.end - np.maximum(pivot.begin, 0)).astype(np.int64)
@@ -74,7 +76,7 @@ class Quality:
         self.segment_bytes += int(width[ours].sum())
 
     def summary(self) -> dict[str, float | None]:
-        """Bits per byte and shares; None where there is nothing to divide by."""
+        """Bits per byte and shares by name, or None if the denominator is 0."""
         return {
             "coverage_of_positions": _ratio(self.covered, self.positions),
             "coverage_of_mass": _ratio(self.mapped, self.covered),
@@ -93,27 +95,27 @@ class Quality:
 
 
 def gold_nll(rows: SparseDistribution, gold: np.ndarray) -> np.ndarray:
-    """`-log p` of the gold tokens under stored distributions, float64 [n], with the floor for those outside."""
+    """float64 [n]: `-log p` (nats) of the gold tokens under stored distributions, `-log FLOOR` for those that were not kept."""
     found = (rows.ids == gold[:, None]) & (rows.ids >= 0)
     probability = np.where(found, rows.probabilities, 0.0).sum(axis=1)
     return np.asarray(-np.log(np.clip(probability, FLOOR, 1.0)))
 
 
 def covered_segments(pivot: Prepared, source: Prepared, covered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which content rows of the pivot and of the source, bool [n] each, are in a segment that is covered."""
+    """Content rows in a covered segment, of the pivot and of the source: bool [n_pivot], [n_source]."""
     ours, theirs = number_line(pivot, source)
     own, other = _content(pivot), _content(source)
     common = np.intersect1d(ours[own, 0], theirs[other, 0])
     cuts = np.union1d(common, np.append(_response_starts(pivot, ours), _response_starts(source, theirs)))
     segment, segment_there = (np.searchsorted(cuts, spans[:, 0], side="right") - 1 for spans in (ours, theirs))
-    lacking = ~np.isin(cuts, common)  # what one side has alone: a response that the other lost, or its first bytes
+    lacking = ~np.isin(cuts, common)  # one side's alone: a response that the other lost, or its first bytes
     lacking[segment[own & ~covered]] = True
-    # A row without width (a dummy prefix) has nll of its own: it counts with the token that it stands before.
+    # A row of width 0 (a dummy prefix) has nll too: it counts with the token after it.
     return own & ~lacking[segment], ~source.end_of_turn & ~source.lead & ~lacking[segment_there]
 
 
 def _response_starts(rows: Prepared, spans: np.ndarray) -> np.ndarray:
-    """Where each row's response starts on the number line."""
+    """The start of each row's response on the number line."""
     return np.asarray((spans[:, 0] - np.maximum(rows.begin, 0))[~rows.end_of_turn])
 
 

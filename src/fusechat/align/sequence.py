@@ -1,4 +1,4 @@
-"""Sequence alignment: which source row speaks of the same text as a pivot row (the paper, section 3.3)."""
+"""Sequence alignment: which source row predicts the same text as a pivot row (arXiv 2408.07990, section 3.3)."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,10 @@ from fusechat.data.prepared import Prepared
 
 
 def align_starts(pivot_spans: np.ndarray, source_spans: np.ndarray) -> np.ndarray:
-    """For every pivot token the source token that starts at the same byte, -1 where none does.
+    """For each pivot token, the source token that starts at the same byte, or -1: int64 [n_pivot].
 
-    Takes spans int64 [n_pivot, 2] and [n_source, 2] of one text, as `token_spans` gives them; returns int64 [n_pivot].
-    Tokens without width correspond to nothing; linear in the number of tokens but for the sorting of sorted starts.
+    `pivot_spans`, `source_spans`: int64 [n_pivot, 2] and [n_source, 2], bytes `[begin, end)` of one text, as `token_spans`
+    returns them. Tokens of width 0 are not aligned. Source spans need no order; the time is O(n log n), for the sort.
     """
     pivot_spans, source_spans = (
         np.asarray(spans, dtype=np.int64).reshape(-1, 2) for spans in (pivot_spans, source_spans)
@@ -28,9 +28,9 @@ def align_starts(pivot_spans: np.ndarray, source_spans: np.ndarray) -> np.ndarra
 
 
 def containing(pivot_spans: np.ndarray, source_spans: np.ndarray) -> np.ndarray:
-    """For every pivot token the source token that it starts inside of, -1 where it starts with one or is without width.
+    """For each pivot token, the source token that it starts inside of: int64 [n_pivot].
 
-    Takes spans as `align_starts` does, the source's in order; returns int64 [n_pivot].
+    -1 for pivot tokens that start with a source token or have width 0. Spans as for `align_starts`; the source's are in order.
     """
     wide = np.flatnonzero(source_spans[:, 1] > source_spans[:, 0])
     if not len(wide) or not len(pivot_spans):
@@ -44,12 +44,12 @@ def containing(pivot_spans: np.ndarray, source_spans: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Alignment:
-    """Row correspondences of one conversation; arrays int64 [n_pivot], the last two bool.
+    """Corresponding rows of one conversation: int64 [n_pivot], `lead` and `whole` bool [n_pivot].
 
-    `source_row`: the source's row, -1 where there is none. `pivot_clip`, `source_clip`: how many bytes of the template the
-    pivot's and the source's token take in before the content (0 nearly everywhere). `inside_row`: where there is none, the
-    source's row whose token the pivot's starts inside of, else -1; `given`: how many of that token's bytes come before.
-    `lead`: the pivot's lead rows, which stand before the content; `whole`: the two tokens begin at the same byte of the template.
+    `source_row`: the source's row, or -1. `pivot_clip`, `source_clip`: bytes of the template that the pivot's and the source's
+    token cover before the content, mostly 0. `inside_row`: for rows without `source_row`, the source row whose token the
+    pivot's starts inside of, or -1; `given`: bytes of that token before this point. `lead`: the pivot's lead rows, before the
+    content. `whole`: both tokens start at the same byte of the template.
     """
 
     source_row: np.ndarray
@@ -62,25 +62,25 @@ class Alignment:
 
     @property
     def aligned(self) -> np.ndarray:
-        """bool [n_pivot]: rows of the content, or ends of turn, that have a source row."""
+        """bool [n_pivot]: content rows and ends of turn that have a source row."""
         return (self.source_row >= 0) & ~self.lead
 
     @property
     def unclipped(self) -> np.ndarray:
-        """bool [n_pivot]: aligned, and neither token begins before the content."""
+        """bool [n_pivot]: aligned rows where neither token starts before the content."""
         return self.aligned & (self.pivot_clip == 0) & (self.source_clip == 0)
 
     @property
     def inside(self) -> np.ndarray:
-        """bool [n_pivot]: not aligned, and the pivot's token starts inside a source token."""
+        """bool [n_pivot]: rows that are not aligned, and whose token starts inside a source token."""
         return self.inside_row >= 0
 
 
 def align_rows(pivot: Prepared, source: Prepared, source_row: np.ndarray | None = None) -> Alignment:
-    """Aligns two models' rows of one conversation: content rows that start at the same byte of the same response, and the
-    end-of-turn rows of a response with each other. A response that one of the two lost stays unaligned, and so do lead rows.
+    """Aligns content rows that start at the same byte of the same response, and end-of-turn rows of the same response.
 
-    `source_row` int64 [n_pivot] replaces the correspondence by starts (dynamic time warping has its own).
+    Responses that one model lost, and lead rows, stay unaligned. `source_row` int64 [n_pivot] replaces the correspondence by
+    starts; dynamic time warping passes its own.
     """
     ours, theirs = number_line(pivot, source)
     if source_row is None:
@@ -100,8 +100,8 @@ def align_rows(pivot: Prepared, source: Prepared, source_row: np.ndarray | None 
 
 
 def number_line(pivot: Prepared, source: Prepared) -> tuple[np.ndarray, np.ndarray]:
-    """The spans of both models' rows on one number line for all responses, int64 [n, 2] each: a response has room for its
-    longest content, and its end of turn stands after it. Lead rows have no width, and so correspond to nothing here."""
+    """The spans of both models' rows on one number line for all responses: two arrays int64 [n, 2], in bytes. Each response has
+    room for its longest content, followed by its end of turn. Lead rows have width 0, and so are not aligned."""
     room = int(max(pivot.end.max(), source.end.max())) + 2
     spans = []
     for rows in (pivot, source):

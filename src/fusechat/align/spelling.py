@@ -1,4 +1,4 @@
-"""Comparing the bytes of tokens, many at a time."""
+"""Compares the bytes of many tokens at once."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,29 +11,27 @@ from fusechat.run.compiled import compiled
 
 @dataclass(frozen=True)
 class Spelling:
-    """All tokens' bytes in one array: token t has `data[offset[t] : offset[t + 1]]`, uint8; ids past the end have none."""
+    """All tokens' bytes in one array: token t is `data[offset[t] : offset[t + 1]]`, uint8. Ids past the end have no bytes."""
 
     data: np.ndarray
     offset: np.ndarray
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [tokens]: bytes of each."""
+        """int64 [tokens]: the length of each in bytes."""
         return np.diff(self.offset)
 
     @classmethod
     def of(cls, tokens: TokenBytes) -> "Spelling":
-        """Special tokens have no bytes here: they begin with nothing and nothing begins with them."""
+        """The spelling of a tokenizer. Special tokens have no bytes: they begin with nothing, and nothing begins with them."""
         pieces = [b"" if token in tokens.special else piece for token, piece in enumerate(tokens.pieces)]
         lengths = np.array([len(piece) for piece in pieces], dtype=np.int64)
         data = np.frombuffer(b"".join(pieces), dtype=np.uint8)
         return cls(data, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
     def left_over(self, candidates: np.ndarray, tokens: np.ndarray, given: np.ndarray) -> np.ndarray:
-        """How many bytes a candidate continues after the first `given` bytes of a token, -1 where it does not begin with them.
-
-        `candidates` [n, k] token ids, -1 pads; `tokens`, `given` int64 [n]; returns int32 [n, k].
-        """
+        """Bytes that a candidate has after the first `given` bytes of a token: int32 [n, k]; -1 if it does not begin with them.
+        `candidates` [n, k]: token ids, -1 pads. `tokens`, `given`: int64 [n]."""
         tokens, given = tokens.astype(np.int64), given.astype(np.int64)
         return _left_over(self.data, self.offset, candidates, tokens, given)
 

@@ -1,5 +1,5 @@
-"""align/<source>/: `vocabulary_map.arrow` (W, see `VocabularyMap.save`), `aligned.arrow` (distributions in the pivot's vocabulary,
-a row for every response token of the pivot), `figures.json` (coverage); all sets of conversations of the source together."""
+"""align/<source>/, for all sets of the source's conversations together: `vocabulary_map.arrow` (W, see `VocabularyMap.save`),
+`aligned.arrow` (distributions over pivot tokens, one for each response row of the pivot), `figures.json` (coverage)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,9 +22,9 @@ def step(
     source: str,
     sets: Mapping[str, Mapping[str, Step]],
 ) -> Step:
-    """Aligns one source's captured distributions to the pivot's tokens. `sets`, by name: of each set of conversations the steps
-    `pivot`, `source`, `capture` and `pivot_capture`."""
-    settings = recipe.align.model_dump(exclude={"processes"})  # results do not depend on how many there are
+    """The step that aligns one source's captured distributions to the pivot's tokens. `sets`: by name, the steps `pivot`,
+    `source`, `capture` and `pivot_capture` of each set of conversations."""
+    settings = recipe.align.model_dump(exclude={"processes"})  # does not change results
     read = [*PARTS, *([FILL] if recipe.align.unaligned == "pivot" else [])]
     upstream = {
         part if len(sets) == 1 else f"{name}/{part}": steps[part] for name, steps in sets.items() for part in read
@@ -38,12 +38,12 @@ def step(
 
 
 def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Before there was a `min_mass`, no row had too little."""
+    """Settings of steps written before `min_mass` existed."""
     return {"min_mass": 0.0, **settings}
 
 
 def directories(step: Step, part: str) -> list[Path]:
-    """Where what an align step reads as `part` lies: a directory for each set of conversations."""
+    """The directories of an align step's upstream steps of kind `part`, one for each set of conversations."""
     return _directories(step.upstream, part)
 
 
@@ -52,7 +52,7 @@ def _directories(upstream: Mapping[str, Step], part: str) -> list[Path]:
 
 
 def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
-    """The two models' tokens and how to align them; the pivot's back-off; how errors call the models, and their vocabularies."""
+    """Both models' tokens with the alignment strategy; the pivot's back-off; the names and vocabulary sizes of both models."""
     from fusechat.align.aligner import Pair, Side, Strategy
     from fusechat.align.back_off import BackOff
     from fusechat.align.vocabulary import same_tokens

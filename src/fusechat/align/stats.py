@@ -1,4 +1,4 @@
-"""What an alignment covered, dropped and fell back on: counts that go to the manifest and the report."""
+"""Counts of an alignment (covered, dropped, backed off), for the manifest and the report."""
 
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -14,22 +14,22 @@ from fusechat.align.vocabulary import VocabularyMap
 
 @dataclass
 class AlignmentStats:
-    """Sums over conversations; `summary` turns them into shares."""
+    """Sums over conversations. `summary` turns them into shares."""
 
     conversations: int = 0
-    without_source: int = 0  # conversations that the source rejected: no row of them is aligned
+    without_source: int = 0  # conversations that the source rejected: none of their rows is aligned
     positions: int = 0
     aligned: int = 0
     clipped: int = 0
     inside: int = 0  # pivot tokens that start inside a source token
-    conditioned: int = 0  # those of them that have a distribution
-    chained: int = 0  # pivot tokens whose probability the chain rule gave
-    improbable_boundaries: int = 0  # aligned where the source itself would rarely have cut
+    conditioned: int = 0  # of these, those with a distribution
+    chained: int = 0  # pivot tokens with a probability by the chain rule
+    improbable_boundaries: int = 0  # aligned, where the source rarely ends a token
     empty: int = 0  # aligned, but no candidate corresponds to a pivot token
-    little: int = 0  # aligned or conditioned, but too little mass reached pivot tokens: no target
+    little: int = 0  # aligned or conditioned, but with too little mass for a target
     mapped_mass: float = 0.0
     kept_mass: float = 0.0
-    lead: int = 0  # tokens before the content, which no other count has
+    lead: int = 0  # tokens before the content, in no other count
     lead_aligned: int = 0
     mass_by_origin: Counter[str] = field(default_factory=Counter)
 
@@ -42,7 +42,7 @@ class AlignmentStats:
         *,
         little: np.ndarray,
     ) -> None:
-        """Adds a conversation; `little` bool [n_pivot]: its rows that have too little mass for a target."""
+        """Adds a conversation. `little` bool [n_pivot]: rows with too little mass for a target."""
         aligned = alignment.aligned
         conditioned = alignment.inside & (result.mapped > 0)
         covered = (aligned | conditioned) & ~little
@@ -63,12 +63,14 @@ class AlignmentStats:
         self.mass_by_origin.update({name: mass for name, mass in zip(ORIGINS, sums.tolist(), strict=True) if mass})
 
     def add_without_source(self, positions: int, lead: int = 0) -> None:
+        """Adds a conversation that the source rejected: its content rows and its lead rows."""
         self.without_source += 1
         self.conversations += 1
         self.positions += positions
         self.lead += lead
 
     def summary(self) -> dict[str, object]:
+        """Counts and shares by name; a share is None if its denominator is 0."""
         captured = sum(self.mass_by_origin.values())
         covered = self.aligned + self.conditioned - self.little
         return {
@@ -102,5 +104,5 @@ def add_figures(total: AlignmentStats, part: AlignmentStats) -> None:
 
 
 def _share(part: float, whole: float) -> float | None:
-    """None where there is nothing to have a share of: undefined is not zero."""
+    """None if `whole` is 0: undefined is not zero."""
     return round(part / whole, 6) if whole else None

@@ -1,4 +1,4 @@
-"""Distribution transfer: `q_i(t) = Σ_s p_j(s) · W[s, t]`, collisions summed, mass conserved. See docs/alignment.md."""
+"""Distribution transfer: `q_i(t) = Σ_s p_j(s) · W[s, t]`. Collisions are summed; mass is conserved. See docs/alignment.md."""
 
 from dataclasses import dataclass
 
@@ -12,26 +12,24 @@ from fusechat.run.compiled import compiled
 
 @dataclass(frozen=True)
 class Transferred:
-    """`rows`: the k most likely pivot tokens of every pivot row (all pads where nothing corresponds), and the mass that they leave
-    out. `mapped` float64 [n]: the mass that reached some pivot token, kept or not."""
+    """`rows`: the k most likely pivot tokens of every pivot row (only pads if nothing corresponds), and the tail. `mapped`
+    float64 [n]: the mass that reached pivot tokens, kept or not."""
 
     rows: SparseDistribution
     mapped: np.ndarray
 
 
 class Transfer:
-    """Carries candidates over to a pivot vocabulary of `size` tokens; keeps room for a dense row between conversations."""
+    """Maps candidates to a pivot vocabulary of `size` tokens. Keeps a dense row as a buffer between conversations."""
 
     def __init__(self, vocabulary_map: VocabularyMap, size: int) -> None:
         self.map = vocabulary_map
         self._dense = np.zeros(max(size, int(vocabulary_map.pivot.max(initial=-1)) + 1))
 
     def __call__(self, candidates: Candidates, gold: np.ndarray, *, k: int) -> Transferred:
-        """Sums what arrives at each pivot token, and keeps the `k` largest of each row; of equals the lower token id first.
-
-        `gold` int [n]: the rows' own pivot tokens, kept in any case where the source's own token is a candidate (`candidates.own`).
-        """
-        if int(gold.max(initial=-1)) >= len(self._dense):  # a token of the model's padding
+        """Sums the mass of each pivot token and keeps the `k` largest of each row, the lower id first of equals. `gold` int
+        [n]: the rows' gold tokens, always kept where the source's own token is a candidate (`candidates.own`)."""
+        if int(gold.max(initial=-1)) >= len(self._dense):  # in the padding of the model's vocabulary
             self._dense = np.zeros(int(gold.max()) + 1)
         ids, mass, mapped = _transfer(
             candidates.row,
@@ -58,7 +56,7 @@ def _transfer(
     dense: np.ndarray,
     k: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The `k` largest of each row, ids and mass [n, k], and all mass that reached a token [n]. `dense` is zero before and after."""
+    """The `k` largest of each row, ids and mass [n, k], and the total mapped mass [n]. `dense` is zero before and after."""
     own, chained = chain
     n = len(row)
     ids, kept = np.full((n, k), -1, dtype=np.int32), np.zeros((n, k))
@@ -84,8 +82,8 @@ def _scatter(
     dense: np.ndarray,
     touched: np.ndarray,
 ) -> int:
-    """Adds all candidates' mass [c] to `dense` by their rows of W [c]; returns how many tokens are `touched`. Where the `share`
-    that the gold token has of the last candidate is known (not NaN), W's other entries are scaled to what it leaves."""
+    """Adds the mass [c] of all candidates to `dense` by their rows of W [c]; returns the number of `touched` tokens. If the
+    gold token's `share` of the last candidate is known (not NaN), W's other entries are scaled to the rest."""
     offset, pivot, weight = entries
     count = 0
     for c in range(len(row)):
@@ -116,7 +114,7 @@ def _scatter(
 
 @compiled()
 def _largest(dense: np.ndarray, tokens: np.ndarray, ids: np.ndarray, kept: np.ndarray) -> float:
-    """Sorts the largest into `ids` and `kept` [k], of equals the lower id first, and clears `dense`; returns the sum of all."""
+    """Sorts the largest into `ids` and `kept` [k], the lower id first of equals; clears `dense`; returns the sum of all."""
     k, filled, total = len(ids), 0, 0.0
     for token in tokens:
         value = dense[token]

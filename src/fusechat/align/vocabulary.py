@@ -1,7 +1,7 @@
-"""The vocabulary map W: which pivot token stands where a source token does. See docs/alignment.md.
+"""The vocabulary map W: the pivot tokens that correspond to each source token. See docs/alignment.md.
 
 W is sparse and row-stochastic, [source vocabulary × pivot vocabulary]: `W[s, t]` is the probability that the pivot's token is
-`t` where the source's is `s` and both start at the same byte. It also has rows for bytes: what is left of a source token
+`t` if the source's is `s` and both start at the same byte. It also has rows for byte strings: what remains of a source token
 where a pivot token starts inside it, or before the content.
 """
 
@@ -23,7 +23,7 @@ Lookup = Callable[[Sequence[bytes]], list[tuple[int, str]]]
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """Special tokens by what they do, each an id or None."""
+    """Ids of special tokens by role, or None."""
 
     end_of_turn: int | None
     end_of_sequence: int | None
@@ -31,13 +31,13 @@ class SpecialTokens:
 
 
 def same_tokens(one: TokenBytes, other: TokenBytes) -> bool:
-    """Whether two tokenizers have the same vocabulary: every id the same bytes, and the same ids for special and added tokens."""
+    """Whether two tokenizers have the same bytes for every id, and the same special and added ids."""
     return one.pieces == other.pieces and one.special == other.special and one.added.keys() == other.added.keys()
 
 
 def special_token_map(pivot: SpecialTokens, source: SpecialTokens) -> dict[int, int]:
-    """Source special token → pivot special token of the same role. End of turn goes last: where a model ends turns with its
-    end-of-sequence token, that token means end of turn."""
+    """Maps each source special token to the pivot's of the same role, or to TAIL. End of turn wins: if a model ends turns with
+    its end-of-sequence token, that token means end of turn."""
     pairs = (
         (source.begin_of_sequence, pivot.begin_of_sequence),
         (source.end_of_sequence, pivot.end_of_sequence),
@@ -48,10 +48,10 @@ def special_token_map(pivot: SpecialTokens, source: SpecialTokens) -> dict[int, 
 
 @dataclass
 class VocabularyMap:
-    """W in compressed rows: row r has the entries `pivot[offset[r] : offset[r + 1]]` with `weight`s that sum to one; what goes
-    to the tail has none. The first rows are source tokens, `source`, the others bytes, `remaining_bytes`, in order.
+    """W in compressed rows: row r has entries `pivot[offset[r] : offset[r + 1]]` with `weight`s that sum to 1, or none (tail).
 
-    `origin` says, for each row, where it comes from, as an index into `ORIGINS`: the counts, a special token's role, a back-off.
+    The first rows are the source tokens `source`, the others the byte strings `remaining_bytes`, in order. `origin` gives for
+    each row an index into `ORIGINS`: counts, a special token's role, or a back-off.
     """
 
     source: np.ndarray  # int64 [token rows], sorted
@@ -62,7 +62,7 @@ class VocabularyMap:
     origin: np.ndarray  # int8 [rows]
 
     def rows_of(self, tokens: np.ndarray) -> np.ndarray:
-        """Index of each source token's row; every token must be known."""
+        """int64: the row of each source token. Raises KeyError for a token that the map was not built for."""
         rows = self._row_of_token[np.minimum(tokens, len(self._row_of_token) - 1)]
         if (rows < 0).any():
             raise KeyError("a token that the map was not built for")
@@ -70,18 +70,18 @@ class VocabularyMap:
 
     @cached_property
     def _row_of_token(self) -> np.ndarray:
-        size = int(self.source[-1]) + 2 if len(self.source) else 1  # one more, for all that come after
+        size = int(self.source[-1]) + 2 if len(self.source) else 1  # the last is for all larger ids
         rows = np.full(size, -1, dtype=np.int64)
         rows[self.source] = np.arange(len(self.source))
         return rows
 
     @cached_property
     def row_of_remainder(self) -> dict[bytes, int]:
-        """Index of the row of each `remaining_bytes`."""
+        """The row of each byte string in `remaining_bytes`."""
         return {rest: len(self.source) + index for index, rest in enumerate(self.remaining_bytes)}
 
     def entropy(self) -> float:
-        """Mean entropy of the counted rows, in bits: 0 where every source token always met the same pivot token."""
+        """Mean entropy of the counted rows in bits: 0 if every source token always met the same pivot token."""
         seen = (self.origin == ORIGINS.index(SEEN)) & (np.diff(self.offset) > 0)
         if not seen.any():
             return 0.0
@@ -89,13 +89,13 @@ class VocabularyMap:
         return float(np.add.reduceat(np.append(terms, 0.0), self.offset[:-1])[seen].mean())
 
     def rows_by_origin(self) -> dict[str, int]:
-        """How many rows were found in which way."""
+        """The number of rows of each origin."""
         counts = np.bincount(self.origin, minlength=len(ORIGINS)).tolist()
         return {name: count for name, count in zip(ORIGINS, counts, strict=True) if count}
 
     def save(self, path: Path) -> None:
-        """An Arrow IPC file with a record for every entry: `source` int32 (null for a row of bytes), `rest` binary (null for a
-        row of a token), `pivot` int32, `weight` float32, `origin` string."""
+        """Writes an Arrow IPC file with one record for each entry: `source` int32 (null in a row of bytes), `rest` binary (null
+        in a row of a token), `pivot` int32, `weight` float32, `origin` string."""
         length = np.diff(self.offset)
         tokens = len(self.source)
         source = np.repeat(np.append(self.source, np.full(len(self.remaining_bytes), -1)), length).astype(np.int32)
@@ -128,19 +128,22 @@ def build_map(
     top_1: bool = False,
     same_tokens: bool = False,
 ) -> VocabularyMap:
-    """W for all source tokens and bytes of `seen`. `vocabulary`: `exact`, `edit` or `statistics` ("EM", "MinED", "MS" in the
-    paper); `top_1` keeps the most frequent pivot token of a counted row only, of equals the lowest id. With `same_tokens` every
-    token is itself, unless its role is another token's, and only bytes are counted or looked up."""
+    """Builds W for all source tokens and byte strings of `seen`.
+
+    `vocabulary`: `exact`, `edit` or `statistics` ("EM", "MinED", "MS" in the paper). `top_1` keeps only the most frequent pivot
+    token of a counted row, the lowest id of equals. `roles`: see `special_token_map`. With `same_tokens` every token maps to
+    itself, unless its role maps it elsewhere, and only byte strings are counted or looked up.
+    """
     counts = (
         seen.pairs if vocabulary == "statistics" and not same_tokens else Counts(*(np.zeros(0, dtype=np.int64),) * 3)
     )
     tokens = np.union1d(seen.pairs.source if same_tokens else counts.source, seen.tokens)
     special = np.array(sorted(source.special | roles.keys()), dtype=np.int64)
-    # A special token of either side that is written in a text is that text, and no other token's correspondence.
+    # A special token in a text, of either side, is plain text there: its counts are not a correspondence.
     counts = _without(counts, special, back_off.pivot.special)
     parts, remaining_bytes = _parts(seen, counted=vocabulary == "statistics")
     parts = _without(parts, np.zeros(0, dtype=np.int64), back_off.pivot.special)
-    # One table of counts for both kinds of rows: the row's index in the place of the source token.
+    # One table of counts for both kinds of rows, with the row's index in place of the source token.
     index = np.concatenate([np.searchsorted(tokens, counts.source), len(tokens) + parts.source])
     counts = Counts(index, np.concatenate([counts.pivot, parts.pivot]), np.concatenate([counts.count, parts.count]))
     if top_1:
@@ -177,7 +180,7 @@ def _assemble(
     single: np.ndarray,
     origin: np.ndarray,
 ) -> VocabularyMap:
-    """Joins counted rows and those of one entry or none."""
+    """Joins counted rows and rows with one entry or none."""
     alone = np.flatnonzero(single != TAIL)
     total = np.bincount(counts.source, weights=counts.count, minlength=len(length))
     row = np.concatenate([counts.source, alone])
@@ -193,13 +196,13 @@ def _assemble(
 
 
 def _without(counts: Counts, source: np.ndarray, pivot: frozenset[int]) -> Counts:
-    """The counts of other tokens than these."""
+    """The counts without these source and pivot tokens."""
     keep = ~np.isin(counts.source, source) & ~np.isin(counts.pivot, np.array(sorted(pivot), dtype=np.int64))
     return Counts(counts.source[keep], counts.pivot[keep], counts.count[keep])
 
 
 def _parts(seen: Seen, *, counted: bool) -> tuple[Counts, list[bytes]]:
-    """All rests in order, and the counts of theirs, with the rest's index in the place of the source token."""
+    """All byte strings in order, and their counts, with the string's index in place of the source token."""
     parts = sorted(seen.parts.items()) if counted else []
     remaining_bytes = sorted(seen.remaining_bytes | {rest for (rest, _), _ in parts})
     index = {rest: at for at, rest in enumerate(remaining_bytes)}
