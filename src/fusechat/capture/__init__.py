@@ -1,1 +1,1 @@
-"""Stage 2, capture: the most likely tokens of every model at every response position."""
+"""Stage 2, capture: the most probable tokens of every model at every response row."""

@@ -12,7 +12,7 @@ from fusechat.models.teacher_forcing import TeacherForcing
 
 
 class Local:
-    """A model of which the `k` most likely tokens are wanted; see `TeacherForcing`."""
+    """Captures the `k` most probable tokens with a model in this process; see `TeacherForcing`."""
 
     def __init__(self, model: Any, *, k: int, batch_tokens: int, name: str) -> None:
         keys = ("capture.batch_tokens", "data.max_length")
@@ -20,13 +20,14 @@ class Local:
 
     @property
     def batch_tokens(self) -> int:
+        """Tokens in a batch, after any halving for memory."""
         return self.forced.batch_tokens
 
     def capture(
         self, conversations: Sequence[Prepared], advance: Callable[[int], None]
     ) -> list[SparseDistribution | None]:
-        """The `k` most likely tokens at each row of every conversation, in the order given; None for a conversation in which a
-        value is not finite. Raises ModelError for one that does not fit in memory by itself."""
+        """Top-k distributions of every conversation's rows, in order; None for a conversation with values that are not finite.
+        Raises ModelError for a conversation that does not fit in memory by itself."""
         results: list[SparseDistribution | None] = [None] * len(conversations)
         for index, columns in self.forced.run(conversations, partial(sparse_rows, k=self.k)):
             results[index] = distribution(*columns)
@@ -34,6 +35,6 @@ class Local:
         return results
 
     def close(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         del self.forced
         free_memory()

@@ -1,8 +1,8 @@
-"""capture/<model>/<data set>/: a store of distributions (`data/distributions.py`), a shard for every `shard_conversations` prepared
+"""capture/<model>/<data set>/: a store of distributions (`data/distributions.py`), one shard for `shard_conversations` prepared
 conversations.
 
-A shard is written whole or not at all, and depends on its own conversations only, so that a killed run continues with the
-shards that are missing and gets the same bytes, and so do several processes that share the shards among them.
+A shard is written as a whole, and depends only on its own conversations. So a killed run resumes with the missing shards and
+gets the same bytes, and several processes can share the shards.
 """
 
 from collections.abc import Mapping
@@ -22,14 +22,14 @@ from fusechat.run.manifests import which_device
 from fusechat.run.progress import log, progress
 from fusechat.run.steps import Step
 
-FORMAT = 2  # of the step: captures of older versions, without tails, stay done; see `data/distributions.py`
+FORMAT = 2  # of the step; older captures, without tails, stay valid, see `data/distributions.py`
 
 
 def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, prepared: Step, *, at_least: int = 1) -> Step:
-    """Runs one model over one prepared data set. Keeps `at_least` so many tokens, whatever the recipe says."""
+    """The step that runs one model over one prepared data set. Keeps `at_least` this many tokens, whatever the recipe says."""
     capture = recipe.capture_for(chat_model.name)
     capture = capture.model_copy(update={"top_k": max(capture.top_k, at_least)})
-    where = capture.model_dump(include={"device_map", "url", "tensor_parallel"})  # which results do not depend on
+    where = capture.model_dump(include={"device_map", "url", "tensor_parallel"})  # does not change results
     settings = {"model": chat_model.identity, "device": recipe.device, **capture.model_dump(exclude=set(where))}
     name = prepared.name
 
@@ -55,12 +55,12 @@ def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, prepared: Step, *
 
 
 def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without how many tokens a batch has, which memory decides in the end."""
+    """The settings without the batch size, which memory may reduce."""
     return {**{key: value for key, value in settings.items() if key != "batch_tokens"}, **which_device(settings)}
 
 
 def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """Makes this process's shards, every n-th, where they are missing or damaged; returns what is in all of them."""
+    """Writes this process's shards, every n-th, if missing or damaged. Returns the counts of all of them."""
     size = settings["shard_conversations"]
     every = [range(begin, min(begin + size, len(data))) for begin in range(0, len(data) or 1, size)]
     is_spread = settings["backend"] == "transformers" and settings["device_map"] is not None
@@ -75,7 +75,7 @@ def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings
         write_store(directory, k=k, files=SHARDS, store_format=store_format)
     paths = {number: path for number in shards if (path := _sound_shard(directory, number)) is not None}
     missing = {number: rows for number, rows in shards.items() if number not in paths}
-    if missing and not len(data):  # the model has nothing to do
+    if missing and not len(data):  # nothing to run the model on
         paths = {number: write_shard(directory, number, [], **stored) for number in missing}
     elif missing:
         with (
@@ -92,7 +92,7 @@ def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings
 
 
 def _sound_shard(directory: Path, number: int) -> Path | None:
-    """The shard as an earlier run left it. Removes what is not sound, and says so."""
+    """The shard of an earlier run, if intact. Removes damaged files, with a warning."""
     sound = None
     for path in shards_of(directory, number):
         if sound is None and is_sound(path):
@@ -104,7 +104,7 @@ def _sound_shard(directory: Path, number: int) -> Path | None:
 
 
 def _open(chat_model: ChatModel, settings: dict[str, Any], k: int, data: PreparedSet, room: Path) -> Any:
-    """What runs the model: see `Local`; it may write to `room`. vLLM is imported where it is asked for."""
+    """The backend that runs the model; see `Local`. It may write to `room`. vLLM is imported only if needed."""
     if settings["backend"] == "vllm":
         from fusechat.models.vllm import open_vllm
 
@@ -129,7 +129,7 @@ def _open(chat_model: ChatModel, settings: dict[str, Any], k: int, data: Prepare
 
 
 def _counts(shards: list[Table], data: PreparedSet, rows: list[int]) -> dict[str, Any]:
-    """What is in the shards that were made of these rows of the data; rejected conversations as (row, id)."""
+    """Counts of the shards of these rows of the data; rejected conversations as (row, id)."""
     written = {identity for shard in shards for identity in shard.column("id")}
     return {
         "conversations": len(written),
@@ -140,7 +140,7 @@ def _counts(shards: list[Table], data: PreparedSet, rows: list[int]) -> dict[str
 
 
 def _join(counts: list[dict[str, Any]], chat_model: ChatModel) -> dict[str, Any]:
-    """The sums of all processes' counts, and the ids of rejected conversations in the order of the data."""
+    """The sums of all processes' counts, and the ids of rejected conversations in data order."""
     rejected = sorted(pair for each in counts for pair in each["rejected_not_finite"])
     total = {key: sum(each[key] for each in counts) for key in ("conversations", "positions", "shards")}
     if not total["conversations"] and rejected:

@@ -1,8 +1,8 @@
 """From logits to sparse distributions: top-k and log-softmax in float32. See docs/training.md.
 
-A vocabulary of 262,144 makes `torch.topk` on a CPU slower than the model's head. There, a kernel reads each row three times,
-out of the cache: the greatest value of every block of the vocabulary; the values in blocks that may have one of the k; the
-sum of the exponentials that are not of the k. Rows are shared among as many threads as PyTorch has, and none depends on another.
+With a vocabulary of 262,144, `torch.topk` on a CPU is slower than the model's head. There, a kernel reads each row three times
+from the cache: for the maximum of every block of the vocabulary; for the values of blocks that may have one of the k; for the
+sum of the other exponentials. Threads work on separate rows.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +16,7 @@ from fusechat.models.teacher_forcing import Columns
 from fusechat.run.compiled import compiled
 
 _BLOCK = 256  # logits
-_RUN = 4096  # exponentials that are added up in float32; such sums are added up in float64
+_RUN = 4096  # exponentials summed in float32; these sums are summed in float64
 _LEAST = -(1 << 31)
 _INFINITE = 0x7F800000
 _NOT_ZERO = 0x7FFFFFFF  # every bit but the sign's
@@ -27,17 +27,17 @@ _C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7 = _POWER_OF_2  # Taylor's; for |x| <= 1/2
 
 
 def sparse_rows(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:
-    """The `k` most likely tokens (at most all) of logits [n, V] (any float type): ids int32 [n, k], log-probabilities over the full
-    vocabulary float32 [n, k], the gold tokens' nll float32 [n], and the probability of all other tokens float32 [n], exact
-    however small; where `logits` are. The log-softmax is float32.
+    """The `k` most probable tokens (at most all) of `logits` [n, V], any float dtype, on their device.
 
-    On a CPU ties go to the lower id. A row with a NaN or +inf has NaN log-probabilities; -inf is a probability of 0.
+    Returns ids int32 [n, k], log-probabilities over the full vocabulary float32 [n, k], the nll of the gold tokens float32 [n]
+    (nats), and the probability of all other tokens float32 [n], exact even if tiny. The log-softmax is float32. On a CPU the
+    lower id wins a tie. A row with NaN or +inf has NaN log-probabilities; -inf is probability 0.
     """
     return (_by_kernel if logits.device.type == "cpu" else _by_torch)(logits, gold, min(k, logits.shape[1]))
 
 
 def distribution(ids: np.ndarray, logprobs: np.ndarray, nll: np.ndarray, tail: np.ndarray) -> SparseDistribution | None:
-    """What `sparse_rows` gave of one conversation; None where something is not finite."""
+    """The distribution of one conversation from the columns of `sparse_rows`; None if a value is not finite."""
     finite = np.isfinite(nll).all() and np.isfinite(logprobs).all()
     return SparseDistribution(ids, logprobs, nll, tail) if finite else None
 
@@ -46,7 +46,7 @@ def _by_torch(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:
     parts = []
     for rows, full in float_rows(logits):
         values, ids = full.topk(k, dim=1)
-        others = full.scatter(1, ids, -torch.inf).logsumexp(dim=1)  # not 1 - Σ kept, which rounding makes of nothing
+        others = full.scatter(1, ids, -torch.inf).logsumexp(dim=1)  # not 1 - Σ kept, which is rounding
         logsumexp = torch.logaddexp(values.logsumexp(dim=1), others)
         nll = gold_nll(full, gold[rows], logsumexp)
         parts.append((ids.int(), values - logsumexp[:, None], nll, (others - logsumexp).exp()))
@@ -76,13 +76,13 @@ def _by_kernel(logits: torch.Tensor, gold: torch.Tensor, k: int) -> Columns:
 
 @compiled()
 def _select(bits, gold, ids, logprobs, nll, tail):  # type: ignore[no-untyped-def]
-    """`sparse_rows` of logits [n, V], given as the bits of bfloat16 (int16) or of float32 (int32)."""
+    """`sparse_rows` for logits [n, V] given as bits of bfloat16 (int16) or float32 (int32)."""
     n, size = bits.shape
     k = ids.shape[1]
     full = np.empty(size, np.int32)  # a row's bits as float32
     greatest = np.empty((size + _BLOCK - 1) // _BLOCK, np.int32)
     found = np.empty(size, np.int64)
-    below = np.empty(k)  # by how much the kept are below the greatest
+    below = np.empty(k)  # kept values less the maximum
     for row in range(n):
         _widen(bits[row], full)
         values = full.view(np.float32)
@@ -95,8 +95,8 @@ def _select(bits, gold, ids, logprobs, nll, tail):  # type: ignore[no-untyped-de
             token = _id(kept[place])
             ids[row, place], below[place] = token, top - values[token]
             of_kept += np.exp(-below[place])
-            values[token] = -np.inf  # so that what is left are the others
-        total = others = np.nan  # sums of exponentials, with `top` taken off
+            values[token] = -np.inf  # the others remain
+        total = others = np.nan  # sums of exp(value - top)
         if largest < _INFINITE or (largest == _INFINITE and -np.inf < top < np.inf):  # neither a NaN nor +inf
             others = _sum_of_exponentials(values, np.float32(top))
             others = 0.0 if others <= size * _NEXT_TO_NOTHING else others
@@ -117,13 +117,13 @@ def _widen(bits, full):  # type: ignore[no-untyped-def]
 
 @compiled(inline="always")
 def _key(bits):  # type: ignore[no-untyped-def]
-    """Integers in the order of the floats that have these bits."""
+    """Integers in the order of the floats with these bits."""
     return np.int32(bits ^ ((bits >> 31) & _NOT_ZERO))
 
 
 @compiled()
 def _greatest(full, greatest):  # type: ignore[no-untyped-def]
-    """Fills in the greatest key of each block; returns the largest magnitude's bits: a NaN's are above infinity's."""
+    """Writes the maximum key of each block. Returns the bits of the largest magnitude: those of NaN exceed those of infinity."""
     largest = np.int32(0)
     for block in range(greatest.size):
         best = np.int32(_LEAST)
@@ -137,7 +137,7 @@ def _greatest(full, greatest):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _bound(greatest, k):  # type: ignore[no-untyped-def]
-    """A key that at least k values reach, and no block without one of the k greatest: the k-th greatest of the blocks'."""
+    """A key that at least k values reach: the k-th largest of the blocks' maxima. Blocks below it have none of the k largest."""
     if greatest.size <= k:
         return np.int32(_LEAST)
     bound = np.partition(greatest, greatest.size - k)[greatest.size - k]
@@ -146,7 +146,7 @@ def _bound(greatest, k):  # type: ignore[no-untyped-def]
 
 @compiled()
 def _at_least(full, greatest, bound, found):  # type: ignore[no-untyped-def]
-    """Keys from `bound` on, each with its id, as integers that sort by key; of equal keys the lower id is the greater."""
+    """Keys from `bound` on with their ids, as integers that sort by key, then by descending id."""
     count = 0
     for block in range(greatest.size):
         if greatest[block] >= bound:
@@ -165,14 +165,13 @@ def _id(entry):  # type: ignore[no-untyped-def]
 
 @compiled(fastmath={"reassoc", "contract", "nsz"})
 def _sum_of_exponentials(values, top):  # type: ignore[no-untyped-def]
-    """Σ exp(value - top), all of them finite or -inf and none above `top`, each 2^-126 at least; written so that it is done in
-    vectors."""
+    """Σ exp(value - top), each at least 2^-126, for values that are finite or -inf and at most `top`. Written to be vectorised."""
     total = 0.0
     for begin in range(0, values.size, _RUN):
         part = values[begin : begin + _RUN]
         subtotal = np.float32(0)
         for i in range(part.size):
-            power = max((part[i] - top) * _LOG2_E, np.float32(-126))  # 2^-126 is nothing compared with 1
+            power = max((part[i] - top) * _LOG2_E, np.float32(-126))  # 2^-126 vanishes next to 1
             whole = np.floor(power + np.float32(0.5))
             x = power - whole
             fraction = _C0 + x * (_C1 + x * (_C2 + x * (_C3 + x * (_C4 + x * (_C5 + x * (_C6 + x * _C7))))))

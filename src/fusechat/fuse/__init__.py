@@ -1,4 +1,4 @@
-"""Stage 4, fuse: the pivot is fine-tuned against each source's aligned distributions. `fusion_loss` is public."""
+"""Stage 4, fuse: fine-tunes the pivot against each source's aligned distributions. Public: `fusion_loss`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["fusion_loss"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "fusion_loss":  # brings torch, which the command line's start should not wait for
+    if name == "fusion_loss":  # imports torch, which would slow down the command line's start
         from fusechat.fuse.loss import fusion_loss
 
         return fusion_loss

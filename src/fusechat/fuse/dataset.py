@@ -1,4 +1,4 @@
-"""What the trainer reads: tokens of a conversation, its response rows, and the k targets of each row."""
+"""The training data: a conversation's tokens, its response rows, and the k targets of each row."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from fusechat.fuse.teacher_selection import Candidate, SelectionRule
 from fusechat.models.forward import collate
 
 PIVOT, NONE, TIES, SINGLE_CANDIDATE = "pivot", "none", "ties", "without comparison"
-PAD_INDEX = -1  # the index of an item that only fills up a batch
+PAD_INDEX = -1  # the index of an empty item that fills up a batch
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a source has of one set of conversations: its own rows and captures, and these aligned to the pivot's rows."""
+    """A source's data of one set of conversations: its rows, its captured distributions, and these aligned to the pivot's rows."""
 
     prepared: PreparedSet
     captured: DistributionSet
@@ -34,8 +34,8 @@ class Teacher:
 
 @dataclass(frozen=True)
 class TeachingSet:
-    """A set of conversations and who may teach on it; `captured` are the pivot's own distributions, where they are asked for.
-    `weight`: how often each conversation is seen in an epoch."""
+    """A set of conversations and its teachers. `captured`: the pivot's own distributions, if needed. `weight`: how often each
+    conversation is in an epoch."""
 
     name: str
     pivot: PreparedSet
@@ -45,8 +45,7 @@ class TeachingSet:
 
 
 class FusionData(Dataset[dict[str, Any]]):
-    """The conversations of one target: those of its sets, one set after the other, each conversation once, in the first of its
-    sets."""
+    """The conversations of one target, set after set, each once, in its first set."""
 
     def __init__(self, sets: Sequence[TeachingSet], rule: SelectionRule) -> None:
         self.sets, self.rule = list(sets), rule
@@ -63,11 +62,12 @@ class FusionData(Dataset[dict[str, Any]]):
 
     @property
     def is_weighted(self) -> bool:
+        """Whether any set has another weight than 1."""
         return any(one.weight != 1 for one in self.sets)
 
     @property
     def examples_per_epoch(self) -> int:
-        """How many conversations an epoch has, those that come twice counted twice."""
+        """Conversations in an epoch, repetitions included."""
         return sum(epoch_size(len(part), one.weight) for part, one in zip(self._parts, self.sets, strict=True))
 
     def epoch(self, number: int, *, seed: int) -> list[int]:
@@ -108,7 +108,7 @@ class FusionData(Dataset[dict[str, Any]]):
         return Comparison.without_sources(conversation, self.rule) if self.rule.compares_with_student else None
 
     def _candidates(self, data: TeachingSet, conversation: Prepared) -> dict[str, Candidate]:
-        """Who has distributions of a conversation, the pivot first."""
+        """The models with distributions of a conversation, the pivot first."""
         identity, found = conversation.id, {}
         if data.captured is not None and identity in data.captured:
             captured = data.captured[identity]
@@ -129,8 +129,8 @@ class FusionData(Dataset[dict[str, Any]]):
 
     @cached_property
     def chosen(self) -> dict[str, dict[str, float]]:
-        """For each set, of how many groups (conversations, responses or positions) each candidate is the teacher, or, of AvgCE, the
-        sum of its weights; of how many nobody is; how many were ties, and how many had one candidate only."""
+        """Who teaches, by set: for each candidate the number of groups (conversations, responses or rows) that it teaches, or
+        for AvgCE the sum of its weights; also groups without a teacher, ties, and groups with one candidate only."""
         counts = {one.name: dict.fromkeys([*self._of(one), NONE, TIES, SINGLE_CANDIDATE], 0.0) for one in self.sets}
         for place, row in self.places:
             data = self.sets[place]
@@ -163,10 +163,10 @@ EMPTY = Prepared(
 def _item(
     rows: Prepared, targets: SparseDistribution, comparison: Comparison | None, place: int, *, alone: bool = False
 ) -> dict[str, Any]:
-    """`alone`: nobody has distributions of the conversation."""
+    """`alone`: the conversation has no teacher."""
     return {
         "alone": alone,
-        "input_ids": rows.input_ids,  # by its length batches may be grouped
+        "input_ids": rows.input_ids,  # for `group_by_length`
         "conversation": rows,
         "targets": targets,
         "comparison": comparison,
@@ -175,9 +175,11 @@ def _item(
 
 
 def collate_fusion(items: Sequence[dict[str, Any]], *, pad: int) -> dict[str, Any]:
-    """A batch for the trainer: padded tokens, and for the n response rows of all items together `labels` int64 [n],
-    `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k], `target_tail` float32 [n], `alone` bool [n];
-    against the student, `comparison`."""
+    """A batch for the trainer: padded tokens and, for the n response rows of all items, the targets.
+
+    `labels` int64 [n], `target_ids` int64 [n, k] (-1 pads), `target_logprobs` float32 [n, k], `target_tail` float32 [n], `alone`
+    bool [n], and `comparison` if sources are compared with the student.
+    """
     conversations = [item["conversation"] for item in items]
     batch = collate(conversations, pad)
     k = max(item["targets"].ids.shape[1] for item in items)

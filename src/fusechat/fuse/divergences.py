@@ -1,7 +1,7 @@
-"""Divergences between the targets P and the model's Q over a row's kept outcomes. See docs/training.md.
+"""Divergences between targets P and the model's Q over the kept outcomes of a row. See docs/training.md.
 
-All of them take natural logarithms [n, m] of m outcomes a row, `log_p` with -inf where there is none. A divergence gives its
-values [n] and its derivatives with respect to `log_q` [n, m]; a row without any outcome gives anything, NaN too.
+A divergence takes `log_p` and `log_q` [n, m], natural logarithms of m outcomes in a row, with -inf for none. It returns its
+values [n] and their derivatives with respect to `log_q` [n, m]. Rows without any outcome may give NaN.
 """
 
 import math
@@ -11,11 +11,11 @@ import torch
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-_ROUNDING = 1e-6  # a tail below it is the rounding of the kept tokens, not a tail
+_ROUNDING = 1e-6  # a smaller tail is rounding of the kept tokens
 
 
 def left_over(ids: torch.Tensor, logprobs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[n] in `dtype`: what the kept tokens leave of each row's mass, 0 where that may be their rounding."""
+    """[n] in `dtype`: the mass that the kept tokens leave in each row, 0 if it may be their rounding."""
     rest = 1.0 - logprobs.to(dtype).masked_fill(ids < 0, -torch.inf).exp().sum(dim=1)
     return rest.masked_fill(rest <= max(_ROUNDING, torch.finfo(logprobs.dtype).eps), 0.0)
 
@@ -23,8 +23,8 @@ def left_over(ids: torch.Tensor, logprobs: torch.Tensor, dtype: torch.dtype) -> 
 def target_outcomes(
     ids: torch.Tensor, logprobs: torch.Tensor, rest: torch.Tensor | None, *, temperature: float
 ) -> torch.Tensor:
-    """log P [n, k], or with `rest` [n], the mass of all other tokens, [n, k + 1] and that last, at `temperature` and normalised;
-    `ids` int64 [n, k] with -1 pads, `logprobs` [n, k], which are scaled to what the rest leaves. NaN in a row without targets."""
+    """log P [n, k], or with `rest` [n], the mass of all other tokens, [n, k + 1] with the rest last; at `temperature`,
+    normalised. `ids` int64 [n, k] with -1 pads. `logprobs` [n, k] are scaled to `1 - rest`. Rows without targets are NaN."""
     log_p = logprobs.masked_fill(ids < 0, -torch.inf)
     if rest is not None:
         kept = torch.log_softmax(log_p, dim=1) + torch.log1p(-rest)[:, None]
@@ -60,13 +60,12 @@ def _jsd(log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[torch.Tensor, torch.
 
 
 def _restricted(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """log Q over the outcomes that P has, renormalised as P is. With a bucket the outcomes are already all there are, but for a
-    bucket that P leaves empty."""
+    """log Q over the outcomes of P, renormalised as P is. With a bucket these are all outcomes, unless P's bucket is empty."""
     return torch.log_softmax(log_q.masked_fill(log_p == -torch.inf, -torch.inf), dim=1)
 
 
 def _times(weight: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """weight · value, zero where there is no weight, whatever the value."""
+    """weight · value, 0 where the weight is 0, even for infinite values."""
     return torch.where(weight > 0, weight * value, 0.0)
 
 

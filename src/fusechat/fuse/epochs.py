@@ -1,4 +1,4 @@
-"""Which conversations of a set an epoch holds, where the set has a weight; how many steps it has."""
+"""The conversations of a weighted set in an epoch, and the number of steps."""
 
 import hashlib
 import math
@@ -7,17 +7,16 @@ from typing import Any
 
 
 def epoch_size(conversations: int, weight: float) -> int:
-    """How many conversations of a set an epoch holds: `weight` times as many as there are, to the nearest whole number, but one at
-    least."""
+    """Conversations of a set in an epoch: `weight` times as many as it has, rounded, at least one."""
     return max(1, math.floor(conversations * weight + 0.5)) if conversations else 0
 
 
 def epoch_members(ids: Sequence[str], weight: float, *, epoch: int, seed: int) -> list[int]:
-    """Indices of the conversations of epoch 0, 1, …, some of them more than once if `weight` is more than 1.
+    """Indices of the conversations of epoch 0, 1, …, with repetitions if `weight` is above 1.
 
-    Epochs go round and round one shuffled order, each from where the last one stopped. So no conversation comes a second time
-    before all others had their turn: with n conversations and m of them in an epoch, after E epochs each was seen m·E/n times,
-    rounded down or up, and in every epoch m/n times, rounded down or up. Each round is in the order of the file.
+    Epochs go round one shuffled order, each from where the last one stopped, so that no conversation repeats before all others
+    had their turn. With n conversations and m in an epoch, each is seen m·E/n times in E epochs and m/n times in one, rounded
+    down or up. Each round is in the order of the file.
     """
     size, n = epoch_size(len(ids), weight), len(ids)
     begin, end = epoch * size, (epoch + 1) * size
@@ -31,7 +30,7 @@ def epoch_members(ids: Sequence[str], weight: float, *, epoch: int, seed: int) -
 
 
 def left_out(arguments: Any, conversations: int) -> int:
-    """How many of so many conversations an epoch leaves out, since they make no whole batch (`dataloader_drop_last`)."""
+    """Conversations that an epoch leaves out because they fill no whole batch (`dataloader_drop_last`)."""
     size = arguments.train_batch_size * max(1, arguments.world_size)
     if arguments.train_sampling_strategy == "batch_rebalance":  # by the step
         size *= arguments.gradient_accumulation_steps
@@ -39,7 +38,7 @@ def left_out(arguments: Any, conversations: int) -> int:
 
 
 def steps_per_epoch(arguments: Any, conversations: int) -> int:
-    """Optimiser steps of an epoch of so many conversations."""
+    """Optimiser steps in an epoch of this many conversations."""
     size = arguments.train_batch_size * max(1, arguments.world_size)
     batches = math.ceil((conversations - left_out(arguments, conversations)) / size)
     return max(1, math.ceil(batches / arguments.gradient_accumulation_steps))

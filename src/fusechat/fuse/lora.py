@@ -1,4 +1,4 @@
-"""Fine-tuning by low-rank adapters (PEFT), which are merged back into the target's weights."""
+"""Fine-tuning with low-rank adapters (PEFT), which are merged into the target's weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ _TASK = "CAUSAL_LM"
 
 
 def lora_config(settings: Mapping[str, Any]) -> Any:
-    """PEFT's LoraConfig of the recipe's `fuse.lora`. Raises RecipeError for a value that PEFT refuses."""
+    """PEFT's LoraConfig from the recipe's `fuse.lora`. Raises RecipeError for a value that PEFT refuses."""
     peft = import_extra("peft", "fuse.lora: PEFT", "lora")
     try:
         return peft.LoraConfig(task_type=_TASK, **settings)
@@ -21,7 +21,7 @@ def lora_config(settings: Mapping[str, Any]) -> Any:
 
 
 def with_adapters(model: Any, settings: Mapping[str, Any], *, seed: int) -> Any:
-    """The model with adapters, float32, which alone are trained. Raises RecipeError where they do not fit the model."""
+    """Adds float32 adapters to the model; only these are trained. Raises RecipeError if they do not fit the model."""
     from peft import get_peft_model
 
     with torch.random.fork_rng():

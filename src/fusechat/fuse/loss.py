@@ -1,4 +1,4 @@
-"""The fusion loss. Source: L_SFT and L_Fusion of the paper (arXiv 2408.07990), section 3.3."""
+"""The fusion loss: L_SFT and L_Fusion of the paper (arXiv 2408.07990, section 3.3)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ Gate = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class LossParts:
-    """Scalars: `total = sft_weight · sft + (1 - sft_weight) · fusion`, both divided by the same number of tokens, and what rows
-    alone have more of the first."""
+    """Scalar losses: `sft` and `fusion`, divided by the same number of tokens, and `total`. `total = sft_weight · sft + (1 -
+    sft_weight) · fusion`, where rows without a teacher (`alone`) have `sft` with weight 1."""
 
     total: torch.Tensor
     sft: torch.Tensor
@@ -35,14 +35,18 @@ def fusion_loss(
     temperature: float = 1.0,
     num_items: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """`λ·CE(gold, Q) + (1 - λ)·D(P, Q)` as a scalar, summed over n positions and divided by `num_items` (default n).
+    """Computes `λ·CE(gold, Q) + (1 - λ)·D(P, Q)` in nats, λ = `sft_weight`, summed over n rows and divided by `num_items`
+    (default n).
 
-    `logits` [n, V] and `labels` int64 [n] are already shifted: row i predicts label i. `target_ids` int64 [n, k] with -1 pads and
-    no token twice in a row, `target_logprobs` [n, k] natural logarithms; a row of pads only has no fusion term. `kind` is
-    `cross_entropy`, `kl` (P‖Q), `reverse_kl` (Q‖P) or `jsd`; `tail` is `renormalise` (P over the kept tokens) or `bucket` (the
-    rest is one more outcome, of mass `target_tail` [n]; the kept are scaled to what it leaves). Without `target_tail` the rest is
-    what the kept leave, none where that may be their rounding: below 1e-6, of float16 9.8e-4, of bfloat16 7.8e-3. Computed in
-    float32 (float64 for float64 logits), the gradient in the logits' dtype. Raises ValueError for arguments that do not fit.
+    `logits` [n, V] and `labels` int64 [n] are already shifted: row i predicts label i. `target_ids` int64 [n, k] (-1 pads,
+    distinct ids in a row) and `target_logprobs` [n, k] (natural logarithms) are P; a row of pads has no fusion term. `kind` is
+    `cross_entropy`, `kl` (P‖Q), `reverse_kl` (Q‖P) or `jsd`. `tail` is `renormalise` (P over the kept tokens) or `bucket` (all
+    other tokens are one more outcome of mass `target_tail` [n], by default what the kept tokens leave; 0 if that may be their
+    rounding: below 1e-6, for float16 9.8e-4, for bfloat16 7.8e-3). `temperature` softens P and Q, and multiplies D by its
+    square.
+
+    Returns a scalar, in float32 (float64 for float64 logits); the gradient has the logits' dtype. Raises ValueError for
+    arguments that do not fit.
     """
     parts = fusion_loss_parts(
         logits, labels, target_ids, target_logprobs, sft_weight=sft_weight, target_tail=target_tail, kind=kind, tail=tail,
@@ -66,11 +70,11 @@ def fusion_loss_parts(
     gate: Gate | None = None,
     alone: torch.Tensor | None = None,
 ) -> LossParts:
-    """As `fusion_loss`, with its two terms apart. `alone` bool [n]: rows of conversations that nobody has distributions of, which
-    are learnt with a `sft_weight` of 1.
+    """As `fusion_loss`, with both terms separate. `alone` bool [n]: rows of conversations without a teacher, trained with
+    `sft_weight` 1.
 
-    `gate` takes the rows' `-log Q(label)` [n], detached, and returns which rows' fusion term counts, or how much, [n]. Without
-    targets (None), and with a `sft_weight` of 1, the fusion term is not computed and is 0.
+    `gate` takes the rows' detached `-log Q(label)` [n] and returns the weight of each row's fusion term, bool or float [n].
+    Without targets (None), or with `sft_weight` 1, the fusion term is not computed and is 0.
     """
     if sft_weight == 1.0:
         target_ids = target_logprobs = None

@@ -1,4 +1,4 @@
-"""Distributions of several candidates as one, by row. AvgCE averages over the union of ids (arXiv 2401.10491)."""
+"""Averages the distributions of several candidates, row by row (AvgCE over the union of ids, arXiv 2401.10491)."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ _NO_NLL = np.zeros(0, dtype=np.float32)
 
 
 def mix(candidates: Sequence[SparseDistribution], weights: np.ndarray) -> SparseDistribution:
-    """The average of n rows of each candidate with weights [candidates, n], over the union of their ids, most likely first.
+    """The average of n rows of each candidate with `weights` [candidates, n], over the union of their ids, most probable first.
 
-    A row that is one candidate's alone is kept as it is. Where a candidate has no distribution its weight goes to the others,
-    in proportion; what all leave out stays out, as the average of their tails.
+    A row of one candidate only is kept as it is. If a candidate has no distribution in a row, the others share its weight in
+    proportion. The tail is the average of their tails.
     """
     present = np.stack([(one.ids >= 0).any(axis=1) for one in candidates])
     share = np.where(present, weights, 0.0)
@@ -35,7 +35,7 @@ def mix(candidates: Sequence[SparseDistribution], weights: np.ndarray) -> Sparse
 
 
 def _union(candidates: Sequence[SparseDistribution], share: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Σ share·P over the ids of all candidates, as ids and log-probabilities; those of an id that several have are summed."""
+    """Σ share·P over the union of ids, as ids and log-probabilities."""
     n = share.shape[1]
     if not n:
         return np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32)

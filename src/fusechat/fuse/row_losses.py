@@ -1,12 +1,12 @@
-"""The two losses of every response position, and their gradient, without anything of the logits' size but that gradient.
+"""Both losses of every response row, and their gradient. The gradient is the only tensor of the logits' size.
 
 See docs/training.md. With `z` the logits of a row, `q = softmax(z / T)` and `g_j = dD / d log q_j` for the kept tokens (and
-`g_b` for the bucket, whose probability is `q_b`), `G = Σ g`, the divergence's derivative with respect to `z_v` is
+`g_b` for the bucket, whose probability is `q_b`), `G = Σ g`, the derivative of the divergence with respect to `z_v` is
 
     1/T · (g_j - G · q_v)                 at a kept token j = v
     1/T · (g_b / q_b - G) · q_v           at any other token (g_b = 0 without a bucket)
 
-so that a row's gradient is a number times a softmax, but for its kept tokens and its label, which are set one by one.
+A row's gradient is therefore a multiple of a softmax, except at its kept tokens and its label, which are set one by one.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ from torch.autograd.function import once_differentiable
 
 from fusechat.fuse.divergences import DIVERGENCES, left_over, target_outcomes
 
-_CHUNK_ELEMENTS = {"cpu": 1 << 19}  # elements worked on at once: float32 that stays in a core's cache …
-_CHUNK_ELEMENTS_ELSEWHERE = 1 << 24  # … or, where starting a kernel costs more than memory does, 64 MiB
+_CHUNK_ELEMENTS = {"cpu": 1 << 19}  # logits in a chunk: fit a core's cache as float32 …
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 24  # … or, on GPUs, make launches few (64 MiB)
 
 
 def row_losses(
@@ -33,11 +33,11 @@ def row_losses(
     tail: str = "renormalise",
     temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`-log Q(label)` [n] and the divergence D(P, Q) at `temperature` [n], 0 for a row without targets, each differentiable.
+    """`-log Q(label)` [n] and the divergence D(P, Q) at `temperature` [n], in nats, both differentiable.
 
-    Arguments as for `fusion_loss`; without targets (None) the divergence is 0 everywhere. Both in float32, in float64 for float64
-    logits. The gradient has the logits' dtype. Raises ValueError for settings that do not exist, shapes that do not fit and a
-    token that a row names twice.
+    Arguments as for `fusion_loss`. The divergence is 0 in rows without targets, and everywhere if the targets are None. Both are
+    float32 (float64 for float64 logits); the gradient has the logits' dtype. Raises ValueError for unknown settings, shapes that
+    do not fit, and a token that occurs twice in a row.
     """
     if kind not in DIVERGENCES:
         raise ValueError(f"kind is one of {', '.join(DIVERGENCES)}, not {kind!r}")
@@ -90,7 +90,7 @@ class _Nll(torch.autograd.Function):
 
 
 class _NllAndDivergence(torch.autograd.Function):
-    """-log Q(label) and D(P, Q); `log_p` [n, k] or, with the bucket, [n, k + 1], as `target_outcomes` gives it."""
+    """-log Q(label) and D(P, Q). `log_p` [n, k], or [n, k + 1] with the bucket, is from `target_outcomes`."""
 
     @staticmethod
     def forward(
@@ -107,7 +107,7 @@ class _NllAndDivergence(torch.autograd.Function):
         kept = _gathered(logits, ids.clamp(min=0)).masked_fill(~present, -torch.inf)
         others = tempered = _logsumexp(logits, temperature, without=ids if bucket else None)
         if bucket:
-            # Not 1 - Σ kept, which would cancel to nothing where the model is sure.
+            # Not 1 - Σ kept, which cancels to 0 if the model is certain.
             tempered = torch.logaddexp(others, (kept / temperature).logsumexp(dim=1))
         normaliser = tempered if temperature == 1.0 else _logsumexp(logits)
         log_q = kept / temperature - tempered[:, None]
@@ -127,7 +127,7 @@ class _NllAndDivergence(torch.autograd.Function):
         temperature, k = ctx.temperature, ids.shape[1]
         slope = slope * (by_divergence / temperature)[:, None]
         total, of_bucket = slope.sum(dim=1), slope[:, k:].sum(dim=1)
-        # Of the tokens outside relative to the others' own sum, so that nothing overflows where the bucket is almost empty.
+        # Other tokens relative to their own sum, so that nothing overflows if the bucket is almost empty.
         share = (others - tempered).exp()
         others = torch.where(others > -torch.inf, others, tempered)
         of_others = of_bucket - total * share
@@ -143,7 +143,7 @@ class _NllAndDivergence(torch.autograd.Function):
             softmaxes = [_Softmax(of_others + by_nll * share, others)]
         else:
             softmaxes = [_Softmax(of_others, others, temperature), _Softmax(by_nll, normaliser)]
-        present = ids >= 0  # a pad says once more what stands at the label
+        present = ids >= 0  # a pad repeats the label's value
         tokens = torch.cat([torch.where(present, ids, labels[:, None]), labels[:, None]], dim=1)
         values = torch.cat([torch.where(present, at_kept, at_label), at_label], dim=1)
         return _gradient(logits, softmaxes, tokens, values), None, None, None, None, None
@@ -151,7 +151,7 @@ class _NllAndDivergence(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Softmax:
-    """For every row a part of its gradient, `coefficient · exp(z / temperature - base)`; both numbers [n]."""
+    """A part of every row's gradient: `coefficient · exp(z / temperature - base)`, both [n]."""
 
     coefficient: torch.Tensor
     base: torch.Tensor
@@ -165,7 +165,7 @@ class _Softmax:
 def _gradient(
     logits: torch.Tensor, softmaxes: Sequence[_Softmax], tokens: torch.Tensor, values: torch.Tensor
 ) -> torch.Tensor:
-    """The sum of `softmaxes`, but `values` [n, m] at `tokens` [n, m]; in the logits' dtype."""
+    """The sum of `softmaxes`, with `values` [n, m] at `tokens` [n, m], in the logits' dtype."""
     gradient = torch.empty_like(logits)
     for rows in _chunks(logits):
         z = logits[rows].to(values.dtype)
@@ -179,7 +179,7 @@ def _gradient(
 
 
 def _logsumexp(logits: torch.Tensor, temperature: float = 1.0, *, without: torch.Tensor | None = None) -> torch.Tensor:
-    """[n]: log Σ exp(z / temperature) over all tokens, or over those that are not in `without` [n, k], -1 being none."""
+    """[n]: log Σ exp(z / temperature) over all tokens, or over those not in `without` [n, k] (-1 pads)."""
     result = logits.new_empty(len(logits), dtype=_precise(logits))
     for rows in _chunks(logits):
         z = logits[rows].to(result.dtype)
@@ -187,7 +187,7 @@ def _logsumexp(logits: torch.Tensor, temperature: float = 1.0, *, without: torch
             z = z / temperature
         if without is not None:
             ids, size = without[rows], z.shape[1]
-            z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)  # a place for pads to point to
+            z = torch.nn.functional.pad(z, (0, 1), value=-torch.inf)  # pads point to the extra column
             z = z.scatter_(1, torch.where(ids >= 0, ids, size), -torch.inf)
         result[rows] = z.logsumexp(dim=1)
     return result
@@ -202,7 +202,7 @@ def _precise(logits: torch.Tensor) -> torch.dtype:
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[slice]:
-    """Rows of `logits` [n, V], a bounded number of elements at a time."""
+    """Slices of the rows of `logits` [n, V], with a bounded number of elements."""
     elements = _CHUNK_ELEMENTS.get(logits.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     step = max(1, elements // max(1, logits.shape[1]))
     for begin in range(0, len(logits), step):

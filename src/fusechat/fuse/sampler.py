@@ -1,5 +1,4 @@
-"""The order of conversations: of sets with weights, epoch by epoch; and when several processes train together, that of one process,
-filled up to whole batches."""
+"""The order of conversations: epochs of weighted sets, and whole batches when several processes train together."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -11,11 +10,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from fusechat.fuse.dataset import PAD_INDEX, FusionData
 
-Epoch = Callable[[], int]  # which epoch begins, from 0 on
+Epoch = Callable[[], int]  # returns the number of the epoch that begins, from 0
 
 
 def _seeded(sampler: Any, seed: int | None) -> Any:
-    """A random order as the one that Accelerate makes of it for one process; any other as it is."""
+    """A random sampler as Accelerate makes it for one process; other samplers unchanged."""
     if not isinstance(sampler, RandomSampler):
         return sampler
     from accelerate.data_loader import SeedableRandomSampler
@@ -24,8 +23,8 @@ def _seeded(sampler: Any, seed: int | None) -> Any:
 
 
 def _at(sampler: Any, epoch: int, seed: int | None) -> Any:
-    """The sampler with the order of an epoch. That by lengths would draw it from where the random numbers happen to be, which in a
-    run that continues within an epoch is not where they were when it began."""
+    """The sampler with the order of an epoch. The order by length is seeded too: the global random state would differ in a run
+    that resumes within an epoch."""
     if isinstance(sampler, LengthGroupedSampler):
         sampler.generator = torch.Generator().manual_seed((seed or 0) + epoch)
     elif hasattr(sampler, "set_epoch"):
@@ -34,7 +33,7 @@ def _at(sampler: Any, epoch: int, seed: int | None) -> Any:
 
 
 class WeightedSampler(Sampler[int]):
-    """Indices of the conversations that each epoch holds, in the order that the sampler which `order` makes gives them."""
+    """Indices of each epoch's conversations, ordered by the sampler that `order` makes."""
 
     def __init__(self, data: FusionData, order: Callable[[Dataset[Any]], Any], *, seed: int, epoch: Epoch) -> None:
         self.data, self.order, self.seed, self.epoch = data, order, seed, epoch
@@ -50,11 +49,10 @@ class WeightedSampler(Sampler[int]):
 
 
 class FilledSampler(Sampler[int]):
-    """`sampler`'s indices, padded with `PAD_INDEX` to a multiple of `multiple`; with `drop_last`, without the last ones that make
-    no whole multiple.
+    """The indices of `sampler`, padded with `PAD_INDEX` to a multiple of `multiple`; with `drop_last`, cut to one.
 
-    Accelerate would fill up with conversations from the beginning of the epoch, which then counted twice; nor does it tell the
-    epoch to samplers of several processes that continue in the middle of one.
+    Accelerate would instead repeat conversations from the beginning of the epoch. It also does not set the epoch of samplers of
+    several processes that resume within one.
     """
 
     def __init__(self, sampler: Any, multiple: int, *, seed: int | None, epoch: Epoch, drop_last: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""fuse/<target>/: `model/` (a plain Hugging Face directory, float32), `losses.jsonl` (an entry each logged step)."""
+"""fuse/<target>/: `model/` (a plain Hugging Face directory, float32), `losses.jsonl` (one entry for each logged step)."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ ONE_PROCESS = "fuse.training.fsdp: shares a model out among the processes of tor
 
 @dataclass(frozen=True)
 class SourceSteps:
-    """What a source has done on a set of conversations."""
+    """A source's steps on a set of conversations."""
 
     prepared: Step
     captured: Step
@@ -35,8 +35,8 @@ class SourceSteps:
 
 @dataclass(frozen=True)
 class SetSteps:
-    """What was done on a set of conversations for one target: by the pivot (captured only if that is asked for), by each source.
-    `weight`: how often each conversation is seen in an epoch."""
+    """The steps on a set of conversations for one target: the pivot's (captured only if needed) and each source's. `weight`: how
+    often each conversation is in an epoch."""
 
     name: str
     pivot: Step
@@ -45,6 +45,7 @@ class SetSteps:
     weight: float = 1.0
 
     def upstream(self) -> dict[str, Step]:
+        """All steps that fine-tuning reads, by name."""
         found = {f"{self.name}/pivot": self.pivot}
         if self.captured is not None:
             found[f"{self.name}/pivot_capture"] = self.captured
@@ -55,28 +56,28 @@ class SetSteps:
 
 
 def is_taught(recipe: Recipe, target: str) -> bool:
-    """Whether a target learns from distributions at all: not by plain fine-tuning."""
+    """Whether a target learns from distributions, and not by plain fine-tuning."""
     return bool(recipe.teachers()[target]) and min(_sft_weights(recipe)) < 1
 
 
 def _sft_weights(recipe: Recipe) -> tuple[float, float]:
-    """λ of the first step and of the last."""
+    """λ of the first and of the last step."""
     first, last = recipe.fuse.sft_weight, recipe.fuse.sft_weight_end
     return first, first if last is None else last
 
 
 def needs_pivot(recipe: Recipe, target: str) -> bool:
-    """Whether the pivot's own distributions are among those that teach a target."""
+    """Whether the pivot's own distributions are compared for a target."""
     return is_taught(recipe, target) and recipe.fuse.function in COMPARING and recipe.fuse.against == "pivot"
 
 
 def measures(recipe: Recipe) -> bool:
-    """Whether held-out conversations are measured while training continues."""
+    """Whether training evaluates held-out conversations."""
     return recipe.fuse.training.get("eval_strategy", "no") not in ("no", False)
 
 
 def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], held_out: Mapping[str, Step]) -> Step:
-    """Fine-tunes a copy of the pivot. `held_out`: the pivot's prepared sets that are measured meanwhile."""
+    """The step that fine-tunes a copy of the pivot. `held_out`: the pivot's prepared sets for evaluation during training."""
     pivot = recipe.chat_model(PIVOT)
     unread = set() if is_taught(recipe, target) else set(type(recipe.fuse).model_fields) - {"training", "lora"}
     settings = {
@@ -88,7 +89,7 @@ def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], h
         "teachers": recipe.teachers()[target] if is_taught(recipe, target) else [],
     }
     if is_taught(recipe, target) and (recipe.fuse.function, recipe.fuse.unit) == ("avgce", "byte"):
-        settings["weights"] = "per token of the pivot"  # those of older versions were per byte
+        settings["weights"] = "per token of the pivot"  # older versions: per byte
     several = any(len(recipe.sets_of(name)) > 1 for name in recipe.teachers()[target] or recipe.sources)
     if several or any(one.weight != 1 for one in sets):
         settings["sets"] = [[one.name, one.weight] for one in sets]
@@ -103,13 +104,13 @@ def step(recipe: Recipe, workdir: Path, target: str, sets: Sequence[SetSteps], h
 
 
 def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that change no weight: how often is logged and saved, and so on."""
+    """The settings without those that change no weight, such as logging and saving."""
     return {**settings, **which_device(settings), "training": counted(settings.get("training", {}))}
 
 
 def check(recipe: Recipe, *, here: bool = True) -> None:
-    """Lets Transformers and PEFT judge what the recipe gives them before any work. Raises RecipeError. `here`: whether the
-    fine-tuning is to be done by this process, and those next to it."""
+    """Checks the training arguments with Transformers and PEFT before any work. Raises RecipeError. `here`: this process, and
+    those launched with it, will do the fine-tuning."""
     from fusechat.fuse.lora import lora_config
     from fusechat.fuse.training import check_packages, check_reporting, is_sharded_alone, training_arguments
     from fusechat.models.load import choose_device
@@ -136,7 +137,7 @@ def check(recipe: Recipe, *, here: bool = True) -> None:
 
 
 def check_pivot(recipe: Recipe) -> None:
-    """Raises ModelError for a pivot that can only be run."""
+    """Raises ModelError if the pivot's weights are quantised, and so can only be run."""
     from fusechat.models.load import quantised
 
     pivot = recipe.chat_model(PIVOT)
@@ -149,7 +150,7 @@ def check_pivot(recipe: Recipe) -> None:
 
 
 def _learns_after_own_prompt(sets: Sequence[SetSteps]) -> bool:
-    """Whether most conversations are learnt after the template's own generation prompt, where plain answers stand elsewhere."""
+    """Whether most conversations follow the template's own generation prompt, which plain answers do not."""
     counts = [(one.pivot.manifest() or {}).get("counts", {}) for one in sets]
     own, every = (sum(found.get(key, 0) for found in counts) for key in ("own_prompt", "conversations"))
     return bool(2 * own > every)
@@ -166,7 +167,7 @@ def _fuse(
         log.info("fuse %s: %d conversations an epoch, of %d", target, data.examples_per_epoch, len(data))
     if not ranks.from_first(lambda: matches_record(directory / SEALED, directory / MODEL, directory / LOSSES)):
         _train(directory, logs, target, data, held_out, recipe, own_prompt=own_prompt)
-    if not ranks.is_first():  # what was written and counted, the first one tells
+    if not ranks.is_first():  # the first process returns the counts
         return {}
     shutil.rmtree(directory / "checkpoints", ignore_errors=True)
     entries = [json.loads(line) for line in (directory / LOSSES).read_text().splitlines()]
@@ -210,7 +211,7 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
         ],
         SelectionRule(function=fuse.function, unit=fuse.unit, level=fuse.level, against=fuse.against)
         if is_taught(recipe, target)
-        else SelectionRule(),  # nobody is compared with anybody
+        else SelectionRule(),  # unused
     )
 
 
@@ -277,8 +278,8 @@ def _train(
 def _against_student(
     chosen: dict[str, dict[str, float]], entries: Sequence[Mapping[str, float]]
 ) -> dict[str, dict[str, float]]:
-    """How often each candidate was the teacher. Compared with the student, that is what the steps counted, all epochs together;
-    what the sources are among themselves before training then says nothing."""
+    """How often each candidate taught. If compared with the student, these are the counts of all steps, in place of the
+    comparison of sources before training."""
     found: dict[str, dict[str, float]] = {}
     for entry in entries:
         for key, count in entry.items():

@@ -1,7 +1,7 @@
-"""Sources compared with the student as it is at each step. See docs/training.md, `fuse.against: student`.
+"""Compares sources with the student at each step (`fuse.against: student`). See docs/training.md.
 
-The student's cross-entropy of a group comes from the nll that the loss has anyway; the fusion term counts only where the
-best source's is lower.
+The student's cross-entropy of a group comes from the nll that the loss computes anyway. The fusion term counts only where the
+best source's cross-entropy is lower.
 """
 
 import math
@@ -17,9 +17,11 @@ from fusechat.fuse.teacher_selection import FLOOR, SelectionRule, common_respons
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a conversation's n rows, in g groups, need to be compared: `groups` int64 [n]; `counted` bool [n], the rows of which
-    the student's cross-entropy is taken; `size` float32 [g], what it is divided by (bytes or tokens); `best_source_ce` float32 [g];
-    `chosen` int64 [g], which candidate that is."""
+    """The data to compare g groups of a conversation's n rows with the student.
+
+    `groups` int64 [n]; `counted` bool [n], the rows in the student's cross-entropy; `size` float32 [g], its divisor (bytes or
+    tokens); `best_source_ce` float32 [g], nats per unit; `chosen` int64 [g], the candidate that has it.
+    """
 
     groups: np.ndarray
     counted: np.ndarray
@@ -37,7 +39,7 @@ class Comparison:
         best_source_ce: np.ndarray,
         chosen: np.ndarray,
     ) -> "Comparison":
-        """Of the pivot's rows with the sources that have the conversation; see `chosen` and `best_source_ce` above."""
+        """The comparison of the pivot's rows with the sources that have the conversation."""
         groups = groups_of(pivot, rule.level)
         if rule.level == "position":
             counted, units = np.ones(len(pivot), bool), np.ones(len(pivot))
@@ -56,7 +58,7 @@ class Comparison:
 
     @classmethod
     def without_sources(cls, pivot: Prepared, rule: SelectionRule) -> "Comparison":
-        """Of a conversation that no source speaks of; of one without rows, no group at all."""
+        """The comparison of a conversation that no source has; without rows it has no groups."""
         number = len(np.unique(groups_of(pivot, rule.level))) if len(pivot) else 0
         if not number:
             return cls(*(np.zeros(0, kind) for kind in (np.int64, bool, np.float32, np.float32, np.int64)))
@@ -64,7 +66,7 @@ class Comparison:
 
 
 def join_comparisons(parts: Sequence[Comparison], sets: Sequence[int]) -> dict[str, torch.Tensor]:
-    """The comparisons of a batch as tensors, their groups numbered through. Beside the fields of `Comparison`, `set` int64 [g]."""
+    """Joins the comparisons of a batch as tensors, with groups numbered consecutively. Adds `set` int64 [g]."""
     fields: dict[str, list[np.ndarray]] = {
         name: [] for name in ("groups", "counted", "size", "best_source_ce", "chosen", "set")
     }
@@ -79,10 +81,8 @@ def join_comparisons(parts: Sequence[Comparison], sets: Sequence[int]) -> dict[s
 
 
 def source_is_better(nll: torch.Tensor, comparison: dict[str, torch.Tensor], *, level: str) -> torch.Tensor:
-    """bool [g]: where the best source's cross-entropy is below the student's, from the student's nll [n] (nats).
-
-    Of single positions a probability counts as `FLOOR` at least, as the sources' does.
-    """
+    """bool [g]: groups where the best source's cross-entropy is below the student's, from the student's nll [n] (nats). At
+    `level: position` the student's probability is at least `FLOOR`, as the sources' is."""
     nll = nll.detach().to(comparison["best_source_ce"].dtype)
     if level == "position":
         nll = nll.clamp(max=-math.log(FLOOR))

@@ -1,7 +1,6 @@
-"""Which models' distributions teach, and with what weight. Source: MinCE and AvgCE
-of FuseLLM (arXiv 2401.10491) and the paper (arXiv 2408.07990).
+"""Which models' distributions teach, and with what weight: MinCE and AvgCE (FuseLLM, arXiv 2401.10491; arXiv 2408.07990).
 
-Candidates are compared in *groups* of the pivot's rows: all rows of a conversation, those of each response, or each row.
+Candidates are compared in *groups* of the pivot's rows: one conversation, one response, or one row.
 """
 
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ import numpy as np
 from fusechat.data.distributions import SparseDistribution
 from fusechat.data.prepared import Prepared
 
-COMPARING = ("mince", "avgce")  # functions by which models are compared; by the others sources teach as they are
-FLOOR = 1e-4  # the least probability of a gold token that a kept distribution is credited with
+COMPARING = ("mince", "avgce")  # functions that compare models; with the others sources always teach
+FLOOR = 1e-4  # least probability of a gold token under a kept distribution
 
 
 @dataclass(frozen=True)
@@ -27,17 +26,19 @@ class SelectionRule:
 
     @property
     def compares_with_pivot(self) -> bool:
+        """Whether sources teach only where they beat the pivot."""
         return self.function in COMPARING and self.against == "pivot"
 
     @property
     def compares_with_student(self) -> bool:
+        """Whether sources teach only where they beat the student at each step."""
         return self.function in COMPARING and self.against == "student"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One model's own rows of a conversation, the nll float32 (nats) of its own tokens there, and its distributions in the
-    pivot's tokens, one for each of the pivot's n rows."""
+    """One model's rows of a conversation, the nll of its own tokens there (float32, nats), and its distributions over pivot
+    tokens, one for each of the pivot's n rows."""
 
     rows: Prepared
     nll: np.ndarray
@@ -45,39 +46,39 @@ class Candidate:
 
 
 def common_responses(candidates: Sequence[Prepared]) -> np.ndarray:
-    """int64: the responses that every candidate has; the bytes of one that stripped more are counted as it saw them."""
+    """int64: the responses that every candidate has. A candidate's bytes of a response are counted as it sees them."""
     return np.arange(min(len(rows.content_bytes) for rows in candidates))
 
 
 def content_size(rows: Prepared, responses: np.ndarray, unit: str) -> int:
-    """Bytes, or own tokens, of the content of `responses`, the end of turn and lead rows left out."""
+    """The content of `responses` in bytes, or in the model's own tokens, without end of turn and lead rows."""
     if unit == "byte":
         return int(rows.content_bytes[responses].sum())
     return int(np.count_nonzero(counted_rows(rows, responses) & ~rows.lead))
 
 
 def counted_rows(rows: Prepared, responses: np.ndarray) -> np.ndarray:
-    """bool [n]: the rows of `responses` whose nll counts: all but the end of turn. Those before the content, of no bytes and no
-    tokens, count as well, for other tokenizers pay for the template's space in the content's first token."""
+    """bool [n]: the rows of `responses` whose nll counts: all but the end of turn. Lead rows count, although they add no bytes
+    and no tokens: other tokenizers have the template's space in the first token."""
     found: np.ndarray = ~rows.end_of_turn & np.isin(rows.response, responses)
     return found
 
 
 def cross_entropy(candidate: Candidate, responses: np.ndarray, unit: str) -> float:
-    """Nats per byte, which is fair whatever the tokenizers, or per own token, over the content of `responses`."""
+    """Nats per byte (comparable across tokenizers) or per own token, over the content of `responses`."""
     counted = counted_rows(candidate.rows, responses)
     return float(candidate.nll[counted].astype(np.float64).sum()) / content_size(candidate.rows, responses, unit)
 
 
 def groups_of(pivot: Prepared, level: str) -> np.ndarray:
-    """int64 [n]: the group of each of the pivot's rows, numbered from 0 on."""
+    """int64 [n]: the group of each pivot row, numbered from 0."""
     if level == "conversation":
         return np.zeros(len(pivot), dtype=np.int64)
     return pivot.response.astype(np.int64) if level == "response" else np.arange(len(pivot), dtype=np.int64)
 
 
 def cross_entropies(candidates: Sequence[Candidate], pivot: Prepared, *, unit: str, level: str) -> np.ndarray:
-    """float64 [candidates, groups]; infinite where a candidate has nothing to say about a group."""
+    """float64 [candidates, groups]: nats per unit, infinite if a candidate has nothing for a group."""
     if level == "position":
         return np.stack([position_cross_entropy(candidate.targets, pivot.gold) for candidate in candidates])
     if level == "conversation":
@@ -91,15 +92,15 @@ def cross_entropies(candidates: Sequence[Candidate], pivot: Prepared, *, unit: s
 
 
 def position_cross_entropy(targets: SparseDistribution, gold: np.ndarray) -> np.ndarray:
-    """float64 [n]: `-log P(gold)` under the kept distributions, P at least `FLOOR`; infinite for a row without any."""
+    """float64 [n]: `-log P(gold)` (nats) under the kept distributions, P at least `FLOOR`; infinite in rows without any."""
     probability = np.where(targets.ids == gold[:, None], targets.probabilities, 0.0).sum(axis=1)
     empty = (targets.ids < 0).all(axis=1)
     return np.where(empty, np.inf, -np.log(np.maximum(probability, FLOOR)))
 
 
 def token_sizes(candidates: Sequence[Candidate], pivot: Prepared, *, unit: str, level: str) -> np.ndarray:
-    """float64 [groups], or [1] for all: how many units of the cross-entropies a token of the pivot has, by which AvgCE weighs
-    them: with `unit: byte` the bytes a token of what is compared. Nats per byte alone are so small that weights would be alike."""
+    """float64 [groups], or [1] for all: units per pivot token, by which AvgCE multiplies cross-entropies. With `unit: byte`
+    these are the bytes per token of what is compared. Nats per byte are so small that all weights would be alike."""
     if unit == "token" or level == "position":
         return np.ones(1)
     if level == "conversation":
@@ -111,9 +112,11 @@ def token_sizes(candidates: Sequence[Candidate], pivot: Prepared, *, unit: str, 
 
 
 def weights(cross_entropies: np.ndarray, function: str, sizes: np.ndarray | float = 1.0) -> np.ndarray:
-    """float64 [candidates, groups] from cross-entropies of that shape: `avgce` gives softmax(-sizes · ce), the others all to the
-    lowest, of equal ones to the first (the pivot). `sizes` [groups]: see `token_sizes`. A group that no candidate speaks of has
-    zeros."""
+    """float64 [candidates, groups] from cross-entropies of that shape.
+
+    `avgce` is softmax(-sizes · ce) over the candidates; the other functions give weight 1 to the lowest, the first of equals
+    (the pivot). `sizes` [groups]: see `token_sizes`. Groups without any candidate have zeros.
+    """
     lowest = cross_entropies.min(axis=0)
     known = np.isfinite(lowest)
     if function == "avgce":
@@ -124,6 +127,6 @@ def weights(cross_entropies: np.ndarray, function: str, sizes: np.ndarray | floa
 
 
 def ties(cross_entropies: np.ndarray) -> int:
-    """In how many groups more than one candidate has the lowest cross-entropy."""
+    """The number of groups where several candidates have the lowest cross-entropy."""
     lowest = cross_entropies.min(axis=0)
     return int(np.count_nonzero(np.isfinite(lowest) & ((cross_entropies == lowest).sum(axis=0) > 1)))

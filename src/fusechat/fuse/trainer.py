@@ -1,4 +1,4 @@
-"""Fine-tuning against fused distributions: Transformers' Trainer with FuseChat's loss, batches and checkpoints."""
+"""Transformers' Trainer with FuseChat's loss, batches and checkpoints."""
 
 import json
 import math
@@ -28,15 +28,13 @@ from fusechat.run.files import digest, flush
 from fusechat.run.integrity import read_sealed, write_sealed
 from fusechat.run.progress import log
 
-# In a checkpoint directory: everything is written. How many processes wrote it, checksums of all files.
-COMPLETE = "COMPLETE"
+COMPLETE = "COMPLETE"  # marks a checkpoint as whole: the number of processes, checksums of all files
 STUDENT = "student"
 
 
 class FusionTrainer(SamplerHooks, Trainer):
-    """A Trainer whose batches come from `collate_fusion`. `sft_weight`: λ of the first step and of the last, linear between
-    them. `loss_settings` are the other keyword arguments of `fusion_loss`; `held_out` are the sets of conversations that are
-    measured where the arguments say so."""
+    """A Trainer whose batches come from `collate_fusion`. `sft_weight`: λ of the first and of the last step, linear in between.
+    `loss_settings`: the other keyword arguments of `fusion_loss`. `held_out`: sets to evaluate, as often as the arguments say."""
 
     train_dataset: FusionData
 
@@ -56,7 +54,7 @@ class FusionTrainer(SamplerHooks, Trainer):
         self.forget()
 
     def forget(self) -> None:
-        """What is summed between two logs: the terms of the loss, and of how many groups which source was the teacher."""
+        """Resets the sums between two logs: both terms of the loss, and how often each candidate taught."""
         self._sums = torch.zeros(2, dtype=torch.float64)
         self._taught = torch.zeros(len(self.train_dataset.sets), len(self.train_dataset.candidates))
         self._logged_at = self.state.global_step
@@ -64,6 +62,7 @@ class FusionTrainer(SamplerHooks, Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """The loss of a batch, and its logits if asked for. Raises TrainingError if the loss is not finite."""
         batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
         logits = response_logits(model, batch)
         comparison = inputs.get("comparison")
@@ -84,19 +83,19 @@ class FusionTrainer(SamplerHooks, Trainer):
         self._sums += torch.tensor([sft, fusion], dtype=torch.float64)
         loss = parts.total
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # what averages the gradients divides by it
+            loss = loss * self.accelerator.num_processes  # averaging the gradients divides by it
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """The batches of a step, and the rows that its loss is divided by: of all processes, or of each its own. Then the mean is
-        over those that have some: at the end of an epoch a process may have none."""
+        """The batches of a step, and the number of rows that divides the loss: of all processes, or of each its own. In the
+        latter case the mean is over processes that have rows: at the end of an epoch one may have none."""
         batches, together = list(islice(epoch_iterator, num_batches)), self.args.average_tokens_across_devices
         if not batches:
             return batches, None
         rows = torch.tensor(sum(len(batch["labels"]) for batch in batches), device=device)
         if together and self.args.world_size > 1:
             rows = self.accelerator.gather(rows).sum()
-        same_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # devices that have one
+        same_batch = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # devices that share a batch
         found = rows / same_batch
         if together or self.args.world_size == 1:
             return batches, found
@@ -109,7 +108,7 @@ class FusionTrainer(SamplerHooks, Trainer):
         return first if first == last else first + (last - first) * min(self.state.global_step / steps, 1.0)
 
     def _gate(self, nll: torch.Tensor, comparison: dict[str, torch.Tensor]) -> torch.Tensor:
-        """bool [n]: the rows at which the source is still better than the student; counts who teaches (0 is the student)."""
+        """bool [n]: rows where the source is better than the student. Counts who teaches (0 is the student)."""
         better = source_is_better(nll, comparison, level=self.train_dataset.rule.level)
         places = (comparison["set"], torch.where(better, comparison["chosen"], 0))
         ones = torch.ones_like(places[0], dtype=self._taught.dtype)
@@ -117,7 +116,7 @@ class FusionTrainer(SamplerHooks, Trainer):
         return better[comparison["groups"]]
 
     def _stop_unless_finite(self, total: float, conversations: list[str]) -> None:
-        """Raises TrainingError on every process where the loss of one is not finite."""
+        """Raises TrainingError on every process if the loss of one is not finite."""
         finite = math.isfinite(total)
         if self.args.world_size > 1:
             wrong = torch.tensor(0.0 if finite else 1.0, device=self.args.device)
@@ -134,11 +133,11 @@ class FusionTrainer(SamplerHooks, Trainer):
             raise error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the two terms of the loss, each the mean over the steps since the last log, and who taught meanwhile."""
+        """Adds both terms of the loss, as means over the steps since the last log, and how often each candidate taught."""
         steps = self.state.global_step - self._logged_at
         if "loss" in logs and steps > 0:
             sums, taught = (sum(parts) for parts in zip(*ranks.gather((self._sums, self._taught)), strict=True))
-            if not self.args.average_tokens_across_devices:  # each has divided by its own tokens: theirs is a mean
+            if not self.args.average_tokens_across_devices:  # each divided by its own tokens
                 sums /= self.args.world_size
             terms = ("sft_loss", "fusion_loss") if min(self.sft_weight) < 1 else ("sft_loss",)
             logs.update(zip(terms, (sums / steps).tolist(), strict=False))
@@ -160,15 +159,15 @@ class FusionTrainer(SamplerHooks, Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss (nats per response token) and bits per byte of the held-out sets, together and, of several, each."""
+        """Loss (nats per response token) and bits per byte of all held-out sets, and of each if there are several."""
         metrics = bits_per_byte(self, self.held_out, metric_key_prefix)
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def train_sampler(self, dataset: Any) -> Any:
-        """Of sets with weights, each epoch has its own conversations. Of several processes, each gets as many batches of the same
-        size, the last ones filled up with nothing."""
+        """The order of training. Weighted sets have other conversations in each epoch; several processes get equal numbers of
+        batches of the same size, the last ones filled up with empty items."""
         seed = self.args.data_seed or 0
         sampler: Any
         if self.train_dataset.is_weighted:
@@ -176,7 +175,7 @@ class FusionTrainer(SamplerHooks, Trainer):
         else:
             sampler = super().train_sampler(dataset)
         strategy, processes = self.args.train_sampling_strategy, self.args.world_size
-        if strategy == "batch_rebalance":  # shares out itself; of later epochs it is told
+        if strategy == "batch_rebalance":  # distributes batches itself
             sampler.set_epoch(self._epoch())
             return sampler
         if processes == 1 and strategy != "group_by_length":
@@ -186,18 +185,18 @@ class FusionTrainer(SamplerHooks, Trainer):
         return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=self._epoch, drop_last=drop_last)
 
     def eval_sampler(self, dataset: Any) -> Any:
-        """All of a set, each conversation once: what fills up the last batches, of all processes the same number, is nothing."""
+        """Each conversation of a set once. Empty items fill up the last batches."""
         sampler = super().eval_sampler(dataset) or SequentialSampler(dataset)
         whole = self.args.world_size > 1 or self.args.dataloader_drop_last
         multiple = self.args.eval_batch_size * self.args.world_size if whole else 1
         return FilledSampler(sampler, multiple, seed=self.args.data_seed, epoch=lambda: 0)
 
     def _epoch(self) -> int:
-        """Which epoch the next step is of, from 0 on."""
+        """The epoch of the next step, from 0."""
         return self.state.global_step // steps_per_epoch(self.args, self.train_dataset.examples_per_epoch)
 
     def check_resume(self, checkpoint: Path) -> None:
-        """Raises TrainingError where the steps of a checkpoint were of another number of conversations."""
+        """Raises TrainingError if the checkpoint's steps have another number of conversations."""
         written, now = read_sealed(checkpoint / COMPLETE) or {}, _shape(self.args)
         if written["conversations_a_step"] != now["conversations_a_step"]:
             raise TrainingError(
@@ -208,8 +207,8 @@ class FusionTrainer(SamplerHooks, Trainer):
 
 
 class Checkpoints(TrainerCallback):
-    """Marks a checkpoint complete once all processes have written their part, and only then clears older ones away, down to
-    `limit`: the Trainer itself, whose arguments name none, clears nothing."""
+    """Marks a checkpoint complete when all processes have written their part, and only then deletes older ones, down to `limit`.
+    The Trainer itself deletes none, because its arguments have no limit."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit = limit
@@ -232,7 +231,7 @@ def _shape(arguments: Any) -> dict[str, int]:
 
 
 def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:
-    """The last thing that is written of a checkpoint, once everything else is on the disk."""
+    """Writes a checkpoint's last file, after all others are on the disk."""
     files = _files(checkpoint)
     for file in files.values():
         flush(file)
@@ -240,8 +239,8 @@ def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint; clears away those that a killed run left incomplete, and those that were altered since, or
-    whose best one, with which training may end, is not there any more. They are read for it."""
+    """The newest complete checkpoint. Verifies checksums, and deletes checkpoints that are incomplete, altered, or without their
+    best one, which training may end with."""
     sound: dict[int, Path] = {}
     for checkpoint in sorted(directory.glob("checkpoint-*"), key=_step):
         wrong = _wrong(checkpoint, list(sound.values()))
@@ -255,7 +254,7 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def _wrong(checkpoint: Path, before: list[Path]) -> str | None:
-    """What is wrong with a checkpoint, nothing to be said of one that was never complete; None if it can be continued."""
+    """What is wrong with a checkpoint, or None. Empty for one that was never complete."""
     if not (checkpoint / COMPLETE).is_file():
         return ""
     complete = read_sealed(checkpoint / COMPLETE)
@@ -274,8 +273,7 @@ def _wrong(checkpoint: Path, before: list[Path]) -> str | None:
 
 
 def best_of(checkpoint: Path) -> Path | None:
-    """The best checkpoint so far, as this one has it: one next to it. Its path was written from where that training ran, so that
-    nothing but its name holds in another directory."""
+    """The best checkpoint so far, according to this one. Only its name is used, since the run may have been moved."""
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     best = state.get("best_model_checkpoint")
     return None if best is None else checkpoint.with_name(Path(best).name)

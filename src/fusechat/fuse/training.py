@@ -1,4 +1,4 @@
-"""One fine-tuning from beginning to end: arguments, resume from the last checkpoint, what is watched, the log."""
+"""One fine-tuning from beginning to end: arguments, resume, logging."""
 
 import functools
 import math
@@ -22,8 +22,8 @@ from fusechat.run import ranks
 from fusechat.run.extras import is_installed, not_installed
 from fusechat.run.progress import Advance, log
 
-_PROJECT = "fusechat"  # of Weights & Biases, where the user names none
-_REPORTERS = ("tensorboard", "wandb")  # packages that extras of the same names bring
+_PROJECT = "fusechat"  # the default project of Weights & Biases
+_REPORTERS = ("tensorboard", "wandb")  # packages, and the extras that install them
 
 
 class _Watch(TrainerCallback):
@@ -34,7 +34,7 @@ class _Watch(TrainerCallback):
         self.best: Path | None = None  # of the checkpoint that training continues from
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What a checkpoint says of where it lay, and of when to log, save and evaluate, gives way to what holds now."""
+        """Replaces the checkpoint's paths and its log, save and evaluation intervals by the current ones."""
         state.compute_steps(args, state.max_steps)
         if self.best is not None:
             state.best_model_checkpoint = str(self.best)
@@ -52,13 +52,13 @@ class _Watch(TrainerCallback):
 
 
 class PlacedArguments(TrainingArguments):
-    """TrainingArguments whose process trains on the device that the recipe names."""
+    """TrainingArguments that train on the device of the recipe."""
 
     place: torch.device | None = None  # None leaves it to Transformers
 
     def put_on(self, place: torch.device) -> None:
-        """Lets a single process train on `place`: by default Transformers takes the first GPU, and DataParallel all of them, which
-        would split rows and labels as if they were batches. Of several processes each has a GPU of its own."""
+        """Makes a single process train on `place`. Of several processes each has its own GPU. Transformers would take the first
+        GPU, and DataParallel all of them, which would split rows and labels like batches."""
         if self.parallel_mode == ParallelMode.DISTRIBUTED or place.type == "cpu":
             return
         if place.type == "cuda":
@@ -107,13 +107,13 @@ def training_arguments(
 
 
 def is_sharded_alone(arguments: TrainingArguments) -> bool:
-    """Whether FSDP is asked for in a single process, which the Trainer refuses once it is made."""
+    """Whether FSDP is set for a single process, which the Trainer refuses."""
     inside = bool((arguments.fsdp_config or {}).get("xla"))  # which shards in one process
     return bool(arguments.fsdp) and not inside and arguments.parallel_mode != ParallelMode.DISTRIBUTED
 
 
 def check_reporting(arguments: TrainingArguments) -> None:
-    """Raises RecipeError, a line each, where something that is reported to is not installed."""
+    """Raises RecipeError, with a line for each package of `report_to` that is not installed."""
     from transformers.integrations import get_reporting_integration_callbacks
 
     key, problems = "fuse.training.report_to", []
@@ -129,7 +129,7 @@ def check_reporting(arguments: TrainingArguments) -> None:
 
 
 def check_packages(arguments: TrainingArguments) -> None:
-    """Raises RecipeError where the optimiser, or the kernels asked for, are of a package that is not installed."""
+    """Raises RecipeError if the optimiser, or the kernels, need a package that is not installed."""
     if arguments.use_liger_kernel and not is_liger_kernel_available():
         raise RecipeError("fuse.training.use_liger_kernel: it is not installed (pip install liger-kernel)")
     try:
@@ -155,7 +155,7 @@ def make_trainer(
     held_out: Mapping[str, Validation] | None = None,
     logs: Path | None = None,
 ) -> FusionTrainer:
-    """A trainer of `model` on `data`. `logs` is where TensorBoard and W&B write, if the arguments report to them."""
+    """A trainer of `model` on `data`. `logs`: the directory of TensorBoard and W&B, if the arguments report to them."""
     lost = left_out(arguments, data.examples_per_epoch)
     if lost == data.examples_per_epoch:
         raise TrainingError(
@@ -188,8 +188,8 @@ def make_trainer(
 
 
 def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None) -> list[dict[str, float]]:
-    """Fine-tunes in place, resuming from the last complete checkpoint; returns the log, an entry each logged step and each
-    evaluation. `logs` is as for `make_trainer`. Raises TrainingError where the Trainer ends before its last step."""
+    """Fine-tunes in place and resumes from the last complete checkpoint. Returns one log entry for each logged step and
+    evaluation. `logs`: as for `make_trainer`. Raises TrainingError if the Trainer ends before its last step."""
     checkpoint = ranks.from_first(lambda: last_checkpoint(Path(trainer.args.output_dir)))
     if checkpoint is not None:
         ranks.from_first(lambda: trainer.check_resume(checkpoint))
@@ -216,12 +216,12 @@ def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None)
 
 
 def trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:
-    """All weights of a model that FSDP has spread over the processes, on the first of them; None where each has the model."""
+    """All weights of a model that FSDP sharded, on the first process; None without sharding."""
     return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
 
 def total_steps(arguments: TrainingArguments, conversations: int) -> int:
-    """Optimiser steps of the whole training, with so many conversations an epoch, for the progress bar."""
+    """Optimiser steps of the whole training, for this many conversations in an epoch."""
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
     return math.ceil(steps_per_epoch(arguments, conversations) * arguments.num_train_epochs)
@@ -229,7 +229,7 @@ def total_steps(arguments: TrainingArguments, conversations: int) -> int:
 
 @contextmanager
 def _logging_to(directory: Path | None) -> Iterator[None]:
-    """Where those that the arguments report to put their files, unless the user's environment says where."""
+    """Sets the directory of the reporters' files, unless the user's environment does."""
     ours = {"WANDB_PROJECT": _PROJECT}
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Held-out conversations measured while training continues: loss and bits per byte, as in the final evaluation."""
+"""Held-out conversations evaluated during training: loss and bits per byte, as in the final evaluation."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from fusechat.run import ranks
 
 
 class Validation(Dataset[dict[str, Any]]):
-    """A held-out set as the pivot sees it; an item is as those of `FusionData`, without any target."""
+    """A held-out set as the pivot sees it. Items are those of `FusionData`, without targets."""
 
     def __init__(self, prepared: PreparedSet) -> None:
         self.prepared = prepared
@@ -39,10 +39,10 @@ class Validation(Dataset[dict[str, Any]]):
 
 @torch.no_grad()
 def bits_per_byte(trainer: Any, sets: Mapping[str, Validation], prefix: str) -> dict[str, float]:
-    """`<prefix>_loss`, nats per response token (the end of turn too), and `<prefix>_bits_per_byte` (without it) over all sets;
-    of several sets also `<prefix>_<set>_…`."""
+    """`<prefix>_loss`, nats per response token with end of turn, and `<prefix>_bits_per_byte` without it, over all sets. For
+    several sets, also `<prefix>_<set>_…`."""
     trainer.model.eval()
-    with torch.random.fork_rng(devices=[]):  # a data loader draws: training continues as if nobody had measured
+    with torch.random.fork_rng(devices=[]):  # the data loader draws; training must not notice
         sums = {name: _sums(trainer, name, data) for name, data in sets.items()}
     found = _figures(prefix, np.sum(list(sums.values()), axis=0))
     if len(sums) > 1:
@@ -58,10 +58,10 @@ def _figures(prefix: str, sums: np.ndarray) -> dict[str, float]:
 
 
 def _sums(trainer: Any, name: str, data: Validation) -> np.ndarray:
-    """float64 [4]: nll (nats) and number of all response tokens, nll and bytes of their content. Every process takes its batches,
-    as many as the others; what fills them up is counted once, by the conversation's id."""
+    """float64 [4]: nll (nats) and number of all response tokens, nll (nats) and bytes of their content. All processes have the
+    same number of batches; conversations that fill them up are counted once, by id."""
     mine: dict[str, list[float]] = {}
-    for inputs in trainer.get_eval_dataloader(name):  # by name, as the trainer keeps it with its workers
+    for inputs in trainer.get_eval_dataloader(name):  # by name: the trainer keeps the loader with its workers
         with trainer.compute_loss_context_manager():
             batch = Batch(inputs["input_ids"], inputs["attention_mask"], inputs["rows"])
             nll = token_nll(response_logits(trainer.model, batch), inputs["labels"])

@@ -1,4 +1,4 @@
-"""Stage 5, merge: target LLMs become one model in parameter space. `merge` is public."""
+"""Stage 5, merge: merges target LLMs in parameter space. Public: `merge`."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ __all__ = ["merge"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merge":  # brings numba, which the command line's start should not wait for
+    if name == "merge":  # imports numba, which would slow down the command line's start
         from fusechat.merge.standalone import merge
 
         return merge
