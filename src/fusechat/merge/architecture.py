@@ -1,4 +1,4 @@
-"""What the class of a model says of the tensors in its files: which it reads, and which it takes for copies of others."""
+"""What a model's class knows about the tensors in its files: those that it reads, and those that are copies of others."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """`copies`: tensors that the class ties to others, copy → original. These are the class's own names, which `known_as`
-    gives for a file's: files of older versions, and of the model without its head, have others."""
+    """A model class. `copies`: tensors that it ties to others, copy → original, by the class's own names. Files of older
+    versions, and of the model without its head, use other names: see `known_as`."""
 
     name: str
     copies: dict[str, str]
@@ -16,7 +16,7 @@ class Architecture:
     _changes: tuple[list[Any], list[Any], str]
 
     def known_as(self, tensor: str) -> str:
-        """What the class calls a tensor of a file, as Transformers finds it when it loads the file."""
+        """The class's name for a tensor of a file, as Transformers resolves it on loading."""
         from transformers.core_model_loading import rename_source_key
 
         renamings, converters, prefix = self._changes
@@ -30,7 +30,7 @@ class Architecture:
         return self.known_as(tensor) in self._state
 
     def has_part_of(self, tensor: str) -> bool:
-        """Whether the tensor stands within a module that the class has, and not outside all of them."""
+        """Whether the tensor belongs to a module that the class has."""
         parts = self.known_as(tensor).split(".")
         within = [f"{'.'.join(parts[:cut])}." for cut in range(1, len(parts))]
         if self._changes[2]:  # files of the model without its head lack the prefix
@@ -39,7 +39,7 @@ class Architecture:
 
 
 def architecture_of(directory: Path) -> Architecture | None:
-    """The class that config.json names, made without any weights; None where it is not one of Transformers' own."""
+    """The class that config.json names, built without weights; None if it is not one of Transformers' own."""
     from fusechat.models.load import quiet_transformers
 
     quiet_transformers()
@@ -56,7 +56,7 @@ def architecture_of(directory: Path) -> Architecture | None:
         changes = get_model_conversion_mapping(model)
     except MemoryError:
         raise
-    except Exception:  # of many kinds: no such class, code of its own, a configuration that it does not take
+    except Exception:  # no such class, custom code, an invalid configuration, …
         return None
     kinds = [[change for change in changes if isinstance(change, kind)] for kind in (WeightRenaming, WeightConverter)]
     ties = {str(copy): str(original) for copy, original in model.all_tied_weights_keys.items()}

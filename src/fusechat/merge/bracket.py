@@ -1,6 +1,6 @@
-"""Where the smallest of the largest keys lies: a bracket of keys around it, from a sample or from radix histograms.
+"""Brackets the smallest key to be kept, from a sample or from radix histograms.
 
-A key is an int64 ≥ 0 that orders as what it stands for (the bits of a float that is not negative do).
+A key is an int64 ≥ 0 in the order of what it stands for, such as the bits of a non-negative float.
 """
 
 from collections.abc import Callable
@@ -21,14 +21,14 @@ Keep = Callable[[np.ndarray], np.ndarray]  # int64 [rows] nonzero keys → int64
 
 @dataclass(frozen=True)
 class Bracket:
-    """Keys above `high` are kept, keys below `low` are not, those between are in question; int64 [rows] each."""
+    """int64 [rows] each: keys above `high` are kept, keys below `low` are not, those between are undecided."""
 
     low: np.ndarray
     high: np.ndarray
 
 
 def sampled(tensor: Tensor, keys: Keys, rows: int, keep: Keep, sample: int) -> Bracket:
-    """A bracket of six standard errors each way, from chunks spread evenly over the tensor."""
+    """A bracket of six standard errors each way, from `sample` chunks spread evenly over the tensor."""
     found = np.empty((rows, sample, CHUNK), np.int64)
 
     def look(number: int, _: None) -> None:
@@ -59,7 +59,7 @@ def sampled(tensor: Tensor, keys: Keys, rows: int, keep: Keep, sample: int) -> B
 
 
 def counted(tensor: Tensor, keys: Keys, rows: int, keep: Keep, gather: int) -> tuple[Bracket, np.ndarray]:
-    """The bracket from histograms, narrow enough for its keys to be gathered, or one key wide; how many are to be kept."""
+    """The bracket from histograms, with at most `gather` keys or a single one; and int64 [rows], how many keys to keep."""
     histogram = _count(tensor, keys, np.zeros(rows, np.int64), 0)
     wanted = np.clip(keep(tensor.size - histogram[:, _BUCKETS]), 0, tensor.size)
     prefixes, missing, inside = np.zeros(rows, np.int64), wanted.copy(), np.zeros(rows, np.int64)
@@ -85,13 +85,13 @@ def counted(tensor: Tensor, keys: Keys, rows: int, keep: Keep, gather: int) -> t
 
 
 def _lowest(prefix: int, level: int) -> int:
-    """The smallest key from a prefix on; at the last level prefixes end in a zero, and may have run into the sign."""
+    """The smallest key with a prefix. At the last level prefixes end in a zero, and may overflow into the sign."""
     shift = _SHIFTS[level]
     return min(int(prefix) << shift if shift >= 0 else (int(prefix) % (1 << 64) + 1) >> 1, int(NONE))
 
 
 def _count(tensor: Tensor, keys: Keys, prefixes: np.ndarray, level: int) -> np.ndarray:
-    """int64 [rows, 65,537]: of the keys that begin with a row's prefix, how many have which next 16 bits; last, zeros."""
+    """int64 [rows, 65,537]: a histogram of the next 16 bits of the keys with each row's prefix; the last column counts zeros."""
     rows = len(prefixes)
 
     def work(start: int, block: np.ndarray, histogram: np.ndarray) -> None:
@@ -122,7 +122,7 @@ def _histogram(keys, prefix, level, histogram):  # type: ignore[no-untyped-def]
 
 @kernel
 def _split(key, level):  # type: ignore[no-untyped-def]
-    """What the key begins with, and its next 16 bits."""
+    """The key's prefix, and its next 16 bits."""
     if level == 1:
         return key >> 47, (key >> 31) & 0xFFFF
     if level == 2:

@@ -1,4 +1,4 @@
-"""The README of a merged model: what it was made of, and how."""
+"""The model card (README.md) of a merged model."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import jinja2
 
 
 def render_card(template: str, **values: Any) -> str:
-    """Markdown with the metadata header that the Hugging Face hub reads, from a template next to this file."""
+    """Renders a template of this directory: Markdown with the metadata header of the Hugging Face hub."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         keep_trailing_newline=True,
@@ -17,7 +17,7 @@ def render_card(template: str, **values: Any) -> str:
 
 
 def portable(value: Any) -> Any:
-    """Paths of this machine by their last part only: a card is published."""
+    """Replaces local paths by their last part, because a card is published."""
     if isinstance(value, dict):
         return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list):

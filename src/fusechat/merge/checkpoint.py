@@ -1,4 +1,4 @@
-"""The weights of a model directory: safetensors, in one file or sharded, of which only headers are read at first."""
+"""The weights of a model directory: safetensors, one file or sharded. Only headers are read at first."""
 
 import json
 import math
@@ -22,8 +22,8 @@ from fusechat.models.resolve import ADAPTER
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)\.safetensors")
-COMPARED = 1 << 24  # bytes of two tensors that are compared at once
-SPARE = 64  # files that may be open in addition to models: libraries', the output's
+COMPARED = 1 << 24  # bytes of two tensors compared at once
+SPARE = 64  # open files besides the models': libraries', the output's
 FLOATS = {"F32": FLOAT32, "BF16": BFLOAT16, "F16": FLOAT16}
 BYTES = {
     **dict.fromkeys(("I64", "U64"), 8),
@@ -35,7 +35,7 @@ BYTES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor is: its file and the byte that it begins at; its shape, and its type as safetensors writes it (BF16)."""
+    """Where a tensor is: its file and first byte, its shape, and its dtype as safetensors names it (BF16)."""
 
     file: Path
     start: int
@@ -44,16 +44,19 @@ class Entry:
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
+        """The number of bytes."""
         return self.size * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`label` names the model in errors and reports. Its files are open until the checkpoint is let go."""
+    """A model directory's tensors. `label` names the model in errors and reports. Files stay open as long as the checkpoint
+    lives."""
 
     directory: Path
     label: str
@@ -62,7 +65,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, directory: Path, label: str) -> "Checkpoint":
-        """Reads the headers. Raises ModelError for a file that is not whole, or an index that does not fit its files."""
+        """Reads the headers. Raises ModelError for an incomplete file, or an index that does not match its files."""
         index = directory / INDEX
         names = _read_index(index) if index.is_file() else {}
         files = sorted(set(names.values())) or _without_index(directory)
@@ -83,12 +86,12 @@ class Checkpoint:
         return cls(directory, label, found, handles)
 
     def stored(self, name: str) -> Stored:
-        """Where the elements of a tensor of floats are."""
+        """The elements of a floating-point tensor, not yet read."""
         entry = self.entries[name]
         return Stored(FLOATS[entry.dtype], entry.size, self._handles[entry.file].fileno(), entry.start, self.label)
 
     def bytes(self, name: str, start: int, count: int) -> bytes:
-        """`count` bytes of a tensor, or what there is of them, from its byte `start` on."""
+        """Up to `count` bytes of a tensor from byte `start` on."""
         entry = self.entries[name]
         count = max(0, min(count, entry.bytes - start))
         read = os.pread(self._handles[entry.file].fileno(), count, entry.start + start)
@@ -97,7 +100,7 @@ class Checkpoint:
         return read
 
     def read_ahead(self, name: str) -> None:
-        """Has the system read a tensor from the disk while other work continues."""
+        """Asks the system to read a tensor from the disk in the background."""
         entry = self.entries[name]
         if hasattr(os, "posix_fadvise"):
             handle = self._handles[entry.file].fileno()
@@ -105,38 +108,39 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json as it is written."""
+        """The content of config.json."""
         return read_config(self.directory)
 
     @property
     def files(self) -> list[Path]:
+        """The files with weights, each once."""
         return list(self._handles)
 
     @cached_property
     def architecture(self) -> Architecture | None:
-        """What the class that the configuration names says of the tensors; None where it cannot be asked."""
+        """The class that the configuration names, or None if it cannot be built."""
         return architecture_of(self.directory)
 
     @cached_property
     def modules(self) -> set[str]:
-        """The modules that the model has a tensor in, by their names."""
+        """The names of the modules that have a tensor."""
         return {name[: match.start()] for name in self.entries for match in re.finditer(r"\.", name)}
 
     @cached_property
     def stacks(self) -> dict[str, int]:
-        """How many layers each stack of them has."""
+        """The number of layers of each stack."""
         return stacks_of(self.entries)
 
     @property
     def depth(self) -> int | None:
-        """How many layers the model has by its configuration, the text model's where it has several."""
+        """The number of layers by the configuration, of the text model if there are several."""
         for config in (self.config, self.config.get("text_config")):
             if isinstance(config, dict) and isinstance(config.get("num_hidden_layers"), int):
                 return int(config["num_hidden_layers"])
         return None
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two of its tensors hold the same values, bit for bit; reads them as far as they do."""
+        """Whether two tensors of the model are equal bit for bit. Reads both up to the first difference."""
         one, two = self.entries[name], self.entries[other]
         if one.dtype not in BYTES:
             raise ModelError(f"{name}: is stored as {one.dtype} in {self.label}; convert that model first")
@@ -146,18 +150,18 @@ class Checkpoint:
         return all(self.bytes(name, start, COMPARED) == self.bytes(other, start, COMPARED) for start in starts)
 
     def is_tied(self) -> bool:
-        """Whether the output embedding is the input embedding, by the configuration; for a class that cannot be asked."""
+        """Whether the configuration ties the output embedding to the input embedding, for classes that cannot be built."""
         for config in (self.config.get("text_config"), self.config):
             if isinstance(config, dict) and "tie_word_embeddings" in config:
                 return bool(config["tie_word_embeddings"])
         try:
             return bool(read_configuration(self.directory).get_text_config().tie_word_embeddings)
-        except Exception:  # a class of its own code: without the key, it says nothing
+        except Exception:  # custom code: its default is unknown
             return False
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as it is written."""
+    """The content of config.json."""
     file = directory / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -169,7 +173,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """Tensor → file name. Files lie in the directory itself: an index may not lead anywhere else."""
+    """Tensor → file name. Rejects files outside the directory."""
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()) or not names:
@@ -187,13 +191,13 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _without_index(directory: Path) -> list[str]:
-    """The file that Transformers reads, whatever stands next to it; else the shards, by their names; else all. Raises ModelError
-    for shards of which one is not there."""
+    """The file that Transformers reads if present; else the shards by name; else all files. Raises ModelError if a shard is
+    missing."""
     if (directory / WHOLE).is_file():
         return [WHOLE]
     names = sorted(file.name for file in directory.glob("*.safetensors") if file.name != ADAPTER)
     shards = [match for match in map(_SHARD.fullmatch, names) if match]
-    usual = [match for match in shards if match[1] == "model"] or shards  # some models have their weights a second time
+    usual = [match for match in shards if match[1] == "model"] or shards  # some models store their weights twice
     for wanted in range(1, int(usual[0][3]) + 1 if usual else 0):
         name, number, total = usual[0].groups()
         shard = f"{name}-{wanted:0{len(number)}d}-of-{total}.safetensors"
@@ -203,7 +207,7 @@ def _without_index(directory: Path) -> list[str]:
 
 
 def _allow_open_files(more: int) -> None:
-    """Systems give a process few open files, and more for the asking: models of hundreds of shards need them."""
+    """Raises the process's limit of open files, which is low by default: models may have hundreds of shards."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = len(os.listdir("/dev/fd")) + more + SPARE
     if soft != resource.RLIM_INFINITY and soft < needed:
@@ -212,7 +216,7 @@ def _allow_open_files(more: int) -> None:
 
 
 def _read_header(file: Path) -> dict[str, Entry]:
-    """What a safetensors file holds. That its header is sound and its tensors fill the file is checked by safetensors."""
+    """The tensors of a safetensors file. safetensors validates the header and that the tensors fill the file."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""Whether the models that are merged mean the same by their tensors: what their tokenizers and configurations say."""
+"""Whether the models' tensors have the same meaning, by their tokenizers and configurations."""
 
 import filecmp
 import re
@@ -9,7 +9,7 @@ from fusechat.merge.checkpoint import Checkpoint
 from fusechat.merge.mismatches import shortened
 from fusechat.models.companion_files import read_json_of
 
-_NO_MATTER = re.compile(  # keys of configurations that change nothing in what a merged model computes, or are looked at elsewhere
+_NO_MATTER = re.compile(  # configuration keys that do not change what a model computes, or are checked elsewhere
     r"_.*|.*_token_id|.*dropout.*|initializer.*|(torch_)?dtype|auto_map|use_cache|transformers_version|tie_word_embeddings|"
     r"vocab_size|id2label|label2id|num_labels|output_.*|return_dict.*|use_return_dict|problem_type|gradient_checkpointing|"
     r"pretraining_tp|task_specific_params|torchscript|unsloth.*|attn_implementation|quantization_config"
@@ -17,8 +17,7 @@ _NO_MATTER = re.compile(  # keys of configurations that change nothing in what a
 
 
 def token_lines(inputs: list[Checkpoint]) -> list[str]:
-    """A line for each model that gives the first one's ids to other tokens, whose rows are merged with each other, and for each
-    that has tokens which the first has not. Models whose vocabulary cannot be read are passed over."""
+    """A line for each model that has other tokens at the first model's ids, or more tokens. Unreadable vocabularies are skipped."""
     others = [model for model in inputs[1:] if not _same_tokenizer(inputs[0].directory, model.directory)]
     first = vocabulary(inputs[0].directory) if others else {}
     lines = []
@@ -40,13 +39,13 @@ def token_lines(inputs: list[Checkpoint]) -> list[str]:
 
 
 def _same_tokenizer(one: Path, other: Path) -> bool:
-    """Whether they have the same file, which then need not be understood: large ones take memory."""
+    """Whether both have the same file. Parsing large ones takes memory."""
     first, second = one / "tokenizer.json", other / "tokenizer.json"
     return first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False)
 
 
 def configuration_lines(inputs: list[Checkpoint]) -> list[str]:
-    """A line for each model whose configuration makes it compute otherwise than the first, whose configuration is kept."""
+    """A line for each model whose configuration computes differently from the first one's, which is kept."""
     lines = []
     for model in inputs[1:]:
         first, other = _matters(inputs[0].config), _matters(model.config)
@@ -55,7 +54,7 @@ def configuration_lines(inputs: list[Checkpoint]) -> list[str]:
         whole = (_with_defaults(inputs[0].directory), _with_defaults(model.directory))
         if whole[0] is not None and whole[1] is not None:
             first, other = _matters(whole[0]), _matters(whole[1])
-        else:  # a class that cannot be asked for its defaults
+        else:  # a class with unknown defaults
             first, other = ({key: config[key] for key in first.keys() & other.keys()} for config in (first, other))
         keys = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
         if keys:
@@ -65,14 +64,14 @@ def configuration_lines(inputs: list[Checkpoint]) -> list[str]:
 
 
 def vocabulary(directory: Path) -> dict[int, str]:
-    """Id → token, by tokenizer.json, else by the files of older tokenizers; empty where there are none that can be read."""
+    """Id → token from tokenizer.json, else from the files of older tokenizers; empty if none can be read."""
     whole = read_json_of(directory / "tokenizer.json")
     model = whole["model"] if isinstance(whole.get("model"), dict) else {}
     found: dict[int, str] = {}
     words = model.get("vocab") or read_json_of(directory / "vocab.json") or _lines(directory / "vocab.txt")
     if isinstance(words, dict):
         found |= {number: token for token, number in words.items() if isinstance(number, int)}
-    elif isinstance(words, list):  # with scores, in the order of their ids
+    elif isinstance(words, list):  # with scores, in order of ids
         found |= {number: piece[0] for number, piece in enumerate(words) if isinstance(piece, list) and piece}
     added = whole.get("added_tokens")
     for token in added if isinstance(added, list) else ():
@@ -92,7 +91,7 @@ def _lines(file: Path) -> dict[str, int]:
 
 
 def _matters(config: dict[str, Any], within: str = "") -> dict[str, Any]:
-    """What of a configuration says how the model computes, by key; keys of its parts with a dot."""
+    """The keys of a configuration that determine what the model computes; nested keys with a dot."""
     found: dict[str, Any] = {}
     for key, value in config.items():
         if _NO_MATTER.fullmatch(key):
@@ -105,7 +104,7 @@ def _matters(config: dict[str, Any], within: str = "") -> dict[str, Any]:
 
 
 def _with_defaults(directory: Path) -> dict[str, Any] | None:
-    """The configuration with what the class adds to it, and older names by their present ones."""
+    """The configuration with the class's defaults, and current names for old keys."""
     from fusechat.models.load import quiet_transformers
 
     quiet_transformers()
@@ -113,5 +112,5 @@ def _with_defaults(directory: Path) -> dict[str, Any] | None:
 
     try:
         return dict(AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict())
-    except Exception:  # of many kinds; all mean that Transformers has no such class
+    except Exception:  # of many types; all mean that Transformers has no such class
         return None

@@ -1,7 +1,7 @@
-"""DARE (arXiv 2311.03099): each update is dropped with probability 1 - density, what is kept is scaled up.
+"""DARE (arXiv 2311.03099): drops each update with probability 1 - density and rescales the rest.
 
-As in mergekit, what is kept is scaled to the sum of magnitudes that the target's update had (`rescale`, on unless switched off):
-the paper's 1 / density, but exact for the mask that was drawn. The mask is that of `random.keep_mask` for seed and tensor.
+As in mergekit, the rest is scaled to the update's original sum of magnitudes (`rescale`, the default): the paper's 1 / density,
+but exact for the drawn mask. `random.keep_mask` draws the mask from seed and tensor.
 """
 
 import numpy as np
@@ -23,6 +23,7 @@ PARAMETERS = (
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
+    """The weights, and the factor of each target's sparse update."""
     key = tensor_key(values["seed"], tensor.name)
     sparse = any(density < 1 for density in values["density"])
     scales = rescaling(tensor, _dropping(key, values)) if sparse and values["rescale"] else None
@@ -32,6 +33,7 @@ def measure(tensor: Tensor, values: Values) -> TensorStats:
 def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray, *, consensus: bool
 ) -> tuple[int, int, int]:
+    """Drops updates, rescales, and adds them up; with `consensus` by TIES' sign election."""
     return combine_updates(
         block, start, values, out, sparsify=_dropping(measured.key, values), scales=measured.scales, consensus=consensus
     )

@@ -1,8 +1,8 @@
-"""Merging whole models, out of core: shard by shard, tensor by tensor, block by block.
+"""Merges whole models out of core: shard by shard, tensor by tensor, block by block.
 
     plan ─► for each shard, for each tensor:  measure (passes over all inputs) ─► combine, block by block ─► into the file
 
-Beside a block of each input a thread there is what `selection.py` gathers: no tensor is held in memory.
+No tensor is held in memory: each thread has a block of each input, and `selection.py` gathers a bounded number of keys.
 """
 
 import itertools
@@ -32,12 +32,13 @@ from fusechat.run.progress import BYTES, log, progress
 
 SHARD_BYTES = 5_000_000_000
 SQUARES, PART = "squares.json", ".report.json"
-COPIED = 1 << 24  # bytes of a buffer that are copied at once
+COPIED = 1 << 24  # bytes of a buffer copied at once
 
 
 @dataclass(frozen=True)
 class MergeJob:
-    """`inputs`: the base first where the method has one, then the targets, whose names in the report are `names`."""
+    """A merge whose models are open. `inputs`: the base first if the method has one, then the targets. `names`: the targets'
+    names in the report."""
 
     method: str
     inputs: list[Checkpoint]
@@ -50,8 +51,7 @@ class MergeJob:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the tensors of a merge have in common. `pooled`: coefficients of a tensor that are not its own alone; `advance` is told
-    bytes written."""
+    """What all tensors of a merge share. `pooled`: coefficients by layer or model; `advance` takes the bytes written."""
 
     job: MergeJob
     workers: Workers
@@ -60,11 +60,8 @@ class _Work:
 
 
 def merge_tensors(job: MergeJob, output: Path, threads: int | None = None) -> dict[str, Any]:
-    """Writes the merged tensors to `output` and returns what happened to each, by name. `threads`: by default all cores.
-
-    Shards that an earlier, killed merge wrote whole are kept with their part of the report. Raises ModelError for values that
-    are not finite, in an input or in the output's type.
-    """
+    """Writes the merged tensors to `output` and returns the report of each, by name. `threads`: default all cores. Keeps whole
+    shards of an earlier, killed merge. Raises ModelError for values that are not finite, in an input or in the output's dtype."""
     size = sum(piece.bytes for piece in job.plan.pieces)
     with closing(Workers(threads)) as workers, progress(f"merge ({job.method})", size, BYTES) as advance:
         return _merge_all(job, output, workers, advance)
@@ -95,7 +92,7 @@ def _merge_all(job: MergeJob, output: Path, workers: Workers, advance: Callable[
 
 
 def forget_parts(job: MergeJob, output: Path) -> None:
-    """Removes what only a merge that continues would need; the last thing to do before the model is whole."""
+    """Removes the files that only a resumed merge needs, as the last step."""
     for file, _ in job.plan.shards(job.shard_bytes):
         _part(output, file).unlink(missing_ok=True)
     (output / SQUARES).unlink(missing_ok=True)
@@ -106,7 +103,7 @@ def _part(output: Path, file: str) -> Path:
 
 
 def _sound_part(output: Path, file: str, pieces: list[OutputTensor]) -> dict[str, Any] | None:
-    """The report's part of a shard that is whole and as it was written, and has these pieces; nothing is read to see that."""
+    """The report of a finished shard, if its size and time are unchanged and it has these tensors; else None."""
     part = read_sealed(_part(output, file))
     whole = part is not None and (output / file).is_file() and part["shard"] == seen(output / file)
     if part is not None and whole and part["tensors"].keys() == {piece.name for piece in pieces}:
@@ -117,7 +114,7 @@ def _sound_part(output: Path, file: str, pieces: list[OutputTensor]) -> dict[str
 
 
 def _write_shard(work: _Work, path: Path, pieces: list[OutputTensor]) -> dict[str, Any]:
-    """One file of the output; what happened to each of its tensors."""
+    """Writes one file of the output and returns the report of its tensors."""
     entries = {}
     with new_shard(path, pieces) as shard:
         for piece, following in itertools.zip_longest(pieces, pieces[1:]):
@@ -128,7 +125,7 @@ def _write_shard(work: _Work, path: Path, pieces: list[OutputTensor]) -> dict[st
 
 
 def _piece(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any]:
-    """Makes one tensor of the output, and tells about it."""
+    """Merges one tensor and returns its report."""
     first = work.job.inputs[0]
     if piece.dtype not in FLOATS or first.entries[piece.sources[0]].dtype not in FLOATS:
         return _copy_bytes(work, piece, shard)
@@ -154,7 +151,7 @@ def _merge(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any]:
     def one(start: int, block: np.ndarray) -> tuple[tuple[int, int, int], np.ndarray, np.ndarray]:
         chunks = -(-block.shape[1] // CHUNK)
         moved, merged = np.zeros((len(block) - 1, chunks)), np.zeros((1, chunks))
-        both = scratch("both", (2, block.shape[1]))  # the base, and what comes out
+        both = scratch("both", (2, block.shape[1]))  # the base, and the result
         if method.BASE:
             update_squares(block, moved)
             both[0] = block[0]
@@ -179,7 +176,7 @@ def _total(parts: list[np.ndarray]) -> np.ndarray:
 def _entry(
     job: MergeJob, tensor: Tensor, measured: TensorStats, counts: np.ndarray, squares: list[np.ndarray]
 ) -> dict[str, Any]:
-    """What the report says of a merged tensor."""
+    """The report of a merged tensor."""
     names = job.names
     selected, kept, left = (int(count) for count in counts)
     if measured.selection is not None:
@@ -209,7 +206,7 @@ def _tensor(job: MergeJob, piece: OutputTensor, workers: Workers) -> Tensor:
 
 
 def _writer(work: _Work, piece: OutputTensor, shard: Shard) -> Callable[[int, np.ndarray], None]:
-    """Writes float32 values from an element on in the piece's type. Raises ModelError where they are not finite there."""
+    """A function that writes float32 values from an element on, in the output's dtype. Raises ModelError if they are not finite."""
     lock = Lock()
 
     def put(start: int, values: np.ndarray) -> None:
@@ -232,14 +229,14 @@ def _writer(work: _Work, piece: OutputTensor, shard: Shard) -> Callable[[int, np
 
 
 def _copy_rest(work: _Work, piece: OutputTensor, shard: Shard) -> None:
-    """The elements that are not merged, from the first input."""
+    """Copies the elements that are not merged from the first input."""
     rest = work.job.inputs[0].stored(piece.sources[0]).rest(piece.merged)
     put, whole = _writer(work, piece, shard), Tensor(piece.name, (rest,), rest.size, work.workers)
     whole.blocks(lambda start, block: put(piece.merged + start, block[0]))
 
 
 def _copy_bytes(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any]:
-    """A buffer of whole numbers: the first input's."""
+    """Copies an integer buffer from the first input."""
     job, differs = work.job, False
     for start in range(0, piece.bytes, COPIED):
         first, *others = (c.bytes(name, start, COPIED) for c, name in zip(job.inputs, piece.sources, strict=False))
@@ -256,7 +253,7 @@ def _copy_bytes(work: _Work, piece: OutputTensor, shard: Shard) -> dict[str, Any
 
 
 def _pooled(job: MergeJob, output: Path, workers: Workers) -> dict[str, list[float]]:
-    """The coefficients of every tensor, from updates summed over its layer or the whole model. Kept for a merge that continues."""
+    """Each tensor's coefficients from updates summed over its layer or the whole model. Saved for a resumed merge."""
     method = load_method(job.method)
     file = output / SQUARES
     found = read_sealed(file)

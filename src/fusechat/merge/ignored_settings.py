@@ -1,5 +1,5 @@
-"""Settings of published configurations that ask for what is done anyway: taken out of a configuration before it is read. What
-depends on the models is a condition, which is looked at once they are open."""
+"""Settings of published configurations that have no effect here: removed before the configuration is read. If that depends on
+the models, a condition checks it once they are open."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ from fusechat.recipe.yaml_file import Document, Place
 
 @dataclass
 class Conditions:
-    """Where a setting stands that is taken for done: `layers`, all of the models' with their number; `tokens`, rows of the same
-    tokens; `templates`, one for all."""
+    """Removed settings that the models must satisfy: `layers`, slices cover all of this many layers; `tokens`, equal tokenizers;
+    `templates`, equal chat templates."""
 
     layers: tuple[Place, int] | None = None
     tokens: Place | None = None
@@ -25,7 +25,7 @@ class Conditions:
     _document: Document | None = field(default=None, repr=False)
 
     def check(self, inputs: list[Checkpoint]) -> None:
-        """Raises RecipeError with all that do not hold."""
+        """Raises RecipeError with a line for each condition that does not hold."""
         wrong: list[tuple[Place, str]] = []
         if self.layers:
             place, count = self.layers
@@ -48,7 +48,7 @@ class Conditions:
 
 
 def without_accepted(document: Document, module: Method | None) -> tuple[dict[str, Any], Conditions]:
-    """The configuration's content without them."""
+    """The configuration's content without these settings, and the conditions."""
     content = dict(document.content)
     conditions = Conditions(_document=document)
     donors = [content.get("base_model") or _first_model(content), "base"]
@@ -81,7 +81,7 @@ def _first_model(content: dict[str, Any]) -> Any:
 
 
 def _whole_slice(content: dict[str, Any], conditions: Conditions) -> None:
-    """One slice from the first layer on, the same of all models, is the models, should it be all of their layers."""
+    """Replaces a single slice from layer 0, equal for all models, by the models themselves, if it covers all layers."""
     slices = content.get("slices")
     only = slices[0] if isinstance(slices, list) and len(slices) == 1 else None
     if (
@@ -110,7 +110,7 @@ def _is_from_the_first(layers: Any) -> bool:
 
 
 def _template(directory: Path) -> Any:
-    """The chat template of a model directory, from the first of the places where one may be; None where there is none."""
+    """The chat template of a model directory, from the first place that has one; None if there is none."""
     try:
         return (directory / "chat_template.jinja").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):

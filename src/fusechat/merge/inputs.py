@@ -1,4 +1,4 @@
-"""The models that a merge file lists: what they are called, and what each is told."""
+"""The models that a merge file lists, with their parameters."""
 
 import os
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ _KEYS = ("model", "parameters")
 
 @dataclass(frozen=True)
 class Input:
-    """A model that takes part; `place` is where it is named, `parameters` are its own as given."""
+    """A model of the merge. `place`: where the file names it; `parameters`: its own, as given."""
 
     reference: Reference
     place: Place
@@ -23,10 +23,8 @@ class Input:
 
 
 def read_inputs(document: Document) -> tuple[list[Input], Reference | None]:
-    """The listed models in their order and the base model, which is an input too, the last where it is not listed.
-
-    What is wrong with them is complained of, and left out.
-    """
+    """The listed models in order, and the base model. A base that is not listed becomes the last input. Mistakes are recorded in
+    `document`, and their models left out."""
     models = document.content.get("models")
     inputs: list[Input] = []
     if isinstance(models, list) and models:
@@ -70,17 +68,15 @@ def _entry(document: Document, place: Place, entry: Any) -> Input | None:
 
 
 def read_mapping(document: Document, place: Place, raw: Any) -> dict[str, Any]:
-    """Parameters by name; nothing stands for none."""
+    """Parameters by name; null is an empty mapping."""
     if raw is not None and not isinstance(raw, dict):
         document.complain(place, f"should be a mapping of parameters, not {shown(raw)}")
     return {str(key): value for key, value in raw.items()} if isinstance(raw, dict) else {}
 
 
 def read_reference(document: Document, place: Place, raw: Any) -> Reference | None:
-    """A model as text, or as mergekit's mapping `{model: {path: …, revision: …}}`; local paths made absolute.
-
-    None where it cannot be one, which is complained of.
-    """
+    """A model as text, or as mergekit's mapping `{model: {path: …, revision: …}}`, with local paths made absolute. None, with a
+    recorded mistake, if it is neither."""
     if isinstance(raw, dict):
         raw, place = _unfolded(document, place, raw)
     if not isinstance(raw, str) or not raw:
@@ -100,7 +96,7 @@ def read_reference(document: Document, place: Place, raw: Any) -> Reference | No
 
 
 def _unfolded(document: Document, place: Place, raw: dict[Any, Any]) -> tuple[Any, Place]:
-    """The text that stands for mergekit's mapping, and where the model is named in it."""
+    """The reference in mergekit's mapping, and its place in the file."""
     for key, value in raw.items():
         if key in ("lora", "override_architecture"):
             if value is not None:

@@ -1,6 +1,6 @@
-"""Numba kernels under every merging method: stored numbers to float32 and back, sums in an order that nothing changes.
+"""Numba kernels of all methods: conversion between stored dtypes and float32, and sums in a fixed order.
 
-Kernels hold no lock of Python (nogil), so that blocks of a tensor are worked on by all cores at once.
+Kernels release Python's lock (nogil), so that all cores work on blocks of a tensor at once.
 """
 
 from collections.abc import Callable
@@ -13,14 +13,14 @@ from numba.extending import intrinsic
 
 from fusechat.run.compiled import compiled
 
-CHUNK = 4096  # elements whose sum is taken by itself; chunks are added up in their order, whoever worked on them
+CHUNK = 4096  # elements summed separately; the sums of chunks are added in order, whichever thread computed them
 LANES = 512
 INFINITE = np.uint32(0x7F800000)
-FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # how the elements of a tensor are stored
+FLOAT32, BFLOAT16, FLOAT16 = 0, 1, 2  # kinds of stored elements
 
 
 def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled at the first call, and kept for later programs."""
+    """Compiles a function at its first call, and caches it on disk."""
     made: Callable[..., Any] = compiled(error_model="numpy")(function)
     return made
 
@@ -46,10 +46,10 @@ _pread = types.ExternalFunction("pread", types.intp(types.int32, types.CPointer(
 
 @kernel
 def read(handles, places, kinds, start, raw, block):  # type: ignore[no-untyped-def]
-    """Elements from `start` on of tensors, as float32 in `block` [tensors, n]; `raw` uint8 has room for n float32.
+    """Reads elements of several tensors from `start` on into `block` float32 [tensors, n]. `raw` uint8: a buffer for n float32.
 
-    A tensor begins at byte `places[row]` of the file open as `handles[row]`, or at that address where the handle is -1.
-    Returns (row, -1) for a file that ends before, (row, 1) for values that are not finite, (0, 0) when all went well.
+    A tensor begins at byte `places[row]` of the open file `handles[row]`, or at that address if the handle is -1. Returns (row,
+    -1) for a file that ends early, (row, 1) for values that are not finite, else (0, 0).
     """
     for row in range(block.shape[0]):
         out = block[row]
@@ -86,7 +86,7 @@ def read(handles, places, kinds, start, raw, block):  # type: ignore[no-untyped-
 
 @kernel
 def _decode_float16(stored, out):  # type: ignore[no-untyped-def]
-    """Exponent and fraction moved to their places in a float32, then scaled by 2**112, which is right for subnormals too."""
+    """Moves exponent and fraction to their places in a float32, then multiplies by 2**112, which handles subnormals too."""
     bits = out.view(np.uint32)
     scale = np.float32(2.0**112)
     for i in range(out.size):
@@ -103,7 +103,7 @@ def _decode_float16(stored, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_bfloat16(values, out):  # type: ignore[no-untyped-def]
-    """float32 to the nearest bfloat16 (ties to even) in `out` uint16; the number of elements that became infinite."""
+    """Rounds float32 to bfloat16 (ties to even) in `out` uint16. Returns how many elements became infinite."""
     bits = values.view(np.uint32)
     lost = 0
     for i in range(values.size):
@@ -115,7 +115,7 @@ def encode_bfloat16(values, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def encode_float16(values, out):  # type: ignore[no-untyped-def]
-    """float32 to the nearest float16 (ties to even) in `out` uint16; the number of elements that became infinite."""
+    """Rounds float32 to float16 (ties to even) in `out` uint16. Returns how many elements became infinite."""
     bits = values.view(np.uint32)
     lost = 0
     half = np.float32(0.5)
@@ -141,6 +141,7 @@ def encode_float16(values, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def count_not_finite(values):  # type: ignore[no-untyped-def]
+    """The number of NaN and infinite elements."""
     bits = values.view(np.uint32)
     lost = 0
     for i in range(values.size):
@@ -150,7 +151,7 @@ def count_not_finite(values):  # type: ignore[no-untyped-def]
 
 @kernel
 def update_squares(block, sums):  # type: ignore[no-untyped-def]
-    """Adds to `sums` float64 [rows - 1, chunks] the squares of what the rows of `block` [rows, n] differ by from the first."""
+    """Adds to `sums` float64 [rows - 1, chunks] the squared differences of the rows of `block` [rows, n] to the first."""
     lanes = np.empty(LANES)
     n = block.shape[1]
     for j in range(1, block.shape[0]):

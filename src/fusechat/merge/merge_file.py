@@ -1,4 +1,4 @@
-"""Reading what to merge: a configuration in mergekit's format, everything wrong with it found at once."""
+"""Reads a configuration in mergekit's format and reports all its mistakes at once."""
 
 import os
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ _WHAT = "a merge configuration"
 
 @dataclass(frozen=True)
 class Scope:
-    """The settings that stand together at `place`, by parameter; `unread`: names that mean nothing there."""
+    """The settings at `place`, by parameter. `unread`: names that have no meaning there."""
 
     place: Place
     settings: dict[str, Setting] = field(default_factory=dict)
@@ -32,12 +32,11 @@ class Scope:
 
 @dataclass(frozen=True)
 class MergeFile:
-    """What to merge, and how.
+    """A checked merge configuration. Local models are absolute paths.
 
-    `base`: what a method with `BASE` works on, None for the others. `targets`: what is merged, in the order listed, without that
-    base. `donor`: the model whose configuration and tokenizer the merged one has. `dtype`: of the tensors written, None where
-    none is named. `name` is the title of the model's card, `source` the configuration as given. `conditions`
-    are for the models to meet. Local models are absolute paths.
+    `base`: the base model of a method with `BASE`, else None. `targets`: the merged models in order, without that base. `donor`:
+    the model that gives configuration and tokenizer. `dtype`: of the output, or None. `name`: the title of the model card.
+    `source`: the configuration as given. `conditions`: checked once the models are open.
     """
 
     method: str
@@ -55,8 +54,8 @@ class MergeFile:
     _own: list[Scope] = field(repr=False)  # of each target
 
     def values(self, tensor_name: str, layer_count: int) -> Values:
-        """Every parameter of the method for one tensor, whose stack has `layer_count` layers; of `per_model` ones a list in the
-        targets' order. Raises RecipeError where filters leave the tensor without a value that it needs."""
+        """Every parameter's value for one tensor, whose stack has `layer_count` layers; `per_model` ones as a list by target.
+        Raises RecipeError if filters leave the tensor without a required value."""
         at = position(tensor_name, layer_count)
         values: Values = {}
         for parameter in self._parameters:
@@ -78,7 +77,7 @@ class MergeFile:
 
 
 def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
-    """Checks all of it, and reads no model. Relative paths start at the current directory. Raises RecipeError."""
+    """Checks a configuration without reading models. Relative paths start at the working directory. Raises RecipeError."""
     document = _document(config)
     source = document.content
     name, method = _name(document), _method(document)
@@ -96,7 +95,7 @@ def read_merge_file(config: Mapping[str, Any] | str | Path) -> MergeFile:
     shared = _scope(document, module, ("parameters",), raw)
     own = {given.place: _scope(document, module, (*given.place, "parameters"), given.parameters) for given in inputs}
     targets = [given for given in inputs if not (module.BASE and given.reference == base)]
-    if named:  # else who is a target cannot be said
+    if named:  # else the targets are unknown
         _check_targets(document, module, targets)
         _check_required(document, module, targets, shared, own)
     if document.wrong:
@@ -173,18 +172,18 @@ def _check_keys(document: Document, module: Method | None) -> None:
 
 
 def _known(module: Method) -> list[str]:
-    """The names that the method reads under `parameters`."""
+    """The names that the method reads in `parameters`."""
     names = [parameter.name for parameter in module.PARAMETERS]
     return [*names, "granularity"] if _granularities(module) else names
 
 
 def _granularities(module: Method) -> tuple[str, ...]:
-    """On what the method can work as a whole, by default the first; most can on a tensor only, and are not asked."""
+    """The method's granularities, the default first; most methods work on single tensors only."""
     return getattr(module, "GRANULARITIES", ())
 
 
 def _granularity(document: Document, module: Method, raw: dict[str, Any]) -> str:
-    """Takes it out of the file's parameters."""
+    """Takes `granularity` out of the file's parameters."""
     known = _granularities(module)
     if not known:
         return "tensor"
@@ -253,7 +252,7 @@ def _check_required(
 
 
 def _warn(document: Document, module: Method, scopes: list[Scope]) -> None:
-    """A line for each name that is not read, at its first place."""
+    """Logs a line for each name that is not read, at its first place."""
     method = document.content["merge_method"]
     warned = set(mergekit_names.SILENT)
     for scope in scopes:

@@ -1,5 +1,4 @@
-"""What a configuration written for mergekit may name that is not merged here: its methods, parameters and keys, of all its
-versions."""
+"""Methods, parameters and keys of any mergekit version that are not supported here."""
 
 METHODS = frozenset(
     (
@@ -16,9 +15,9 @@ PARAMETERS = frozenset(
         *("r", "rescale", "scale", "select_topk", "smooth", "t", "tol", "weight"),
     )
 )
-SILENT = frozenset({"int8_mask"})  # says how much memory a mask takes, and changes nothing in what is made
+SILENT = frozenset({"int8_mask"})  # saves memory, and does not change the result
 
-# What is read of a configuration.
+# Keys of a configuration that are read.
 KEYS = ("name", "merge_method", "base_model", "models", "parameters", "dtype", "out_dtype")
 
 UNSUPPORTED = {

@@ -1,4 +1,4 @@
-"""What makes models unfit to be merged with each other, seen in the names and types of their tensors."""
+"""Why models cannot be merged, from the names and dtypes of their tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,21 +6,19 @@ from dataclasses import dataclass
 from fusechat.merge.checkpoint import Checkpoint, Entry
 from fusechat.merge.values import stack_of
 
-QUANTISED = (
-    frozenset(  # what stands in the place of a weight, or next to it, as GPTQ, AWQ, bitsandbytes, FP8, … call it
-        (
-            *("qweight", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
-            *(
-                "weight_packed",
-                "weight_scale",
-                "weight_scale_inv",
-                "weight_scales",
-                "weight_zero_point",
-                "W_q",
-                "qscales",
-            ),
-            *("weight_shape", "input_scale", "weight_format"),
-        )
+QUANTISED = frozenset(  # names that GPTQ, AWQ, bitsandbytes, FP8, … use in place of a weight, or next to it
+    (
+        *("qweight", "qzeros", "g_idx", "SCB", "absmax", "quant_map", "nested_absmax", "nested_quant_map"),
+        *(
+            "weight_packed",
+            "weight_scale",
+            "weight_scale_inv",
+            "weight_scales",
+            "weight_zero_point",
+            "W_q",
+            "qscales",
+        ),
+        *("weight_shape", "input_scale", "weight_format"),
     )
 )
 _SHOWN = 3
@@ -28,7 +26,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Missing:
-    """A tensor that the inputs of these numbers lack, and the first that has it."""
+    """A missing tensor: the indices of inputs that lack it, and the first that has it."""
 
     name: str
     lacking: list[int]
@@ -36,7 +34,7 @@ class Missing:
 
 
 def quantised(checkpoint: Checkpoint) -> list[str]:
-    """A line for a model whose weights are codes, by its configuration or by its tensors."""
+    """A line if the model's weights are quantised, by its configuration or its tensors."""
     config = checkpoint.config
     found = next(
         (config[key] for key in ("quantization_config", "quantization", "compression_config") if config.get(key)), None
@@ -53,7 +51,7 @@ def quantised(checkpoint: Checkpoint) -> list[str]:
 
 
 def _is_code(name: str, entry: Entry) -> bool:
-    """Whether it is a part of a quantised weight: by its name, or a matrix of whole numbers that calls itself a weight."""
+    """Whether a tensor is part of a quantised weight: by its name, or an integer matrix named `weight`."""
     parts = name.split(".")
     if QUANTISED.intersection(parts[-2:]):
         return True
@@ -61,27 +59,27 @@ def _is_code(name: str, entry: Entry) -> bool:
 
 
 def is_buffer(name: str, entry: Entry) -> bool:
-    """Whether it may be a buffer: not called as weights are, or a causal mask by the name of `bias`."""
+    """Whether a tensor may be a buffer: not named like a weight, or a causal mask named `bias`."""
     last = name.rpartition(".")[2]
     return last not in ("weight", "bias") or (last == "bias" and len(entry.shape) > 2)
 
 
 def should_have(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a model that lacks a tensor is damaged: its class has it, or the model has a part of the same module or stack."""
+    """Whether a model without this tensor is damaged: its class has it, or the model has part of the same module or stack."""
     if checkpoint.architecture is not None and checkpoint.architecture.reads(name):
         return True
     return not checkpoint.modules.isdisjoint(modules_above(name))
 
 
 def modules_above(name: str) -> list[str]:
-    """`model.norm.weight` is in `model` and in `model.norm`."""
+    """The modules that contain a tensor: `model` and `model.norm` for `model.norm.weight`."""
     parts = name.split(".")
     return [".".join(parts[:cut]) for cut in range(1, len(parts))]
 
 
 def missing_lines(inputs: list[Checkpoint], missing: list[Missing]) -> list[str]:
-    """What to say of missing tensors: one line for all that a model has by other names, one for a stack that has fewer layers,
-    and one for each of the rest."""
+    """Messages for missing tensors: one for all that a model has under other names, one for a stack with fewer layers, and one
+    for each of the rest."""
     lines: dict[str, None] = {}  # each once, in order
     explained: set[str] = set()
     for model in inputs[1:] if missing else []:
@@ -107,8 +105,8 @@ def missing_lines(inputs: list[Checkpoint], missing: list[Missing]) -> list[str]
 
 
 def _other_names(first: Checkpoint, model: Checkpoint) -> dict[str, str]:
-    """The same tensors by other names: those that only `model` has → those that only `first` has. By the classes, which know what
-    older versions called them, else by what stands before."""
+    """The same tensors under other names: those that only `model` has → those that only `first` has. By the classes, which know
+    the names of older versions, else by prefix."""
     alone = [name for name in model.entries if name not in first.entries]
     theirs = [name for name in first.entries if name not in model.entries]
     if model.architecture is not None and first.architecture is not None:
@@ -121,12 +119,13 @@ def _other_names(first: Checkpoint, model: Checkpoint) -> dict[str, str]:
 
 
 def _ends(name: str) -> list[str]:
-    """The name without one prefix and another; what is left has a module of its own."""
+    """The name, and its dotted suffixes of at least two parts."""
     parts = name.split(".")
     return [".".join(parts[cut:]) for cut in range(max(len(parts) - 1, 1))]
 
 
 def shortened(items: Iterable[str]) -> str:
+    """The first few items as text, and how many more there are."""
     found = list(items)
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return ", ".join(found[:_SHOWN]) + more

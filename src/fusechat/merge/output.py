@@ -1,4 +1,4 @@
-"""What a merged model has next to its weights: the base's configuration, tokenizer, template and licence; a card of its own."""
+"""A merged model's files besides its weights: the donor's configuration, tokenizer, template and licence, and a model card."""
 
 import json
 from collections import Counter
@@ -18,12 +18,12 @@ from fusechat.run.progress import log
 
 
 def copy_files(donor: Path, output: Path, plan: Plan) -> None:
-    """Copies files, and writes the configuration, which says the type that most of the weights have, and what is not tied."""
+    """Copies the files, and writes the configuration with the weights' main dtype and untied embeddings."""
     for file in beside(donor):
         (output / file.relative_to(donor)).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(output / file.relative_to(donor)) as temporary:
             temporary.write_bytes(file.read_bytes())
-        if file.suffix in (".safetensors", ".bin"):  # of sentence-transformers' further modules
+        if file.suffix in (".safetensors", ".bin"):  # of further modules of sentence-transformers
             log.warning("%s: is copied from %s as it is, and not merged", file.relative_to(donor), donor)
     config = read_config(donor)
     dtype = _main_dtype(plan.pieces) or config.get("dtype", config.get("torch_dtype"))
@@ -39,7 +39,7 @@ def copy_files(donor: Path, output: Path, plan: Plan) -> None:
 
 
 def _main_dtype(pieces: list[OutputTensor]) -> str | None:
-    """The type of most of the elements, by the name that PyTorch gives it; None where there are whole numbers only."""
+    """PyTorch's name for the dtype of most elements; None if all are integers."""
     counts: Counter[str] = Counter()
     for piece in pieces:
         counts[piece.dtype] += piece.size
@@ -57,7 +57,7 @@ def merge_card(
     config: Mapping[str, Any],
     report: dict[str, Any],
 ) -> str:
-    """Markdown with the metadata header that the Hugging Face hub reads; licence and languages are the donor's own."""
+    """The model card in Markdown, with the hub's metadata header; licence and languages are the donor's."""
     metadata = {key: value for key, value in front_matter(donor_card).items() if key in _KEPT}
     models = [*([base] if base else []), *targets]
     metadata |= {"library_name": "transformers", "tags": ["merge", "fusechat"], "base_model": portable(models)}

@@ -1,4 +1,4 @@
-"""What a merging method can be told: the parameters of its configuration, as mergekit names them."""
+"""The parameters of merge methods, named as in mergekit."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Parameter:
-    """`kind` is float, bool or int. Without a `default` it must be given. `per_model`: one value for every input, which may
-    differ; else one for all. Numbers lie between `low` and `high`, both allowed."""
+    """A parameter of a method. `kind` is float, bool or int. Without a `default` it is required. `per_model`: each input may
+    have its own value. Numbers lie in [`low`, `high`]."""
 
     name: str
     kind: type = float
@@ -18,13 +18,14 @@ class Parameter:
 
     @property
     def required(self) -> bool:
+        """Whether it has no default."""
         return self.default is None
 
 
-# By parameter name, resolved for one tensor: a number or truth value, or a list of them, one for each input.
+# Values by parameter name, for one tensor: a number or bool, or a list with one for each input.
 Values = dict[str, Any]
 
-# Over what the coefficients of a method that takes them from updates are the same.
+# Granularities: what shares the coefficients of a method that computes them from updates.
 SCOPES = ("tensor", "layer", "model")
 WEIGHT = Parameter("weight", per_model=True)
 DENSITY = Parameter("density", default=1.0, per_model=True, low=0, high=1)

@@ -1,4 +1,4 @@
-"""What is to be done to get each tensor of the merged model, decided from headers and configurations before any weight is read."""
+"""Decides how to make each tensor of the merged model, from headers and configurations, before any weight is read."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ BASE, WIDEST = "base", "widest"  # types of the output: as the base has each ten
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """One tensor of the output. `sources`: for every input, under which name it has the tensor. The first `merged` elements are
-    merged, the rest are the first input's; 0 where the tensor is copied."""
+    """A tensor of the output. `sources`: its name in each input. The first `merged` elements are merged, the rest copied from
+    the first input; 0 copies all."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,13 +28,14 @@ class OutputTensor:
 
     @property
     def bytes(self) -> int:
+        """The number of bytes."""
         return self.size * BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`left_out`: copies of tied tensors, and buffers that the class does not read. `only_base`: copied since no target has them.
-    `untied`: embeddings are merged apart, though the donor's configuration ties them."""
+    """`left_out`: copies of tied tensors, and buffers that the class does not read. `only_base`: copied, because no target has
+    them. `untied`: embeddings are merged separately, although the donor's configuration ties them."""
 
     pieces: list[OutputTensor]
     left_out: list[str]
@@ -42,7 +43,7 @@ class Plan:
     untied: bool = False
 
     def shards(self, limit: int) -> list[tuple[str, list[OutputTensor]]]:
-        """(file name, pieces) of the output: at most `limit` bytes of tensors a file, and at least one tensor."""
+        """(file name, tensors) of the output, with at most `limit` bytes of tensors in a file, or a single larger tensor."""
         groups: list[list[OutputTensor]] = [[]]
         filled = 0
         for piece in self.pieces:
@@ -59,8 +60,8 @@ class Plan:
 def make_plan(
     inputs: list[Checkpoint], donor: Checkpoint, *, dtype: str, has_base: bool, allow_vocab_resize: bool
 ) -> Plan:
-    """`donor`: the model whose configuration the output has. With `has_base` the first input is the base, and tensors that it
-    alone has, and no target should have, are copied. Raises ModelError with everything that does not fit."""
+    """Plans the output. `donor`: the model that gives the configuration. With `has_base` the first input is the base; tensors
+    that only it has, and no target should have, are copied. Raises ModelError with a line for each mismatch."""
     problems = [problem for checkpoint in inputs for problem in quantised(checkpoint)]
     if problems:
         raise ModelError(*problems)
@@ -97,7 +98,7 @@ def make_plan(
 def _piece(
     name: str, inputs: list[Checkpoint], sources: list[str], donor: Checkpoint, *, dtype: str, resize: bool
 ) -> OutputTensor:
-    """The tensor as the output has it; copied where only the first input has a source. Raises ModelError."""
+    """The output's tensor; copied if only the first input has a source. Raises ModelError."""
     entries = [checkpoint.entries[source] for checkpoint, source in zip(inputs, sources, strict=False)]
     merged = _merged(name, inputs, entries, resize)
     code = _output(dtype, donor.entries.get(name, entries[0]), entries)
@@ -107,8 +108,8 @@ def _piece(
 
 
 def _in_question(inputs: list[Checkpoint]) -> bool:
-    """Whether the models' classes have something to say: of tensors that not all have, of two that may be one, of buffers.
-    Otherwise they are not asked, which takes seconds, and memory."""
+    """Whether the models' classes are needed, which takes seconds and memory: for tensors that not all models have, possible
+    ties, and buffers."""
     if any(checkpoint.entries.keys() != inputs[0].entries.keys() for checkpoint in inputs):
         return True
     matrices = {name: entry.shape for name, entry in inputs[0].entries.items() if len(entry.shape) > 1}
@@ -120,14 +121,14 @@ def _in_question(inputs: list[Checkpoint]) -> bool:
 
 
 def _is_plainly_untied(checkpoint: Checkpoint) -> bool:
-    """A decoder with one configuration, which says so."""
+    """Whether it is a decoder whose only configuration says that embeddings are not tied."""
     config = checkpoint.config
     composed = any(isinstance(part, dict) and key.endswith("config") for key, part in config.items())
     return config.get("tie_word_embeddings") is False and not composed and not config.get("is_encoder_decoder")
 
 
 def _unread(inputs: list[Checkpoint], donor: Checkpoint, names: list[str]) -> set[str]:
-    """Buffers within the model that older versions wrote and the class does not read."""
+    """Buffers that older versions wrote and the class does not read."""
     architecture = donor.architecture
     if architecture is None:
         return set()
@@ -140,8 +141,8 @@ def _unread(inputs: list[Checkpoint], donor: Checkpoint, names: list[str]) -> se
 
 
 def _is_the_bases(name: str, inputs: list[Checkpoint], donor: Checkpoint) -> bool:
-    """Whether a tensor that only the base has is no sign of damage in the targets: a head, a module of another kind, or something
-    that the model is not made of."""
+    """Whether a tensor that only the base has is no damage of the targets: a head, or a module that the model's class does not
+    have."""
     if donor.architecture is not None and not donor.architecture.reads(name):
         return True
     if donor.architecture is None and is_buffer(name, inputs[0].entries[name]):
@@ -150,9 +151,9 @@ def _is_the_bases(name: str, inputs: list[Checkpoint], donor: Checkpoint) -> boo
 
 
 def _merged(name: str, inputs: list[Checkpoint], entries: list[Entry], resize: bool) -> int:
-    """How many elements of a tensor are merged: all, those of the rows that all vocabularies have, or none of a buffer's."""
+    """How many elements of a tensor are merged: all, the rows that all vocabularies share, or none (buffers)."""
     first = entries[0]
-    for checkpoint, entry in zip(inputs, entries, strict=False):  # the base's alone, where no other has it
+    for checkpoint, entry in zip(inputs, entries, strict=False):  # only the base's, if no other has it
         here = f"{name}: is {list(first.shape)} in {inputs[0].label} and {list(entry.shape)} in {checkpoint.label}"
         if entry.dtype not in BYTES:
             raise ModelError(f"{name}: is stored as {entry.dtype} in {checkpoint.label}; convert that model first")
@@ -170,7 +171,7 @@ def _merged(name: str, inputs: list[Checkpoint], entries: list[Entry], resize: b
 
 
 def _of_vocabulary(checkpoint: Checkpoint, entry: Entry) -> bool:
-    """Whether the tensor has a row for each token of the model."""
+    """Whether the tensor has a row for each token."""
     text = checkpoint.config.get("text_config")
     sizes = {config.get("vocab_size") for config in (checkpoint.config, text) if isinstance(config, dict)}
     return bool(entry.shape) and entry.shape[0] in sizes
@@ -183,7 +184,7 @@ def _output(dtype: str, like: Entry, entries: list[Entry]) -> str:
     if dtype == BASE and like.dtype in FLOATS:
         return like.dtype
     if dtype in (BASE, WIDEST):
-        return kinds.pop() if len(kinds) == 1 else "F32"  # nothing smaller holds both float16 and bfloat16
+        return kinds.pop() if len(kinds) == 1 else "F32"  # the smallest that holds float16 and bfloat16
     return CODES[dtype]
 
 

@@ -1,7 +1,7 @@
-"""Random numbers that depend on nothing but what they are for: a seed, a tensor, a target, an element.
+"""Random numbers that depend only on a seed, a tensor, a target and an element.
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) is counted, not stepped: any element's number
-can be computed by itself, in any order, on any thread.
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) is counter-based: each element's number is
+computed independently, in any order, on any thread.
 """
 
 import hashlib
@@ -12,13 +12,16 @@ from fusechat.merge.kernels import kernel
 
 
 def tensor_key(seed: int, name: str) -> int:
-    """64 bits for a tensor: those that BLAKE2b gives for seed and name, read from the least significant on."""
+    """A 64-bit key for a tensor: BLAKE2b of seed and name, little-endian."""
     return int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest(), "little")
 
 
 def keep_mask(key: int, target: int, start: int, density: float, out: np.ndarray) -> None:
-    """Writes to `out` bool [n] which elements of `target`, from `start` (a multiple of 4) on, are kept: each with probability
-    `density`. Word `element % 4` of Philox at the counter (`element // 4`, `target`, 0) is below `density` · 2³²."""
+    """Writes to `out` bool [n] which elements of `target` are kept, from `start` (a multiple of 4) on, each with probability
+    `density`.
+
+    An element is kept if word `element % 4` of Philox at the counter (`element // 4`, `target`, 0) is below `density` · 2³².
+    """
     _keep(
         np.uint64(key), np.uint64(target), np.uint64(start), np.uint64(round(min(max(density, 0.0), 1.0) * 2**32)), out
     )
@@ -26,7 +29,7 @@ def keep_mask(key: int, target: int, start: int, density: float, out: np.ndarray
 
 @kernel
 def philox(counters, key):  # type: ignore[no-untyped-def]
-    """Turns `counters` uint32 [4, n], words from the least significant on, into as many random words, with one uint64 key."""
+    """Turns `counters` uint32 [4, n] (little-endian words) into as many random words, with one uint64 key."""
     first, second, third, fourth = counters[0], counters[1], counters[2], counters[3]
     low, high = np.uint32(key), np.uint32(key >> np.uint64(32))
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""`merge_report.json`: what happened to every tensor of a merge, and what it comes to."""
+"""`merge_report.json`: what was done with each tensor, and totals."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,12 @@ from fusechat.merge.engine import MergeJob
 
 
 def make_report(job: MergeJob, tensors: dict[str, Any]) -> dict[str, Any]:
-    """`tensors` by name: `coefficients` of each target; `selected`, the share of entries that were not dropped; `erased`, of the
-    updates kept those zeroed for their sign; `updates` and `merged_update`, root mean squares; or `copied`, and whether the
-    models differ there. `mean_coefficients` is over the tensors that were merged."""
+    """The report, from one entry for each tensor.
+
+    An entry has `coefficients` of each target; `selected`, the share of entries not dropped; `erased`, the share of kept updates
+    zeroed by sign; `updates` and `merged_update`, root mean squares; or `copied`, and whether the models differ there.
+    `mean_coefficients` is over the merged tensors.
+    """
     merged = [entry["coefficients"] for entry in tensors.values() if "coefficients" in entry]
     return {
         "format": 1,

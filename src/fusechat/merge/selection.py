@@ -1,6 +1,6 @@
-"""The exact largest entries of a tensor: no sort, and no copy of the tensor.
+"""The exact largest entries of a tensor, without sorting or copying it.
 
-A bracket is found that the smallest key to be kept lies in (`bracket.py`); then the few keys in it are gathered and settled.
+`bracket.py` finds a bracket around the smallest key to be kept; the few keys in it are gathered and ordered.
 """
 
 from collections.abc import Callable
@@ -13,18 +13,18 @@ from fusechat.merge.bracket import Bracket, Keep, Keys, counted, sampled
 from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.tensor import Tensor, scratch
 
-GATHER = 1 << 22  # keys that may be gathered at once, over all rows
-SAMPLE = 64  # chunks that are looked at first, and up to eight times as many of large tensors
+GATHER = 1 << 22  # keys gathered at once, over all rows
+SAMPLE = 64  # chunks sampled first; up to eight times as many of large tensors
 
 Visit = Callable[[np.ndarray, np.ndarray, int, np.ndarray], Any]  # (block, keys, high, places in the bracket) of row 0
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Of each row, keys above its threshold are kept, and of those equal to it the first `ties[row, chunk]` of every chunk.
+    """In each row, keys above the threshold are kept, and of keys equal to it the first `ties[row, chunk]` of every chunk.
 
-    `thresholds` int64 [rows], `ties` int64 [rows, chunks], `counts` int64 [rows]: how many are kept. `visited`: what was seen on
-    the way, block by block, and which of the gathered keys of row 0 are kept, bool in flat order; None where it was not seen.
+    `thresholds` int64 [rows], `ties` int64 [rows, chunks], `counts` int64 [rows] of kept keys. `visited`: the results of `visit`
+    for each block, and bool, which gathered keys of row 0 are kept, in flat order; None without a visit.
     """
 
     thresholds: np.ndarray
@@ -35,10 +35,8 @@ class Selection:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a pass finds: int64 [rows] keys that are zero and `above` a bracket; each row's keys in it, with their chunks.
-
-    Of a bracket that is one key, `equal` int64 [rows, chunks] counts them instead.
-    """
+    """The result of a pass: int64 [rows], keys that are zero and keys `above` the bracket; each row's keys in it with their
+    chunks. For a bracket of a single key, `equal` int64 [rows, chunks] counts it instead."""
 
     zeros: np.ndarray
     above: np.ndarray
@@ -58,10 +56,8 @@ def select(
     gather: int = GATHER,
     sample: int | None = None,
 ) -> Selection:
-    """The `keep(nonzero)` largest of each row's keys, ties to the lower flat index.
-
-    At most `gather` keys are held at once. `sample` chunks are looked at first, 0 for none; by default what the tensor is worth.
-    """
+    """Selects the `keep(nonzero)` largest keys of each row; the lower flat index wins a tie. At most `gather` keys are held at
+    once. `sample`: chunks to sample first, 0 for none; the default depends on the tensor's size."""
     if sample is None:
         sample = min(max(tensor.chunks // 64, SAMPLE), 8 * SAMPLE)
     if sample and tensor.chunks >= 8 * sample:
@@ -78,7 +74,7 @@ def select(
 
 
 def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: Visit | None) -> _Found | None:
-    """One pass over the tensor; None where more than `gather` keys are in the bracket."""
+    """One pass over the tensor; None if more than `gather` keys are in the bracket."""
     rows = len(bracket.low)
     single = bracket.low == bracket.high
     held = [0]
@@ -95,7 +91,7 @@ def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: V
             else:
                 counts[row] = _between(out, bracket.low[row], bracket.high[row], places)
             inside = places[: counts[row, 2]]
-            held[0] += inside.size  # by all threads, and not to the last one: a limit of memory
+            held[0] += inside.size  # by all threads, not exact: a limit of memory
             if held[0] <= gather:
                 gathered.append(_taken(out, inside, start))
                 if visit and not single[row]:
@@ -116,7 +112,7 @@ def _collect(tensor: Tensor, keys: Keys, bracket: Bracket, gather: int, visit: V
 
 
 def _settle(tensor: Tensor, bracket: Bracket, found: _Found, wanted: np.ndarray) -> Selection | None:
-    """Thresholds and ties of all rows; None where the smallest key to be kept is not in a row's bracket."""
+    """Thresholds and ties of all rows; None if the smallest key to be kept is outside a row's bracket."""
     wanted = np.clip(wanted, 0, tensor.size)
     thresholds, ties = bracket.high.copy(), np.zeros((len(wanted), tensor.chunks), np.int64)
     kept_here = np.zeros(found.keys[0].size, np.bool_)
@@ -147,7 +143,7 @@ def _settle(tensor: Tensor, bracket: Bracket, found: _Found, wanted: np.ndarray)
 
 @kernel
 def _between(keys, low, high, places):  # type: ignore[no-untyped-def]
-    """(how many are zero, how many are above `high`, how many lie between), with the places of the last; room for one more."""
+    """(zeros, keys above `high`, keys in between), and the places of the last; `places` needs one extra element."""
     zeros = 0
     above = 0
     count = 0
@@ -169,7 +165,7 @@ def _between(keys, low, high, places):  # type: ignore[no-untyped-def]
 
 @kernel
 def _compare(keys, key, equal):  # type: ignore[no-untyped-def]
-    """(how many are zero, how many are above `key`); adds to `equal` int64 [chunks] how many are it."""
+    """(zeros, keys above `key`); adds to `equal` int64 [chunks] how many equal it."""
     zeros = 0
     above = 0
     for chunk in range(equal.size):
@@ -183,7 +179,7 @@ def _compare(keys, key, equal):  # type: ignore[no-untyped-def]
 
 @kernel
 def _taken(keys, places, start):  # type: ignore[no-untyped-def]
-    """The keys at some places of a block, and the chunks of the tensor that they are in."""
+    """The keys at these places of a block, and their chunks of the tensor."""
     values, chunks = np.empty(places.size, np.int64), np.empty(places.size, np.int64)
     for i in range(places.size):
         values[i] = keys[places[i]]
@@ -193,7 +189,7 @@ def _taken(keys, places, start):  # type: ignore[no-untyped-def]
 
 @kernel
 def kept(keys, threshold, ties, mask):  # type: ignore[no-untyped-def]
-    """Writes to `mask` bool [n] which keys are kept; `ties` are those of the chunks that the keys are of."""
+    """Writes to `mask` bool [n] which keys are kept; `ties` are those of the keys' chunks."""
     for i in range(keys.size):
         mask[i] = keys[i] > threshold
     for chunk in range(ties.size):

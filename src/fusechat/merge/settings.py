@@ -1,4 +1,4 @@
-"""The `merge` section of a recipe: the same settings as a configuration of its own has, for targets that are not there yet."""
+"""The `merge` section of a recipe: the settings of a merge file, for targets that do not exist yet."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ DEFAULTS = {"linear": {"weight": 1.0}}  # the targets' mean
 
 
 def problems(method: str, given: dict[str, Any], targets: list[str]) -> list[Wrong]:
-    """What is wrong with a recipe's merge section; `given` by key, without those that are not set."""
+    """The mistakes in a recipe's merge section; `given` has the keys that are set."""
     names = method_names()
     if method not in names:
         meant = suggestion(method, names).partition("; known")[0]
@@ -45,7 +45,7 @@ def problems(method: str, given: dict[str, Any], targets: list[str]) -> list[Wro
 
 
 def _add_up_to_zero(raw: Any, targets: list[str]) -> bool:
-    """Of plain numbers; lists and filters are looked at once the tensors are known."""
+    """Whether plain numbers add up to zero; lists and filters are checked once the tensors are known."""
     every = [raw.get(target) for target in targets] if isinstance(raw, dict) and "value" not in raw else [raw]
     numbers = [float(value) for value in every if isinstance(value, int | float) and not isinstance(value, bool)]
     return len(numbers) == len(every) and abs(sum(numbers)) < 1e-8
@@ -71,7 +71,7 @@ def _by_target(raw: Any, parameter: Parameter) -> bool:
 def configuration(
     method: str, given: dict[str, Any], *, pivot: Path, targets: dict[str, Path], seed: int
 ) -> dict[str, Any]:
-    """What `read_merge_file` reads: the recipe's settings with the models that are there by now."""
+    """The recipe's settings and its finished models, as `read_merge_file` reads them."""
     module = load_method(method)
     shared = {**DEFAULTS.get(method, {}), **given}
     own: dict[str, dict[str, Any]] = {name: {} for name in targets}

@@ -1,4 +1,4 @@
-"""Writing a safetensors file block by block: the header first, then every tensor's bytes at their place, from any thread."""
+"""Writes a safetensors file block by block, from any thread: the header first, then each tensor's bytes at their place."""
 
 import json
 import os
@@ -14,17 +14,17 @@ from fusechat.merge.checkpoint import BYTES
 from fusechat.merge.plan import OutputTensor
 from fusechat.run.files import atomic_file
 
-FLUSH = 1 << 28  # bytes after which the disk is set to work while the next ones are computed
+FLUSH = 1 << 28  # bytes after which the disk writes in the background
 
 
 class Shard:
-    """An open file with room for all of its tensors."""
+    """An open safetensors file with space for all its tensors."""
 
     def __init__(self, handle: int, pieces: list[OutputTensor]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         starts = {}
-        # By size of type: every tensor begins at a multiple of its own.
+        # Sorted by dtype size: every tensor is aligned to its own.
         for piece in sorted(pieces, key=lambda piece: -BYTES[piece.dtype]):
             header[piece.name] = {
                 "dtype": piece.dtype,
@@ -43,15 +43,15 @@ class Shard:
         self._unflushed = 0
 
     def put(self, piece: OutputTensor, element: int, values: np.ndarray) -> None:
-        """Writes `values`, of the piece's type, from its element number `element` on."""
+        """Writes `values`, of the tensor's dtype, from element `element` on."""
         self.put_bytes(piece, element * BYTES[piece.dtype], values.reshape(-1).view(np.uint8).data)
 
     def put_bytes(self, piece: OutputTensor, start: int, data: Any) -> None:
-        """Writes bytes of the piece from its byte number `start` on."""
+        """Writes bytes of the tensor from byte `start` on."""
         self._write(self._starts[piece.name] + start, data)
 
     def flush_behind(self, written: int) -> None:
-        """Told how much was written: every so often lets the disk catch up, next to the work. Raises what the disk said."""
+        """Takes the number of bytes written, and flushes in the background every `FLUSH` bytes. Raises a failed flush's OSError."""
         self._unflushed += written
         if self._unflushed >= FLUSH and (self._flushing is None or self._flushing.done()):
             self._settle()
@@ -59,6 +59,7 @@ class Shard:
             self._unflushed = 0
 
     def close(self) -> None:
+        """Flushes and closes the file."""
         self._disk.shutdown(wait=True)
         self._settle()
 
@@ -75,7 +76,7 @@ class Shard:
 
 @contextmanager
 def new_shard(path: Path, pieces: list[OutputTensor]) -> Iterator[Shard]:
-    """A shard that becomes `path` when all went well, and leaves nothing otherwise."""
+    """A shard that is renamed to `path` on success, and deleted otherwise."""
     with atomic_file(path) as temporary:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:

@@ -1,4 +1,4 @@
-"""merge/: `model/` (the fused LLM, a plain Hugging Face directory with a model card), `merge_report.json`."""
+"""merge/: `model/` (the fused model, a plain Hugging Face directory with a model card), `merge_report.json`."""
 
 import shutil
 from pathlib import Path
@@ -19,7 +19,7 @@ FORMAT = 2
 
 
 def step(recipe: Recipe, workdir: Path, targets: dict[str, Step]) -> Step:
-    """Merges all targets into the fused model."""
+    """The step that merges all targets into the fused model."""
     pivot = recipe.chat_model(PIVOT)
     settings = {
         **recipe.merge.model_dump(),
@@ -52,8 +52,8 @@ def _merge(directory: Path, recipe: Recipe, pivot: ChatModel, targets: dict[str,
         recipe.merge.method, recipe.merge.parameters(), pivot=pivot.directory, targets=directories, seed=recipe.seed
     )
     job = open_job(read_merge_file(settings), pivot.directory, dtype=recipe.merge.dtype or BASE, names=list(targets))
-    model, building = directory / MODEL, directory / "model.building"  # kept by a killed run: finished shards count
-    if matches_record(directory / SEALED, building, directory / REPORT):  # killed before it got its name
+    model, building = directory / MODEL, directory / "model.building"  # a resumed run reuses its finished shards
+    if matches_record(directory / SEALED, building, directory / REPORT):  # killed before the rename
         building.rename(model)
     if not matches_record(directory / SEALED, model, directory / REPORT):
         if model.exists():
@@ -78,7 +78,7 @@ def _counts(step: Step) -> dict[str, Any]:
 
 
 def _sources(recipe: Recipe) -> list[str]:
-    """The sources that taught what is merged, or wrote what was learnt."""
+    """The sources that taught the merged targets, or wrote their answers."""
     merged = [source for target in recipe.merged_targets() for source in recipe.teachers()[target]] + recipe.answering
     return [name for name in recipe.sources if name in merged]
 

@@ -1,4 +1,4 @@
-"""Merging by a configuration of its own: from a file in mergekit's format to a model directory, whole or not there."""
+"""Merges by a configuration file in mergekit's format into a model directory, which appears only when it is complete."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ REPORT, BEGUN, FORMAT = "merge_report.json", "begun.json", 1
 
 @dataclass(frozen=True)
 class Summary:
-    """What a merge came to. `read` and `written`: bytes of tensors. `seconds` is None where it had been done before."""
+    """The result of a merge. `read` and `written`: bytes of tensors. `seconds`: None if it was already done."""
 
     report: dict[str, Any]
     read: int
@@ -49,12 +49,11 @@ def merge(
     threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> dict[str, Any]:
-    """Merges models as `config` says, a mapping or file in mergekit's format, and writes a plain model directory to `out`.
+    """Merges models as `config`, a mapping or file in mergekit's format, says; writes a plain model directory to `out`.
 
-    Arithmetic is float32 whatever the models' types; `dtype` is the output's. `allow_vocab_resize` merges the rows that all
-    vocabularies have and keeps the base's others. `threads` defaults to all cores and changes no bit. Output is in shards of at
-    most `shard_bytes`. Killed and called again, it continues with the same shard. Returns what `merge_report.json` says.
-    Raises FuseChatError for what the caller can correct.
+    Arithmetic is float32 for all dtypes; `dtype` is the output's. `allow_vocab_resize` merges the rows that all vocabularies
+    share and keeps the base's others. `threads` defaults to all cores and does not change the result. Output shards have at most
+    `shard_bytes`. Call it again to resume a killed merge. Returns the content of `merge_report.json`. Raises FuseChatError.
     """
     file = Path(config) if isinstance(config, str) else config
     return run(file, Path(out), allow_vocab_resize=allow_vocab_resize, threads=threads, shard_bytes=shard_bytes).report
@@ -63,13 +62,13 @@ def merge(
 def run(
     config: Mapping[str, Any] | Path, out: Path, *, allow_vocab_resize: bool, threads: int | None, shard_bytes: int
 ) -> Summary:
-    """As `merge`, and tells how much work it was."""
+    """As `merge`, and returns bytes and time too."""
     settings = read_merge_file(config)
     job = open_job(settings, allow_vocab_resize=allow_vocab_resize, shard_bytes=shard_bytes)
     identity = _identity(settings, job, allow_vocab_resize)
     try:
         place = _place(out)
-        hidden = place.with_name(f".{place.name}.merging")  # becomes `place` once it is whole
+        hidden = place.with_name(f".{place.name}.merging")  # renamed to `place` when complete
         with exclusive_lock(hidden.with_suffix(".lock"), out, remove=True):
             began = time.monotonic()
             report, seconds = _finished(place, job, identity), None
@@ -104,11 +103,8 @@ def open_job(
     allow_vocab_resize: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> MergeJob:
-    """Opens the models and checks everything that can be checked without reading weights.
-
-    `donor`: a directory to take the configuration from, where it is no model of the settings. `dtype`: where they name none.
-    `names`: what the report calls the targets.
-    """
+    """Opens the models and checks everything that needs no weights. Raises FuseChatError. `donor`: a directory that gives the
+    configuration, if it is not a model of the settings. `dtype`: the default. `names`: the targets' names in the report."""
     targets = list(settings.targets)
     order = sorted(range(len(targets)), key=lambda index: targets[index] != settings.donor)  # the donor first
     references = [*([settings.base] if settings.base else []), *(targets[index] for index in order)]
@@ -131,7 +127,7 @@ def open_job(
     check = getattr(load_method(settings.method), "check", None)
     for piece in plan.pieces:
         if piece.merged:
-            found = values(piece.name)  # raises for one without a value
+            found = values(piece.name)  # raises if a value is missing
             if check:
                 check(piece.name, found)
     names = names or _names(targets)
@@ -141,7 +137,7 @@ def open_job(
 
 
 def _layers(donor: Checkpoint, plan: Plan) -> dict[str, int]:
-    """How many layers each stack of the model has: an only one by the configuration, else by the names of the tensors."""
+    """The number of layers of each stack: of a single stack by the configuration, else by the names of the tensors."""
     counts = stacks_of(piece.name for piece in plan.pieces)
     if len(counts) == 1 and donor.depth is not None:
         return dict.fromkeys(counts, donor.depth)
@@ -149,15 +145,15 @@ def _layers(donor: Checkpoint, plan: Plan) -> dict[str, int]:
 
 
 def _names(targets: list[Reference]) -> list[str]:
-    """The short names of models where they tell them apart, else the whole references."""
+    """The models' short names if they are distinct, else their whole references."""
     short = [target.label for target in targets]
     found = short if len(set(short)) == len(set(targets)) else [str(target) for target in targets]
-    before = [found[:number].count(name) for number, name in enumerate(found)]  # one may be listed twice
+    before = [found[:number].count(name) for number, name in enumerate(found)]  # a model may be listed twice
     return [f"{name} ({count + 1})" if count else name for name, count in zip(found, before, strict=True)]
 
 
 def _identity(settings: MergeFile, job: MergeJob, resize: bool) -> str:
-    """Changes with whatever changes the output. Of the models' files, size and time of change: terabytes are not read for it."""
+    """A hash of everything that changes the output. Models' files enter by size and time: reading terabytes would take too long."""
     donor = job.inputs[0].directory
     files = [file for checkpoint in job.inputs for file in (checkpoint.directory / "config.json", *checkpoint.files)]
     stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in (*files, *beside(donor))]
@@ -165,12 +161,12 @@ def _identity(settings: MergeFile, job: MergeJob, resize: bool) -> str:
 
 
 def _plain(source: dict[str, Any]) -> Any:
-    """The configuration as JSON and YAML can write it, dates as text."""
+    """The configuration with values that JSON and YAML can write; dates become text."""
     return json.loads(json.dumps(source, default=str))
 
 
 def _place(out: Path) -> Path:
-    """Where the merged model comes to lie. Raises WorkdirError for a place that a directory cannot be put in by renaming it."""
+    """The directory of the merged model. Raises WorkdirError if nothing can be renamed to it."""
     place = out.resolve()
     if place.is_mount():
         raise WorkdirError(f"{out}: is where a disk is mounted; name a directory in it")
@@ -181,8 +177,7 @@ def _place(out: Path) -> Path:
 
 
 def _finished(out: Path, job: MergeJob, identity: str) -> dict[str, Any] | None:
-    """The report of a merge that is there already. Raises WorkdirError for something else in its place, and where it is not
-    whole any more."""
+    """The report of a finished merge. Raises WorkdirError if `out` has something else, or is damaged."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
     report = _report(out, identity)
@@ -203,7 +198,7 @@ def _finished(out: Path, job: MergeJob, identity: str) -> dict[str, Any] | None:
 
 
 def _report(directory: Path, identity: str) -> dict[str, Any] | None:
-    """The report of the merge, where that is what ended in the directory."""
+    """The report in the directory, if it is of the same merge."""
     try:
         report: dict[str, Any] = read_json(directory / REPORT)
         return report if report["identity"] == identity else None
@@ -212,10 +207,10 @@ def _report(directory: Path, identity: str) -> dict[str, Any] | None:
 
 
 def _build(settings: MergeFile, job: MergeJob, building: Path, identity: str, threads: int | None) -> dict[str, Any]:
-    """Everything in the directory `building`, continuing where a killed merge of the same identity stopped."""
+    """Writes everything to the directory `building`, resuming a killed merge of the same identity."""
     begun = building / BEGUN
     report = _report(building, identity)
-    if report is not None:  # killed when all was done but tidying up
+    if report is not None:  # killed during cleanup
         return _tidied(job, building, report)
     if building.exists() and not (begun.is_file() and begun.read_text(encoding="utf-8") == identity):
         since = {"spent": 0, "began": begun.stat().st_mtime} if begun.is_file() else {}
@@ -242,7 +237,7 @@ def _build(settings: MergeFile, job: MergeJob, building: Path, identity: str, th
 
 
 def _tell_rest(job: MergeJob, building: Path) -> None:
-    """What a merge that ended with an error leaves: what a further one can continue from, or nothing."""
+    """Says after an error whether a further merge can resume from what is left."""
     files = [part.with_name(part.name.removesuffix(PART)) for part in building.glob(f"*{PART}")]
     if not files and not (building / SQUARES).is_file():
         shutil.rmtree(building, ignore_errors=True)
@@ -254,7 +249,7 @@ def _tell_rest(job: MergeJob, building: Path) -> None:
 
 
 def _tidied(job: MergeJob, building: Path, report: dict[str, Any]) -> dict[str, Any]:
-    """The report, once nothing but the merged model is in the directory."""
+    """Removes all but the merged model from the directory and returns the report."""
     forget_parts(job, building)
     (building / BEGUN).unlink(missing_ok=True)
     return report

@@ -1,4 +1,4 @@
-"""What `fusechat merge` prints when it is done."""
+"""What `fusechat merge` prints at the end."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from fusechat.run.progress import in_bytes
 
 
 def print_summary(summary: Summary, out: Path, *, as_json: bool) -> None:
-    """A table of the targets and lines on the whole, or all of it as JSON, to standard output."""
+    """Prints a table of the targets and totals, or all as JSON, to standard output."""
     report, tensors = summary.report, summary.report["tensors"]
     merged = [entry for entry in tensors.values() if "coefficients" in entry]
     figures = {

@@ -1,5 +1,5 @@
-"""What the methods of the task arithmetic family share: updates made sparse, weighted, added up (arXiv 2212.04089, 2306.01708,
-2311.03099), as mergekit's generalized task arithmetic has them."""
+"""Shared by the task arithmetic family (arXiv 2212.04089, 2306.01708, 2311.03099): sparse updates, weighted and added up, as in
+mergekit's generalized task arithmetic."""
 
 from collections.abc import Callable
 
@@ -9,20 +9,21 @@ from fusechat.merge.kernels import CHUNK, kernel
 from fusechat.merge.parameters import Values
 from fusechat.merge.tensor import Tensor
 
-ZERO = 1e-8  # weights whose sum is less are divided by nothing
-TILE = 1024  # positions that a kernel has in the core's nearest cache
-Sparsify = Callable[[np.ndarray, int], int]  # (block with updates, start): zeroes what is dropped; how many are kept
+ZERO = 1e-8  # a smaller sum of weights does not divide
+TILE = 1024  # positions that fit the core's L1 cache
+Sparsify = Callable[
+    [np.ndarray, int], int
+]  # (block with updates, start): zeroes what is dropped, returns how many are kept
 
 
 def no_sparsify(block: np.ndarray, start: int) -> int:
+    """Keeps all updates; returns how many."""
     return (block.shape[0] - 1) * block.shape[1]
 
 
 def rescaling(tensor: Tensor, sparsify: Sparsify) -> np.ndarray:
-    """float64 [targets]: what gives each target's sparse update the sum of magnitudes that it had before.
-
-    1 where either sum is below 1e-7, as in mergekit.
-    """
+    """float64 [targets]: the factor that restores the sum of magnitudes of each target's update after `sparsify`. 1 if either
+    sum is below 1e-7, as in mergekit."""
 
     def add(start: int, block: np.ndarray, sums: np.ndarray) -> None:
         subtract_base(block)
@@ -45,9 +46,10 @@ def combine_updates(
     scales: np.ndarray | None = None,
     consensus: bool = False,
 ) -> tuple[int, int, int]:
-    """base + λ Σ w δ, by the sum of weights where `normalize`; with `consensus` only updates of the majority's sign take part.
+    """Writes base + λ Σ w δ, divided by the sum of weights with `normalize`; with `consensus` only of updates with the
+    majority's sign.
 
-    The majority is the sign of Σ w δ at that position, positive where that is zero. Returns what `combine` of a method does.
+    The majority is the sign of Σ w δ at that position, positive if zero. Returns what a method's `combine` does.
     """
     subtract_base(block)
     selected = sparsify(block, start)
@@ -59,7 +61,7 @@ def combine_updates(
 
 @kernel
 def subtract_base(block):  # type: ignore[no-untyped-def]
-    """Turns the targets of a block into their updates, in place."""
+    """Replaces the targets of a block by their updates, in place."""
     base = block[0]
     for j in range(1, block.shape[0]):
         row = block[j]
@@ -136,7 +138,7 @@ def _weighted_sum(block, factors, weights, consensus, normalize, scale, out):  #
 
 @kernel
 def drop(delta, mask):  # type: ignore[no-untyped-def]
-    """Zeroes the updates that are not in the mask; returns how many are."""
+    """Zeroes the updates that are not in the mask; returns how many remain."""
     count = 0
     for i in range(delta.size):
         delta[i] = delta[i] if mask[i] else np.float32(0)

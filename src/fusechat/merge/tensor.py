@@ -1,4 +1,4 @@
-"""One parameter tensor as every model stores it, worked on block by block in float32 by all cores."""
+"""One parameter tensor of all models, processed block by block in float32 on all cores."""
 
 import threading
 from collections.abc import Callable
@@ -14,15 +14,13 @@ from fusechat.run.usage import cores
 
 T = TypeVar("T")
 S = TypeVar("S")
-BLOCK = 16 * CHUNK  # elements of each model that one thread works on at a time: more would leave the core's own cache
+BLOCK = 16 * CHUNK  # elements of each model in a thread's block: fits the core's own cache
 
 
 @dataclass(frozen=True)
 class Stored:
-    """The elements of one model's tensor, flat and of a `kind` that `kernels.py` names: an array, or a part of a file.
-
-    `handle`: of the open file in which they begin at byte `place`; -1 for the memory of `array`, which begins at that address.
-    """
+    """The flat elements of one model's tensor, of a `kind` of `kernels.py`: an array, or part of a file. `handle`: the open
+    file, where they begin at byte `place`; -1 for `array`, with `place` its address."""
 
     kind: int
     size: int
@@ -33,20 +31,20 @@ class Stored:
 
     @classmethod
     def of(cls, array: np.ndarray, owner: str = "") -> "Stored":
-        """An array of float32 or float16, or of uint16 that hold the bits of bfloat16."""
+        """Wraps an array of float32 or float16, or of uint16 with the bits of bfloat16."""
         flat = np.ascontiguousarray(array).reshape(-1)
         kind = {"float32": FLOAT32, "uint16": BFLOAT16, "float16": FLOAT16}[flat.dtype.name]
         return cls(kind, flat.size, -1, flat.ctypes.data, owner, flat)
 
     def rest(self, start: int) -> "Stored":
-        """The elements from number `start` on."""
+        """The elements from `start` on."""
         width = 4 if self.kind == FLOAT32 else 2
         return replace(self, size=self.size - start, place=self.place + start * width)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """`inputs`: the base first where there is one, then the targets; the first `size` elements of each are meant."""
+    """A tensor of all inputs, the base first if there is one. The first `size` elements of each are merged."""
 
     name: str
     inputs: tuple[Stored, ...]
@@ -65,14 +63,15 @@ class Tensor:
 
     @property
     def chunks(self) -> int:
+        """The number of chunks of `CHUNK` elements."""
         return -(-self.size // CHUNK)
 
     def blocks(self, work: Callable[[int, np.ndarray], T]) -> list[T]:
-        """`work(start, block)` on every block, results in their order; `block` is float32 [inputs, n], the thread's own."""
+        """The results of `work(start, block)` for every block, in order; `block` float32 [inputs, n] is the thread's own."""
         return self.blocks_with(lambda start, block, _: work(start, block), lambda: None)[0]
 
     def blocks_with(self, work: Callable[[int, np.ndarray, S], T], state: Callable[[], S]) -> tuple[list[T], list[S]]:
-        """As `blocks`, with something that each thread keeps from block to block; also returns what each kept."""
+        """As `blocks`, with a state that each thread keeps between blocks; also returns these states."""
 
         def one(number: int, kept: S) -> T:
             start = number * self.block
@@ -81,8 +80,7 @@ class Tensor:
         return self.workers.run(one, -(-self.size // self.block), state)
 
     def sums(self, shape: tuple[int, ...], add: Callable[[int, np.ndarray, np.ndarray], object]) -> np.ndarray:
-        """float64 [*shape]: what `add(start, block, sums)` adds to zeros [*shape, chunks] of every block, in an order that nothing
-        changes."""
+        """float64 [*shape]: the total of what `add(start, block, sums)` adds to `sums` [*shape, chunks], in a fixed order."""
 
         def one(start: int, block: np.ndarray) -> np.ndarray:
             sums = np.zeros((*shape, -(-block.shape[1] // CHUNK)))
@@ -93,7 +91,7 @@ class Tensor:
         return total
 
     def read(self, start: int, n: int) -> np.ndarray:
-        """float32 [inputs, n]: elements from `start` on, the thread's own until it reads again. Raises ModelError."""
+        """float32 [inputs, n]: elements from `start` on, valid until the thread reads again. Raises ModelError."""
         block, raw = scratch("block", (len(self.inputs), n)), scratch("raw", (4 * n,), np.uint8)
         row, problem = read(*self._where, start, raw, block)
         if problem > 0:
@@ -109,14 +107,15 @@ class Tensor:
 
 
 class Workers:
-    """Threads that share the numbers from 0 on among them. Kernels free them of Python's lock."""
+    """Threads that work on numbers from 0 on. Kernels release Python's lock."""
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or cores()
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge") if self.threads > 1 else None
 
     def run(self, work: Callable[[int, S], T], count: int, state: Callable[[], S]) -> tuple[list[T], list[S]]:
-        """`work(number, state)` for 0 ≤ number < count, results in order, and every thread's state. Raises what it raised."""
+        """The results of `work(number, state)` for 0 ≤ number < count, in order, and every thread's state. Raises what a thread
+        raised."""
         results: list[Any] = [None] * count
         numbers = iter(range(count))
 
@@ -126,7 +125,7 @@ class Workers:
                 for number in numbers:
                     results[number] = work(number, kept)
             except BaseException:
-                for _ in numbers:  # the others need not continue
+                for _ in numbers:  # stops the other threads
                     pass
                 raise
             return kept
@@ -137,13 +136,14 @@ class Workers:
         try:
             futures.extend(self._pool.submit(share) for _ in range(min(self.threads, count)))
             return results, [future.result() for future in futures]
-        except BaseException:  # one that failed, or Ctrl-C: no thread writes any more once this is left
+        except BaseException:  # a failed thread, or Ctrl-C: wait until no thread writes
             for _ in numbers:
                 pass
             wait(futures)
             raise
 
     def close(self) -> None:
+        """Ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -152,7 +152,7 @@ _of_thread = threading.local()
 
 
 def scratch(name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
-    """An array that the thread uses again under this name; its contents are whatever was there."""
+    """A thread's array that is reused under this name; its contents are undefined."""
     kept: dict[str, np.ndarray] = _of_thread.__dict__.setdefault("arrays", {})
     wanted = int(np.prod(shape, dtype=np.int64))
     array = kept.get(name)

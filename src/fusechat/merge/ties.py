@@ -1,5 +1,5 @@
-"""Tensors that are one in a model, such as the output embedding that is the input embedding: which of them a merged model
-has, and where an input keeps one that it does not have by that name."""
+"""Tied tensors, such as an output embedding that is the input embedding: which of them a merged model has, and which name an
+input has them under."""
 
 from dataclasses import dataclass, field
 
@@ -7,15 +7,15 @@ from fusechat.merge.checkpoint import Checkpoint
 from fusechat.merge.values import layer_of
 from fusechat.run.progress import log
 
-HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")  # output embeddings, as architectures call them
+HEADS = ("lm_head.weight", "output.weight", "embed_out.weight")  # names of output embeddings
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-Group = list[str]  # names of one tensor, the original's first
+Group = list[str]  # names of one tensor, the original first
 
 
 @dataclass(frozen=True)
 class Ties:
-    """`left_out`: copies, which a model that is loaded makes itself. `own`: copies by the class that hold something else in the
-    donor, so that they are merged as tensors of their own; `untie`: whether the configuration has to say so."""
+    """`left_out`: copies, which a model creates itself on loading. `own`: copies by the class that differ in the donor, so that
+    they are merged separately. `untie`: the configuration must say so."""
 
     left_out: set[str] = field(default_factory=set)
     own: set[str] = field(default_factory=set)
@@ -23,7 +23,7 @@ class Ties:
     _groups: list[list[Group]] = field(default_factory=list)  # of each input
 
     def source(self, inputs: list[Checkpoint], number: int, name: str) -> str | None:
-        """Under which name an input has a tensor: where it ties two, one stands for the other."""
+        """The name under which an input has a tensor; a tied tensor may have another's."""
         if name in inputs[number].entries:
             return name
         group = next((group for group in self._groups[number] if name in group), []) if self._groups else []
@@ -31,10 +31,11 @@ class Ties:
 
 
 def find_ties(inputs: list[Checkpoint], donor: Checkpoint, names: list[str]) -> Ties:
-    """What is tied is decided by the donor's class, for the output; by each input's, for itself. `names`: of all inputs' tensors.
+    """Finds tied tensors: for the output by the donor's class, for each input by its own. `names`: of all inputs' tensors.
 
-    Copies that a model stores next to their original are compared: those that differ are not tied, whatever the configuration
-    says, since that is how Transformers loads them."""
+    Copies stored next to their original are compared: if they differ they are not tied, whatever the configuration says, because
+    Transformers loads them so.
+    """
     left_out: set[str] = set()
     own: set[str] = set()
     for group in _groups(donor, names):
@@ -56,14 +57,14 @@ def find_ties(inputs: list[Checkpoint], donor: Checkpoint, names: list[str]) -> 
 
 
 def _warn(inputs: list[Checkpoint], donor: Checkpoint, name: str, kept: str) -> None:
-    """A copy that is none in an input is lost."""
+    """Warns about an input's copy that differs from its original, and is lost."""
     for checkpoint in inputs:
         if checkpoint.entries.keys() >= {name, kept} and not checkpoint.same(name, kept):
             log.warning("%s: is not tied in %s as in %s; left out", name, checkpoint.label, donor.label)
 
 
 def _groups(checkpoint: Checkpoint, names: list[str]) -> list[Group]:
-    """Of `names` those that are one tensor in a model, by its class; where that cannot be asked, by its configuration."""
+    """Those of `names` that are one tensor, by the model's class, else by its configuration."""
     if checkpoint.architecture is None:
         embeddings, heads = ([name for name in names if is_embedding(name, kind)] for kind in (EMBEDDINGS, HEADS))
         return [[embeddings[0], *heads]] if embeddings and heads and checkpoint.is_tied() else []
@@ -78,5 +79,5 @@ def _groups(checkpoint: Checkpoint, names: list[str]) -> list[Group]:
 
 
 def is_embedding(name: str, endings: tuple[str, ...]) -> bool:
-    """Whether it is such an embedding, and no part of a layer: `layers.0.attention.output.weight` is no output embedding."""
+    """Whether it is an embedding outside the layers, unlike `layers.0.attention.output.weight`."""
     return any(f".{name}".endswith(f".{ending}") for ending in endings) and layer_of(name) is None

@@ -1,4 +1,4 @@
-"""The value that a parameter has for one tensor, from the settings of a merge file, as mergekit resolves them.
+"""A parameter's value for one tensor, resolved from the settings of a merge file as mergekit does.
 
 A setting is a value, a list of values spread evenly over the layers, or a list of these with filters on the tensor's name.
 """
@@ -12,31 +12,31 @@ from typing import Any
 from fusechat.merge.parameters import Parameter
 from fusechat.recipe.yaml_file import Place, kind, suggestion
 
-_LAYERS = {"layers", "layer", "h", "blocks", "block"}  # what models call the list of their layers
+_LAYERS = {"layers", "layer", "h", "blocks", "block"}  # names of lists of layers
 _TRUTH = {
     **dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True),
     **dict.fromkeys(("false", "f", "no", "n", "off", "0"), False),
 }
-Wrong = tuple[Place, str]  # where in a setting, and what is wrong there
+Wrong = tuple[Place, str]  # (where in a setting, what is wrong)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """`values` over the layers, one or more, for the tensors in whose name `filter` stands; None or "*": for all."""
+    """One or more `values` over the layers, for tensors with `filter` in their names; None or "*" for all."""
 
     values: tuple[float | bool, ...]
     filter: str | None = None
 
     def holds(self, tensor_name: str) -> bool:
+        """Whether the rule applies to a tensor."""
         return self.filter in (None, "*") or str(self.filter) in tensor_name
 
 
-Setting = tuple[Rule, ...]  # the first that holds is taken
+Setting = tuple[Rule, ...]  # the first that holds counts
 
 
 def stack_of(tensor_name: str) -> tuple[str, int] | None:
-    """The stack of layers that a tensor belongs to, and the number of its layer there: `model.layers.3.mlp.experts.7.w1.weight`
-    is in layer 3 of `model.layers`."""
+    """The stack of layers of a tensor, and its layer there: `model.layers` and 3 for `model.layers.3.mlp.experts.7.w1.weight`."""
     parts = tensor_name.split(".")
     for place, (above, number) in enumerate(itertools.pairwise(parts), 1):
         if above in _LAYERS and number.isdecimal():
@@ -45,7 +45,7 @@ def stack_of(tensor_name: str) -> tuple[str, int] | None:
 
 
 def stacks_of(tensor_names: Iterable[str]) -> dict[str, int]:
-    """How many layers each stack of them has, by the names of the tensors."""
+    """The number of layers of each stack, by the names of the tensors."""
     found: dict[str, int] = {}
     for stack, layer in filter(None, map(stack_of, tensor_names)):
         found[stack] = max(found.get(stack, 0), layer + 1)
@@ -53,13 +53,13 @@ def stacks_of(tensor_names: Iterable[str]) -> dict[str, int]:
 
 
 def layer_of(tensor_name: str) -> int | None:
-    """The number of the layer that a tensor belongs to."""
+    """The layer of a tensor, or None."""
     found = stack_of(tensor_name)
     return None if found is None else found[1]
 
 
 def position(tensor_name: str, layer_count: int) -> float:
-    """Where a tensor stands between the first layer (0) and the last (1), which an only layer is; 0 outside of the layers."""
+    """Where a tensor is between the first layer (0) and the last (1). A single layer is at 1, a tensor outside the layers at 0."""
     layer = layer_of(tensor_name)
     if layer is None:
         return 0.0
@@ -67,7 +67,7 @@ def position(tensor_name: str, layer_count: int) -> float:
 
 
 def resolve(settings: Iterable[Setting], tensor_name: str, at: float) -> float | bool | None:
-    """The value for a tensor at `position` `at`, by the first setting that has one; None where none has."""
+    """The value for a tensor at `position` `at`, from the first setting that applies; None without one."""
     for setting in settings:
         for rule in setting:
             if rule.holds(tensor_name):
@@ -76,7 +76,7 @@ def resolve(settings: Iterable[Setting], tensor_name: str, at: float) -> float |
 
 
 def _along(values: tuple[float | bool, ...], at: float) -> float | bool:
-    """Numbers are interpolated linearly, truth values taken as they stand from the step that `at` is in."""
+    """Interpolates numbers linearly; bools are those of the step that `at` is in."""
     steps = at * (len(values) - 1)
     low = int(steps)
     if len(values) == 1 or isinstance(values[low], bool):
@@ -86,7 +86,7 @@ def _along(values: tuple[float | bool, ...], at: float) -> float | bool:
 
 
 def read_setting(raw: Any, parameter: Parameter) -> tuple[Setting, list[Wrong]]:
-    """A setting as a configuration has it, and what is wrong with it; it can be resolved where nothing is."""
+    """Parses a setting. Returns its mistakes too; it can be resolved if there are none."""
     wrong: list[Wrong] = []
     if parameter.kind is int and isinstance(raw, list | dict):
         return (), [((), f"is one whole number for all tensors, not {kind(raw)}")]
@@ -133,7 +133,7 @@ def _values(raw: Any, parameter: Parameter, place: Place, wrong: list[Wrong]) ->
 
 
 def _scalar(raw: Any, parameter: Parameter) -> float | bool:
-    """Text may stand for either kind, since `1e-3` is text to many a YAML reader, and 0 and 1 for truth. Raises ValueError."""
+    """Parses a number or bool. Text may stand for either, since many YAML readers read `1e-3` as text. Raises ValueError."""
     if parameter.kind is bool:
         truth = _TRUTH.get(raw.strip().lower()) if isinstance(raw, str) else bool(raw) if raw in (0, 1) else None
         if truth is None:
@@ -157,5 +157,5 @@ def _scalar(raw: Any, parameter: Parameter) -> float | bool:
 
 
 def shown(raw: Any) -> str:
-    """A value of the wrong form, for a message."""
+    """An invalid value, for a message."""
     return repr(raw) if isinstance(raw, str | int | float | bool) else kind(raw)

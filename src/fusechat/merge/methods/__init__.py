@@ -1,16 +1,15 @@
-"""One merging method a file, named as in a configuration: to add a method is to add a file.
+"""Merge methods, one file each, named as in a configuration. To add a method, add a file.
 
 A method's module has `PARAMETERS`, `BASE` (whether it works on updates from a base model; else every model is an input),
-`TARGETS` (how many it takes; None: any number) and two functions, which know arrays only:
+`TARGETS` (how many it takes; None for any number) and two functions on arrays:
 
-- `measure(tensor, values) -> Measured`: what must be known of the whole tensor before any of it can be merged;
+- `measure(tensor, values) -> TensorStats`: what the whole tensor determines, before any of it is merged;
 - `combine(block, start, measured, values, out) -> (selected, kept, left)`: merges the float32 block [inputs, n], whose first
-  element is number `start` of the tensor, into `out` float32 [n]; it may overwrite the targets' rows. Of the targets' entries,
-  `selected` were not dropped, `kept` of those took part (updates of zero do not, where signs are asked), `left` were not erased.
+  element is number `start` of the tensor, into `out` float32 [n], and may overwrite the targets' rows. It counts entries of the
+  targets: `selected`, not dropped; `kept`, of these not zero, if signs are elected; `left`, of these not erased.
 
-One that does not take all values may have `check(name, values)`, which is asked of every tensor before anything is merged, and
-raises RecipeError. One whose coefficients are the targets' shares in the squared updates may have `GRANULARITIES`, over what they
-can be added up.
+Optional: `check(name, values)`, called for every tensor before anything is merged, raises RecipeError for unsuitable values;
+`GRANULARITIES`, if coefficients are the targets' shares in the squared updates: what these can be summed over.
 """
 
 import importlib
@@ -25,6 +24,8 @@ from fusechat.merge.tensor import Tensor
 
 
 class Method(Protocol):
+    """A merge method's module; see above."""
+
     PARAMETERS: tuple[Parameter, ...]
     BASE: bool
     TARGETS: int | None
@@ -37,10 +38,12 @@ class Method(Protocol):
 
 
 def method_names() -> list[str]:
+    """The names of all methods, sorted."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
 def load_method(name: str) -> Method:
+    """Imports a method's module."""
     module: Any = importlib.import_module(f"{__name__}.{name}")
     method: Method = module
     return method

@@ -1,4 +1,4 @@
-"""DARE (arXiv 2311.03099) with task arithmetic: updates dropped at random, then added up."""
+"""DARE (arXiv 2311.03099) with task arithmetic: drops updates at random, then adds them up."""
 
 from functools import partial
 

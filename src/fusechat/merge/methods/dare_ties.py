@@ -1,4 +1,4 @@
-"""DARE with the sign election of TIES (arXiv 2311.03099): updates dropped at random, then as TIES."""
+"""DARE (arXiv 2311.03099) with the sign election of TIES: drops updates at random, then merges as TIES."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Linear: the weighted sum of all models (arXiv 2203.05482), over the sum of the weights with `normalize`."""
+"""Linear (arXiv 2203.05482): the weighted sum of all models, divided by the sum of the weights with `normalize`."""
 
 import numpy as np
 
@@ -14,11 +14,13 @@ TARGETS = None
 
 
 def check(name: str, values: Values) -> None:
+    """Raises RecipeError if `normalize` would divide by zero."""
     if values["normalize"] and abs(np.sum(values["weight"], dtype=np.float64)) < 1e-8:
         raise RecipeError(f"weight: the weights of {name} add up to zero, and normalize divides by their sum")
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
+    """The models' weights. Raises RecipeError as `check` does."""
     check(tensor.name, values)
     return TensorStats(np.array(values["weight"], np.float64))
 
@@ -26,6 +28,7 @@ def measure(tensor: Tensor, values: Values) -> TensorStats:
 def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
 ) -> tuple[int, int, int]:
+    """Writes Σ w θ, divided by Σ w with `normalize`."""
     weights = measured.coefficients
     _weighted_sum(block, weights.astype(np.float32), np.float32(weights.sum() if values["normalize"] else 1.0), out)
     entries = block.size

@@ -1,10 +1,10 @@
 """SCE: select, calculate, erase (arXiv 2408.07990, Algorithm 1, equations 5 to 9).
 
-Of the positions where the targets' updates differ, the share `select_topk` with the highest population variance is kept (ties:
-lower flat index). A target's coefficient is its share in the squared updates that are kept. At each position, updates whose
-sign is not that of their sum are erased; the rest is averaged by coefficient. Without `select_deltas`, Select serves the
-coefficients only, as in the paper's repository; without `normalize`, equation 9 as printed: the average is not divided by the
-coefficients that are left. What decides (variance, sign of the sum) is taken in float64, which is exact for most updates.
+Select keeps the share `select_topk` of the positions where updates differ, those with the highest population variance (ties:
+lower flat index). Calculate gives each target its share in the kept squared updates as coefficient. Erase zeroes, at each
+position, updates whose sign is not that of their sum; the rest is averaged by coefficient. With `select_deltas: false` Select
+applies to the coefficients only, as in the paper's repository. With `normalize: false` the average is not divided by the
+remaining coefficients, as equation 9 is printed. Variance and sign are computed in float64, which is exact for most updates.
 """
 
 from dataclasses import replace
@@ -25,10 +25,11 @@ PARAMETERS = (
 BASE = True
 GRANULARITIES = SCOPES
 TARGETS = None
-TILE = 1024  # positions that a kernel has in the core's nearest cache
+TILE = 1024  # positions that fit the core's L1 cache
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
+    """Selects positions (equation 6) and computes the coefficients (equation 7)."""
     selection = None
     if values["select_topk"] < 1 and len(tensor.inputs) > 2:
 
@@ -52,7 +53,7 @@ def measure(tensor: Tensor, values: Values) -> TensorStats:
 
 
 def _visit(block: np.ndarray, keys: np.ndarray, high: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The squared updates of a block whose keys are above the bracket, by chunk, and one by one of those in it."""
+    """Squared updates of a block whose keys are above the bracket, summed by chunk, and individually of those in it."""
     sums = np.zeros((block.shape[0] - 1, -(-block.shape[1] // CHUNK)))
     _squares(block, np.greater(keys, high, out=scratch("mask", keys.shape, np.bool_)), sums)
     return sums, _squares_at(block, places)
@@ -61,9 +62,10 @@ def _visit(block: np.ndarray, keys: np.ndarray, high: int, places: np.ndarray) -
 def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
 ) -> tuple[int, int, int]:
+    """Erases updates (equation 8) and merges the rest (equation 9)."""
     mask = _mask(block, start, measured.selection if values["select_deltas"] else None)
     counts: tuple[int, int, int] = _merge(block, mask, measured.coefficients, values["normalize"], out)
-    if len(block) == 2:  # base + (target - base) is one target itself, but for rounding
+    if len(block) == 2:  # base + (target - base) is the target, up to rounding
         out[:] = block[1]
     return counts
 
@@ -73,7 +75,7 @@ def _keys(block: np.ndarray, row: int, out: np.ndarray) -> None:
 
 
 def _mask(block: np.ndarray, start: int, selection: Selection | None) -> np.ndarray:
-    """bool [n], or empty where everything is kept."""
+    """bool [n], or empty if everything is kept."""
     if selection is None:
         return np.zeros(0, np.bool_)
     n = block.shape[1]
@@ -86,10 +88,8 @@ def _mask(block: np.ndarray, start: int, selection: Selection | None) -> np.ndar
 
 @kernel
 def variances(block, out):  # type: ignore[no-untyped-def]
-    """float64 [n]: m² times the population variance of the m updates δ, from e = δ - δ of the first target.
-
-    m Σe² - (Σe)² is zero exactly where all updates are equal, and does not cancel where they are large and close.
-    """
+    """float64 [n]: m² times the population variance of the m updates δ, from e = δ minus the first target's. m Σe² - (Σe)² is
+    exactly zero where all updates are equal, and does not cancel where they are large and close."""
     targets = block.shape[0] - 1
     n = block.shape[1]
     sums = np.empty(TILE)
@@ -111,7 +111,7 @@ def variances(block, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _chosen(mask, start, size, places):  # type: ignore[no-untyped-def]
-    """Writes to `places` which of the `size` positions from `start` on are in the mask (all where it is empty); how many."""
+    """Writes to `places` which of the `size` positions from `start` on are in the mask (all if it is empty); returns how many."""
     if mask.size == 0:
         for i in range(size):
             places[i] = i
@@ -159,7 +159,7 @@ def _squares_at(block, places):  # type: ignore[no-untyped-def]
 
 @kernel
 def _sum(values, count):  # type: ignore[no-untyped-def]
-    """The sum of the first `count` values by halves, which vectors do as well as scalars, in one order."""
+    """The sum of the first `count` values by halves, in one fixed order that vector units can follow."""
     size = 1
     while size < count:
         size *= 2
@@ -174,7 +174,7 @@ def _sum(values, count):  # type: ignore[no-untyped-def]
 
 @kernel
 def _merge(block, mask, eta, normalize, out):  # type: ignore[no-untyped-def]
-    """Erases, and merges what is left; returns what `combine` does."""
+    """Erases, and merges the rest; returns what `combine` does."""
     targets, n = eta.size, out.size
     total = np.empty(TILE)
     weight = np.empty(TILE)

@@ -1,7 +1,7 @@
-"""SLERP: from the base towards one other model, `t` of the way along the arc between them, each tensor as one vector.
+"""SLERP: moves from the base towards one other model by `t` of the arc between them, each tensor as one vector.
 
-As in mergekit, vectors that are nearly parallel or opposite (|cosine| > 0.9995) are interpolated linearly; a zero vector stands
-at a right angle.
+As in mergekit, nearly parallel or opposite vectors (|cosine| > 0.9995) are interpolated linearly, and a zero vector is taken to
+be at a right angle.
 """
 
 import math
@@ -20,6 +20,7 @@ PARALLEL = 0.9995
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
+    """The cosine of both tensors, and their factors."""
     squares, products, others = tensor.sums((3,), lambda _, block, sums: _products(block, sums))
     lengths = [length if length > 1e-8 else 1.0 for length in (math.sqrt(squares), math.sqrt(others))]
     own, other = slerp_factors(products / (lengths[0] * lengths[1]), values["t"])
@@ -27,7 +28,7 @@ def measure(tensor: Tensor, values: Values) -> TensorStats:
 
 
 def slerp_factors(cosine: float, t: float) -> tuple[float, float]:
-    """By what the base and the other vector are multiplied."""
+    """The factors of the base and of the other vector."""
     if abs(cosine) > PARALLEL:
         return 1 - t, t
     angle = math.acos(cosine)
@@ -37,6 +38,7 @@ def slerp_factors(cosine: float, t: float) -> tuple[float, float]:
 def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
 ) -> tuple[int, int, int]:
+    """Writes the interpolated block."""
     assert measured.scales is not None
     np.multiply(block[0], np.float32(measured.scales[0]), out=out)
     out += np.float32(measured.coefficients[0]) * block[1]

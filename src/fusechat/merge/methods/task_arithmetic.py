@@ -1,4 +1,4 @@
-"""Task arithmetic (arXiv 2212.04089): base + λ Σ w δ, over Σ w with `normalize`."""
+"""Task arithmetic (arXiv 2212.04089): base + λ Σ w δ, divided by Σ w with `normalize`."""
 
 import numpy as np
 
@@ -13,10 +13,12 @@ TARGETS = None
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
+    """The targets' weights."""
     return TensorStats(np.array(values["weight"], np.float64))
 
 
 def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
 ) -> tuple[int, int, int]:
+    """Writes base + λ Σ w δ."""
     return combine_updates(block, start, values, out)

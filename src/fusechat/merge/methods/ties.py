@@ -1,7 +1,7 @@
 """TIES (arXiv 2306.01708): trim, elect a sign, merge what agrees with it.
 
-Of each target's updates the `density` largest in magnitude are kept, at least one (ties: lower flat index); then weighted; at
-each position those of the majority's sign are added up, over the sum of their weights with `normalize`, times λ.
+Keeps each target's `density` largest updates by magnitude, at least one (ties: lower flat index), and weighs them. At each
+position, adds up those of the majority's sign, divided by the sum of their weights with `normalize`, times λ.
 """
 
 import numpy as np
@@ -25,6 +25,7 @@ TARGETS = None
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
+    """The targets' weights, and the updates to keep."""
     weights = np.array(values["weight"], np.float64)
     if all(density >= 1 for density in values["density"]):
         return TensorStats(weights)
@@ -37,6 +38,7 @@ def measure(tensor: Tensor, values: Values) -> TensorStats:
 def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
 ) -> tuple[int, int, int]:
+    """Trims, elects the sign, and merges."""
     sparsify = _trim(measured.selection) if measured.selection else no_sparsify
     return combine_updates(block, start, values, out, sparsify=sparsify, scales=measured.scales, consensus=True)
 
@@ -78,7 +80,7 @@ def _apart(base, target, out):  # type: ignore[no-untyped-def]
 
 @kernel
 def _trim_row(delta, threshold, ties):  # type: ignore[no-untyped-def]
-    """Zeroes the updates that are not selected, and returns how many are; `ties` are of the chunks that they are of."""
+    """Zeroes the updates that are not selected, and returns how many are; `ties` are those of their chunks."""
     bits = delta.view(np.uint32)
     count = 0
     for chunk in range(ties.size):

@@ -1,4 +1,4 @@
-"""VaRM (of FuseChat's first version, arXiv 2402.16107): θ = Σ w θ of the targets, w their shares in the squared updates."""
+"""VaRM (FuseChat's first version, arXiv 2402.16107): θ = Σ w θ over the targets, w their shares in the squared updates."""
 
 import numpy as np
 
@@ -14,6 +14,7 @@ TARGETS = None
 
 
 def measure(tensor: Tensor, values: Values) -> TensorStats:
+    """The coefficients: each target's share in the squared updates."""
     squares = tensor.sums((len(tensor.inputs) - 1,), lambda _, block, sums: update_squares(block, sums))
     return TensorStats(shares(squares), squares)
 
@@ -21,6 +22,7 @@ def measure(tensor: Tensor, values: Values) -> TensorStats:
 def combine(
     block: np.ndarray, start: int, measured: TensorStats, values: Values, out: np.ndarray
 ) -> tuple[int, int, int]:
+    """Writes Σ w θ of the targets."""
     _add_shares(block, measured.coefficients.astype(np.float32), out)
     entries = (block.shape[0] - 1) * block.shape[1]
     return entries, entries, entries
@@ -28,7 +30,7 @@ def combine(
 
 @kernel
 def _add_shares(block, weights, out):  # type: ignore[no-untyped-def]
-    """θ of the base + Σ w δ, which is Σ w θ of the targets since the weights add up to one, and exact where nothing moved."""
+    """The base's θ + Σ w δ: equals Σ w θ of the targets, since the weights sum to one, and exact where nothing moved."""
     for start in range(0, out.size, 1024):
         merged = out[start : start + 1024]
         base = block[0, start : start + merged.size]
