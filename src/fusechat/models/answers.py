@@ -1,4 +1,4 @@
-"""What a model is asked, and what it answers: here, by vLLM, by a server."""
+"""Prompts and answers of models, by any backend."""
 
 from dataclasses import dataclass, field
 
@@ -7,9 +7,9 @@ from fusechat.data.messages import Conversation
 
 @dataclass(frozen=True)
 class Prompt:
-    """`messages`: (role, content) pairs that end with the user's; `about`: the conversation that they are all of, with what else
-    its messages hold, its tools and variables. `key`: unique in its suite, together with `sample`, the number among several
-    answers to one question. `top_p`: the share of the probability, of the most likely tokens, that is drawn from."""
+    """A prompt. `messages`: (role, content) pairs, the user's last. `about`: the conversation that they are from, with its tools
+    and variables. `key`, together with `sample` (the number among several answers to one question), is unique in its suite.
+    `top_p`: the probability mass of the most probable tokens that are sampled."""
 
     key: str
     messages: tuple[tuple[str, str], ...]
@@ -22,8 +22,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """`complete`: it ended by itself, not where it became too long. `tokens`: how many, None where a server does not tell;
-    `ids`: the tokens as they were generated, without what ended them, where they are known."""
+    """An answer. `complete`: it ended by itself, not at its maximum length. `tokens`: their number, None if a server does not
+    say. `ids`: the generated tokens if known, without the one that ended them."""
 
     text: str
     tokens: int | None
@@ -33,7 +33,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Missing:
-    """There is no answer. `reason`: one line. `for_good`: it would be the same if asked again."""
+    """There is no answer. `reason`: one line. `for_good`: asking again would give the same."""
 
     reason: str
     for_good: bool = True

@@ -1,4 +1,4 @@
-"""How one model is asked, and what the tokens that it gives say: the same whoever runs it."""
+"""How a model is prompted, and how its generated tokens become an answer: the same for all backends."""
 
 from collections.abc import Sequence
 
@@ -10,8 +10,8 @@ from fusechat.models.templates import UnrenderableError
 
 
 class Asking:
-    """`room`: tokens that prompt and answer may have together; `rows`: embeddings that the model has; `stops`: tokens that end an
-    answer, beside the strings that do."""
+    """Encodes prompts and decodes answers. `room`: maximum tokens of prompt and answer together; `rows`: the size of the
+    embedding; `stops`: tokens that end an answer, besides the stop strings."""
 
     def __init__(self, chat_model: ChatModel) -> None:
         self.template = chat_model.template()
@@ -22,7 +22,7 @@ class Asking:
         self.stop_texts = list(chat_model.stop)
 
     def encode(self, prompt: Prompt) -> list[int] | Missing:
-        """The tokens of the asked prompt."""
+        """The tokens of the rendered prompt, or Missing."""
         about = prompt.about
         messages = about.messages if about else [Message(role, content) for role, content in prompt.messages]
         try:
@@ -38,7 +38,7 @@ class Asking:
         return tokens
 
     def answer(self, row: Sequence[int]) -> Answer:
-        """What was generated, up to what ends it: a token, or a stop string, of which nothing is kept."""
+        """The answer in generated tokens, up to the token or stop string that ends it, without this."""
         end = next((at for at, token in enumerate(row) if token in self.stops), None)
         kept = list(row if end is None else row[:end])
         text = self._decode(kept)
@@ -55,5 +55,5 @@ class Asking:
 
 
 def cut(text: str, stop: Sequence[str]) -> int | None:
-    """Where the first of some strings begins, None where there is none."""
+    """The index of the first of several strings in the text; None if there is none."""
     return min((at for one in stop if (at := text.find(one)) >= 0), default=None)

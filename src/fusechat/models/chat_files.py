@@ -1,4 +1,4 @@
-"""What a model directory holds next to its weights, so that any program can chat with it."""
+"""Writes the tokenizer and chat template of a model directory, so that other programs can chat with it."""
 
 import copy
 from pathlib import Path
@@ -10,17 +10,16 @@ from fusechat.run.progress import log
 
 
 def how_to_ask(chat_model: ChatModel, *, own_prompt: bool) -> str | None:
-    """What a user of a model that learned from this one's conversations should know of how to ask it; mostly nothing."""
+    """What a user must know to prompt a model trained on these conversations; mostly None."""
     return asking(chat_model.template(), own_prompt=own_prompt).note
 
 
 def write_chat_files(chat_model: ChatModel, directory: Path, *, own_prompt: bool, name: str) -> None:
-    """Writes the tokenizer of `chat_model` to the directory of a model that was trained on its conversations, with a chat template
-    that asks as it was taught, and adds what ends a turn to what ends generation. `own_prompt`: as `asking` has it; `name`: what
-    messages call the model."""
+    """Writes the tokenizer to the directory of a trained model, with a chat template that prompts as it was trained. Adds the
+    end of turn to the tokens that end generation. `own_prompt`: as for `asking`; `name`: the model's name in messages."""
     template = chat_model.template()
     found = asking(template, own_prompt=own_prompt)
-    tokenizer = copy.deepcopy(template.tokenizer)  # it is shared by all who load it
+    tokenizer = copy.deepcopy(template.tokenizer)  # it is shared
     tokenizer.chat_template = found.template
     ends = template.end_of_turn
     if (chat_model.chat_template is not None or chat_model.template_name) and ends is not None:
@@ -42,11 +41,11 @@ def write_chat_files(chat_model: ChatModel, directory: Path, *, own_prompt: bool
 
 
 def _add_end(directory: Path, token: int) -> None:
-    """Has generation stop at a token, in addition to those at which it stops already."""
+    """Adds a token to those that end generation."""
     file = directory / "generation_config.json"
     if file.is_file():
         settings = read_json(file)
-    else:  # the model came without one: Transformers takes what its configuration says
+    else:  # without this file Transformers reads the model's configuration
         configuration = read_json(directory / "config.json")
         places = (configuration.get("text_config") or {}, configuration)
         names = ("bos_token_id", "eos_token_id", "pad_token_id")

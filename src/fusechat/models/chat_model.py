@@ -1,4 +1,4 @@
-"""A chat LLM that takes part in a fusion: its reference, its name in the work directory, its template."""
+"""A chat LLM of a recipe: its reference, its name in the work directory, its template."""
 
 import json
 from dataclasses import dataclass, replace
@@ -15,9 +15,12 @@ from fusechat.run.files import digest_json
 
 @dataclass(frozen=True)
 class ChatModel:
-    """`name` is `pivot` or the source's key in the recipe; `chat_template` overrides the model's own, `template_name` says which
-    one of several; `variables`: what the template reads where a conversation says nothing, as JSON; `date`: what it is told of
-    the day; `stop`: strings that end its answers, beside the end of turn."""
+    """A chat LLM. `name` is `pivot` or the source's key in the recipe.
+
+    `chat_template` replaces the model's own; `template_name` selects one of several. `variables`: JSON, template variables that
+    a conversation may override. `date`: the date that the template sees. `stop`: strings that end its answers, besides the end
+    of turn.
+    """
 
     name: str
     reference: Reference
@@ -34,18 +37,18 @@ class ChatModel:
 
     @cached_property
     def directory(self) -> Path:
-        """Local model directory; fetched and converted the first time that it is asked for."""
+        """Local model directory, fetched and converted on first use. Raises ModelError."""
         return local_directory(self.reference)
 
     @property
     def tokenizer_identity(self) -> str:
-        """What the tokens of a conversation depend on."""
+        """A fingerprint of all that determines a conversation's tokens."""
         day = [self.date] if self.date and self._is_dated else []
         return digest_json([self.identity, self.chat_template, self.reference.trust_remote_code, *self._choices, *day])
 
     @property
     def template_key(self) -> Any:
-        """What is said of its template, as fingerprints have it."""
+        """The template's part of fingerprints."""
         return [self.chat_template, *self._choices] if self._choices else self.chat_template
 
     @property
@@ -54,7 +57,7 @@ class ChatModel:
 
     @cached_property
     def _is_dated(self) -> bool:
-        """Whether its template asks for the day. A wheel is looked into once it is here."""
+        """Whether the template reads the date. Wheels are inspected once fetched."""
         if self.chat_template is not None:
             return is_dated(self.chat_template)
         if self.reference.is_file and not self.reference.is_wheel:
@@ -63,17 +66,19 @@ class ChatModel:
         return path is not None and asks_for_the_day(path)
 
     def tokenizer(self) -> Any:
+        """The tokenizer of `tokenizer.json`. Raises ModelError."""
         from fusechat.models.tokenizer import load_tokenizer
 
         return load_tokenizer(self.directory, trust_remote_code=self.reference.trust_remote_code)
 
     def class_tokenizer(self) -> Any | None:
-        """What Transformers would take for the tokenizer by itself, where that is another one."""
+        """The tokenizer of Transformers' class, if it differs from `tokenizer.json`."""
         from fusechat.models.tokenizer import class_tokenizer
 
         return class_tokenizer(self.directory, trust_remote_code=self.reference.trust_remote_code)
 
     def template(self) -> Any:
+        """The chat template. Raises ModelError."""
         from fusechat.models.templates import ChatTemplate
 
         name = f"{self.name} ({self.reference})"
@@ -88,13 +93,13 @@ class ChatModel:
         )
 
     def vocabulary_size(self) -> int:
-        """How many tokens the model knows; a padded vocabulary has more than the tokenizer."""
+        """The size of the model's vocabulary, padding included."""
         from fusechat.models.load import vocabulary_size
 
         return vocabulary_size(self.directory, trust_remote_code=self.reference.trust_remote_code)
 
     def positions(self) -> int | None:
-        """How many tokens the model is made for, as far as its configuration says so."""
+        """The maximum length in tokens, if the configuration has one."""
         from fusechat.models.load import read_configuration
 
         trust = self.reference.trust_remote_code
@@ -102,13 +107,13 @@ class ChatModel:
         return getattr(text, "max_position_embeddings", None)
 
     def generation_config(self) -> Any:
-        """How the model is said to generate."""
+        """The model's own generation settings."""
         from fusechat.models.load import generation_config
 
         return generation_config(self.directory, trust_remote_code=self.reference.trust_remote_code)
 
     def model(self, *, dtype: str, device: Any, **spread: Any) -> Any:
-        """`spread`: `device_map` and `offload` of `load_model`."""
+        """Loads the model. `spread`: `device_map` and `offload` of `load_model`."""
         from fusechat.models.load import load_model
 
         trust = self.reference.trust_remote_code
@@ -116,12 +121,12 @@ class ChatModel:
 
 
 def is_template_file(text: str) -> bool:
-    """Whether a chat template is given as the name of a file: `template.jinja`."""
+    """Whether a chat template is given as a file name: `template.jinja`."""
     return text.endswith((".jinja", ".jinja2", ".j2")) and "{" not in text and "\n" not in text
 
 
 def with_template(chat_model: ChatModel, given: str | None) -> ChatModel:
-    """With the chat template that a command line names: a file, or one of the model's own. Raises RecipeError."""
+    """With the chat template of a command-line option: a file, or the name of one of the model's own. Raises RecipeError."""
     if given is None:
         return chat_model
     if not is_template_file(given):

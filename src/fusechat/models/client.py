@@ -1,6 +1,6 @@
-"""Chat completions of an OpenAI-compatible server, several at a time, kept in a journal as they come.
+"""Chat completions of an OpenAI-compatible server, several at a time, stored in a journal as they arrive.
 
-The client's own retries are not used: they know no deadline for an answer that comes byte by byte.
+The client library's own retries are not used: they have no deadline for an answer that arrives byte by byte.
 """
 
 import asyncio
@@ -22,12 +22,12 @@ from fusechat.models.server_errors import OTHER_SHAPE, Fault, fault_of
 from fusechat.run.extras import import_extra
 from fusechat.run.progress import log, progress
 
-JUDGE_KEYS = ("FUSECHAT_JUDGE_KEY", "OPENAI_API_KEY")  # environment variables, the first that is set
+JUDGE_KEYS = ("FUSECHAT_JUDGE_KEY", "OPENAI_API_KEY")  # environment variables; the first that is set counts
 MODEL_KEY = "FUSECHAT_MODEL_KEY"
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before asking again; twice as long each time
-_PATIENT, _MOST_PATIENT = 60.0, 600.0  # seconds that a server may ask to wait: unsaid, and at all
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0  # seconds before a retry; doubles each time
+_PATIENT, _MOST_PATIENT = 60.0, 600.0  # seconds that a server may ask to wait: without a log line, and at most
 _CONNECT = 10.0  # seconds for a connection
-_IN_A_ROW = 5  # requests given up, and nothing heard from the server meanwhile
+_IN_A_ROW = 5  # failed requests without any reply of the server
 _UNSUPPORTED = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|extra inputs", re.IGNORECASE)
 # Of what a server does not support.
 _INSTEAD = {"max_tokens": "max_completion_tokens", **dict.fromkeys(("temperature", "top_p", "stop", "seed"))}
@@ -35,8 +35,8 @@ _INSTEAD = {"max_tokens": "max_completion_tokens", **dict.fromkeys(("temperature
 
 @dataclass(frozen=True)
 class Estimate:
-    """`calls`: distinct requests, of which the journal has `answered`. The tokens are those of the others: about (four bytes
-    each), and at most."""
+    """`calls`: distinct requests; `answered`: those in the journal. The tokens are of the others: prompt tokens estimated at
+    four bytes each, completion tokens at most."""
 
     judge: str
     calls: int
@@ -51,11 +51,11 @@ class Estimate:
 
 
 class Client:
-    """One model of one server; `model` and `address` may be shown. `what`: how errors call it, e.g. --judge-url. `timeout`:
-    seconds that one try may take in all; `retries`: how often a request is tried again. `key_names`: the environment
-    variables that `key` may come from.
+    """One model of one server. `model` and `address` may be printed.
 
-    Raises RecipeError where the URL is none, or holds a key; where the key cannot be sent; without the package `openai`.
+    `what`: its name in errors, such as --judge-url. `timeout`: seconds for one try; `retries`: further tries. `key_names`: the
+    environment variables of `key`. Raises RecipeError for a URL that is invalid or contains a key, a key that cannot be sent,
+    and if the package `openai` is missing.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Client:
         key_names: Sequence[str] = JUDGE_KEYS,
     ) -> None:
         self._key_names = " or ".join(key_names)
-        what = what.replace(url, "a URL") if any(sign in url for sign in "@?#") else what  # it may hold a key
+        what = what.replace(url, "a URL") if any(sign in url for sign in "@?#") else what  # it may contain a key
         check_url(url, what, self._key_names)
         self._openai = import_extra("openai", f"{what}: the client of the server", "judge")
         self.address = url.rstrip("/")
@@ -81,16 +81,16 @@ class Client:
             raise RecipeError(f"{what}: the key in {self._key_names} has characters that no key has")
         self._who = what if self.address in what else f"{what}: the server at {self.address}"
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
-        self._instead: dict[str, str | None] = {}  # parameters that this server calls otherwise, or does not have
-        self._replied, self._refusals = False, 0  # whether it answered one, and how many it has refused since then
-        self._heard = self._told = False  # it answered once, whatever; a long wait was logged
+        self._instead: dict[str, str | None] = {}  # parameters that this server names differently, or lacks
+        self._replied, self._refusals = False, 0  # whether it ever answered, and refusals since
+        self._heard = self._told = False  # it replied at all; a long wait was logged
         self._in_a_row = 0
 
     def ask(self, requests: Sequence[Request], journal: Path, *, description: str) -> list[Reply | Missing]:
-        """One result for each request, in their order. Equal requests are asked once, and what the journal has is not asked.
-        Every reply is in the journal as soon as it came; what is Missing is not, so that it is asked again the next time.
+        """One result for each request, in order. Equal requests, and those in the journal, are not sent again.
 
-        Raises ModelError where asking on is of no use: no server, no such model, a key that is refused, nothing to pay with.
+        Each reply is in the journal as soon as it arrives. Missing ones are not, and are asked again next time. Raises
+        ModelError if all requests would fail: no server, no such model, a refused key, no credit.
         """
         keys = [request.key(self.model) for request in requests]
         missing: dict[str, Missing] = {}
@@ -110,7 +110,7 @@ class Client:
             return [missing[key] if key in missing else _from_journal(answered[key], journal) for key in keys]
 
     def estimate(self, requests: Sequence[Request], journal: Path) -> Estimate:
-        """What `ask` would ask. Nothing is sent or written."""
+        """What `ask` would send. Sends and writes nothing."""
         answered = read_journal(journal)
         distinct = {request.key(self.model): request for request in requests}
         waiting = [request for key, request in distinct.items() if key not in answered]
@@ -125,7 +125,7 @@ class Client:
 
     async def _all(self, waiting: dict[str, Request], done: Callable[[str, Reply | Missing], None]) -> None:
         queue = iter(waiting.items())
-        # without a key one is sent all the same, or the client would take OPENAI_API_KEY, which is for another server
+        # without a key a placeholder is sent: the client would else send OPENAI_API_KEY to another server
         async with self._openai.AsyncOpenAI(
             base_url=self.address,
             api_key=self._key or "none",
@@ -170,7 +170,7 @@ class Client:
             await asyncio.sleep(self._pause(result, tried))
 
     async def _try(self, client: Any, body: dict[str, Any], *, logprobs: bool) -> Reply | Fault:
-        """Asks once. What a fault says does not hold the key, should the server repeat it."""
+        """Sends one request. A fault's text never contains the key."""
         try:
             async with asyncio.timeout(self._timeout):
                 answer = await client.post("/chat/completions", body=body, cast_to=object)
@@ -187,13 +187,12 @@ class Client:
         return {new: body[name] for name, new in names.items() if new is not None}
 
     def _adapts(self, fault: Fault, body: dict[str, Any]) -> bool:
-        """Whether the request can be put otherwise: the server does not support one of its parameters. All that come after
-        are put so as well."""
+        """Whether the request can be changed because the server does not support a parameter. Later requests are changed too."""
         if fault.status not in (400, 422) or not _UNSUPPORTED.search(f"{fault.code} {fault.said}"):
             return False
         for name, instead in _INSTEAD.items():
             if name in body and (fault.param == name if fault.param else re.search(rf"\b{name}\b", fault.said)):
-                if name not in self._instead:  # of several requests under way one tells it
+                if name not in self._instead:  # logged by one of several requests
                     what = f"it is asked for {instead} instead" if instead else f"{name} is left out from here on"
                     log.log(20 if instead else 30, "%s: %s; %s", self._who, fault.said, what)
                 self._instead[name] = instead
@@ -201,10 +200,10 @@ class Client:
         return False
 
     def _refuse_hopeless(self, fault: Fault) -> None:
-        """Raises ModelError where no request can be answered."""
+        """Raises ModelError for a fault that every request would have."""
         said = None
         self._refusals += fault.status in (403, 404, 405)
-        alone = self._replied and self._refusals < _IN_A_ROW  # what answered others refuses this one
+        alone = self._replied and self._refusals < _IN_A_ROW  # it answered others, so only this request is refused
         if fault.status == 401 or (fault.status == 403 and not alone):
             said = f"refuses the key; {self._key_names} in the environment has to hold it"
             said += f" ({fault.said})" if fault.status == 403 else ""  # 401: servers repeat parts of the key
@@ -218,7 +217,7 @@ class Client:
             raise ModelError(f"{self._who}: {said}")
 
     def _give_up(self, fault: Fault) -> None:
-        """Raises ModelError where one request after another was given up, and the server said nothing to any."""
+        """Raises ModelError after several failed requests without any reply of the server."""
         if fault.heard:
             return
         self._in_a_row += 1
@@ -229,7 +228,7 @@ class Client:
             )
 
     def _pause(self, fault: Fault, tried: int) -> float:
-        """Seconds until the next try: what the server asks for, and some more, not the same for all."""
+        """Seconds until the next try: what the server asks for, plus a random part."""
         wait = random.uniform(0.5, 1.0) * min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (tried - 1))
         if fault.wait is None:
             return wait
@@ -241,17 +240,17 @@ class Client:
 
 
 def judge_key() -> str | None:
-    """The judge's key: FUSECHAT_JUDGE_KEY, else OPENAI_API_KEY; none where the first is there and empty."""
+    """The judge's key: FUSECHAT_JUDGE_KEY, else OPENAI_API_KEY; None if the first is set and empty."""
     return next((os.environ[name] for name in JUDGE_KEYS if name in os.environ), None) or None
 
 
 def model_key() -> str | None:
-    """The key of a server that serves a measured model."""
+    """The key of a server with a measured model."""
     return os.environ.get(MODEL_KEY) or None
 
 
 def check_url(url: str, what: str, key_names: str) -> None:
-    """Raises RecipeError, in which `what` is the option that gave the URL, for what is none or holds a key."""
+    """Raises RecipeError, naming the option `what`, for a URL that is invalid or contains a key."""
     if not url.startswith(("http://", "https://")):
         raise RecipeError(f"{what}: should be a URL that starts with http:// or https://")
     try:

@@ -1,4 +1,4 @@
-"""Files next to a model's weights: what a copy of the model needs, and so what is fetched of one on the hub. One list for both."""
+"""Files next to a model's weights: one list for copies of a model and for downloads from the hub."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-_PATTERNS = (  # of names in lower case
+_PATTERNS = (  # for lower-case names
     *("generation_config.json", "*processor_config.json", "chat_template*.json", "*.jinja"),
     *("*tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "tekken.json", "encoder.json", "merges.txt"),
     *("vocab.*", "*-vocab.*", "*.vocab", "*.model", "*.model.v[0-9]*", "*.tiktoken", "*.spm", "*.bpe", "*.codes"),
@@ -15,14 +15,14 @@ _PATTERNS = (  # of names in lower case
     *("modules.json", "config_sentence_transformers.json", "sentence_*_config.json"),
     *("license*", "licence*", "copying*", "notice*", "use_policy*"),
 )
-_FETCHED = ("*.json", "*.txt", "*.py", "readme.md")  # of the hub these too: small, and in part looked for later
+_FETCHED = ("*.json", "*.txt", "*.py", "readme.md")  # fetched too: small, and some are read later
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".npz")
 _FURTHER = "additional_chat_templates"
 
 
 def beside(directory: Path) -> list[Path]:
-    """The files of a model directory that a copy of the model needs next to weights and config.json. Code, and files of any name
-    that the code names, are among them where a configuration has `auto_map`; nothing runs the code here."""
+    """The files of a model directory that a copy needs besides weights and config.json. If a configuration has `auto_map`, they
+    include code and the files that the code names. No code is run."""
     names = {file.name for file in directory.iterdir() if file.is_file()}
     wanted = {name for name in names if _is_one(name, _PATTERNS)}
     if has_own_code(directory):
@@ -33,8 +33,7 @@ def beside(directory: Path) -> list[Path]:
 
 
 def to_fetch(files: Iterable[str], directory: Path | None = None) -> list[str]:
-    """Of the files in a repository those to fetch of it, weights aside. `directory`: where what is at its top has been fetched,
-    which names others."""
+    """The files of a repository to fetch, without weights. `directory`: has its top-level files, which name others."""
     own = named_in_code(directory) if directory and has_own_code(directory) else set()
     modules = modules_of(directory) if directory else []
     wanted = []
@@ -48,8 +47,8 @@ def to_fetch(files: Iterable[str], directory: Path | None = None) -> list[str]:
 
 
 def weight_files(files: Iterable[str], directory: Path) -> list[str]:
-    """Of the files in a repository those with the weights: what the index names, which lies in `directory`, or the usual one, or
-    all at the top that are not there a second time in another form."""
+    """The weight files of a repository: those in the index in `directory`, or the usual single file, or all top-level ones that
+    are not a copy in another format."""
     there = {file for file in files if "/" not in file and file.endswith(".safetensors")}
     index = read_json_of(directory / "model.safetensors.index.json")
     named = set(map(str, index["weight_map"].values())) if isinstance(index.get("weight_map"), dict) else set()
@@ -58,12 +57,12 @@ def weight_files(files: Iterable[str], directory: Path) -> list[str]:
 
 
 def has_own_code(directory: Path) -> bool:
-    """Whether a configuration names code of its own."""
+    """Whether a configuration names custom code."""
     return any("auto_map" in read_json_of(directory / f"{name}.json") for name in ("config", "tokenizer_config"))
 
 
 def named_in_code(directory: Path) -> set[str]:
-    """File names that stand in the code of a model, such as those of its tokenizer's files; not those of weights."""
+    """File names in a model's code, such as its tokenizer's files, without weights."""
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in directory.glob("*.py"))
     found = set(re.findall(r"[\"']([\w-][\w.-]*\.\w+)[\"']", text))
     return {
@@ -74,14 +73,14 @@ def named_in_code(directory: Path) -> set[str]:
 
 
 def modules_of(directory: Path) -> list[str]:
-    """The directories that sentence-transformers has of a model, for its pooling and the like: within the model's own."""
+    """The directories of sentence-transformers' modules (pooling and others) in a model directory."""
     modules = read_json_of(directory / "modules.json", list)
     paths = [module.get("path") for module in modules if isinstance(module, dict)]
     return [path for path in paths if isinstance(path, str) and re.fullmatch(r"\w[\w-]*", path)]
 
 
 def read_json_of(file: Path, kind: type = dict) -> Any:
-    """What a JSON file holds; an empty `kind` where there is none of that kind."""
+    """The content of a JSON file, or an empty `kind` if it has another type or cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

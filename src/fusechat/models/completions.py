@@ -1,4 +1,4 @@
-"""What is asked of a server of chat completions, and what it answers."""
+"""Requests to a chat completions server, and its replies."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Any
 
 from fusechat.run.files import digest_json
 
-_LEAST_LOGPROB = -9999.0  # what stands for minus infinity, which JSON cannot hold; vLLM writes it too
+_LEAST_LOGPROB = -9999.0  # stands for -inf, which JSON does not have, as in vLLM
 
 
 @dataclass(frozen=True)
 class Request:
-    """`messages`: (role, content) pairs. With `top_logprobs` the log-probabilities of the answer's tokens are asked for. `stop`:
+    """A request. `messages`: (role, content) pairs. `top_logprobs`: ask for log-probabilities of the answer's tokens. `stop`:
     strings that end an answer."""
 
     messages: tuple[tuple[str, str], ...]
@@ -23,7 +23,7 @@ class Request:
     stop: tuple[str, ...] = ()
 
     def key(self, model: str) -> str:
-        """SHA-256 of what is asked of which model; the same at any address."""
+        """SHA-256 of the request and the model, independent of the address."""
         return digest_json(
             {
                 "model": model,
@@ -42,7 +42,7 @@ class Request:
         return {**found, **({"stop": list(self.stop)} if self.stop else {})}
 
     def body(self, model: str) -> dict[str, Any]:
-        """The JSON to send."""
+        """The JSON body."""
         body: dict[str, Any] = {
             "model": model,
             "messages": [{"role": role, "content": clean(content)} for role, content in self.messages],
@@ -58,8 +58,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Reply:
-    """`finish`: "stop", "length", …. `logprobs`: for each token `token`, `logprob` (nats) and `top_logprobs`, a list of the
-    same; None where they were not asked for or the server gives none."""
+    """A reply. `finish`: "stop", "length", …. `logprobs`: for each token `token`, `logprob` (nats) and `top_logprobs`, a list of
+    the same; None if not requested or not supported."""
 
     text: str
     finish: str | None
@@ -69,8 +69,8 @@ class Reply:
 
 
 def reply_of(answer: Any, *, logprobs: bool) -> Reply:
-    """The first choice of a server's answer; without content its text is empty. Raises ValueError, or what comes of looking
-    into another shape, where it is no chat completion."""
+    """The first choice of a server's answer; empty text without content. Raises ValueError, or an error of a lookup in another
+    JSON shape, if it is no chat completion."""
     if not isinstance(answer, dict) or not answer.get("choices"):
         raise ValueError(f"no choices in {answer}")
     choice, usage = answer["choices"][0], answer.get("usage") or {}
@@ -88,7 +88,7 @@ def reply_of(answer: Any, *, logprobs: bool) -> Reply:
 
 
 def clean(text: str) -> str:
-    """Without halves of surrogate pairs, which JSON can hold and UTF-8 cannot; pairs become what they stand for."""
+    """The text with surrogate pairs combined, and without single surrogates, which UTF-8 does not have."""
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

@@ -1,4 +1,4 @@
-"""The day that chat templates are told: some write it into every prompt, which must not depend on when a step happens to run."""
+"""The date that chat templates see. Some write it into every prompt, which must not depend on when a step runs."""
 
 from datetime import date
 from functools import lru_cache
@@ -6,27 +6,27 @@ from pathlib import Path
 
 import yaml
 
-_ASKS = "strftime_now"  # a function that Transformers gives to templates
+_ASKS = "strftime_now"  # a function that Transformers passes to templates
 _FILES = ("chat_template.j*", "tokenizer_config.json", "chat_templates/*.jinja", "additional_chat_templates/*.jinja")
-_HEAD = 1 << 26  # bytes of a GGUF file in which its chat template stands
+_HEAD = 1 << 26  # bytes of a GGUF file that contain its chat template
 _LETTERS = "aAbBcdDeFGgHhIjklmMnpPrRsStTuUVwWxXyYzZ"
 
 
 def is_dated(template: str) -> bool:
-    """Whether a template asks for the day."""
+    """Whether a template reads the date."""
     return _ASKS in template
 
 
 @lru_cache(maxsize=32)
 def dated(template: str, day: str | None) -> str:
-    """The template with that day (year-month-day) in place of today; as it is where it does not ask, or without a day."""
+    """The template with `day` (YYYY-MM-DD) instead of today; unchanged if it reads no date, or `day` is None."""
     if day is None or not is_dated(template):
         return template
     known = {
         code: date.fromisoformat(day).strftime(code) for letter in _LETTERS for code in (f"%{letter}", f"%-{letter}")
     }
     table = "{" + ", ".join(f"{code!r}: {text!r}" for code, text in known.items()) + "}"
-    # A macro hides the function of its name. Codes are read one by one, as `strftime` reads them.
+    # A macro hides the function of that name. It reads codes one by one, as `strftime` does.
     return (
         "{%- macro " + _ASKS + "(format) -%}{%- set codes = " + table + " -%}"
         "{%- set read = namespace(after=false) -%}"
@@ -41,11 +41,12 @@ def dated(template: str, day: str | None) -> str:
 
 
 def today() -> str:
+    """Today's date, YYYY-MM-DD."""
     return date.today().isoformat()
 
 
 def asks_for_the_day(path: Path) -> bool:
-    """Whether a chat template of a model directory, or of a GGUF file, asks for the day."""
+    """Whether a chat template of a model directory or GGUF file reads the date."""
     if path.is_file():
         with path.open("rb") as stream:
             return _ASKS.encode() in stream.read(_HEAD)
@@ -54,7 +55,7 @@ def asks_for_the_day(path: Path) -> bool:
 
 
 def day_of(path: Path) -> str | None:
-    """The day that a work directory was begun on: `path`, or the one that it lies in. None where there is none."""
+    """The day on which the work directory that contains `path` was created; None if there is none."""
     for directory in (path, *path.parents):
         recipe = directory / "recipe.yaml"
         if recipe.is_file() and (directory / ".lock").is_file():

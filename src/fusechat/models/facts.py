@@ -1,4 +1,4 @@
-"""What is known of a model from the files that are on this machine: nothing is fetched, no weights are read."""
+"""Facts about a model from local files. Fetches nothing, reads no weights."""
 
 import json
 import math
@@ -14,13 +14,13 @@ import yaml
 from fusechat.models.companion_files import read_json_of
 from fusechat.models.gguf import ABOUT
 
-_HEADER_LIMIT = 1 << 30  # no header of a safetensors file is longer
+_HEADER_LIMIT = 1 << 30  # bytes; safetensors headers are never longer
 
 
 @dataclass(frozen=True)
 class Facts:
-    """`parameters`: tied weights once; `bytes`: all files of the directory, `gguf_bytes`: of what was converted to it; `licence` as
-    it is stated, None where it is not."""
+    """`parameters`: tied weights once. `bytes`: all files of the directory; `gguf_bytes`: the file that it was converted from.
+    `licence`: as stated, or None."""
 
     architecture: str | None = None
     layers: int | None = None
@@ -35,8 +35,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the table. `label`: what it is called elsewhere, or how it was made; `parts`: its reference, or its files with their
-    hashes; `identity`: kind and hash, as `sha256:…`; `data`: the files that it was taught on."""
+    """A row of the table of models. `label`: its name elsewhere, or how it was made. `parts`: its reference, or its files with
+    hashes. `identity`: kind and hash, as `sha256:…`. `data`: its training files."""
 
     role: str
     name: str
@@ -49,7 +49,7 @@ class Model:
 
 @dataclass(frozen=True)
 class DataFile:
-    """`counts`: of the pivot's prepare step; `is_made`: by the run itself."""
+    """A data file. `counts`: of the pivot's prepare step; `is_made`: by the run itself."""
 
     name: str
     file: str
@@ -60,7 +60,7 @@ class DataFile:
 
 
 def facts(directory: Path | None) -> Facts:
-    """Of a model directory. What cannot be read is left out."""
+    """The facts of a model directory. Unreadable ones are left out."""
     if directory is None:
         return Facts()
     config = read_json_of(directory / "config.json")
@@ -83,8 +83,8 @@ def facts(directory: Path | None) -> Facts:
 
 
 def count_parameters(directory: Path, *, tied: bool) -> tuple[int | None, str]:
-    """How many elements the safetensors files of a directory hold by their headers, and in which types. `tied`: an output layer
-    that is stored next to the embeddings is the same weights."""
+    """The number of elements in a directory's safetensors headers, and their dtypes. `tied`: an output layer stored next to the
+    embeddings is not counted."""
     shapes: dict[str, tuple[int, str]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with suppress(OSError, ValueError):
@@ -98,8 +98,7 @@ def count_parameters(directory: Path, *, tied: bool) -> tuple[int | None, str]:
 
 
 def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each of its tensors, and the byte that the first of them begins at. Raises OSError or
-    ValueError for a file that has no such header."""
+    """The header of a safetensors file, and the byte where the tensors begin. Raises OSError or ValueError for an invalid file."""
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(min(length, _HEADER_LIMIT)))
@@ -109,7 +108,7 @@ def safetensors_header(file: Path) -> tuple[dict[str, Any], int]:
 
 
 def _licence(directory: Path, original: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The licence and where it is stated: the model card, the GGUF file that was converted, or the wheel that it came in."""
+    """The licence and where it is stated: the model card, the converted GGUF file, or the wheel."""
     stated = front_matter(directory / "README.md").get("license")
     if isinstance(stated, list):
         stated = ", ".join(map(str, stated))
@@ -122,7 +121,7 @@ def _licence(directory: Path, original: Mapping[str, Any]) -> tuple[str | None, 
 
 
 def front_matter(card: Path) -> Mapping[str, Any]:
-    """The YAML between the first two lines of dashes of a model card; empty where there is none."""
+    """The YAML header of a model card; empty if there is none."""
     try:
         found = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8"), flags=re.DOTALL)
         header = yaml.safe_load(found[1]) if found else {}

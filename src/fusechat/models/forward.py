@@ -1,6 +1,6 @@
-"""Running a model over prepared conversations: batches, and the logits that predict the response tokens.
+"""Runs a model on prepared conversations: batches, and the logits that predict the response tokens.
 
-This is the one place where logits are shifted against labels: the logits at token `t - 1` predict token `t`.
+Only this module shifts logits against labels: the logits at token `t - 1` predict token `t`.
 """
 
 import inspect
@@ -14,25 +14,26 @@ import torch
 
 from fusechat.data.prepared import Prepared
 
-_CHUNK_ELEMENTS = 1 << 26  # float32 logits handled at once: 256 MiB
-_KEPT = ("cpu", "disk")  # of a device map: where weights wait until they are needed
+_CHUNK_ELEMENTS = 1 << 26  # float32 logits at once: 256 MiB
+_KEPT = ("cpu", "disk")  # places of a device map where weights wait
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded tokens of several conversations. `rows` int64 [n, 2] holds the batch index and the token index of every
-    response token, conversation by conversation."""
+    """Right-padded tokens of several conversations. `rows`: batch index and token index of every response token, conversation by
+    conversation."""
 
     input_ids: torch.Tensor  # int64 [b, length]
     attention_mask: torch.Tensor  # int64 [b, length]
     rows: torch.Tensor  # int64 [n, 2]
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.rows.to(device))
 
 
 def collate(conversations: Sequence[Prepared], pad: int = 0) -> Batch:
-    """Padding is masked by position, so that a padding token that also means something loses nothing."""
+    """Pads and joins conversations. The mask is by position, so that `pad` may be a real token too."""
     length = max(len(conversation.input_ids) for conversation in conversations)
     input_ids = torch.full((len(conversations), length), pad, dtype=torch.long)
     attention_mask = torch.zeros((len(conversations), length), dtype=torch.long)
@@ -46,17 +47,14 @@ def collate(conversations: Sequence[Prepared], pad: int = 0) -> Batch:
 
 
 def response_logits(model: Any, batch: Batch) -> torch.Tensor:
-    """Logits [n, V] of the distributions that predict the response tokens `batch.rows`, in their order, on `device_of(model)`.
-
-    The language-model head runs for these rows alone, not for each conversation wherever one of them needs it: they are picked
-    from what goes into the head.
-    """
+    """Logits [n, V] that predict the response tokens `batch.rows`, in order, on `device_of(model)`. The language-model head runs
+    on these rows only: its input is reduced to them."""
     device = device_of(model)
     tokens = batch.to(device)
-    column = batch.rows[:, 1] - 1  # of a batch on the CPU found there, so that nothing waits for a GPU
+    column = batch.rows[:, 1] - 1  # computed on the batch's device: no wait for a GPU
     inputs = {"input_ids": tokens.input_ids, "attention_mask": tokens.attention_mask, "use_cache": False}
     shape = tuple(batch.input_ids.shape)
-    if keeps_logits(model) and not _is_spread(model):  # else `kept` might not be where the hidden states are
+    if keeps_logits(model) and not _is_spread(model):  # else `kept` may be on another device
         kept, column = torch.unique(column, return_inverse=True)
         inputs["logits_to_keep"] = kept.to(device)
         shape = len(batch.input_ids), len(kept)
@@ -68,8 +66,8 @@ def response_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 @contextmanager
 def _picking(model: Any, at: tuple[torch.Tensor, torch.Tensor], shape: tuple[int, ...]) -> Iterator[list[bool]]:
-    """While it lasts, the head of the model gets [1, n, hidden], the places `at` of hidden states [*shape, hidden]. What it yields
-    is not empty once that has happened."""
+    """While active, the model's head gets [1, n, hidden], the places `at` of hidden states [*shape, hidden]. The yielded list is
+    not empty once this has happened."""
     picked: list[bool] = []
 
     def pick(module: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -77,13 +75,13 @@ def _picking(model: Any, at: tuple[torch.Tensor, torch.Tensor], shape: tuple[int
         if tuple(hidden.shape[:2]) != shape:
             return None
         picked.append(True)
-        there = tuple(index.to(hidden.device) for index in at)  # of a model that is spread, where its last layer is
+        there = tuple(index.to(hidden.device) for index in at)  # of a spread model: the last layer's device
         return (hidden[there].unsqueeze(0), *rest)
 
     from accelerate.utils import is_compiled_module
 
     head = _head(model)
-    if head is None or is_compiled_module(unwrapped(model)):  # compiled code would be compiled again for a hook
+    if head is None or is_compiled_module(unwrapped(model)):  # a hook would recompile
         yield picked
         return
     hook = head.register_forward_pre_hook(pick)
@@ -94,11 +92,11 @@ def _picking(model: Any, at: tuple[torch.Tensor, torch.Tensor], shape: tuple[int
 
 
 def device_of(model: Any) -> torch.device:
-    """Where a model takes tokens and gives logits: where its head is run, if Accelerate has spread it over several devices."""
+    """The device of a model's inputs and logits: that of its head, if Accelerate has spread it over several."""
     if not _is_spread(model):
         return next(model.parameters()).device
     inner, head = unwrapped(model), _head(model)
-    where = inner.hf_device_map  # module → device; weights that are kept elsewhere are run on the first that is none
+    where = inner.hf_device_map  # module → device; waiting weights run on the first real one
     main = next((device for device in where.values() if device not in _KEPT), "cpu")
     name = next((name for name, module in inner.named_modules() if module is head), "")
     parts = name.split(".")
@@ -108,7 +106,7 @@ def device_of(model: Any) -> torch.device:
 
 
 def _is_spread(model: Any) -> bool:
-    """Whether Accelerate moves what goes into the parts of the model, or their weights, to where they are run."""
+    """Whether Accelerate moves the inputs of the model's parts, or their weights, between devices."""
     devices = set(getattr(unwrapped(model), "hf_device_map", {}).values())
     return len(devices) > 1 or "disk" in devices
 
@@ -119,19 +117,19 @@ def _head(model: Any) -> Any:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model itself, without what distributed training or PEFT put around it."""
+    """The model without the wrappers of distributed training and PEFT."""
     while hasattr(model, "module"):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def keeps_logits(model: Any) -> bool:
-    """Whether the model can run its head at chosen positions only."""
+    """Whether the model can run its head at selected positions only."""
     return "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
 
 
 def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]]:
-    """Indices of sequences of like lengths, longest first; a batch has at most `batch_tokens` tokens, padding counted, or one
+    """Indices of sequences of similar length, longest first. A batch has at most `batch_tokens` tokens, padding included, or one
     sequence. Equal lengths keep their order."""
     batch: list[int] = []
     for index in np.argsort(-lengths, kind="stable").tolist():
@@ -144,7 +142,7 @@ def length_batches(lengths: np.ndarray, batch_tokens: int) -> Iterator[list[int]
 
 
 def float_rows(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits [n, V] as float32, a bounded number of rows at a time: (which rows, their logits)."""
+    """Yields (slice of rows, their float32 logits) of logits [n, V], a bounded number of elements at a time."""
     step = max(1, _CHUNK_ELEMENTS // logits.shape[1])
     for begin in range(0, len(logits), step):
         rows = slice(begin, begin + step)
@@ -152,12 +150,12 @@ def float_rows(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
 
 
 def gold_nll(logits: torch.Tensor, gold: torch.Tensor, logsumexp: torch.Tensor) -> torch.Tensor:
-    """float32 [n]: `-log p(gold)` from float32 logits [n, V] and their logsumexp [n]."""
+    """float32 [n]: `-log p(gold)` (nats) from float32 logits [n, V] and their logsumexp [n]."""
     return logsumexp - logits.gather(1, gold[:, None]).squeeze(1)
 
 
 def token_nll(logits: torch.Tensor, gold: torch.Tensor) -> torch.Tensor:
-    """float32 [n]: `-log p(gold)`, nats, from logits [n, V] of any float type and int64 [n]; softmax in float32."""
+    """float32 [n]: `-log p(gold)` (nats) from logits [n, V] of any float dtype and int64 [n]; the softmax is float32."""
     nll = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     for rows, full in float_rows(logits):
         nll[rows] = gold_nll(full, gold[rows], full.logsumexp(dim=1))

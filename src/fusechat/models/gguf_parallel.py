@@ -1,5 +1,5 @@
-"""Several GGUF files converted at once, each in a process of its own: most of a conversion is one-threaded parsing. Files are
-fetched side by side; of the conversions, which hold a model in float32 each, as many run as memory has room for."""
+"""Converts several GGUF files at once, each in its own process, because most of a conversion is single-threaded parsing.
+Downloads run in parallel; as many conversions, which hold a float32 model each, run as memory has room for."""
 
 import json
 import subprocess
@@ -19,13 +19,13 @@ from fusechat.models.reference import Reference
 from fusechat.run.progress import Advance, in_bytes, log, progress
 
 _CODE = f"from {__name__} import main; main()"
-_REFUSED = 2  # exit status of a process that has said why in one line
-_SHOWN = 2000  # characters of what another one said
+_REFUSED = 2  # exit status of a process that printed its error in one line
+_SHOWN = 2000  # characters shown of other output
 
 
 @dataclass(eq=False)
 class _Conversion:
-    """A process that says on stdout how many bytes of memory it needs, and then waits for a line."""
+    """A process that prints how many bytes of memory it needs, and then waits for a line."""
 
     reference: Reference
     process: "subprocess.Popen[str]"
@@ -33,7 +33,7 @@ class _Conversion:
     needed: int = 0
 
     def watch(self, news: "News") -> None:
-        """Puts into `news` when it knows what it needs, and when it has ended."""
+        """Puts an item into `news` when the process has printed its needs, and when it has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.strip().isdecimal() and not self.needed:
@@ -43,15 +43,16 @@ class _Conversion:
         news.put((self, True))
 
     def go(self) -> None:
+        """Lets the process convert."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-        except OSError:  # it has ended meanwhile, and is told of as such
+        except OSError:  # it has ended, which is reported elsewhere
             pass
 
     def tell(self) -> None:
-        """What it said, where it failed. It is done again where the model is asked for, which raises what cannot be helped."""
+        """Logs the output of a failed process. The model is converted again on use, which raises lasting errors."""
         status = self.process.returncode
         self.said.seek(0)
         text = self.said.read().rpartition("\r")[2].strip()
@@ -63,11 +64,11 @@ class _Conversion:
             log.warning("converting %s failed: %s", self.reference.label, text[-_SHOWN:])
 
 
-News = SimpleQueue[tuple[_Conversion, bool]]  # and whether it has ended
+News = SimpleQueue[tuple[_Conversion, bool]]  # (process, whether it has ended)
 
 
 def convert_together(references: Sequence[Reference]) -> None:
-    """Converts those not yet converted, where there are several. Says when one waits for memory, and what one that failed said."""
+    """Converts the models that are not converted yet, if there are several. Logs waiting for memory, and failures."""
     waiting = [
         reference for reference in dict.fromkeys(references) if reference.is_file and find_cached(reference) is None
     ]
@@ -82,7 +83,7 @@ def convert_together(references: Sequence[Reference]) -> None:
 
 
 def _let_go(every: Sequence[_Conversion], news: News, advance: Advance) -> None:
-    """Lets every conversion run once there is room for it; one runs in any case."""
+    """Starts each conversion when memory has room for it; one always runs."""
     asking: list[_Conversion] = []
     running: list[_Conversion] = []
     left, room = len(every), free_bytes()
@@ -116,17 +117,17 @@ def _begin(reference: Reference) -> _Conversion:
 
 
 def main() -> None:
-    """In a process of its own: fetches the model in `argv`, says how much memory it needs, waits for leave, converts."""
+    """The child process: fetches the model in `argv`, prints how much memory it needs, waits for a line, converts."""
     parts, sha256 = json.loads(sys.argv[1])
     answer = sys.stdout
 
     def ask(needed: int) -> None:
         print(needed, file=answer, flush=True)
-        if not sys.stdin.readline():  # who started this is gone
+        if not sys.stdin.readline():  # the parent is gone
             sys.exit(1)
 
     try:
-        with redirect_stdout(sys.stderr):  # whatever a library prints is no answer
+        with redirect_stdout(sys.stderr):  # output of libraries is not an answer
             converted(Reference(tuple(parts), sha256), before=ask)
     except FuseChatError as error:
         print(error, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""A journal: what was answered, a line of JSON each, on disk before the next is waited for. A killed run asks nothing twice."""
+"""A journal of answers: one line of JSON each, written before the next answer is awaited, so that a killed run repeats nothing."""
 
 import fcntl
 import json
@@ -11,16 +11,13 @@ from fusechat.errors import WorkdirError
 
 
 class Journal:
-    """`{"key": …, "value": …}` lines, only ever appended to. Where a key is there twice, the last one holds.
-
-    A last line without its end, which a killed run left, is cut off. Raises WorkdirError where any other line is not one of a
-    journal, and where another process has the journal open.
-    """
+    """An append-only file of `{"key": …, "value": …}` lines. The last line of a key counts. An incomplete last line of a killed
+    run is cut off. Raises WorkdirError for any other invalid line, and if another process has the journal open."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)  # a buffer would be written again after a write that failed
+        self._file = path.open("ab", buffering=0)  # a buffer would repeat a failed write
         try:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -39,9 +36,9 @@ class Journal:
         return self._values[key]
 
     def add(self, key: str, value: Any) -> None:
-        """One line, flushed to the disk. `value` is plain JSON with finite numbers. Where there is no room, the journal stays
-        as it was and OSError names it."""
-        # ASCII: a server's text may hold half of a surrogate pair, which UTF-8 cannot
+        """Appends a line and flushes it to disk. `value`: plain JSON with finite numbers. On a full disk the journal stays
+        unchanged, and OSError names it."""
+        # ASCII: a server's text may have single surrogates, which UTF-8 does not have
         line = json.dumps({"key": key, "value": value}, allow_nan=False).encode() + b"\n"
         try:
             left = memoryview(line)
@@ -58,7 +55,7 @@ class Journal:
         self._values[key] = value
 
     def close(self) -> None:
-        """A second time does nothing."""
+        """Closes the file. Further calls do nothing."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -69,12 +66,12 @@ class Journal:
 
 
 def read_journal(path: Path) -> dict[str, Any]:
-    """What a journal holds, by key; nothing where there is none. It is not changed, and may be in use."""
+    """The values of a journal by key, or an empty mapping. Reads a journal in use too, and does not change it."""
     return _read(path)[0] if path.exists() else {}
 
 
 def _read(path: Path) -> tuple[dict[str, Any], int]:
-    """The values, and how many bytes the whole lines take."""
+    """The values, and the number of bytes in complete lines."""
     values: dict[str, Any] = {}
     whole = 0
     with path.open("rb") as file:

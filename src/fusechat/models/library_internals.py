@@ -1,6 +1,6 @@
-"""Names that PyTorch and Transformers keep private, and why they are used all the same; a test keeps them out of other modules.
+"""Private names of PyTorch and Transformers, and why they are used. A test keeps them out of other modules.
 
-Public names say the rest: `Trainer.get_batch_samples`, `TrainerCallback.on_save`, `TrainingArguments.device`, `hf_device_map`.
+Public names do the rest: `Trainer.get_batch_samples`, `TrainerCallback.on_save`, `TrainingArguments.device`, `hf_device_map`.
 """
 
 from importlib import import_module
@@ -18,13 +18,13 @@ NAMES = {
 
 
 def gone() -> list[str]:
-    """A line for each of these names that the installed version no longer has."""
+    """A line for each of these names that the installed version lacks."""
     lines = []
     for path, why in NAMES.items():
         library, _, name = path.partition(".")
         module = import_module(library)
         if name.startswith("ops.mkldnn") and not module.backends.mkldnn.is_available():
-            continue  # PyTorch is built without it
+            continue  # a PyTorch built without it
         try:
             attrgetter(name)(module)
         except AttributeError:
@@ -36,8 +36,8 @@ def gone() -> list[str]:
 
 
 class SamplerHooks:
-    """Stands before Transformers' `Trainer` among the bases of a class, which may then override `train_sampler` and `eval_sampler`.
-    Raises FuseChatError where the Trainer would no longer ask for them."""
+    """A base class to put before Transformers' `Trainer`, whose subclasses may override `train_sampler` and `eval_sampler`.
+    Raises FuseChatError if the Trainer would not call them."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -45,11 +45,11 @@ class SamplerHooks:
             raise FuseChatError(*lines)
 
     def train_sampler(self, dataset: Any) -> Any:
-        """The order in which the recipe's `train_sampling_strategy` takes a dataset."""
+        """The sampler of the recipe's `train_sampling_strategy`."""
         return super()._get_train_sampler(dataset)  # type: ignore[misc]
 
     def eval_sampler(self, dataset: Any) -> Any:
-        """The order in which a dataset is measured; None for the data loader's own."""
+        """The sampler of evaluation; None for the data loader's own."""
         return super()._get_eval_sampler(dataset)  # type: ignore[misc]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -60,7 +60,7 @@ class SamplerHooks:
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether oneDNN has kernels for it on this CPU."""
+    """Whether oneDNN has bfloat16 kernels for this CPU."""
     import torch
 
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,4 +1,4 @@
-"""Loading models with Transformers: never remote code that the recipe does not trust, never a pickle."""
+"""Loads models with Transformers. Never runs remote code that the recipe does not trust, and never unpickles."""
 
 import os
 from collections.abc import Iterable
@@ -17,23 +17,23 @@ from fusechat.run.extras import not_installed
 from fusechat.run.files import read_json
 from fusechat.run.progress import log
 
-DeviceMap = str | dict[str, int | str]  # `auto` and the like, or a device (`disk` too) for every part of the model
+DeviceMap = str | dict[str, int | str]  # `auto` and others, or a device (or `disk`) for every module
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def quiet_transformers() -> None:
-    """Keeps the libraries' own bars and advice off the terminal; errors still come through."""
+    """Silences the libraries' progress bars and advice; errors are still shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("accelerate.big_modeling").setLevel(ERROR)  # where weights are is what the user asked for
+    getLogger("accelerate.big_modeling").setLevel(ERROR)  # the user chose the device map
 
 
 def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
-    """How many rows the embedding of a model directory has, by its configuration; no weights are read."""
+    """The number of rows of the embedding, by the configuration; reads no weights."""
     try:
         return int(read_configuration(directory, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
     except AttributeError as error:
@@ -41,7 +41,7 @@ def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
 
 
 def check_causal(directory: Path, *, trust_remote_code: bool = False) -> None:
-    """Raises ModelError where the configuration is of no causal language model that Transformers knows or that brings its code."""
+    """Raises ModelError if the configuration is not of a causal language model of Transformers or of trusted code."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = read_configuration(directory, trust_remote_code=trust_remote_code)
@@ -52,7 +52,7 @@ def check_causal(directory: Path, *, trust_remote_code: bool = False) -> None:
 
 
 def read_configuration(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """Transformers' configuration of a model directory."""
+    """Transformers' configuration of a model directory. Raises ModelError."""
     quiet_transformers()
     from transformers import AutoConfig
 
@@ -63,7 +63,7 @@ def read_configuration(directory: Path, *, trust_remote_code: bool = False) -> A
 
 
 def without_embedding(tokens: Iterable[int], rows: int, tokenizer: Any) -> str | None:
-    """What is wrong where one of `tokens` has no row in an embedding of `rows`, as the end of a sentence about the model."""
+    """The end of a message if one of `tokens` has no row in an embedding of `rows`, else None."""
     greatest = max(tokens, default=-1)
     if greatest < rows:
         return None
@@ -74,23 +74,22 @@ def without_embedding(tokens: Iterable[int], rows: int, tokenizer: Any) -> str |
 
 
 def padding(tokenizer: Any, rows: int) -> int:
-    """What masked places of a batch hold: the tokenizer's padding, or any token where that has no row in an embedding of `rows`."""
+    """The token at masked places of a batch: the tokenizer's padding, or another if that has no row in an embedding of `rows`."""
     token = tokenizer.pad_token_id
     return token if token is not None and token < rows else 0
 
 
 def quantised(directory: Path) -> str | None:
-    """How the weights of a model directory are quantised, by its configuration: bitsandbytes, gptq, awq, …; None for full ones."""
+    """The quantisation method in a model's configuration: bitsandbytes, gptq, awq, …; None for full weights."""
     try:
         found = read_json(directory / "config.json").get("quantization_config")
-    except (OSError, ValueError, AttributeError):  # whoever loads the model says what is wrong with it
+    except (OSError, ValueError, AttributeError):  # reported when the model is loaded
         return None
     return str(found.get("quant_method", "in some way")) if isinstance(found, dict) else None
 
 
 def missing_package(directory: Path) -> str | None:
-    """What to tell the user where the weights of a model directory are quantised in a way that needs a package that is not
-    installed; else None."""
+    """The message for quantised weights that need a package that is not installed, else None."""
     if not quantised(directory):
         return None
     quiet_transformers()
@@ -101,13 +100,13 @@ def missing_package(directory: Path) -> str | None:
         AutoHfQuantizer.from_config(how, pre_quantized=True).validate_environment()
     except ImportError as error:
         return _reason(directory, error)
-    except Exception:  # of many kinds, when the model is loaded: whoever does that says so
+    except Exception:  # of many types; reported when the model is loaded
         pass
     return None
 
 
 def _reason(directory: Path, error: Exception) -> str:
-    """What an error says, as one line; which extra brings the package that quantised weights need."""
+    """An error as one line, with the extra that installs a missing package for quantised weights."""
     if isinstance(error, ImportError) and quantised(directory) == "bitsandbytes":
         return not_installed("its weights are quantised by bitsandbytes, which", "bitsandbytes")
     return first_line(error)
@@ -122,9 +121,13 @@ def load_model(
     offload: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A causal language model in evaluation mode, weights in `dtype` on `device`, or spread by Accelerate as `device_map` says,
-    which may leave some in memory or on disk until they are needed; `offload`: a directory for those that must be written again
-    for that. Quantised ones are as they are stored. Neither these nor a model that is spread may be moved after."""
+    """Loads a causal language model in evaluation mode, with weights in `dtype` on `device`, or as `device_map` says. Raises
+    ModelError.
+
+    With a `device_map` Accelerate spreads it, and may keep some weights in memory or on disk until needed; `offload`: a
+    directory for those that must be written again. Quantised weights stay as stored. Neither quantised nor spread models may be
+    moved.
+    """
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
@@ -139,7 +142,7 @@ def load_model(
             dtype=DTYPES[dtype],
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, in words that name them
+            ignore_mismatched_sizes=True,  # refused below with their names
             output_loading_info=True,
         )
     except Exception as error:
@@ -153,7 +156,7 @@ def load_model(
 
 
 def refuse_missing(report: dict[str, Any], name: str) -> None:
-    """Raises ModelError for weights that the file does not have, or not in that shape: Transformers draws them at random."""
+    """Raises ModelError for weights that are missing, or have another shape. Transformers would initialise them at random."""
     for tensor, found, expected in sorted(report["mismatched_keys"]):
         raise ModelError(f"{name}: {tensor} is {list(found)} in the weights, and {list(expected)} by config.json")
     missing = sorted(report["missing_keys"])
@@ -163,8 +166,8 @@ def refuse_missing(report: dict[str, Any], name: str) -> None:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device that the recipe names, else what is there: CUDA, Apple's MPS, the CPU. Of several processes on a machine each
-    has a GPU of its own."""
+    """The device of the recipe, else CUDA, Apple's MPS or the CPU. Each of several processes on a machine has its own GPU.
+    Raises ModelError for an unavailable device."""
     if torch.cuda.is_available() and name in (None, "cuda"):
         return torch.device("cuda", ranks.local_rank())
     if name:
@@ -178,12 +181,12 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> str:
-    """What a model is run in where nobody says: half the memory on a GPU, and no surprises on a CPU."""
+    """The default dtype of a model: bfloat16 on CUDA, for half the memory, else float32."""
     return "bfloat16" if device.type == "cuda" else "float32"
 
 
 def fast_dtype(device: str | None) -> str:
-    """bfloat16, or float32 where the device that a recipe names has no arithmetic for it. A device that is not here has."""
+    """bfloat16, or float32 if the recipe's device is here and has no bfloat16 arithmetic."""
     try:
         place = choose_device(device)
     except ModelError:
@@ -202,7 +205,7 @@ def _say_slow(device: str) -> None:
 
 
 def computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies matrices in bfloat16 without converting them. Of Apple's some do: that is not relied on."""
+    """Whether a device multiplies matrices in bfloat16 without conversion. Some of Apple's do; this is not relied on."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -212,7 +215,7 @@ def computes_bfloat16(device: torch.device) -> bool:
 
 
 def generation_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """How a model is said to generate: by a file beside it, else by its configuration."""
+    """A model's own generation settings, from their file or from its configuration."""
     from transformers import GenerationConfig
 
     if (directory / "generation_config.json").is_file():
@@ -221,14 +224,14 @@ def generation_config(directory: Path, *, trust_remote_code: bool = False) -> An
 
 
 def stop_tokens(generation_config: Any, tokenizer: Any, end_of_turn: int | None) -> set[int]:
-    """Tokens that end an answer: the template's end of turn, the tokenizer's and the model's end of sequence."""
+    """Tokens that end an answer: the template's end of turn, and the end of sequence of tokenizer and model."""
     own = getattr(generation_config, "eos_token_id", None)
     every = (end_of_turn, tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]))
     return {token for token in every if token is not None}
 
 
 def model_error(directory: Path, what: str, error: Exception) -> Exception:
-    """A line about the user's model where that is what failed; the disk's and our own failures stay what they are."""
+    """A ModelError of one line if the user's model failed; other errors, of the disk or of FuseChat, unchanged."""
     if isinstance(error, MemoryError | AttributeError | NameError):
         return error
     reason = _reason(directory, error)

@@ -1,4 +1,4 @@
-"""What to do where memory does not suffice: tell that it is that, and give back what can be given."""
+"""Running out of memory: recognise it, and free what can be freed."""
 
 import os
 from collections.abc import Callable
@@ -10,7 +10,7 @@ _LIMITS = Path("/sys/fs/cgroup")
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether `error` says so, in any of the ways that PyTorch and its backends have."""
+    """Whether `error` is an out-of-memory error of PyTorch or one of its backends."""
     import torch
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -18,25 +18,25 @@ def out_of_memory(error: Exception) -> bool:
 
 
 def if_it_fits(work: Callable[[], T]) -> T | None:
-    """What `work` gives; None where memory does not suffice for it."""
+    """The result of `work`, or None if it runs out of memory."""
     try:
         return work()
     except Exception as error:
         if not out_of_memory(error):
             raise
-    free_memory()  # not before the exception, and what its frames hold, is gone
+    free_memory()  # after the exception and its frames are gone
     return None
 
 
 def free_memory() -> None:
-    """To be called when the exception, and what its frames hold, is gone."""
+    """Frees cached memory. Call it when the exception and its frames are gone."""
     from accelerate.utils.memory import clear_device_cache
 
     clear_device_cache(garbage_collection=True)
 
 
 def free_bytes() -> int:
-    """Bytes of the machine's memory that this process and others may still take; where the system does not say, all that it has."""
+    """Bytes of memory available to this process; all of the machine's if the system does not say."""
     found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -47,6 +47,6 @@ def free_bytes() -> int:
         used = int((_LIMITS / "memory.current").read_text())
         stat = dict(line.split() for line in (_LIMITS / "memory.stat").read_text().splitlines())
         found = min(found, int((_LIMITS / "memory.max").read_text()) - used + int(stat["inactive_file"]))
-    except (OSError, KeyError, ValueError):  # no such files, or "max"
+    except (OSError, KeyError, ValueError):  # no such file, or "max"
         pass
     return max(found, 0)

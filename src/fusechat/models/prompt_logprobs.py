@@ -1,11 +1,11 @@
-"""From vLLM's `prompt_logprobs` to sparse distributions, for both ways in which they come.
+"""Turns vLLM's `prompt_logprobs` into sparse distributions, in this process and from a server.
 
-For a prompt of T tokens vLLM gives a list of T: None for the first token, and for token t the entries `{token id: (logprob,
-rank)}` of the distribution that predicts it: its k most likely tokens, and the token of the prompt itself where it is not
-among them. In this process an entry is an object with `logprob` and `rank`; a server sends JSON, ids as strings.
+For a prompt of T tokens vLLM returns a list of T: None for the first token, and for token t the entries `{token id: (logprob,
+rank)}` of the distribution that predicts it: its k most probable tokens, and the prompt's token if it is not among them. In this
+process an entry is an object with `logprob` and `rank`; a server sends JSON with ids as strings.
 
-The probability of all other tokens is what these leave, summed in float64. Their own float32 rounding makes up to 1e-6 of
-nothing, so that a smaller tail counts as none; the Transformers backend sums the others themselves.
+The tail is 1 minus their float64 sum. Their float32 rounding gives up to 1e-6, so that a smaller tail counts as 0; the
+Transformers backend sums the other tokens itself.
 """
 
 import math
@@ -20,16 +20,16 @@ from fusechat.errors import DataError, ModelError
 
 _SERVER_MINUS_INFINITY = -9999.0  # JSON has no -inf; vLLM's server writes this for it
 _NO_TAIL = 1e-6
-_ROUNDING = 0.01  # by how much probabilities may sum to more than 1: bfloat16 engines exist
+_ROUNDING = 0.01  # how far above 1 probabilities may sum, for bfloat16 engines
 
 
 def sparse_distribution(
     conversation: Prepared, found: Sequence[Mapping[Any, Any] | None] | None, *, k: int, vocabulary: int, who: str
 ) -> SparseDistribution | None:
-    """The `k` most likely tokens at each of the conversation's rows; None where a value is not finite.
+    """The `k` most probable tokens at each of the conversation's rows; None if a value is not finite.
 
-    `vocabulary`: how many tokens the model knows. Raises ModelError, about `who`, for what is no answer to the question:
-    other tokens than were asked about, fewer than `k`, something else than log-probabilities.
+    `vocabulary`: the model's size. Raises ModelError, naming `who`, for an invalid reply: other tokens than the prompt's, fewer
+    than `k`, or values that are no log-probabilities.
     """
     tokens = len(conversation.input_ids)
     if found is None or len(found) != tokens:
@@ -62,7 +62,7 @@ def sparse_distribution(
 
 
 def refuse_long(conversations: Sequence[Prepared], takes: int, who: str, advice: str = "") -> None:
-    """Raises DataError for conversations of more tokens than the model or the server takes: none is cut."""
+    """Raises DataError for conversations with more tokens than the model or server takes. None is truncated."""
     for conversation in conversations:
         tokens = len(conversation.input_ids)
         if tokens > takes:
@@ -73,7 +73,7 @@ def refuse_long(conversations: Sequence[Prepared], takes: int, who: str, advice:
 
 
 def _entries(found: Mapping[Any, Any] | None) -> dict[int, tuple[float, float]]:
-    """(log-probability, rank) of each token at one position; what is missing is NaN, or of the last rank."""
+    """(log-probability, rank) of each token at a position; NaN, or the last rank, if missing."""
     entries = {}
     for token, entry in (found or {}).items():
         logprob, rank = (

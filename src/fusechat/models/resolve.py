@@ -1,4 +1,4 @@
-"""A model reference becomes a local directory of safetensors, and a fingerprint of its content."""
+"""Resolves a model reference to a local directory of safetensors, and to a fingerprint of its content."""
 
 import re
 from glob import escape
@@ -13,14 +13,14 @@ from fusechat.models.wheels import wheel_digest
 from fusechat.run.cache import known_digest
 from fusechat.run.files import digest_json
 
-_ASKED = 10.0  # seconds that the hub may take to say which commit is the newest
-_CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")  # what makes a model directory what it is
+_ASKED = 10.0  # seconds for the hub to return the newest commit
+_CONTENT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py")  # files that determine a model
 ADAPTER = "adapter_model.safetensors"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def identity(reference: Reference) -> str:
-    """A fingerprint of the model's content. Cheap where the content is known: a stated checksum, an unchanged file."""
+    """A fingerprint of the model's content. Cheap for a stated checksum or an unchanged file. Raises ModelError."""
     if reference.is_wheel:
         return f"sha256:{wheel_digest(reference)}"
     if reference.is_file:
@@ -32,7 +32,7 @@ def identity(reference: Reference) -> str:
 
 
 def local_directory(reference: Reference) -> Path:
-    """A directory with configuration, tokenizer and safetensors; fetches and converts what is not at hand."""
+    """A directory with configuration, tokenizer and safetensors, fetched and converted if needed. Raises ModelError."""
     if reference.is_file:
         return gguf.converted(reference)
     path = Path(reference.checked().parts[0])
@@ -42,7 +42,8 @@ def local_directory(reference: Reference) -> Path:
 
 
 def configuration(reference: Reference) -> Path:
-    """A directory with configuration and tokenizer; of a hub model no weights are fetched. A GGUF file is converted."""
+    """A directory with configuration and tokenizer. Fetches no weights from the hub; GGUF files are converted. Raises
+    ModelError."""
     if reference.is_file:
         return local_directory(reference)
     path = Path(reference.checked().parts[0])
@@ -50,7 +51,7 @@ def configuration(reference: Reference) -> Path:
 
 
 def find_cached(reference: Reference) -> Path | None:
-    """The same directory where it is on this machine already; fetches and converts nothing, and asks no network."""
+    """The directory of `local_directory` if it exists on this machine; fetches and converts nothing, without network access."""
     if reference.is_file:
         return gguf.find_cached(reference)
     path = Path(reference.parts[0])
@@ -60,14 +61,14 @@ def find_cached(reference: Reference) -> Path | None:
 
 
 def _find_fetched(reference: Reference) -> Path | None:
-    """What has been fetched of a hub model before, which is not all that the hub has."""
+    """The directory of files fetched from the hub before, which may be incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
     name, _, revision = reference.parts[0].partition("@")
     for file in ("config.json", "adapter_config.json", "tokenizer.json"):
         try:
             found = try_to_load_from_cache(name, file, revision=reference.commit or revision or None)
-        except Exception:  # no name that the hub could have
+        except Exception:  # not a valid id
             return None
         if isinstance(found, str):
             return Path(found).parent
@@ -75,8 +76,7 @@ def _find_fetched(reference: Reference) -> Path | None:
 
 
 def current_commit(kind: str, asked: str) -> str:
-    """The commit that an id of the hub stands for today, with or without a revision. `kind`: `model` or `dataset`. Raises
-    ModelError or DataError for one that is unavailable."""
+    """The current commit of a hub id, with or without a revision. `kind`: `model` or `dataset`. Raises ModelError or DataError."""
     revision = asked.partition("@")[2]
     if re.fullmatch(COMMIT, revision):
         return revision
@@ -86,13 +86,13 @@ def current_commit(kind: str, asked: str) -> str:
 
 
 def newest_commit(kind: str, asked: str) -> str | None:
-    """As `current_commit`, by the hub itself, which is asked for nothing else; None where it gives no answer."""
+    """As `current_commit`, from the hub only; None without an answer."""
     from huggingface_hub import HfApi
 
     name, _, revision = asked.partition("@")
     try:
         return HfApi().repo_info(name, repo_type=kind, revision=revision or None, timeout=_ASKED).sha
-    except Exception:  # of many kinds: no network, no such branch any more
+    except Exception:  # of many types: no network, a deleted branch
         return None
 
 
@@ -118,7 +118,7 @@ def _check_weights(directory: Path, reference: Reference) -> None:
 
 
 def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
-    """Fetches what stands at the top of a repository first, then what that names: the same files as a copy of it is merged from."""
+    """Fetches a repository's top-level files first, then the files that they name: the files that a copy of the model has."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -127,23 +127,23 @@ def _hub_snapshot(reference: Reference, *, weights: bool) -> Path:
     try:
         try:
             files = [part.rfilename for part in HfApi().model_info(name, revision=at).siblings or ()]
-        except Exception as error:  # of many kinds: no network, or none wanted; what is at hand is taken
+        except Exception as error:  # of many types: no network, offline mode; use the cache
             gone = isinstance(error, RepositoryNotFoundError | RevisionNotFoundError)
             fetched = None if gone else _find_fetched(reference)
             if fetched is None:
                 raise
             return fetched
         snapshot = Path(snapshot_download(name, revision=at, allow_patterns=_exactly(to_fetch(files))))
-        at = snapshot.name  # the same commit, should the branch move meanwhile
+        at = snapshot.name  # the same commit, even if the branch moves
         wanted = [*to_fetch(files, snapshot), *(weight_files(files, snapshot) if weights else [])]
         return Path(snapshot_download(name, revision=at, allow_patterns=_exactly(wanted)))
-    except Exception as error:  # the hub client raises many kinds; all mean that the model is unavailable
+    except Exception as error:  # of many types; all mean that the model is unavailable
         reason = first_line(error)
         raise ModelError(f"{reference}: no such directory, and the hub gave no such model ({reason})") from error
 
 
 def _exactly(files: list[str]) -> list[str]:
-    """Patterns for files by their names."""
+    """Glob patterns that match exactly these names."""
     return [escape(file) for file in files]
 
 

@@ -1,8 +1,8 @@
-"""Where in a rendered conversation its contents are, found by rendering it again with marks and comparing.
+"""Finds the contents of messages in a rendered conversation, by rendering it again with marks and comparing.
 
-First every content is replaced by a mark: what stands between the marks is the template's own text, and between those pieces the
-contents must follow, as they are or stripped. Where the template's own text depends on the contents (it takes reasoning out of
-them, or writes calls of tools), marks are put around one answer at a time and everything else stays as it is.
+First every content is replaced by a mark: the text between the marks is the template's own, and the contents must be between
+these pieces, unchanged or stripped. If the template's own text depends on the contents (it removes reasoning, or writes tool
+calls), marks are put around one answer at a time, with everything else unchanged.
 """
 
 import re
@@ -12,24 +12,25 @@ from zlib import crc32
 
 from fusechat.data.messages import Message
 
-OPEN, CLOSE = "\ue1a7", "\ue1a8"  # private use: in no text that one would train on
+OPEN, CLOSE = "\ue1a7", "\ue1a8"  # private use: not in training texts
 REASONING = ("reasoning_content", "reasoning", "thinking")
-_STRIPPED = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to a content, the commonest first
+_STRIPPED = (str, str.strip, str.lstrip, str.rstrip)  # what templates do to a content, most common first
 _TAGS = re.compile(r"<(/?)(?:think|thinking|thought|reasoning|seed:think)>|\[(/?)THINK\]")
-WORDS = 1 << 24  # bytes from here on are in a template's own words
+WORDS = 1 << 24  # byte offsets from here on are of a template's own words
 Apply = Callable[[Sequence[Message]], str]
 
 
 class UnrenderableError(Exception):
-    """Why a conversation cannot be used with this template; the conversation is rejected and the reason counted."""
+    """Why a template cannot render a conversation. The conversation is rejected, and the reason counted."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Characters of the rendered text: `begin`, `end` of what is the message's, `gap_end`: where the template's text after it
-    ends. `skipped`: how many characters of the original content are gone from the front. `own`: how many characters from
-    `begin` on are the content's; what follows is in the template's words (calls, reasoning as it writes it). `dropped`:
-    reasoning is left out."""
+    """A message in the rendered text, in characters: from `begin` to `end`; the template's text after it ends at `gap_end`.
+
+    `skipped`: characters missing from the front of the original content. `own`: how many characters from `begin` on are the
+    content's; the rest are the template's words (calls, reasoning). `dropped`: reasoning is left out.
+    """
 
     begin: int
     end: int
@@ -41,10 +42,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Response:
-    """Characters of the rendered text. `asked`: where the asked prompt ends, the text after which a model is asked for this
-    response; `begin`, `end`: the content; `gap_end`: where the template's text after it ends. `skipped`: how many characters
-    of the original content the template stripped from the front. `own`: how many characters of the content are the message's
-    own, as it has them; those after them are in the template's words, and counted from the byte `offset` on."""
+    """A response in the rendered text, in characters. `asked`: the end of the prompt that asks for it; `begin`, `end`: the
+    content; `gap_end`: the end of the template's text after it.
+
+    `skipped`: characters that the template stripped from the front of the content. `own`: how many characters are the message's
+    own; the rest are the template's words, with byte offsets from `offset` on.
+    """
 
     asked: int
     begin: int
@@ -57,19 +60,21 @@ class Response:
 
 @dataclass(frozen=True)
 class Rendered:
+    """A rendered conversation."""
+
     text: str
-    responses: tuple[Response, ...]  # one for each assistant message that is learnt, in order
-    system_folded: bool = False  # the template refuses the system message: it went in front of the first user message
+    responses: tuple[Response, ...]  # one for each trained assistant message, in order
+    system_folded: bool = False  # the template refuses the system message; it is in front of the first user message
     marks: frozenset[str] = frozenset()  # what the template leaves out, by the names of `left_out.py`
 
 
 def places(messages: Sequence[Message], text: str, apply: Apply) -> list[Place]:
-    """One for each message. Raises UnrenderableError unless each stands in the text once, in order, as it is or stripped."""
+    """The place of each message. Raises UnrenderableError unless each is in the text once, in order, unchanged or stripped."""
     return _marked(messages, text, apply, range(len(messages)))
 
 
 def _marked(messages: Sequence[Message], text: str, apply: Apply, which: Sequence[int]) -> list[Place]:
-    """Of these messages, all others being as they are."""
+    """The places of these messages, with all others unchanged."""
     marks = {index: f"{OPEN}{index}{CLOSE}" for index in which}
     marked = apply([replace(one, content=marks.get(index, one.content)) for index, one in enumerate(messages)])
     cursor, read = 0, 0
@@ -103,7 +108,7 @@ def _marked(messages: Sequence[Message], text: str, apply: Apply, which: Sequenc
 
 
 def _content_at(text: str, cursor: int, content: str, following: str) -> str | None:
-    """`content` as it stands at `cursor`, whole or stripped, with the template's `following` text after it."""
+    """`content` as it is at `cursor`, whole or stripped, followed by the template's `following` text; else None."""
     for strip in _STRIPPED:
         candidate = strip(content)
         if text.startswith(candidate + following, cursor):
@@ -114,8 +119,8 @@ def _content_at(text: str, cursor: int, content: str, following: str) -> str | N
 def response_places(
     messages: Sequence[Message], text: str, apply: Apply, *, asked: Callable[[int], int | None], end_text: str | None
 ) -> dict[int, Place]:
-    """Of the messages that are learnt, where the template's own text depends on what they hold. `asked`: where the prompt that asks
-    for a message ends, None where the text does not begin with it; `end_text`: what ends a turn. Raises UnrenderableError."""
+    """The places of trained messages, if the template's own text depends on their contents. Raises UnrenderableError. `asked`:
+    the end of the prompt that asks for a message, None if the text does not begin with it. `end_text`: what ends a turn."""
     others = [index for index, message in enumerate(messages) if message.role != "assistant"]
     known = dict(zip(others, _marked(messages, text, apply, others), strict=True)) if others else {}
     found: dict[int, Place] = {}
@@ -133,8 +138,7 @@ def response_places(
 
 
 def _written(messages: Sequence[Message], text: str, apply: Apply) -> int:
-    """How much of the text a template writes for the first messages: what follows is of those after them, their headers too. All
-    of it where the text does not begin so."""
+    """The length of the text that a template writes for the first messages; all of it if the text does not begin with that."""
     try:
         found = apply(messages)
     except UnrenderableError:
@@ -164,7 +168,7 @@ def _response(
     else:
         raise UnrenderableError("where the template writes a call is not to be found")
     if told:
-        before = limit if not message.content.strip() else place.begin  # of a call alone nothing says where it begins
+        before = limit if not message.content.strip() else place.begin  # a call without content has no own begin
         kept = told in text[asked or 0 : before]
         place = _from_reasoning(place, text, told, asked) if kept else replace(place, dropped=True)
     if has_calls:
@@ -175,14 +179,14 @@ def _response(
 
 
 def _from_reasoning(place: Place, text: str, reasoning: str, asked: int | None) -> Place:
-    """From where the template writes the reasoning on, in its own words."""
+    """The place extended to the reasoning that the template writes in its own words."""
     begin = text.rfind(reasoning, 0, place.begin) if asked is None else asked
     begin += len(text[begin:]) - len(text[begin:].lstrip())
     return replace(place, begin=begin, skipped=0, own=0)
 
 
 def _answer(messages: Sequence[Message], index: int, text: str, apply: Apply, asked: int | None) -> Place:
-    """Where a content stands: whole, or what follows the reasoning in it, which the template writes in its own way or drops."""
+    """The place of a content: whole, or what follows its reasoning, which the template rewrites or drops."""
     message = messages[index]
     content = message.content
     for begin, end in _parts(content):
@@ -211,7 +215,7 @@ def _answer(messages: Sequence[Message], index: int, text: str, apply: Apply, as
 
 
 def _parts(content: str) -> Iterator[tuple[int, int]]:
-    """What of a content may be its answer: all of it, or what follows reasoning; with the white space around it, or without."""
+    """Parts of a content that may be its answer: all, or what follows reasoning; with surrounding white space or without."""
     closed = [found.end() for found in _TAGS.finditer(content) if "/" in found[0]]
     for start in [0, *closed[-1:]]:
         part = content[start:]
@@ -230,12 +234,12 @@ def _without(message: Message, key: str) -> dict[str, object]:
 
 
 def is_dropped(text: str) -> bool:
-    """Whether a part of a content is such as templates leave out: white space, or reasoning with the tag that ends it."""
+    """Whether templates leave out such text: white space, or reasoning with its closing tag."""
     closed = [found.end() for found in _TAGS.finditer(text) if "/" in found[0]]
     return not text[closed[-1] if closed else 0 :].strip()
 
 
 def words_offset(words: str) -> int:
-    """Where bytes that are in a template's own words are counted from: a place far after any content, and another one for other
-    words, so that two models' tokens there correspond only where both templates write the same."""
+    """The byte offset of a template's own words: far after any content, and different for different words, so that two models'
+    tokens correspond there only if both templates write the same."""
     return WORDS + crc32(words.encode()) % (1 << 12) * (1 << 18)

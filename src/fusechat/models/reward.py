@@ -1,4 +1,4 @@
-"""Reward models: Transformers' sequence classification with one label, whose logit is the reward of a conversation."""
+"""Reward models: sequence classification models of Transformers with one label, whose logit is the reward."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from fusechat.models.memory import free_memory, if_it_fits
 
 
 class RewardModel:
-    """A loaded model. `batch_tokens`: of a batch at most, padding counted; fewer once memory did not suffice."""
+    """A loaded model. `batch_tokens`: maximum tokens of a batch, padding included; reduced when memory runs out."""
 
     def __init__(self, chat_model: ChatModel, *, dtype: str, device: str | None, batch_tokens: int) -> None:
         quiet_transformers()
@@ -44,7 +44,7 @@ class RewardModel:
         self._model: Any = model.to(self._device).eval()
 
     def rewards(self, texts: Sequence[str]) -> list[float | None]:
-        """Of each rendered conversation, None where it is longer than the model takes."""
+        """The reward of each rendered conversation; None if it is longer than the model takes."""
         found: list[float | None] = [None] * len(texts)
         tokens = [list(self._tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
         fitting = [place for place, one in enumerate(tokens) if 0 < len(one) <= self._room]
@@ -56,7 +56,7 @@ class RewardModel:
         return found
 
     def _run(self, rows: list[list[int]]) -> list[float]:
-        """Halves a batch that does not fit in memory."""
+        """Runs a batch; halves it if memory runs out."""
         found = if_it_fits(lambda: self._forward(rows))
         if found is not None:
             return found
@@ -68,7 +68,7 @@ class RewardModel:
     @torch.inference_mode()
     def _forward(self, rows: list[list[int]]) -> list[float]:
         config, width = self._model.config.get_text_config(), max(map(len, rows))
-        if not self._pads_itself:  # the reward stands at the last token that is no padding
+        if not self._pads_itself:  # the reward is at the last token before padding
             last = {row[-1] for row in rows}
             config.pad_token_id = next(token for token in range(len(rows) + 1) if token not in last)
         pad = config.pad_token_id
@@ -77,6 +77,6 @@ class RewardModel:
         return [float(value) for value in self._model(input_ids=ids, attention_mask=mask).logits[:, 0].float().cpu()]
 
     def close(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         self._model = None
         free_memory()

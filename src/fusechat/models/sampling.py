@@ -1,7 +1,7 @@
-"""Sampling in which every row of a batch draws from numbers of its own, and stop strings that are looked for in answers alone.
+"""Sampling with separate random numbers for every row of a batch, and stop strings that are searched in answers only.
 
-The most likely token after Gumbel noise was added to the log-probabilities is a draw from them (Gumbel 1954; Maddison et al.,
-arXiv 1411.0030), so that generation itself stays greedy.
+The maximum of the log-probabilities plus Gumbel noise is a sample (Gumbel 1954; Maddison et al., arXiv 1411.0030), so that
+generation itself stays greedy.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from fusechat.run.files import digest_json
 
 
 def draw(keys: Sequence[Any], *, temperature: float, top_p: float) -> list[LogitsProcessor]:
-    """What makes greedy generation draw: at `temperature`, from the most likely tokens that have `top_p` of the probability.
-    `keys`: for each row of the batch what its numbers depend on, as JSON. Nothing at temperature 0."""
+    """Logits processors that make greedy generation sample at `temperature`, from the most probable tokens with mass `top_p`.
+    `keys`: JSON for each row of the batch, from which its random numbers derive. Empty at temperature 0."""
     if not temperature:
         return []
     warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(temperature)]
@@ -26,7 +26,7 @@ def draw(keys: Sequence[Any], *, temperature: float, top_p: float) -> list[Logit
 
 
 class GumbelNoise(LogitsProcessor):
-    """Adds to logits [rows, V] noise from a generator for each row, which its key alone decides."""
+    """Adds noise to logits [rows, V], with a generator for each row that is seeded by its key."""
 
     def __init__(self, keys: Sequence[Any]) -> None:
         self._seeds = [int(digest_json(key)[:15], 16) for key in keys]
@@ -36,7 +36,7 @@ class GumbelNoise(LogitsProcessor):
         place = scores.device if scores.device.type in ("cpu", "cuda") else torch.device("cpu")
         if not self._generators:
             self._generators = [torch.Generator(place).manual_seed(seed) for seed in self._seeds]
-        # float64: a float32 number is 0, whose noise is infinite, once in 16 million times, which is once in some hundred tokens
+        # float64: a uniform float32 is 0, with infinite noise, once in 16 million draws, which is once in some hundred tokens
         drawn = torch.empty(scores.shape, dtype=torch.float64, device=place)
         for row, generator in zip(drawn, self._generators, strict=True):
             row.exponential_(generator=generator)
@@ -44,8 +44,8 @@ class GumbelNoise(LogitsProcessor):
 
 
 def stop_at(stop: Sequence[str], tokenizer: Any, *, prompt: int, name: str) -> list[StopStringCriteria]:
-    """What ends the rows of a batch at the first of these strings, of which nothing is in the prompt, that many tokens. Raises
-    ModelError for one that cannot be written in the tokenizer's tokens."""
+    """Stopping criteria that end a row at the first of these strings after its first `prompt` tokens. Raises ModelError for a
+    string that the tokenizer cannot write."""
     if not stop:
         return []
     try:

@@ -1,7 +1,7 @@
-"""A chat template whose generation prompt is the asked prompt, for other programs than this one.
+"""A chat template whose generation prompt is the one that the model was trained on, for other programs.
 
-Some templates write text between their generation prompt and the answer of a whole conversation, so that a model that learned from
-whole conversations is asked in a form that it never saw. What is saved with such a model is a template that asks as it was taught.
+Some templates write text between their generation prompt and the answer of a whole conversation. A model trained on whole
+conversations would then be prompted in a form that it never saw, so a changed template is saved with it.
 """
 
 import json
@@ -12,15 +12,15 @@ from typing import Any
 from fusechat.data.messages import Message
 from fusechat.models.templates import OWN_PROMPT, ChatTemplate, UnrenderableError
 
-_SWITCHES = ("enable_thinking", "thinking")  # variables that templates of reasoning models ask for
+_SWITCHES = ("enable_thinking", "thinking")  # variables in templates of reasoning models
 _USER, _ANSWER = Message("user", "Why?"), Message("assistant", "So it is.")
 _PROBES = ([_USER], [Message("system", "Be brief."), _USER], [_USER, _ANSWER, _USER])
 
 
 @dataclass(frozen=True)
 class Asking:
-    """`template`: the chat template to save. `note`: what a user of the model should know of it, None where it is as it was.
-    `exact`: whether its generation prompt is what the model was trained after."""
+    """`template`: the chat template to save. `note`: what a user of the model should know about it, None if unchanged. `exact`:
+    its generation prompt is the one of training."""
 
     template: str
     note: str | None = None
@@ -28,9 +28,11 @@ class Asking:
 
 
 def asking(template: ChatTemplate, *, own_prompt: bool = False) -> Asking:
-    """The template itself if it asks as it teaches, else with as little changed as makes it do so and leaves conversations as they
-    are; where nothing does, the template itself and a note. Other programs set no variables of a recipe. `own_prompt`: the model
-    learned most of its answers after the template's own generation prompt, though plain answers stand elsewhere."""
+    """The template if it prompts as in training, else with the least change that makes it so and keeps conversations unchanged.
+
+    If no change does, the template and a note. Other programs do not set a recipe's variables. `own_prompt`: most answers were
+    trained after the template's own generation prompt, which plain answers do not follow.
+    """
     if own_prompt and template.is_ambiguous:
         return Asking(
             OWN_PROMPT + _with_defaults(template.template, template.variables),
@@ -38,7 +40,7 @@ def asking(template: ChatTemplate, *, own_prompt: bool = False) -> Asking:
         )
     pairs = [(probe, prompt) for probe in _PROBES if (prompt := _prompt(template, probe)) is not None]
     texts = [_render(template, probe) for probe, _ in pairs]
-    for changed, note in _candidates(template, pairs) if pairs else ():  # without a probe nothing is known
+    for changed, note in _candidates(template, pairs) if pairs else ():  # nothing to compare without a probe
         other = template.elsewhere(changed)
         asks = all(_render(other, probe, ask=True) == prompt for probe, prompt in pairs)
         if asks and [_render(other, probe) for probe, _ in pairs] == texts:
@@ -80,7 +82,7 @@ def _candidates(template: ChatTemplate, pairs: Sequence[tuple[list[Message], str
 
 
 def _prompt(template: ChatTemplate, probe: Sequence[Message]) -> str | None:
-    """What the model is asked by; None for a conversation that the template refuses, or takes only with its system text moved."""
+    """The prompt of a conversation; None if the template refuses it, or takes it only with its system text moved."""
     try:
         prompt = template.prompt(probe)
     except UnrenderableError:
@@ -97,7 +99,7 @@ def _render(template: ChatTemplate, probe: Sequence[Message], *, ask: bool = Fal
 
 
 def _with_defaults(template: str, variables: Mapping[str, Any]) -> str:
-    """The template with values for variables that a program does not set."""
+    """The template with defaults for variables that a program does not set."""
     lines = [
         f"{{%- if {name} is not defined %}}{{%- set {name} = {_literal(value)} %}}{{%- endif %}}"
         for name, value in variables.items()

@@ -1,4 +1,4 @@
-"""What went wrong with one request to an OpenAI-compatible server, as the client raised it."""
+"""Faults of one request to an OpenAI-compatible server, from the client's exceptions."""
 
 import json
 import math
@@ -10,17 +10,24 @@ from typing import Any, Literal
 
 from fusechat.errors import first_line
 
-OTHER_SHAPE = (TypeError, KeyError, IndexError, AttributeError, ValueError, RecursionError)  # not JSON, or other JSON
+OTHER_SHAPE = (
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    ValueError,
+    RecursionError,
+)  # not JSON, or JSON of another shape
 _ASK_AGAIN = (408, 409, 429)  # and 5xx
-_LONGEST = 200  # characters of what a server says
-_SECRET = 4  # characters; a shorter key is a word like "x" that stands for none
+_LONGEST = 200  # characters of a server's message
+_SECRET = 4  # characters; a shorter key is a placeholder such as "x"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`said`: one line. `wait`: seconds that the server asks to wait. `code`, `param`: as OpenAI's errors have them."""
+    """`said`: one line. `wait`: seconds that the server asks to wait. `code`, `param`: as in OpenAI's errors."""
 
-    kind: Literal["refused", "broken", "timeout", "malformed", "status"]  # refused: there was no connection at all
+    kind: Literal["refused", "broken", "timeout", "malformed", "status"]  # refused: no connection
     said: str
     status: int | None = None
     code: str = ""
@@ -29,20 +36,18 @@ class Fault:
 
     @property
     def heard(self) -> bool:
-        """The server answered, whatever it said."""
+        """Whether the server replied at all."""
         return self.kind in ("malformed", "status")
 
     @property
     def may_pass(self) -> bool:
-        """Asking again may help."""
+        """Whether a retry may help."""
         return self.status is None or self.status in _ASK_AGAIN or self.status >= 500
 
 
 def fault_of(error: Exception, openai: Any, *, timeout: float, secret: str) -> Fault:
-    """`timeout`: the seconds that the request had. `secret`: the key, which is not repeated should the server say it.
-
-    Of the client's HTTP library, which differs by version, only class names are known.
-    """
+    """The fault of a client exception. `timeout`: the request's, in seconds. `secret`: the key, which is removed from messages.
+    Exceptions of the HTTP library, which differs by version, are recognised by class name."""
     cause = type(error.__cause__).__name__
     if isinstance(error, openai.APIStatusError):
         wait = _seconds(error.response.headers.get("retry-after"))
@@ -71,7 +76,7 @@ def _shortened(text: str, secret: str) -> str:
 
 
 def said_by_server(error: Exception) -> str:
-    """What the server itself said, else what the client says."""
+    """The server's own message, else the client's."""
     body: Any = getattr(error, "body", None)
     for name in ("error", "message", "detail"):  # {"error": {"message": …}}, {"error": …}, {"detail": …}
         if isinstance(body, dict) and body.get(name):
@@ -81,17 +86,17 @@ def said_by_server(error: Exception) -> str:
 
 
 def root_cause(error: BaseException) -> str:
-    """What it came from in the end: `Connection refused`."""
+    """The innermost cause, such as `Connection refused`."""
     while inner := error.__cause__ or error.__context__:
         error = inner
-    if isinstance(error, BaseExceptionGroup):  # of a name with several addresses
+    if isinstance(error, BaseExceptionGroup):  # for a host with several addresses
         return root_cause(error.exceptions[0])
     number = getattr(error, "errno", None)
     return os.strerror(number) if number and number > 0 else first_line(error)
 
 
 def _seconds(header: str | None) -> float | None:
-    """`Retry-After`: seconds, or the date until which to wait."""
+    """The seconds of a `Retry-After` header, a number or a date."""
     if header is None:
         return None
     try:

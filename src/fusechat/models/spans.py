@@ -1,7 +1,7 @@
-"""Byte spans of tokens: which UTF-8 bytes of a text each of its tokens stands for.
+"""Byte spans of tokens: the UTF-8 bytes of a text that each of its tokens covers.
 
-Spans come from the tokens' own bytes, because character offsets overlap where a character is split over several tokens.
-Only where the tokenizer changes the text, or drops some of it, do its offsets say which token the text belongs to.
+Spans come from the tokens' own bytes, because character offsets overlap where several tokens share a character. Offsets are used
+only where the tokenizer changes the text or drops some of it.
 """
 
 from collections.abc import Iterator
@@ -17,8 +17,8 @@ from fusechat.models.token_bytes import TokenBytes, token_bytes
 
 @dataclass(frozen=True)
 class Encoded:
-    """`ids` int32 [n]; `spans` int64 [n, 2] in UTF-8 bytes of the text; `exact` is False where the tokenizer changes the
-    text, so that some spans had to be taken from its character offsets."""
+    """`ids` int32 [n]; `spans` int64 [n, 2] in UTF-8 bytes of the text. `exact`: False if the tokenizer changes the text, so
+    that some spans are from character offsets."""
 
     ids: np.ndarray
     spans: np.ndarray
@@ -26,17 +26,17 @@ class Encoded:
 
 
 def token_spans(tokenizer: Any, text: str) -> np.ndarray:
-    """UTF-8 byte span `[begin, end)` of every token of `text`, encoded without adding special tokens.
+    """The UTF-8 bytes `[begin, end)` of every token of `text`, encoded without special tokens: int64 [n, 2].
 
-    Returns int64 [n, 2], monotone; where the tokenizer keeps the text, the spans tile it. A token that stands for nothing
-    in the text (a dummy prefix) has an empty span; an added token that swallows the space around it covers that. Raises
-    ModelError for a slow tokenizer, or for a text that holds half a surrogate pair.
+    Spans are monotone; if the tokenizer keeps the text, they tile it. A token without text (a dummy prefix) has an empty span,
+    and an added token covers the spaces that it strips. Raises ModelError for a slow tokenizer, and for a text with single
+    surrogates.
     """
     return encode_with_spans(tokenizer, text).spans
 
 
 def encode_with_spans(tokenizer: Any, text: str) -> Encoded:
-    """Ids and byte spans of `text`, encoded once and whole, without adding special tokens. Raises as `token_spans` does."""
+    """Ids and byte spans of `text`, encoded without special tokens. Raises ModelError as `token_spans` does."""
     table = token_bytes(tokenizer)
     try:
         data = text.encode()
@@ -47,11 +47,11 @@ def encode_with_spans(tokenizer: Any, text: str) -> Encoded:
     backend.no_padding()
     encoding = backend.encode(text, add_special_tokens=False)
     ids = np.array(encoding.ids, dtype=np.int32)
-    if ids.max(initial=-1) >= len(table):  # tokens were added since
+    if ids.max(initial=-1) >= len(table):  # tokens were added later
         token_bytes.cache_clear()
         table = token_bytes(tokenizer)
     marks = np.zeros(0, dtype=np.int64)
-    if table.space_mark and table.space_mark in text:  # to the tokenizer it is a space
+    if table.space_mark and table.space_mark in text:  # the tokenizer reads it as a space
         text, data, marks = _marks_as_spaces(text, data, table.space_mark)
     widths = _widths_from_bytes(ids, table, data)
     if widths is not None:
@@ -66,15 +66,15 @@ def encode_with_spans(tokenizer: Any, text: str) -> Encoded:
 
 
 def _marks_as_spaces(text: str, data: bytes, mark: str) -> tuple[str, bytes, np.ndarray]:
-    """The text with spaces for its space marks, its bytes, and at which of these marks stood."""
+    """The text with its space marks replaced by spaces, its bytes, and the positions of these marks."""
     plain = text.replace(mark, " ")
     lengths = [len(part.encode()) for part in text.split(mark)[:-1]]
     return plain, plain.encode(), np.cumsum(lengths, dtype=np.int64) + np.arange(len(lengths))
 
 
 def _widths_from_bytes(ids: np.ndarray, table: TokenBytes, data: bytes) -> np.ndarray | None:
-    """How many bytes of the text each token covers, [n], where the tokens' bytes one after another are the text, less a dummy
-    prefix at its start or after an added token; None where they are not."""
+    """The width of each token in bytes, [n], if the tokens' bytes joined are the text, apart from a dummy prefix at its start or
+    after an added token; else None."""
     joined = b"".join(map(table.pieces.__getitem__, ids.tolist()))
     widths = table.lengths[ids]
     if joined == data:
@@ -97,8 +97,8 @@ def _widths_from_bytes(ids: np.ndarray, table: TokenBytes, data: bytes) -> np.nd
 
 
 class _Cluster(NamedTuple):
-    """Tokens that share characters with each other and with no token outside; `offsets` in bytes, one for each token.
-    `begin`, `end`: what the offsets cover; `cursor`, `limit`: where the cluster before ends and the next one begins."""
+    """A minimal group of tokens that share no characters with others; `offsets` in bytes, one for each token. `begin`, `end`:
+    what the offsets cover; `cursor`, `limit`: the end of the previous cluster and the start of the next."""
 
     tokens: list[int]
     offsets: list[list[int]]
@@ -109,7 +109,7 @@ class _Cluster(NamedTuple):
 
 
 def _spans_by_cluster(ids: np.ndarray, offsets: np.ndarray, table: TokenBytes, text: str) -> tuple[np.ndarray, bool]:
-    """Spans [n, 2] of a text that the tokenizer changes somewhere, and whether the tokens' own bytes gave them all."""
+    """Spans [n, 2] of a text that the tokenizer changes, and whether all are from the tokens' own bytes."""
     data = text.encode()
     at = np.append(np.flatnonzero((np.frombuffer(data, dtype=np.uint8) & 0xC0) != 0x80), len(data))  # characters begin
     offsets = at[offsets]
@@ -139,8 +139,8 @@ def _spans_by_cluster(ids: np.ndarray, offsets: np.ndarray, table: TokenBytes, t
 def _spans_where_equal(
     ids: np.ndarray, bounds: np.ndarray, covered: tuple[np.ndarray, np.ndarray], table: TokenBytes, data: bytes
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Spans [n, 2] by the tokens' own bytes from where each cluster begins, and for which clusters, bool, these bytes are
-    what the text has there. Added tokens are not looked at: space around them may be theirs."""
+    """Spans [n, 2] by the tokens' own bytes from each cluster's start, and bool, the clusters where the text has these bytes.
+    Added tokens are excluded, because they may cover spaces around them."""
     begins, ends = covered
     widths = table.lengths[ids].astype(np.int64)
     stops = np.append(0, np.cumsum(widths))
@@ -154,7 +154,7 @@ def _spans_where_equal(
 
 
 def _from_added(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tuple[int, int]] | None:
-    """The span of an added token, with the space around it that it swallows."""
+    """The span of an added token, with the spaces that it strips."""
     token = table.added.get(cluster.tokens[0])
     if token is None or len(cluster.tokens) > 1:
         return None
@@ -171,8 +171,8 @@ def _from_added(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tuple
 
 
 def _from_bytes(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tuple[int, int]] | None:
-    """Spans by a reading of the tokens that the text has at the cursor, or right before the cluster's end: offsets may leave
-    out a space that the tokens hold."""
+    """Spans by a reading of the tokens that matches the text at the cursor, or right before the cluster's end: offsets may leave
+    out a space that the tokens have."""
     for pieces in _readings(cluster, table, data):
         own = b"".join(pieces)
         for begin in (cluster.cursor, cluster.end - len(own)):
@@ -184,7 +184,7 @@ def _from_bytes(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tuple
 
 
 def _readings(cluster: _Cluster, table: TokenBytes, data: bytes) -> Iterator[list[bytes]]:
-    """What the tokens may stand for: their bytes, or `<0x41>` where a byte token's name is written; less a dummy prefix."""
+    """Byte strings that the tokens may stand for: their bytes, or a literal `<0x41>`; also without a dummy prefix."""
     own = [table.pieces[token] for token in cluster.tokens]
     readings = [own]
     if not table.byte_tokens.isdisjoint(cluster.tokens):
@@ -202,8 +202,8 @@ def _readings(cluster: _Cluster, table: TokenBytes, data: bytes) -> Iterator[lis
 
 
 def _from_offsets(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tuple[int, int]]:
-    """Tokens that share a character give it to the first of them. A space that the first token begins with is the one that
-    the offsets left out, or a dummy prefix."""
+    """Spans by offsets: the first of several tokens gets a shared character. Its leading space is one that the offsets left out,
+    or a dummy prefix."""
     (begin, end), *others = cluster.offsets
     first, cursor = table[cluster.tokens[0]], cluster.cursor
     if first.startswith(b" ") and not data[begin:end].decode()[:1].isspace():
@@ -217,8 +217,8 @@ def _from_offsets(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tup
 
 
 def _without_gaps(spans: np.ndarray, size: int) -> np.ndarray:
-    """Monotone spans [n, 2]: bytes that no token covers go to the one with a width before, at the start to the first of these;
-    where none has a width, all go to the last token."""
+    """Monotone spans [n, 2]. Bytes without a token go to the token with a width before them, at the start to the first of these;
+    if none has a width, all go to the last token."""
     wide = np.flatnonzero(spans[:, 1] > spans[:, 0])
     wide = wide if len(wide) else np.array([len(spans) - 1])
     edges = np.concatenate([[0], spans[wide[1:], 0], [size]])

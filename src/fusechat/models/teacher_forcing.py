@@ -1,5 +1,5 @@
-"""Teacher forcing: a model run over whole conversations, in batches of like length that are made smaller where memory does not
-suffice, and what its logits say at the response rows: log-probabilities for capture, evaluation and scores of answers."""
+"""Teacher forcing: runs a model on whole conversations, in batches of similar length that shrink when memory runs out, and
+computes on the logits of the response rows: log-probabilities for capture, evaluation and scores of answers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -15,20 +15,20 @@ from fusechat.models.memory import if_it_fits
 from fusechat.run.progress import log
 
 Conversations = PreparedSet | Sequence[Prepared]
-Columns = tuple[torch.Tensor, ...]  # tensors of n rows each, a row for each response row
+Columns = tuple[torch.Tensor, ...]  # tensors [n, …], one row for each response row
 Compute = Callable[[torch.Tensor, torch.Tensor], Columns]  # logits [n, V] and gold tokens int64 [n] → columns
 Started = tuple[Columns, torch.cuda.Event | None]
 
 
 class TeacherForcing:
-    """A model and how it is run: at most `batch_tokens` in a batch, padding counted, fewer once memory did not suffice. `name`: how
-    errors call the model; `keys`: what sets the tokens of a batch and of the longest conversation."""
+    """A model to run with at most `batch_tokens` in a batch, padding included; reduced when memory runs out. `name`: the model's
+    name in errors; `keys`: the recipe keys of the batch size and of the longest conversation."""
 
     def __init__(self, model: Any, *, batch_tokens: int, name: str, keys: tuple[str, str]) -> None:
         self.model, self.batch_tokens, self.name, self.keys = model, batch_tokens, name, keys
 
     def run(self, conversations: Conversations, compute: Compute) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """The index of each conversation, and its rows of the columns that `compute` gives of a batch; longest conversations first.
+        """Yields each conversation's index and its rows of the columns that `compute` returns, longest conversations first.
         Raises ModelError for a conversation that does not fit in memory by itself."""
         lengths = np.array([len(one.input_ids) for one in conversations], dtype=np.int64)
         waiting = list(length_batches(lengths, self.batch_tokens))
@@ -48,19 +48,19 @@ class TeacherForcing:
             yield from _arrived(*before)
 
     def nll(self, conversations: Conversations) -> Iterator[tuple[int, np.ndarray]]:
-        """The index of each conversation, and `-log p` of its rows' own tokens: float32 [n], nats. Raises as `run` does."""
+        """Yields each conversation's index and `-log p` of its gold tokens: float32 [n], nats. Raises ModelError as `run` does."""
         for index, (nll,) in self.run(conversations, lambda logits, gold: (token_nll(logits, gold),)):
             yield index, nll
 
     def _start(self, members: list[Prepared], compute: Compute) -> Started:
-        """What a batch gives, on its way to the CPU, and when it has arrived."""
+        """Starts a batch: its columns, being copied to the CPU, and an event for their arrival."""
         columns = forward(self.model, members, compute)
         gpu = columns[0].is_cuda
         arriving = tuple(column.to("cpu", non_blocking=gpu) for column in columns)
         return arriving, torch.cuda.current_stream(columns[0].device).record_event() if gpu else None
 
     def _shrink(self, members: list[Prepared]) -> None:
-        """Halves the budget, until the batch that did not fit is split by it."""
+        """Halves the budget until it splits the batch that did not fit."""
         longest = max(len(one.input_ids) for one in members)
         if len(members) == 1:
             raise ModelError(
@@ -79,7 +79,7 @@ class TeacherForcing:
 
 @torch.inference_mode()
 def forward(model: Any, conversations: Sequence[Prepared], compute: Compute) -> Columns:
-    """`compute` of the logits at the conversations' rows, one conversation after the other, where the model is."""
+    """`compute` of the logits at the conversations' rows, one conversation after the other, on the model's device."""
     batch = collate(conversations)
     gold = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]
     logits = response_logits(model, batch)
@@ -87,7 +87,7 @@ def forward(model: Any, conversations: Sequence[Prepared], compute: Compute) -> 
 
 
 def split_rows(column: np.ndarray, conversations: Sequence[Prepared]) -> list[np.ndarray]:
-    """The rows of each conversation, of a column that has them one conversation after the other."""
+    """Splits a column into the rows of each conversation."""
     return np.split(column, np.cumsum([len(one) for one in conversations])[:-1])
 
 

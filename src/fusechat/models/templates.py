@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as one model sees it, and where in that text its responses are (`responses.py`)."""
+"""Chat templates: renders a conversation for one model, and finds its responses in the text (`responses.py`)."""
 
 import copy
 import json
@@ -31,17 +31,15 @@ from fusechat.run.progress import log
 
 __all__ = ["ChatTemplate", "Rendered", "Response", "UnrenderableError", "choose_template"]
 OWN_PROMPT = "{#- a model that was trained with this template is asked by its generation prompt -#}"
-_TOLD_BY_ROLE = ("tool_calls", "tool_call_id", *REASONING)  # keys of messages of which something else is said
+_TOLD_BY_ROLE = ("tool_calls", "tool_call_id", *REASONING)  # message keys that are reported separately
 
 
 class ChatTemplate:
-    """One model's chat template: its own, or the one that the recipe gives.
+    """One model's chat template: its own, or the recipe's.
 
-    `name`: which one of its own, of a model that has several. `variables` are given to it at every rendering; those of a
-    conversation come before them. `date` (year-month-day): what it
-    is told of the day, None for today. `end_of_turn` is the id of the token that the template writes after a response, or None
-    where it writes none. `by_class`: the tokenizer that Transformers' class for the model is, where that differs from
-    `tokenizer.json`.
+    `name` selects one of several. `variables` are passed at every rendering; a conversation's own override them. `date`
+    (YYYY-MM-DD): the date that it sees, None for today. `end_of_turn`: the id of the token that it writes after a response, or
+    None. `by_class`: the tokenizer of Transformers' class for the model, if it differs from `tokenizer.json`.
     """
 
     def __init__(
@@ -68,10 +66,10 @@ class ChatTemplate:
             raise ModelError(f"{model}: its chat template fails on a plain question and answer: {error}") from None
 
     def render(self, messages: Sequence[Message], about: Conversation | None = None) -> Rendered:
-        """The conversation's text and where its responses are. `about`: the conversation that the messages are of, whose tools and
-        variables the template is given. Raises UnrenderableError with the reason.
+        """Renders a conversation and finds its responses. Raises UnrenderableError with the reason.
 
-        A system message that the template refuses, or leaves out, goes in front of the first user message.
+        `about`: the conversation of the messages, for its tools and variables. A system message that the template refuses or
+        leaves out goes in front of the first user message.
         """
         try:
             return self._locate(messages, about)
@@ -82,8 +80,8 @@ class ChatTemplate:
             return replace(self._locate(folded, about), system_folded=bool(messages[0].content.strip()))
 
     def prompt(self, messages: Sequence[Message], about: Conversation | None = None) -> str:
-        """The asked prompt: the conversation's text up to where the model answers, as training has it. `about`: see `render`.
-        Raises UnrenderableError with the reason."""
+        """The text up to where the model answers, as in training. `about`: see `render`. Raises UnrenderableError with the
+        reason."""
         folded = fold_system(messages)
         if folded is not None and self._folds(messages, about):
             return self.prompt(folded, about)
@@ -100,7 +98,7 @@ class ChatTemplate:
         return answered[: self._asked(messages, answered, answered.rindex(OPEN), about)]
 
     def _folds(self, messages: Sequence[Message], about: Conversation | None) -> bool:
-        """Whether a conversation that begins so is rendered with its system message in front of the first question."""
+        """Whether a conversation that begins so is rendered with its system message in front of the first user message."""
         answered = [*messages, Message("assistant", "Hello!")]
         for each, folded in ((answered, False), (fold_system(answered) or answered, True)):
             with suppress(UnrenderableError):
@@ -109,16 +107,15 @@ class ChatTemplate:
         return False
 
     def on_its_day(self, template: str) -> str:
-        """The text of a template, which asks for today, with the day that this one is told."""
+        """A template's text with this template's date in place of today."""
         return dated(template, self.date)
 
     def text(self, messages: Sequence[Message], *, ask: bool = False) -> str:
-        """What the template writes for these messages, with its own generation prompt where `ask` is set. Raises UnrenderableError
-        with the reason."""
+        """The template's text for these messages, with its own generation prompt if `ask` is set. Raises UnrenderableError."""
         return self._apply(messages, ask=ask)
 
     def elsewhere(self, template: str) -> "ChatTemplate":
-        """As other programs use a template with this tokenizer: without the variables that are set here."""
+        """A template with this tokenizer as other programs use it: without the variables set here."""
         other = copy.copy(self)
         other.template, other._dated, other.variables = template, dated(template, self.date), {}
         other.__dict__.pop("is_ambiguous", None)
@@ -126,8 +123,8 @@ class ChatTemplate:
 
     @cached_property
     def is_ambiguous(self) -> bool:
-        """Whether the template's generation prompt is not what stands before a plain answer, so that what a model learns after
-        depends on its answers: with reasoning, or without."""
+        """Whether plain answers do not follow the template's generation prompt, so that the prompt in training depends on the
+        answers: with reasoning, or without."""
         question = [Message("user", "Hello.")]
         try:
             return self._apply(question, ask=True).rstrip(" ") != self.prompt(question)
@@ -135,35 +132,36 @@ class ChatTemplate:
             return False
 
     def makes_other_tokens(self, text: str, ids: np.ndarray) -> bool:
-        """Whether the tokenizer that Transformers takes by itself makes other tokens of a text than `ids`."""
+        """Whether the tokenizer of Transformers' class makes other tokens of a text than `ids`."""
         if self._by_class is None:
             return False
         try:
             return bool(self._by_class(text, add_special_tokens=False)["input_ids"] != ids.tolist())
-        except Exception:  # a class for another kind of vocabulary may fail on any text
+        except Exception:  # a class for another vocabulary may fail on any text
             return True
 
     def _asked(self, before: Sequence[Message], text: str, begin: int, about: Conversation | None = None) -> int:
-        """Where in the rendered `text` the asked prompt of the response to the messages `before` ends; its content begins at
+        """The end, in the rendered `text`, of the prompt for the response to the messages `before`, whose content begins at
         `begin`.
 
-        It is the template's generation prompt, if only white space stands between that and the content; else all text
-        before the content: some templates write more there (an empty block of thoughts) or know no generation prompt. Never
-        a space at its end: tokens begin with their space, so that the first token of an answer would be another one."""
+        It is the generation prompt if only white space follows before the content. Else it is all text before the content: some
+        templates write more there (an empty reasoning block), or have no generation prompt. Never ends in a space: tokens begin
+        with their space, so that an answer would have another first token.
+        """
         own = self._own_prompt(before, text, about)
         end = own if own is not None and own <= begin and not text[own:begin].strip() else begin
         return len(text[:end].rstrip(" "))
 
     def _own_prompt(self, before: Sequence[Message], text: str, about: Conversation | None) -> int | None:
-        """Where the template's generation prompt after these messages ends in `text`, None where that does not begin with it."""
+        """The end of the template's generation prompt after these messages in `text`; None if that does not begin with it."""
         try:
             own = self._apply(before, about, ask=True)
-        except UnrenderableError:  # of no messages, or of ones that it refuses without an answer
+        except UnrenderableError:  # no messages, or messages that it refuses without an answer
             return None
         return len(own) if own and text.startswith(own) else None
 
     def _before_answer(self, before: Sequence[Message], text: str, about: Conversation | None) -> int | None:
-        """As `_own_prompt`; else where a plain answer to these messages would begin, if that is so in `text` too."""
+        """As `_own_prompt`; else where a plain answer to these messages would begin, if `text` agrees up to there."""
         end = self._own_prompt(before, text, about)
         if end is not None:
             return end
@@ -194,7 +192,7 @@ class ChatTemplate:
     def _compared(
         self, messages: Sequence[Message], text: str, about: Conversation | None, error: UnrenderableError
     ) -> dict[int, Place]:
-        """Places of the responses where marks for all contents do not tell them. Raises `error` where nothing does."""
+        """Places of the responses if marks for all contents do not find them. Raises `error` if comparing does not either."""
         end = None if self.end_of_turn is None else self.tokenizer.convert_ids_to_tokens(self.end_of_turn)
         try:
             return response_places(
@@ -215,8 +213,8 @@ class ChatTemplate:
     def _marks(
         self, messages: Sequence[Message], text: str, about: Conversation | None, found: Mapping[int, Place]
     ) -> list[str]:
-        """What the template makes nothing of, control tokens that are in texts, and whether the last response is learnt after the
-        template's own generation prompt, where that says something."""
+        """What the template ignores, control tokens in texts, and whether the last response is trained after the template's own
+        generation prompt, if that matters."""
         marks = ["reasoning_dropped"] if any(place.dropped for place in found.values()) else []
         if self.is_ambiguous and found:
             last = max(found)
@@ -241,16 +239,16 @@ class ChatTemplate:
         tools = list(about.tools) if about and about.tools else None
         try:
             return str(self.tokenizer.apply_chat_template(turns, tools=tools, **options))
-        except Exception as error:  # a template is a program of the user's: it may raise whatever Python can
+        except Exception as error:  # a template is a program, and may raise anything
             if not any(message.more.get("tool_calls") for message in messages):
                 raise UnrenderableError(f"the template refuses it: {error}") from None
-        try:  # some templates write a call's arguments as the text that OpenAI's form has
+        try:  # some templates expect a call's arguments as JSON text, as OpenAI has them
             return str(self.tokenizer.apply_chat_template([_as_text(turn) for turn in turns], tools=tools, **options))
         except Exception as error:
             raise UnrenderableError(f"the template refuses it: {error}") from None
 
     def _find_end_of_turn(self) -> int | None:
-        """The first special or added token in what the template writes after the last response."""
+        """The first special or added token that the template writes after the last response."""
         rendered = self.render([Message("user", "Hello."), Message("assistant", "Hello!")])
         encoded = encode_with_spans(self.tokenizer, rendered.text)
         table = token_bytes(self.tokenizer)
@@ -262,7 +260,7 @@ class ChatTemplate:
 
 
 def choose_template(given: Any, name: str | None, model: str) -> str:
-    """The template of that name among a model's own, `default` without one. Raises ModelError, which names them."""
+    """The template of this name (default: `default`) among a model's own. Raises ModelError with the names."""
     if not given:
         raise ModelError(f"{model}: has no chat template; a recipe can give it one: set chat_template for it")
     if isinstance(given, str):
@@ -281,14 +279,14 @@ def choose_template(given: Any, name: str | None, model: str) -> str:
 
 @cache
 def _tell_names(model: str, names: str) -> None:
-    """Once for each model."""
+    """Logs the names, once for each model."""
     log.warning(
         "%s: has several chat templates (%s); default is used: chat_template: {name: …} takes another", model, names
     )
 
 
 def _as_text(turn: dict[str, Any]) -> dict[str, Any]:
-    """A message with the arguments of its calls as JSON."""
+    """A message with its calls' arguments as JSON text."""
     calls = [
         {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
         for call in turn.get("tool_calls", ())

@@ -1,6 +1,6 @@
-"""What the tokens of a fast tokenizer stand for: the bytes of every token, as it is written in the middle of a text.
+"""The bytes of every token of a fast tokenizer, as written in the middle of a text.
 
-How a token is spelt is decided by what the tokenizer does to a text and back, not by what its vocabulary looks like.
+They are derived from what the tokenizer does to a text and back, not from the look of its vocabulary.
 """
 
 import json
@@ -15,11 +15,10 @@ SPACE_MARK = "▁"
 
 
 class TokenBytes:
-    """The bytes that each token of a fast tokenizer stands for in the middle of a text, by id.
+    """The bytes of each token in the middle of a text, by id. Raises ModelError for a slow tokenizer.
 
-    `added` has the tokenizer's AddedToken by id; `special` are ids, and so are `byte_tokens`: those written as `<0x41>`, the
-    last resort of a tokenizer with byte fallback. A pickled one carries the bytes and leaves the tokenizer behind. Raises
-    ModelError for a slow tokenizer.
+    `added`: the tokenizer's AddedToken by id. `special` and `byte_tokens` are ids; the latter are written as `<0x41>`, the
+    fallback for single bytes. A pickled object has the bytes without the tokenizer.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -48,7 +47,7 @@ class TokenBytes:
         return len(self.pieces)
 
     def __getitem__(self, token: int) -> bytes:
-        """The token's bytes; none for an id past the tokenizer's, in a vocabulary that the model pads."""
+        """The token's bytes; empty for an id past the tokenizer's, in a padded vocabulary."""
         return self.pieces[token] if 0 <= token < len(self.pieces) else b""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,7 +55,7 @@ class TokenBytes:
 
     @cached_property
     def pieces(self) -> list[bytes]:
-        """The bytes of every token of the tokenizer."""
+        """The bytes of every token."""
         vocabulary = self.tokenizer.get_vocab()
         found = [b""] * max(len(self.tokenizer), 1 + max(vocabulary.values(), default=-1))
         prefix, suffix = _affixes(self.tokenizer.backend_tokenizer.model)
@@ -68,12 +67,12 @@ class TokenBytes:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """How many bytes every token has, int32 [len(self)]."""
+        """int32 [len(self)]: the length of every token in bytes."""
         return np.fromiter(map(len, self.pieces), dtype=np.int32, count=len(self))
 
     @cached_property
     def is_added(self) -> np.ndarray:
-        """Which tokens are added to the vocabulary of the tokenizer's model, bool [len(self)]."""
+        """bool [len(self)]: tokens that were added to the tokenizer's vocabulary."""
         return np.isin(np.arange(len(self)), list(self.added))
 
     def is_byte(self, token: int) -> bool:
@@ -81,7 +80,7 @@ class TokenBytes:
         return token in self.byte_tokens
 
     def piece(self, data: str) -> str:
-        """How `data`, in the middle of a text, is written in the tokenizer's own alphabet."""
+        """`data` in the middle of a text, in the tokenizer's own alphabet."""
         if self.byte_level:
             return "".join(_BYTE_TO_CHARACTER[byte] for byte in data.encode())
         return data.replace(" ", self.space_mark) if self.space_mark else data
@@ -96,12 +95,12 @@ class TokenBytes:
 
 @lru_cache(maxsize=64)
 def token_bytes(tokenizer: Any) -> TokenBytes:
-    """One `TokenBytes` a tokenizer, kept."""
+    """The cached `TokenBytes` of a tokenizer. Raises ModelError for a slow one."""
     return TokenBytes(tokenizer)
 
 
 def _steps_of(part: Any) -> list[dict[str, Any]]:
-    """A normalizer, pre-tokenizer or decoder as the steps that it does one after another."""
+    """A normalizer, pre-tokenizer or decoder as a list of its steps."""
 
     def flat(state: dict[str, Any]) -> list[dict[str, Any]]:
         inner = [step for key in ("normalizers", "pretokenizers", "decoders") for step in state.get(key, ())]
@@ -111,7 +110,7 @@ def _steps_of(part: Any) -> list[dict[str, Any]]:
 
 
 def _space_mark(steps: list[dict[str, Any]]) -> str | None:
-    """The character that a piece has for a space, where it has another one."""
+    """The character that stands for a space in pieces, if it is another one."""
     for step in steps:
         if step["type"] == "Metaspace":
             return str(step["replacement"])
@@ -121,7 +120,7 @@ def _space_mark(steps: list[dict[str, Any]]) -> str | None:
 
 
 def _affixes(model: Any) -> tuple[str, str]:
-    """What marks a piece inside a word (`##ing`) and at its end (`ing</w>`): no part of the text."""
+    """Marks of pieces inside a word (`##ing`) and at its end (`ing</w>`), which are not text."""
     return (
         getattr(model, "continuing_subword_prefix", None) or "",
         getattr(model, "end_of_word_suffix", None) or "",
@@ -129,14 +128,14 @@ def _affixes(model: Any) -> tuple[str, str]:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """The printable stand-in for each byte that byte-level BPE uses: itself where printable, else a letter from U+0100."""
+    """The printable stand-in of each byte in byte-level BPE: itself if printable, else a letter from U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def _from_byte_alphabet(piece: str) -> bytes:
-    """The bytes that a piece of byte-level BPE stands for; one with a character outside the alphabet stands for itself."""
+    """The bytes of a piece of byte-level BPE; a piece with a character outside the alphabet is literal."""
     try:
         return piece.translate(_TO_LATIN).encode("latin-1")
     except UnicodeEncodeError:

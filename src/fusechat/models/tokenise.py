@@ -1,6 +1,7 @@
-"""One conversation, rendered with one model's template, as tokens and response rows.
+"""Tokens and response rows of one conversation, rendered with one model's template.
 
-A response is everything after the text that a model is asked by, up to the end of turn; see `Prepared` for its rows."""
+A response is everything from the end of its prompt to the end of turn; see `Prepared` for its rows.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,13 +28,12 @@ def prepare_conversation(
     join_turns: bool = False,
     truncate: str = "response",
 ) -> tuple[Prepared, dict[str, bool]]:
-    """Tokens and rows of a conversation, and what had to be done to it: `truncated` (responses that end after `max_length`
-    tokens are gone; with `truncate` "token" the first of them is cut there, and has no end of turn), `system_folded` (into the
-    first user message, by a template that refuses it), `joined` (turns of one role in a row, where `join_turns` allows it),
-    `offsets` (the tokenizer changes the text, so that spans come from its character offsets), `other_class`
-    (Transformers' class for the model would make other tokens of it), and what the template leaves out.
+    """Tokens and rows of a conversation, and by name what was done to it. Raises RejectedError if no response is left.
 
-    Raises RejectedError with the reason where nothing is left to learn from.
+    `truncated`: responses that end after `max_length` tokens are dropped; with `truncate` "token" the first of them is cut
+    there, without end of turn. `system_folded`: into the first user message. `joined`: consecutive turns of one role, if
+    `join_turns` allows it. `offsets`: the tokenizer changes the text, so that spans are from its character offsets.
+    `other_class`: Transformers' class for the model would make other tokens. Also what the template leaves out.
     """
     _check(conversation)
     rendered, joined_now = _render(conversation, template, join_turns=join_turns)
@@ -73,8 +73,8 @@ def prepare_conversation(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of one response, as `Prepared` has them. `reach`: bytes of the rendered content up to the end of each row, wherever
-    its span is counted from; `width`: of all of it. `cut`: its end is missing."""
+    """The rows of one response, as in `Prepared`. `reach`: bytes of the rendered content up to each row's end; `width`: all of
+    its bytes. `cut`: its end is missing."""
 
     position: np.ndarray
     begin: np.ndarray
@@ -86,7 +86,7 @@ class _Rows:
     cut: bool = False
 
     def up_to(self, length: int) -> "_Rows | None":
-        """Without tokens from index `length` on, and without end of turn; None where no content is left."""
+        """Without tokens from index `length` on, and without end of turn; None if no content is left."""
         keep = (self.position < length) & ~self.end_of_turn
         if not (keep & ~self.lead).any():
             return None
@@ -124,7 +124,7 @@ def _rows(response: Response, encoded: Encoded, at: np.ndarray, end_token: int |
 
 
 def _render(conversation: Conversation, template: ChatTemplate, *, join_turns: bool) -> tuple[Rendered, bool]:
-    """The conversation as the template has it, and whether turns in a row had to be joined for that."""
+    """The rendered conversation, and whether consecutive turns had to be joined."""
     try:
         return template.render(conversation.messages, conversation), False
     except UnrenderableError as error:
@@ -152,14 +152,14 @@ def _check(conversation: Conversation) -> None:
 
 
 def _lead_rows(spans: np.ndarray, asked: int, begin: int) -> np.ndarray:
-    """Tokens between the asked prompt and the content that begins at byte `begin`, those without width counted (the `▁` of a
-    tokenizer that puts one after an added token): the model has to write them before the answer."""
+    """Tokens between the prompt and the content, which begins at byte `begin`, including those of width 0 (the `▁` after an
+    added token): the model must write them before the answer."""
     wide = spans[:, 1] > spans[:, 0]
     return np.flatnonzero((spans[:, 0] >= asked) & np.where(wide, spans[:, 1] <= begin, spans[:, 0] <= begin))
 
 
 def _content_rows(spans: np.ndarray, begin: int, end: int) -> np.ndarray:
-    """Tokens that cover bytes of `[begin, end)`, and those without width inside it."""
+    """Tokens that cover bytes of `[begin, end)`, and those of width 0 inside."""
     wide = spans[:, 1] > spans[:, 0]
     covers = wide & (spans[:, 0] < end) & (spans[:, 1] > begin)
     dummy = ~wide & (spans[:, 0] > begin) & (spans[:, 0] < end)
@@ -167,7 +167,7 @@ def _content_rows(spans: np.ndarray, begin: int, end: int) -> np.ndarray:
 
 
 def _end_of_turn(ids: np.ndarray, spans: np.ndarray, end: int, gap_end: int, token: int | None) -> int | None:
-    """Index of the end-of-turn token in the template's own text after the content."""
+    """Index of the end-of-turn token in the template's text after the content."""
     if token is None:
         return None
     found = np.flatnonzero((ids == token) & (spans[:, 0] >= end) & (spans[:, 1] <= gap_end))

@@ -1,8 +1,8 @@
 """The fast tokenizer of a model directory, as its `tokenizer.json` describes it.
 
-Some classes that a `tokenizer_config.json` names, or that Transformers takes for a type of model, build a tokenizer of their own
-from the vocabulary, and make other tokens of a text. The file is what the model was trained with; that the class differs is found
-here, and said where conversations show it.
+Some classes, named in `tokenizer_config.json` or chosen by Transformers for a model type, build another tokenizer from the
+vocabulary, which makes other tokens. The model was trained with the file; a difference is detected here, and reported where
+conversations show it.
 """
 
 from functools import lru_cache
@@ -19,18 +19,18 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory: that of `tokenizer.json`, where there is one; code of its own that is trusted decides by
-    itself. Raises ModelError where none can be loaded, or only a slow one."""
+    """The tokenizer of `tokenizer.json` if there is one, or of trusted custom code. Raises ModelError if none can be loaded, or
+    only a slow one."""
     return _loaded(directory, trust_remote_code, _state(directory))[0]
 
 
 def class_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any | None:
-    """What Transformers' automatic class makes of the same files, if that is not what `tokenizer.json` says; else None."""
+    """The tokenizer of Transformers' automatic class, if it differs from `tokenizer.json`; else None."""
     return _loaded(directory, trust_remote_code, _state(directory))[1]
 
 
 def _state(directory: Path) -> tuple[Any, ...]:
-    """Size and times of the files, so that others at the same place are loaded again."""
+    """Size and times of the files, so that changed files are loaded again."""
     return tuple((file.name, *seen(file).values()) for file in sorted(directory.glob("*")) if file.is_file())
 
 
@@ -71,7 +71,7 @@ def _has_code(directory: Path) -> bool:
 
 
 def _take_special_tokens(tokenizer: Any, automatic: Any) -> None:
-    """Gives a tokenizer the special tokens that the files do not name and the class knows, if they are in its vocabulary."""
+    """Sets special tokens that the class knows and the files do not, if they are in the vocabulary."""
     for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
         token = getattr(automatic, name, None)
         if isinstance(token, str) and getattr(tokenizer, name, None) is None and token in tokenizer.get_vocab():

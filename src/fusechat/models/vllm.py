@@ -1,8 +1,8 @@
-"""Capture by vLLM, for models that Transformers would run too slowly: in this process, or by a server that has the model.
+"""Capture with vLLM, for models that are too slow with Transformers: in this process, or from a server.
 
-The engine reads each conversation once, as a prompt of token ids, and tells the most likely tokens at each of its positions
-(`prompt_logprobs`). The numbers are those of `fusechat.capture.top_k` to float16 accuracy; how vLLM batches is its own affair,
-so that a second run may differ in the last bits.
+The engine reads each conversation once, as a prompt of token ids, and returns the most probable tokens at each position
+(`prompt_logprobs`). They equal those of `fusechat.capture.top_k` to float16 accuracy. vLLM's batching varies, so that a second
+run may differ in the last bits.
 """
 
 import gc
@@ -24,7 +24,7 @@ from fusechat.run.progress import Advance
 
 # float32 logits that a step of the engine may hold: 512 MiB, in addition to what vLLM measures and takes for itself
 _LOGITS = 1 << 27
-_TOKENS_AT_ONCE = 1 << 16  # given to the engine in one go: each of them comes back as k objects of Python
+_TOKENS_AT_ONCE = 1 << 16  # given to the engine at once: each returns as k Python objects
 _FAREWELL = 10.0  # seconds for the engine to end by itself
 # Run next to the engine: when this process is gone, however it ended (its end of the pipe closes), it ends the engine's.
 _WATCH = """
@@ -48,10 +48,10 @@ _ENVIRONMENT = {
 def open_vllm(
     chat_model: ChatModel, *, dtype: str, k: int, max_length: int, tensor_parallel: int, url: str | None
 ) -> "InProcess | Any":
-    """A backend of the capture: `capture(conversations, advance)`, then `close()`.
+    """A capture backend with `capture(conversations, advance)` and `close()`. Raises RecipeError or ModelError.
 
-    `k` tokens a position (at most the vocabulary); `max_length`: tokens of the longest conversation; `tensor_parallel`: GPUs that
-    the model is spread over. With `url`, of an OpenAI-compatible vLLM server, `dtype` and GPUs are the server's affair.
+    `k`: tokens at a position, at most the vocabulary. `max_length`: tokens of the longest conversation. `tensor_parallel`:
+    number of GPUs. With `url`, of an OpenAI-compatible vLLM server, the server decides `dtype` and GPUs.
     """
     if url is not None:
         from fusechat.models.vllm_server import Server
@@ -84,17 +84,17 @@ class InProcess:
             skip_tokenizer_init=True,
             max_logprobs=self._k,
             logprobs_mode="raw_logprobs",
-            enable_prefix_caching=False,  # what is read from a cache has no log-probabilities
+            enable_prefix_caching=False,  # cached tokens have no log-probabilities
             enable_chunked_prefill=True,
             max_num_batched_tokens=min(max(_LOGITS // self._vocabulary, 256), 8192),
             max_num_seqs=64,
-            enforce_eager=True,  # nothing is generated, for which graphs would pay
+            enforce_eager=True,  # graphs pay off only in generation
         )
         options = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self._k, "detokenize": False}
         self._parameters = self._engine.parameters(**options)
 
     def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
-        """One result for each conversation, in their order; None where a value is not finite."""
+        """One result for each conversation, in order; None if a value is not finite."""
         who = self._engine.who
         refuse_long(conversations, self._engine.takes, who)
         results: list[SparseDistribution | None] = []
@@ -107,13 +107,13 @@ class InProcess:
         return results
 
     def close(self) -> None:
+        """Ends the engine."""
         self._engine.close()
 
 
 class Engine:
-    """vLLM's engine, in processes that this one starts and `close()` ends. `room`: from vLLM's configuration of the model the
-    tokens that a prompt may have, `takes`, and the length that the engine is told. `options` are vLLM's own. `who`: what errors
-    call it."""
+    """vLLM's engine, in processes that this one starts and `close()` ends. `room`: from vLLM's model configuration, the maximum
+    tokens of a prompt (`takes`) and the length to configure. `options` are vLLM's own. `who`: its name in errors."""
 
     def __init__(
         self, chat_model: ChatModel, room: Callable[[Any], tuple[int, int]], *, dtype: str, **options: Any
@@ -138,18 +138,18 @@ class Engine:
         self._watch = _watch([process.pid for process in self._processes])
 
     def parameters(self, **options: Any) -> Any:
-        """How to generate, as vLLM has it."""
+        """vLLM's sampling parameters."""
         return self._vllm.SamplingParams(**options)
 
     def generate(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
-        """What vLLM gives of each prompt, in their order. `parameters` are of all prompts, or a list with those of each."""
+        """vLLM's outputs, in the prompts' order. `parameters`: for all prompts, or a list with one for each."""
         try:
             return list(self._llm.generate([{"prompt_token_ids": one} for one in prompts], parameters, use_tqdm=False))
         except Exception as error:
             raise self._failure("failed", error) from error
 
     def close(self) -> None:
-        """Ends the engine's processes, which gives its memory back. A second time does nothing."""
+        """Ends the engine's processes and frees their memory. Further calls do nothing."""
         llm, self._llm = self._llm, None
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
@@ -164,29 +164,29 @@ class Engine:
             gc.collect()
 
     def _failure(self, what: str, error: Exception) -> Exception:
-        """A line about the user's model or machine; our own failures stay what they are."""
+        """A ModelError of one line about the user's model or machine; FuseChat's own errors unchanged."""
         if isinstance(error, AttributeError | NameError | TypeError):
             return error
         return ModelError(f"{self.who}: vLLM {what}: {first_line(error)}")
 
 
 def _room(config: Any, max_length: int) -> tuple[int, int]:
-    """Tokens that a conversation may have, and the length that vLLM is told: one more, for the token that it insists on
-    generating. The model never reads that token, so there may be one more than it has positions."""
+    """Maximum tokens of a conversation, and the length to configure: one more, for the token that vLLM always generates. The
+    model never reads that token, so the length may exceed its positions by one."""
     takes = min(config.max_model_len, max_length)
     if takes == config.max_model_len and "longrope" in str(getattr(config.hf_text_config, "rope_parameters", "")):
-        return takes - 1, takes  # told one more, vLLM would take the rotations for long texts
+        return takes - 1, takes  # with one more, vLLM would use the rotations for long texts
     return takes, takes + 1
 
 
 def _watch(pids: Sequence[int | None]) -> "subprocess.Popen[bytes]":
-    """Sees to it that processes do not outlive this one: without it they would, and keep the GPU's memory."""
+    """Ends these processes when this one is gone; they would keep the GPU's memory."""
     command = [sys.executable, "-c", _WATCH, *map(str, pids)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # no Ctrl-C reaches it
 
 
 def _parts(conversations: Sequence[Prepared]) -> Iterator[list[Prepared]]:
-    """The conversations in their order, some tokens at a time."""
+    """The conversations in order, a bounded number of tokens at a time."""
     part: list[Prepared] = []
     tokens = 0
     for conversation in conversations:
@@ -200,7 +200,7 @@ def _parts(conversations: Sequence[Prepared]) -> Iterator[list[Prepared]]:
 
 
 def _import_vllm() -> Any:
-    """The library, told to be quiet, to leave stdout alone and to report to nobody."""
+    """Imports vLLM without its logging, output and usage reports."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     instead = "a server that has it can be named as capture.url"

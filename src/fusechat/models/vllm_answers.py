@@ -1,7 +1,7 @@
-"""Answers by vLLM, for models that Transformers would run too slowly: in this process, or by a server that has the model.
+"""Answers by vLLM, for models that are too slow with Transformers: in this process, or from a server.
 
-Prompts go to it as token ids, and token ids come back, so that a model is asked and understood as it is elsewhere. How vLLM batches
-is its own affair: a second run may differ where two tokens are almost equally likely.
+Prompts and answers are token ids, as for other backends. vLLM's batching varies, so that a second run may differ where two
+tokens are almost equally probable.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from fusechat.run.progress import Advance
 
 
 class VllmAnswers:
-    """`prompts`: those that will be answered; the longest one and its answer decide how much room the engine makes. With `url`, of
-    an OpenAI-compatible vLLM server, `dtype` and GPUs are the server's affair."""
+    """`prompts`: all that will be answered; the longest, with its answer, sets the engine's length. With `url`, of an
+    OpenAI-compatible vLLM server, the server decides `dtype` and GPUs."""
 
     def __init__(
         self,
@@ -52,12 +52,12 @@ class VllmAnswers:
             room,
             dtype=dtype,
             tensor_parallel_size=tensor_parallel,
-            skip_tokenizer_init=not chat_model.stop,  # which vLLM looks for in text
+            skip_tokenizer_init=not chat_model.stop,  # vLLM searches text for these
         )
         self._asking.room = min(self._asking.room, self._engine.takes)
 
     def answer(self, prompts: Sequence[Prompt], advance: Advance) -> list[Answer | Missing]:
-        """One for each prompt, in their order."""
+        """One answer for each prompt, in order."""
         encoded = [self._asking.encode(one) for one in prompts]
         places = [place for place, ids in enumerate(encoded) if not isinstance(ids, Missing)]
         asked = [list(ids) for ids in encoded if not isinstance(ids, Missing)]
@@ -76,7 +76,7 @@ class VllmAnswers:
         return answers
 
     def _options(self, prompt: Prompt, tokens: int) -> dict[str, Any]:
-        """By the names that vLLM has for them, in this process and at a server."""
+        """vLLM's names of the options, for this process and a server."""
         options: dict[str, Any] = {
             "max_tokens": min(prompt.max_new_tokens, self._asking.room - tokens),
             "temperature": prompt.temperature,
@@ -97,7 +97,7 @@ class VllmAnswers:
         return [self._asking.answer(list(choice["token_ids"])) for choice in found]
 
     def close(self) -> None:
-        """Ends the engine, or the connections to the server. A second time does nothing."""
+        """Ends the engine, or the connections to the server. Further calls do nothing."""
         for one in (self._engine, self._server):
             if one is not None:
                 one.close()

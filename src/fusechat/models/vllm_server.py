@@ -1,6 +1,6 @@
-"""Capture by a vLLM server: `POST /v1/completions` with token ids as the prompt and `prompt_logprobs`, several at a time.
+"""Capture with a vLLM server: `POST /v1/completions` with token ids as the prompt and `prompt_logprobs`, several at a time.
 
-What the server has is compared with the recipe's model as far as it tells: its name, its limits, its vocabulary and tokenizer.
+Compares the server's model with the recipe's as far as it can: name, limits, vocabulary, tokenizer.
 """
 
 import asyncio
@@ -23,18 +23,18 @@ from fusechat.run.progress import Advance, log
 
 T = TypeVar("T")
 R = TypeVar("R")
-KEY = "VLLM_API_KEY"  # the environment variable that vLLM's own server takes its key from
-_AT_ONCE = 16  # requests under way; the server makes its own batches
+KEY = "VLLM_API_KEY"  # the environment variable of vLLM's own server
+_AT_ONCE = 16  # concurrent requests; the server makes its own batches
 _RETRIES = 5  # after a failed connection, a timeout, 429 and 5xx; the client waits 0.5 to 8 s in between
-_PATIENCE, _CONNECT = 1800.0, 10.0  # seconds for an answer, which waits its turn at the server, and for a connection
+_PATIENCE, _CONNECT = 1800.0, 10.0  # seconds for an answer, queueing included, and for a connection
 _TEXT = "The quick brown fox jumps over the lazy dog: 12 + 34 = 46, größer als 45. 你好 🙂 def f(x): return x"
-_COMPARED = 8  # its last tokens; versions of a tokenizer differ in what they put before a text
-_NOT_JSON = "not JSON compliant"  # what a server says that would have to write NaN
+_COMPARED = 8  # last tokens; versions of a tokenizer differ in what they put before a text
+_NOT_JSON = "not JSON compliant"  # a server's error when it has to write NaN
 _NO_VLLM = "does not answer as vLLM does; is the URL the one that ends in /v1?"
 
 
 class _Loop:
-    """Runs coroutines in a thread of its own: in a notebook the caller's has a loop already."""
+    """Runs coroutines in a thread of its own, because in a notebook the caller's thread has a loop already."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -42,7 +42,7 @@ class _Loop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Its result; interrupted, it is cancelled."""
+        """The coroutine's result; an interrupt cancels it."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -51,6 +51,7 @@ class _Loop:
             raise
 
     def close(self) -> None:
+        """Stops the loop and its thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -80,29 +81,29 @@ class Server:
             raise
 
     def capture(self, conversations: Sequence[Prepared], advance: Advance) -> list[SparseDistribution | None]:
-        """One result for each conversation, in their order; None where a value is not finite."""
+        """One result for each conversation, in order; None if a value is not finite."""
         if self._takes is not None:
             refuse_long(conversations, self._takes, self.who, "start it with a greater --max-model-len, or ")
         return self._loop.run(self._all(conversations, self._ask, advance))
 
     @property
     def takes(self) -> int | None:
-        """Tokens that prompt and answer may have together, where the server tells."""
+        """Maximum tokens of prompt and answer together, if the server says."""
         return None if self._takes is None else self._takes + 1
 
     def complete(self, bodies: Sequence[dict[str, Any]], advance: Advance) -> list[dict[str, Any]]:
-        """The first completion of each, as the server's API has it. Raises ModelError for what it refuses."""
+        """The first completion of each request, as the API returns it. Raises ModelError for a refused one."""
         return self._loop.run(self._all(bodies, self._choice, advance))
 
     def close(self) -> None:
-        """Closes the connections; the server continues. A second time does nothing."""
+        """Closes the connections; the server continues. Further calls do nothing."""
         client, self._client = self._client, None
         if client is not None:
             self._loop.run(client.close())
             self._loop.close()
 
     async def _all(self, items: Sequence[T], ask: Callable[[T], Coroutine[Any, Any, R]], advance: Advance) -> list[R]:
-        """What is answered to each, several at a time."""
+        """The results of `ask` for all items, several at a time."""
         gate = asyncio.Semaphore(_AT_ONCE)
 
         async def one(item: T) -> R:
@@ -135,7 +136,7 @@ class Server:
         return sparse_distribution(conversation, found, k=self._k, vocabulary=self._vocabulary, who=self.who)
 
     async def _choice(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The first completion. `body`: what is asked, without the model's name."""
+        """The first completion. `body`: the request without the model's name."""
         try:
             answer = await self._client.post("/completions", body={"model": self._model, **body}, cast_to=object)
             return dict(answer["choices"][0])
@@ -145,7 +146,7 @@ class Server:
             raise ModelError(f"{self.who}: {_NO_VLLM}") from error
 
     async def _open(self, chat_model: ChatModel) -> None:
-        """Finds the model, and asks a short question, so that what is wrong is known before the work begins."""
+        """Finds the model and sends a short request, so that errors appear before the work begins."""
         names = {
             chat_model.reference.parts[0],
             chat_model.reference.parts[0].partition("@")[0],
@@ -160,8 +161,8 @@ class Server:
             raise ModelError(f"{self.who}: {self._model} cuts text into other tokens than {self._name}: another model")
 
     async def _choose(self, names: set[str]) -> tuple[str, int | None]:
-        """The model to ask for, by the names that it may have, and the tokens that a conversation may have, if the server
-        tells. A server of one model may call it as it likes."""
+        """The model to request, by its possible names, and the maximum tokens of a conversation, if the server says. A server
+        with a single model may name it freely."""
         try:
             answer = await self._client.get("/models", cast_to=object)
             cards = {str(card["id"]): card for card in answer["data"]}
@@ -177,10 +178,10 @@ class Server:
         if not fitting:
             log.info("%s serves %s, which is taken to be %s", self.who, name, self._name)
         length = cards[name].get("max_model_len")
-        return name, None if length is None else int(length) - 1  # one is kept for the token that it generates
+        return name, None if length is None else int(length) - 1  # less one for the generated token
 
     async def _tokenize(self, text: str) -> list[int] | None:
-        """The server's tokens of a text, where it tells them (`/tokenize` next to `/v1`)."""
+        """The server's tokens of a text, if it has `/tokenize` next to `/v1`."""
         beside = self._client.with_options(base_url=self._url.removesuffix("/v1"), max_retries=0)
         body = {"model": self._model, "prompt": text, "add_special_tokens": False}
         try:
@@ -189,7 +190,7 @@ class Server:
             return None
 
     def _refused(self, error: Exception) -> ModelError:
-        """One line that says what to do about what the client raised."""
+        """A ModelError that says what to do about the client's exception."""
         said = said_by_server(error)
         limit = re.search(r"greater than max allowed: (\d+)", said)
         if limit:
@@ -213,7 +214,7 @@ class Server:
 
 
 def _conversation(tokens: list[int]) -> Prepared:
-    """Tokens of which all but the first are asked about."""
+    """Tokens with rows for all but the first."""
     rows = np.arange(1, len(tokens), dtype=np.int32)
     none = np.zeros_like(rows)
     return Prepared("", np.array(tokens, np.int32), rows, none, none, none, none.astype(bool), none[:1])

