@@ -1,4 +1,4 @@
-"""Conversations: read from JSONL, JSON, Parquet or a hub id, in any of the usual forms, one meaning for all."""
+"""Reads conversations from JSONL, JSON, Parquet or a hub data set, in any of the usual formats."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -19,11 +19,14 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 @dataclass(frozen=True)
 class DataSet:
-    """A file of conversations, or a data set of the hub. `name` is unique in a recipe; `on_error` is `stop` or `skip`. `split`: of
-    a hub data set, None for `train`. `limit`: so many of the conversations at most, a sample: those whose ids come first. It is the
-    same in any order of the records, and a larger one contains it. `join_turns`: answers in a row are one, for every model.
-    `commit`: of a hub data set, None for its newest. `prompts`: without the answers that are to be made anew, and they may lack.
-    `chosen`: what a run makes itself, at `path` in its work directory; `author`: the answers of this model alone."""
+    """A file of conversations, or a data set of the hub. `name` is unique in a recipe.
+
+    `on_error`: `stop` or `skip`. `split`: of a hub data set, None for `train`. `limit`: a sample of at most this many
+    conversations, those with the first ids: it does not depend on the order of records, and a larger one contains it.
+    `join_turns`: consecutive answers become one, for every model. `commit`: of a hub data set, None for its newest. `prompts`:
+    drop the answers that will be generated; they may be missing. `chosen`: written by the run itself, at `path` in its work
+    directory; `author`: only this model's answers.
+    """
 
     name: str
     path: str
@@ -37,17 +40,18 @@ class DataSet:
     author: str | None = None
 
     def within(self, workdir: Path) -> "DataSet":
-        """With the file of a set that the run in `workdir` makes."""
+        """With the path in `workdir`, if the run writes the set."""
         return replace(self, path=str(workdir / self.path)) if self.chosen else self
 
     @property
     def is_hub(self) -> bool:
+        """Whether it is a data set of the hub."""
         path = Path(self.path)
         return not path.exists() and not suffix_of(path) and _HUB_ID.fullmatch(self.path) is not None
 
     def identity(self) -> str:
-        """What changes when the content does: the SHA-256 of a file, the commit of a hub data set; and what is taken of it. Of
-        what a run makes, whose content its steps know, what is taken of it alone."""
+        """A fingerprint of the content: the SHA-256 of a file, or the commit of a hub data set, and the settings that select
+        from it. For a set that the run writes, only these settings: its steps determine the content."""
         if self.chosen:
             return f"chosen author={self.author}" if self.author else "chosen"
         commit = (self.commit or self.local().name) if self.is_hub else None
@@ -56,7 +60,7 @@ class DataSet:
         return " ".join([whole, *(f"{key}={value}" for key, value in taken if value is not None)])
 
     def local(self) -> Path:
-        """The file, or the directory to which a hub data set was fetched."""
+        """The file, or the directory with the fetched hub data set. Raises DataError."""
         path = Path(self.path)
         if path.is_file():
             if not suffix_of(path):
@@ -75,22 +79,24 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Questions:
-    """A file of an evaluation's questions, which `reader` makes conversations of; they have no answers."""
+    """A file of an evaluation's questions. `reader` turns it into conversations without answers."""
 
     name: str
     path: str
     reader: Callable[[Path], Iterable[Conversation]]
 
     def identity(self) -> str:
+        """A fingerprint of the file."""
         return f"sha256:{known_digest(Path(self.path))}"
 
     def read(self) -> Iterable[Conversation]:
+        """The questions as conversations."""
         return self.reader(Path(self.path))
 
 
 @dataclass(frozen=True)
 class Read:
-    """A record of a data set: what it is read as, the whole conversation in it, which has more than a prompt, and the record."""
+    """A record of a data set: the conversation read from it, the whole one before answers are dropped, and the record."""
 
     conversation: Conversation
     whole: Conversation
@@ -98,14 +104,13 @@ class Read:
 
 
 def read_conversations(data: DataSet) -> Iterator[Conversation | Malformed]:
-    """Every record of a data set in its order, or every one of the sample. Malformed ones are yielded all; the caller decides what
-    they mean."""
+    """Yields every record of a data set, or of its sample, in order, malformed ones included; the caller decides about these."""
     for found in read_records(data):
         yield found if isinstance(found, Malformed) else found.conversation
 
 
 def read_records(data: DataSet) -> Iterator[Read | Malformed]:
-    """As `read_conversations`, with all that the records hold."""
+    """As `read_conversations`, with the records."""
     if data.limit is None:
         yield from _read(data)
         return
@@ -142,7 +147,7 @@ def _fetch_hub_data(reference: str, commit: str | None) -> Path:
     name, _, revision = reference.partition("@")
     try:
         return Path(snapshot_download(name, revision=commit or revision or None, repo_type="dataset"))
-    except Exception as error:  # the hub client raises many kinds; all mean that the data is unavailable
+    except Exception as error:  # of many types; all mean that the data is unavailable
         raise DataError(
             f"{reference}: no such file, and no data set of that name could be fetched ({first_line(error)})"
         ) from error

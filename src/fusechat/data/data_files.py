@@ -1,4 +1,4 @@
-"""Files of records: JSONL and JSON, gzipped or not, Parquet, a data set of the hub. What is wrong is named with its place."""
+"""Files of records: JSONL and JSON, also gzipped, Parquet, and data sets of the hub. Errors name their place."""
 
 import gzip
 import json
@@ -14,12 +14,12 @@ _BOM = b"\xef\xbb\xbf"
 
 
 def suffix_of(path: Path | str) -> str:
-    """The one of SUFFIXES with which the file's name ends, else an empty text."""
+    """The one of SUFFIXES that the file's name ends with, else ""."""
     return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if str(path).endswith(suffix)), "")
 
 
 def file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Place and content of every record; Malformed for one that cannot be read. Raises DataError where the file cannot."""
+    """Yields the place and content of every record, Malformed for unreadable ones. Raises DataError for an unreadable file."""
     suffix = suffix_of(path)
     if suffix == ".parquet":
         yield from _parquet(path)
@@ -32,21 +32,21 @@ def file_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def hub_records(name: str, directory: Path, split: str) -> Iterator[tuple[str, Any]]:
-    """Of a data set that was fetched to `directory`."""
-    import datasets  # slow to import, and few need it
+    """The records of a data set that was fetched to `directory`. Raises DataError."""
+    import datasets  # slow to import, and rarely needed
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says of an error is said below
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported below
     number = 0
     try:
         for row in datasets.load_dataset(str(directory), split=split, streaming=True):
             number += 1
             yield f"{name}, record {number}", without_null(row)
-    except Exception as error:  # of many kinds; all mean that the data cannot be read
+    except Exception as error:  # of many types; all mean that the data cannot be read
         raise DataError(f"{name}: cannot be read past record {number} ({first_line(error)})") from error
 
 
 def without_null(value: Any) -> Any:
-    """Without keys that hold null: a column has every key in every row, so that there null says that the record lacks it."""
+    """Without keys whose value is null: in columns, null means that the record lacks the key."""
     if isinstance(value, dict):
         return {key: without_null(item) for key, item in value.items() if item is not None}
     return [without_null(item) for item in value] if isinstance(value, list) else value
@@ -57,12 +57,12 @@ def _open(path: Path) -> Any:
 
 
 def _holds_lines(path: Path) -> bool:
-    """Whether a file called JSON has a record on each line: its first line is an object by itself, and more follow, or none."""
+    """Whether a JSON file has one record on each line: the first line is an object by itself."""
     try:
         with _open(path) as stream:
             first = next((line for line in stream if line.strip(b" \t\r\n" + _BOM)), b"")
         found = json.loads(first.decode("utf-8-sig"))
-    except (OSError, EOFError, ValueError, RecursionError):  # whoever reads it says so
+    except (OSError, EOFError, ValueError, RecursionError):  # reported by the reader
         return False
     return isinstance(found, dict) and bool(found)
 
@@ -80,7 +80,7 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 yield where, Malformed(where, "not UTF-8")
             except json.JSONDecodeError as error:
                 yield where, Malformed(where, f"not JSON ({error.msg}, column {error.colno})")
-            except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+            except (ValueError, RecursionError) as error:  # a number with too many digits, too many brackets
                 yield where, Malformed(where, f"not JSON ({error})")
 
 

@@ -4,23 +4,23 @@ Format 3. A store is a directory with `store.json` and Arrow IPC files ("file" f
 
 - `store.json`: `format`, the number 3; `k`, how many tokens a row has; `files`, a pattern that the names of its Arrow files match.
   All files have one schema, and together they are the store, in the order of their names. No id is in it twice.
-- Files of captures match `shard-*.arrow`, and each is named `shard-<number>-<checksum>.arrow`: the number from 0 on, in five
-  digits or more; the checksum is the first 16 hexadecimal digits of the SHA-256 of the file's bytes. Shard i holds the i-th
-  `shard_conversations` of the prepared conversations, in their order, without those that were rejected; it may be empty.
+- Files of captures are named `shard-<number>-<checksum>.arrow`: the number from 0 on, in five digits or more; the first 16
+  hexadecimal digits of the SHA-256 of the file's bytes. Shard i holds the i-th `shard_conversations` of the prepared
+  conversations, in their order, without rejected ones; it may be empty.
 - A record is a conversation of n rows (a row: see `data/prepared.py`), in record batches of at most 512:
   - `id` string: the conversation's id
-  - `ids` list<uint16 or int32> of n·k token ids, those of row i from i·k on, most likely first, none twice in a row. uint16 in
-    captures of models that know at most 65,536 tokens; else int32, where -1 pads a row that has fewer than k, at its end
+  - `ids` list<uint16 or int32> of n·k token ids, those of row i from i·k on, most probable first, distinct in a row. uint16 in
+    captures of models with at most 65,536 tokens; else int32, where -1 pads the end of a row with fewer than k
   - `logprobs` list<float16> of n·k: their log-probabilities over the full vocabulary (natural logarithm, temperature 1;
     computed in float32), -inf where padded
   - `nll` list<float32> of n: `-log p` of the row's own token; of length 0 where the store holds targets, not captures
-  - `tail` list<float32> of n: the probability of all tokens that were not kept, from the float32 log-softmax and not from
-    the rounded `logprobs`. Readers scale what was kept to `1 - tail`
+  - `tail` list<float32> of n: the probability of all tokens that were not kept, from the float32 log-softmax, not from the
+    rounded `logprobs`. Readers scale the kept ones to `1 - tail`
 
-So a captured row takes 4·k + 8 or 6·k + 8 bytes, and a conversation about 70 more. Nothing is stored for prompts and padding.
+A captured row takes 4·k + 8 or 6·k + 8 bytes, and a conversation about 70 more. Nothing is stored for prompts and padding.
 
-Format 2 is the same without `tail`, and is still read: a tail is what the rounded `logprobs` leave, 0 where that is below 1e-3,
-which rounding alone makes. A capture that was begun in it continues in it.
+Format 2 has no `tail`, and is still read: the tail is what the rounded `logprobs` leave, 0 if below 1e-3, which may be rounding. A
+capture that began in format 2 continues in it.
 """
 
 from collections.abc import Iterable
@@ -37,12 +37,12 @@ from fusechat.run.cache import fresh_digest
 from fusechat.run.files import PARTIAL, digest, read_json, write_json
 
 STORE, FORMAT = "store.json", 3
-_TAILS = 3  # from this format on a record has its tails
+_TAILS = 3  # the first format with tails
 SHARDS = "shard-*.arrow"
-_ROUNDING = 1e-3  # a tail below it may be no more than what float16 makes of log-probabilities
-_NO_TAIL = 1e-12  # the same of float64 sums
-_SCALED = 1e-3  # what was kept is better known from a float32 tail than from float16 logarithms from here on
-_CHECKSUM = 16  # hexadecimal digits of a shard's SHA-256 that its name ends with
+_ROUNDING = 1e-3  # a smaller tail may be float16 rounding of log-probabilities
+_NO_TAIL = 1e-12  # a smaller tail may be float64 rounding
+_SCALED = 1e-3  # from here on, the kept mass is more exact from a float32 tail than from float16 logarithms
+_CHECKSUM = 16  # hexadecimal digits of a shard's SHA-256 in its name
 
 
 def _schema(ids: pa.DataType, *, tails: bool) -> pa.Schema:
@@ -52,17 +52,17 @@ def _schema(ids: pa.DataType, *, tails: bool) -> pa.Schema:
 
 @dataclass(frozen=True)
 class SparseDistribution:
-    """The k most likely tokens of n next-token distributions, and what they leave out.
+    """The k most probable tokens of n next-token distributions, and their tails.
 
-    `ids` int32 [n, k], -1 pads; `logprobs` [n, k], natural log-probabilities over the full vocabulary, -inf where padded;
-    `nll` float32 [n] of the gold tokens, or [0] where it is not known; `tail` [n], the probability of all tokens that were not
-    kept (by default what `logprobs` leave).
+    `ids` int32 [n, k], -1 pads; `logprobs` [n, k], natural log-probabilities over the full vocabulary, -inf for pads; `nll`
+    float32 [n] of the gold tokens (nats), or [0] if unknown; `tail` [n], the probability of all other tokens (default: what
+    `logprobs` leave).
     """
 
     ids: np.ndarray
     logprobs: np.ndarray
     nll: np.ndarray
-    tail: np.ndarray = None  # type: ignore[assignment]  # never None once made
+    tail: np.ndarray = None  # type: ignore[assignment]  # never None after __post_init__
 
     def __post_init__(self) -> None:
         if self.tail is None:
@@ -72,7 +72,7 @@ class SparseDistribution:
         return len(self.ids)
 
     def take(self, rows: np.ndarray | slice) -> "SparseDistribution":
-        """Some of the rows, in the order asked for."""
+        """Some of the rows, in the given order."""
         nll = self.nll[rows] if len(self.nll) else self.nll
         return SparseDistribution(self.ids[rows], self.logprobs[rows], nll, self.tail[rows])
 
@@ -83,18 +83,18 @@ class SparseDistribution:
 
     @property
     def probabilities(self) -> np.ndarray:
-        """float64 [n, k], 0 where padded."""
+        """float64 [n, k], 0 for pads."""
         return np.where(self.ids >= 0, np.exp(self.logprobs.astype(np.float64)), 0.0)
 
 
 def left_over(kept: np.ndarray) -> np.ndarray:
-    """float64 [n]: what probabilities [n, k] in float64 leave of 1; none where that may be the rounding of their sum."""
+    """float64 [n]: 1 minus the sums of float64 probabilities [n, k]; 0 if that may be rounding."""
     tail = np.clip(1.0 - kept.sum(axis=1), 0.0, 1.0)
     return np.where(tail < _NO_TAIL, 0.0, tail)
 
 
 def nothing(n: int, k: int = 1) -> SparseDistribution:
-    """n rows of which nothing is kept."""
+    """n rows of pads, with tails of 1."""
     none = np.zeros(0, dtype=np.float32)
     return SparseDistribution(np.full((n, k), -1, np.int32), np.full((n, k), -np.inf), none, np.ones(n))
 
@@ -106,8 +106,7 @@ def write_distributions(
     vocabulary: int | None = None,
     store_format: int = FORMAT,
 ) -> int:
-    """Writes (conversation id, distributions) pairs; returns how many. `vocabulary`: how many tokens the model knows, where no
-    id is a pad."""
+    """Writes (conversation id, distributions) pairs; returns how many. `vocabulary`: the model's size, if no id is a pad."""
     kind = pa.uint16() if vocabulary is not None and vocabulary <= 1 << 16 else pa.int32()
     return write_table(
         path,
@@ -133,35 +132,34 @@ def write_shard(
     vocabulary: int,
     store_format: int = FORMAT,
 ) -> Path:
-    """Writes a file of a capture, named after its bytes once they are on the disk."""
+    """Writes a shard of a capture; its name has the checksum of its bytes. Returns its path."""
     unnamed = directory / f"shard-{number:05d}{PARTIAL}"
     write_distributions(unnamed, records, vocabulary=vocabulary, store_format=store_format)
     return unnamed.rename(directory / f"shard-{number:05d}-{digest(unnamed)[:_CHECKSUM]}.arrow")
 
 
 def shards_of(directory: Path, number: int) -> list[Path]:
-    """The files that pass for a shard by their names, sound or not."""
+    """The files with a shard's name, intact or not."""
     return sorted(directory.glob(f"shard-{number:05d}-*.arrow"))
 
 
 def is_sound(shard: Path) -> bool:
-    """Whether a file of a capture has the bytes that it is named after. Reads it, and remembers what it found in the cache."""
+    """Whether a shard has the checksum in its name. Reads the file, and caches the result."""
     return shard.stem.rpartition("-")[2] == fresh_digest(shard)[:_CHECKSUM]
 
 
 def write_store(directory: Path, *, k: int, files: str, store_format: int = FORMAT) -> None:
-    """Marks a directory as a store of distributions; `files` is the pattern of its Arrow files."""
+    """Marks a directory as a store of distributions; `files`: the pattern of its Arrow files."""
     write_json(directory / STORE, {"format": store_format, "k": k, "files": files})
 
 
 def begun_format(directory: Path) -> int:
-    """The format of the store that was begun in a directory, today's where none was."""
+    """The format of the store in a directory, else the current one."""
     return int(read_json(directory / STORE)["format"]) if (directory / STORE).is_file() else FORMAT
 
 
 def open_distributions(*directories: Path, verify: bool = True) -> "DistributionSet":
-    """The distributions that finished steps wrote to their directories, of one model and one k. Raises WorkdirError for captures
-    that were altered, unless somebody else is to `verify` their checksums."""
+    """Opens the stores of finished steps, of one model and one k. Raises WorkdirError for damaged captures if `verify` is set."""
     stores = {directory: read_json(directory / STORE) for directory in directories}
     paths = [path for directory, store in stores.items() for path in sorted(directory.glob(store["files"]))]
     if verify and any(store["files"] == SHARDS for store in stores.values()):
@@ -174,7 +172,7 @@ def open_distributions(*directories: Path, verify: bool = True) -> "Distribution
 
 
 class DistributionSet:
-    """Memory-mapped stores of distributions, by conversation id; of several that have a conversation, the first counts."""
+    """Memory-mapped stores of distributions by conversation id; the first store with an id counts."""
 
     def __init__(self, paths: list[Path], k: int) -> None:
         self.table = Table(paths)
@@ -188,11 +186,11 @@ class DistributionSet:
 
     @cached_property
     def has_tails(self) -> bool:
-        """Whether all of it was written with its tails."""
+        """Whether all of it was written with tails."""
         return "tail" in self.table.names and not self.table.has_nulls("tail")
 
     def __getitem__(self, identity: str) -> SparseDistribution:
-        """Log-probabilities as float64, scaled so that what was kept and the tail sum to one."""
+        """A conversation's distributions; log-probabilities are float64, scaled so that the kept mass and the tail sum to 1."""
         row = self.index[identity]
         ids = self.table.array("ids", row).astype(np.int32, copy=False).reshape(-1, self.k)
         logprobs = self.table.array("logprobs", row).astype(np.float64).reshape(-1, self.k)

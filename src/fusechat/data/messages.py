@@ -1,4 +1,4 @@
-"""What a conversation is: messages, what else templates may read, and an id that tells its content."""
+"""A conversation: messages, what templates may read besides, and an id derived from its content."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ Keys = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Message:
-    """`taught`: False for an assistant message that is context only: no response, nothing is learnt of it. `more`: what else a
-    template may read of it, by its own key: tool_calls, reasoning_content, name, …"""
+    """A message. `taught`: False for an assistant message that is context only, and not trained. `more`: what a template may
+    read besides: tool_calls, reasoning_content, name, …"""
 
     role: str  # system, user, assistant or tool
     content: str
@@ -22,18 +22,22 @@ class Message:
 
     @property
     def is_response(self) -> bool:
+        """Whether it is a trained assistant message."""
         return self.role == "assistant" and self.taught
 
     @property
     def is_plain(self) -> bool:
+        """Whether it has only role and content, and is trained if it is an answer."""
         return self.taught and not self.more
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """`id` is a hash of the content: equal conversations have equal ids, wherever they come from. `tools` and `variables` go
-    to the template; `unused`: keys of the record that nothing reads, with digests of their values; `joined`: answers in a row
-    were made one."""
+    """A conversation. `id` is a hash of the content: equal conversations have equal ids, whatever their file.
+
+    `tools` and `variables` are passed to the template. `unused`: keys of the record that nothing reads, with digests of their
+    values. `joined`: consecutive answers became one.
+    """
 
     messages: tuple[Message, ...]
     where: str  # file and line, for a person
@@ -44,7 +48,7 @@ class Conversation:
 
     @property
     def id(self) -> str:
-        """Of plain messages a hash of roles and contents alone; else of all that is said in addition."""
+        """A hash of roles and contents; if there is more than plain messages, of that too."""
         plain: Any = [[message.role, message.content] for message in self.messages]
         beside = self.tools, self.variables, self.unused
         if any(beside) or not all(message.is_plain for message in self.messages):
@@ -55,24 +59,25 @@ class Conversation:
 
     @property
     def is_answered(self) -> bool:
-        """Whether its last message is an answer."""
+        """Whether the last message is an answer."""
         return bool(self.messages) and self.messages[-1].role == "assistant"
 
     @property
     def responses(self) -> list[str]:
+        """The contents of the trained assistant messages."""
         return [message.content for message in self.messages if message.is_response]
 
 
 @dataclass(frozen=True)
 class Malformed:
-    """A record that is no conversation."""
+    """A record that is not a conversation."""
 
     where: str
     reason: str
 
 
 def join_turns(messages: Sequence[Message], *, roles: tuple[str, ...]) -> tuple[Message, ...]:
-    """Plain messages of one of these roles in a row as one, a blank line between their contents."""
+    """Joins consecutive plain messages of one of these roles, with a blank line between their contents."""
     found: list[Message] = []
     for role, turns in groupby(messages, key=lambda message: message.role if message.is_plain else None):
         group = list(turns)
@@ -83,7 +88,7 @@ def join_turns(messages: Sequence[Message], *, roles: tuple[str, ...]) -> tuple[
 
 
 def fold_system(messages: Sequence[Message]) -> list[Message] | None:
-    """The system message put in front of the first user message, an empty one left out; None where there is nothing to fold."""
+    """The messages with the system message, unless empty, in front of the first user message; None if there is nothing to fold."""
     if len(messages) < 2 or messages[0].role != "system" or messages[1].role != "user":
         return None
     if not messages[0].content.strip():

@@ -1,19 +1,19 @@
-"""Prepared conversations: tokens of the rendered text, and a row for each token of a response.
+"""Prepared conversations: tokens of the rendered text, and one row for each response token.
 
-The rows are what capture, alignment, fusion and evaluation agree on: a row stands for one response token, and carries the
-distribution that predicts this token. Which logits those are is decided in `fusechat.models.forward` alone.
+Capture, alignment, fusion and evaluation share these rows: a row is one response token with the distribution that predicts it.
+`fusechat.models.forward` alone decides which logits those are.
 
-Format of `conversations.arrow` (Arrow IPC file, one record a conversation; all lists of rows have the same length n):
+Format of `conversations.arrow` (Arrow IPC file, one record for each conversation; all lists of rows have the same length n):
 
 - `id` string: the conversation's id
-- `input_ids` list<int32>: tokens of the rendered text, no special token added
+- `input_ids` list<int32>: tokens of the rendered text, without added special tokens
 - `position` list<int32>: index of each row's token in `input_ids`
 - `response` list<int32>: index of the row's response among the conversation's assistant messages
 - `begin`, `end` list<int32>: byte span from the start of the response's content. `begin < 0`: the token also covers that many
   bytes of the template before the content. End-of-turn rows have an empty span after the content.
 - `end_of_turn` list<bool>
-- `lead` list<bool>: tokens of the template's text between what the model is asked by and the content (a `▁` before a digit): learnt
-  like all rows, but of no bytes of the content. A file without such rows has no such column.
+- `lead` list<bool>: tokens of the template's text between the prompt and the content (a `▁` before a digit), trained like all rows,
+  but without bytes of the content. A file without such rows has no such column.
 - `content_bytes` list<int32>: UTF-8 bytes of each response's rendered content, indexed by response
 """
 
@@ -40,7 +40,7 @@ SCHEMA = pa.schema([("id", pa.string()), *((name, pa.list_(kind)) for name, kind
 
 @dataclass(frozen=True)
 class Prepared:
-    """One conversation as one model sees it; see the module's docstring for the meaning of the arrays."""
+    """One conversation as one model sees it. The module's docstring describes the arrays."""
 
     id: str
     input_ids: np.ndarray  # int32 [tokens]
@@ -50,10 +50,12 @@ class Prepared:
     end: np.ndarray  # int32 [n]
     end_of_turn: np.ndarray  # bool [n]
     content_bytes: np.ndarray  # int32 [responses]
-    lead: np.ndarray = None  # type: ignore[assignment]  # bool [n]; none of the rows where it is left out
+    lead: np.ndarray = None  # type: ignore[assignment]  # bool [n]; all False by default
 
     def __post_init__(self) -> None:
-        if self.lead is None or len(self.lead) < len(self.position):  # of a file without, joined with one that has some
+        if self.lead is None or len(self.lead) < len(
+            self.position
+        ):  # a file without the column, joined with one that has it
             object.__setattr__(self, "lead", np.zeros(len(self.position), dtype=bool))
 
     def __len__(self) -> int:
@@ -66,13 +68,13 @@ class Prepared:
 
 
 def write_prepared(path: Path, conversations: Iterable[Prepared]) -> int:
+    """Writes a file of conversations atomically; returns how many."""
     records = ({f.name: getattr(c, f.name) for f in fields(c)} for c in conversations)
     return write_table(path, SCHEMA, records, optional="lead")
 
 
 class PreparedSet:
-    """A memory-mapped set of prepared conversations, or several sets one after the other: of a conversation that is in more than
-    one, `row_of` knows the first place."""
+    """A memory-mapped set of prepared conversations, or several in order. `row_of`: the first row of each id."""
 
     def __init__(self, *directories: Path) -> None:
         self.table = Table([directory / FILE for directory in directories])
@@ -92,5 +94,5 @@ class PreparedSet:
         return Prepared(id=self.ids[row], **{name: self.table.array(name, row) for name in self._columns})
 
     def lengths(self) -> np.ndarray:
-        """int64 [conversations]: tokens of each."""
+        """int64 [conversations]: the number of tokens of each."""
         return self.table.list_lengths("input_ids")

@@ -1,11 +1,11 @@
-"""From a record, as JSON or Parquet has it, to a conversation: one meaning for all usual forms.
+"""Turns a record of JSON or Parquet into a conversation, in all usual formats:
 
 {"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]}, and the keys of either under the other name
-{"prompt", "completion"}, texts or lists of messages; {"instruction", "input", "output", "history"}
-Where answers are made anew, {"prompt"} and {"instruction", "input", "history"} too, and `reference` beside any of them.
+{"prompt", "completion"}, texts or lists of messages; {"instruction", "input", "output", "history"} If answers are generated,
+also {"prompt"} and {"instruction", "input", "history"}, and `reference` besides any of them.
 
-Beside them: `system` (or `system_prompt`), `tools`, `chat_template_kwargs`; of a message `weight` or `train`, `tool_calls`, and
-whatever else a template reads. What nothing reads is named, not dropped silently.
+Besides: `system` (or `system_prompt`), `tools`, `chat_template_kwargs`; in a message `weight` or `train`, `tool_calls`, and
+whatever else a template reads. Keys that nothing reads are reported, not silently dropped.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt"), "assistant"),
     **dict.fromkeys(("tool", "function", "observation", "ipython"), "tool"),
-    "function_call": "assistant",  # of ShareGPT: its text is a call
+    "function_call": "assistant",  # ShareGPT: its text is a call
 }
 _KNOWN = "system, user, assistant, tool"
 _LISTS = ("messages", "conversations", "conversation")
@@ -31,17 +31,17 @@ _TAKEN = {
     *("continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length"),
     *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now"),
 }
-# Names of a record or a message that tell it from others, and say nothing of what it holds.
+# Keys that identify a record or a message and have no content.
 _LABELS = {
     *("id", "_id", "idx", "index", "uuid", "hash", "source", "dataset", "split", "timestamp"),
     *("conversation_id", "message_id", "prompt_id"),
 }
-# What is said of an answer beside it, where models answered and one was chosen.
+# Keys that describe an answer that was chosen from several models'.
 _OF_CHOSEN = {"prompt_id", "author", "scores", "score", "chosen_by"}
 
 
 def conversation_of(record: Any, where: str, *, answered: bool = True) -> Conversation:
-    """The conversation in a record. `answered`: it must hold an answer. Raises ValueError with the reason for which it is none."""
+    """The conversation in a record. `answered`: it must have an answer. Raises ValueError with the reason if it is not one."""
     if not isinstance(record, dict):
         raise ValueError(f"a conversation is an object, not {type(record).__name__}")
     messages, read = _turns(record if answered else _with_answer(record))
@@ -59,8 +59,8 @@ def conversation_of(record: Any, where: str, *, answered: bool = True) -> Conver
 
 
 def prompt_of(conversation: Conversation) -> Conversation:
-    """What is asked: without the last message if that is an answer, earlier answers being context, and without what nothing reads,
-    so that its id is that of the question alone. Raises ValueError where nothing is asked."""
+    """The prompt of a conversation: without a last message that is an answer, with earlier answers as context. Unread keys are
+    dropped, so that the id is the question's alone. Raises ValueError if there is no question."""
     messages = conversation.messages[: len(conversation.messages) - conversation.is_answered]
     if not messages or not messages[-1].content.strip():
         raise ValueError("the prompt is empty")
@@ -71,8 +71,7 @@ def prompt_of(conversation: Conversation) -> Conversation:
 
 
 def reference_of(conversation: Conversation, record: dict[str, Any]) -> str | None:
-    """The answer that a record holds to its question: its `reference`, else the last message of its conversation if that is an
-    answer."""
+    """The reference answer in a record: its `reference`, else the last message of its conversation if that is an answer."""
     told = record.get("reference")
     if told is not None:
         return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
@@ -80,7 +79,7 @@ def reference_of(conversation: Conversation, record: dict[str, Any]) -> str | No
 
 
 def refuse_taken(variables: dict[str, Any]) -> None:
-    """Raises ValueError for names that are no variables of a template, or not for a user to set."""
+    """Raises ValueError for names that are not variables of a template, or that users may not set."""
     for key in variables:
         if not key.isidentifier() or key in _TAKEN:
             raise ValueError(f"chat_template_kwargs: {key} is no variable that a template could be given")
@@ -107,7 +106,7 @@ def _turns(record: dict[str, Any]) -> tuple[tuple[Message, ...], set[str]]:
 
 
 def _with_answer(record: dict[str, Any]) -> dict[str, Any]:
-    """A record that holds a question alone, with an empty answer, which is not read."""
+    """A record that has only a question, with an empty answer, which is not read."""
     for question, answer in (("prompt", "completion"), ("instruction", "output")):
         if question in record and record.get(answer) is None and not any(record.get(key) for key in _LISTS):
             return {**record, answer: ""}
@@ -205,7 +204,7 @@ def _is_text_part(part: Any) -> bool:
 
 
 def _taught(turn: dict[str, Any], role: str, number: int) -> bool:
-    """Whether the message is learnt; only answers can be."""
+    """Whether the message is trained; only answers can be."""
     said = {key: turn[key] for key in ("weight", "train") if turn.get(key) is not None}
     for key, value in said.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
@@ -218,7 +217,7 @@ def _taught(turn: dict[str, Any], role: str, number: int) -> bool:
 
 
 def _call(call: Any, number: int) -> dict[str, Any]:
-    """A call as templates expect it: its arguments an object, not JSON in a text."""
+    """A call as templates expect it, with its arguments as an object rather than JSON text."""
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError(f"message {number}: a call lacks the name of its function")

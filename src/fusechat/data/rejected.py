@@ -1,5 +1,5 @@
-"""Conversations that a model leaves out: how many of which data set, why, and what could be set. Told once a run on the
-terminal, and in status and report; more of them than `data.max_rejected` end the run."""
+"""Conversations that a model leaves out: how many, from which data set, why, and what could be changed. Reported once in a run,
+and in status and report; more of them than `data.max_rejected` end the run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ _ADVICE = {
     MALFORMED: "mend these records",
     NOT_FINITE: "capture.dtype: float32 may keep them",
 }
-# What was done to conversations that are used, by the manifest's count of them.
+# Changes to conversations that are used, by their count in the manifest.
 _DONE = {
     "joined": "turns of one role in a row were joined, as data.join_turns has it",
     "truncated": "what passes data.max_length was cut off",
@@ -33,13 +33,13 @@ _DONE = {
     "tools_dropped": "the template knows no tools, so that the model is not told of them",
     "keys_dropped": "the template does not read all keys of the messages",
 }
-_SHOWN = 3  # reasons
+_SHOWN = 3  # reasons shown
 
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What one model leaves out of one data set. `reasons`: how many for each, the commonest first; `kept`: how many are left;
-    `where`: the file that names them."""
+    """What one model leaves out of one data set. `reasons`: the count of each, most frequent first; `kept`: conversations that
+    remain; `where`: the file that lists them."""
 
     model: str
     data: str
@@ -50,27 +50,29 @@ class LeftOut:
 
     @property
     def number(self) -> int:
+        """How many are left out."""
         return sum(self.reasons.values())
 
     @property
     def records(self) -> int:
+        """How many there were."""
         return self.kept + self.number
 
     @property
     def why(self) -> str:
-        """The commonest reasons, each with how often it was met."""
+        """The most frequent reasons, with their counts."""
         shown = [f"{reason} ({number})" for reason, number in list(self.reasons.items())[:_SHOWN]]
         more = len(self.reasons) - _SHOWN
         return "; ".join([*shown, f"and {more} more reasons"] if more > 0 else shown)
 
     @property
     def sentence(self) -> str:
-        """What is left out and why, in one line."""
+        """How many remain and why, in one line."""
         return f"{self.number} of {self.records} conversations are left out: {self.why}"
 
     @property
     def counted(self) -> "LeftOut":
-        """Without records that came before, which are used, and of a sample without malformed ones, which are the whole file's."""
+        """Without duplicates, which are used once, and for a sample without malformed records, which are of the whole file."""
         own = {reason: n for reason, n in self.reasons.items() if reason != REPEATED}
         if self.sample:
             own = {reason: n for reason, n in own.items() if not reason.startswith(MALFORMED)}
@@ -78,13 +80,13 @@ class LeftOut:
 
     @property
     def share(self) -> float:
-        """Of the records, those that came before not counted."""
+        """The share of records that are left out, without duplicates."""
         return self.counted.number / max(1, self.counted.records)
 
 
 def left_out(step: Step) -> LeftOut | None:
-    """What a finished step of prepare or capture left out by itself, None for nothing: a source's step without what is left out for
-    all, which the pivot's step tells."""
+    """What a finished step of prepare or capture left out by itself, or None. A source's step does not include what is left out
+    for all models; the pivot's step does."""
     model, _, data = step.name.partition("/")
     counts = (step.manifest() or {}).get("counts", {})
     if step.stage == "capture":
@@ -102,7 +104,7 @@ def left_out(step: Step) -> LeftOut | None:
 
 
 def notes(step: Step) -> list[str]:
-    """What a finished prepare step did to conversations that it kept, and what nothing reads of the records."""
+    """What a finished prepare step changed in conversations that it kept, and keys of records that nothing reads."""
     counts = (step.manifest() or {}).get("counts", {}) if step.stage == "prepare" else {}
     found = [
         f"in {counts[key]} of {counts['conversations']} conversations {what}"
@@ -115,12 +117,12 @@ def notes(step: Step) -> list[str]:
 
 
 def advice(reasons: Iterable[str]) -> str:
-    """What could be set about the first of these reasons for which something could."""
+    """What could be set about the first of these reasons that has a remedy."""
     return next((say for reason in reasons for key, say in _ADVICE.items() if reason.startswith(key)), "")
 
 
 def tell(steps: Iterable[Step], most: float) -> None:
-    """Says what finished steps left out, a line each. Raises DataError for all of which that is a greater share than `most`."""
+    """Logs what finished steps left out, a line each. Raises DataError if one left out a larger share than `most`."""
     too_many = []
     for step in steps:
         for line in notes(step):
@@ -149,5 +151,5 @@ def _refusal(found: LeftOut, most: float) -> str:
 
 
 def _of_all(reason: str) -> bool:
-    """Whether a record is left out for every model, whatever its template."""
+    """Whether this reason applies to every model, whatever its template."""
     return reason in (REPEATED, BY_PIVOT) or reason.startswith(MALFORMED)

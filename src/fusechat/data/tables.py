@@ -1,4 +1,4 @@
-"""Records of arrays in Arrow IPC files, written in batches and read memory-mapped."""
+"""Arrow IPC files of records with arrays, written in batches and read memory-mapped."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,12 +11,11 @@ import pyarrow.compute as pc
 from fusechat.errors import WorkdirError
 from fusechat.run.files import atomic_file
 
-_BATCH = 512  # records a batch
+_BATCH = 512  # records in a batch
 
 
 def write_table(path: Path, schema: pa.Schema, records: Iterable[Mapping[str, Any]], *, optional: str = "") -> int:
-    """Writes `records` as they come, atomically; returns how many there were. `optional`: a column of lists of bool that is left
-    out where all of it is false."""
+    """Writes `records` atomically; returns how many. `optional`: a column of bool lists that is left out if all are false."""
     count, needed = 0, not optional
     with (
         atomic_file(path) as temporary,
@@ -38,7 +37,7 @@ def write_table(path: Path, schema: pa.Schema, records: Iterable[Mapping[str, An
 
 
 def _leave_out(column: str, path: Path) -> None:
-    """Writes a table again, batch by batch, without a column."""
+    """Rewrites a table without a column, batch by batch."""
     with pa.memory_map(str(path)) as source, atomic_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
         table = pa.ipc.open_file(source)
         kept = [name for name in table.schema.names if name != column]
@@ -62,8 +61,8 @@ def _array(kind: pa.DataType, values: list[Any]) -> pa.Array:
 
 
 class Table:
-    """The records of one or several Arrow IPC files, one after the other, memory-mapped. A column that some files lack has nulls
-    there, and an empty list for each record."""
+    """The records of one or several Arrow IPC files, in order, memory-mapped. A column that some files lack is null there, with
+    empty lists."""
 
     def __init__(self, paths: list[Path]) -> None:
         parts = []
@@ -81,16 +80,19 @@ class Table:
 
     @property
     def names(self) -> list[str]:
+        """The columns of all files."""
         return list(self.table.schema.names)
 
     def has_nulls(self, name: str) -> bool:
+        """Whether a column has nulls."""
         return bool(self.table.column(name).null_count)
 
     def column(self, name: str) -> list[Any]:
+        """A column as Python values."""
         return list(self.table.column(name).to_pylist())
 
     def array(self, name: str, row: int) -> np.ndarray:
-        """The list in column `name` of record `row`, as a NumPy array (a view of the file where the type allows it)."""
+        """The list in column `name` of record `row` as a NumPy array, a view of the file if the dtype allows it."""
         starts, chunks = self._chunks(name)
         chunk = int(np.searchsorted(starts, row, side="right")) - 1
         offsets, values = chunks[chunk]
@@ -98,10 +100,11 @@ class Table:
         return values[offsets[local] : offsets[local + 1]]
 
     def list_lengths(self, name: str) -> np.ndarray:
+        """int64 [records]: the lengths of a column's lists."""
         return np.asarray(pc.list_value_length(self.table.column(name)).to_numpy(), dtype=np.int64)
 
     def _chunks(self, name: str) -> tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
-        """The first record of each chunk of a column, and the chunk's offsets and values, views of the file if the type allows."""
+        """The first record of each chunk of a column, and the chunk's offsets and values, views of the file if possible."""
         if name not in self._chunk_of:
             chunks = self.table.column(name).chunks
             starts = np.cumsum([0, *map(len, chunks)][:-1], dtype=np.int64)

@@ -143,7 +143,7 @@ def _from_byte_alphabet(piece: str) -> bytes:
 
 
 _BYTE_TO_CHARACTER = _byte_alphabet()
-# What is not of the alphabet is sent where Latin-1 has nothing, so that it is not taken for a byte.
+# Characters outside the alphabet map outside Latin-1, so that they are not taken for bytes.
 _TO_LATIN = dict.fromkeys(range(256), "\ufffd") | {
     ord(character): byte for byte, character in _BYTE_TO_CHARACTER.items()
 }

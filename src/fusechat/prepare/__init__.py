@@ -1,1 +1,1 @@
-"""Stage 1, prepare: conversations become tokens and response rows, once for each model and data set."""
+"""Stage 1, prepare: turns conversations into tokens and response rows, for each model and data set."""

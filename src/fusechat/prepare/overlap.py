@@ -1,14 +1,14 @@
-"""Which evaluation texts are in the training data: the same ones, and near-duplicates.
+"""Finds evaluation texts in the training data: identical ones, and near-duplicates.
 
-Compared are prompts with prompts and responses with responses. A *prompt* is the first user message, a *response* any message of
-the assistant; system messages are left aside. Texts are the same if they differ in case, white space and Unicode's forms of
-compatibility (NFKC) alone. An evaluation text is a near-duplicate of a training text if at least the share `NEAR` of its runs of
-`RUN` words is in the training text too: its *containment*, which is never less than Jaccard's similarity of the two. A word is a
-run of letters and digits, or one character of a script that does not separate words. Texts of fewer than `FEWEST` words are too
-little to be told by: of them only prompts are compared, and as wholes.
+Prompts are compared with prompts, and responses with responses. A *prompt* is the first user message, a *response* any assistant
+message; system messages are ignored. Texts are identical up to case, white space and Unicode compatibility (NFKC). An evaluation
+text is a near-duplicate of a training text if at least the share `NEAR` of its runs of `RUN` words is in the training text: its
+*containment*, which is never less than the Jaccard similarity of both. A word is a run of letters and digits, or one character
+of a script without spaces between words. Texts of fewer than `FEWEST` words are too short: of these only whole prompts are
+compared.
 
-No training text is missed: a text that holds m of the n runs of another has one of any n - m + 1 of them, so that candidates come
-from an index of so many runs of each evaluation text, the rarest, and each candidate is counted exactly. The training data is read
+No training text is missed: a text with m of another's n runs has one of any n - m + 1 of them, so that candidates come from an
+index of that many runs of each evaluation text, the rarest, and each candidate is counted exactly. The training data is read
 once and not kept.
 """
 
@@ -26,7 +26,7 @@ from fusechat.data.conversations import Conversation, DataSet, Questions, read_c
 RUN, NEAR, FEWEST = 3, Fraction(4, 5), 8
 SAME, SAME_PROMPT, SAME_RESPONSE = "same conversation", "same prompt", "same response"
 NEAR_PROMPT, NEAR_RESPONSE = "near-duplicate prompt", "near-duplicate response"
-KINDS = (SAME, SAME_PROMPT, SAME_RESPONSE, NEAR_PROMPT, NEAR_RESPONSE)  # the first says most
+KINDS = (SAME, SAME_PROMPT, SAME_RESPONSE, NEAR_PROMPT, NEAR_RESPONSE)  # the strongest first
 # Thai, Lao, Burmese, Khmer; kana; ideographs
 _ALONE = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -37,8 +37,8 @@ Run = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Hit:
-    """An evaluation conversation that is in a set of training conversations: how, where the most alike is (file and line), what
-    share of the evaluation text's runs of words it has, and how many training conversations are like it."""
+    """An evaluation conversation that is in a set of training conversations. `kind`: how; `training`: the most similar one (file
+    and line); `similarity`: its share of the evaluation text's runs of words; `times`: how many training conversations match."""
 
     evaluation: str
     evaluation_set: str
@@ -51,16 +51,16 @@ class Hit:
 
 @dataclass(frozen=True)
 class Overlap:
-    """`hits` in the order of the evaluation sets and their conversations, then of the training sets, then of `KINDS`. `sizes`: how
-    many conversations each evaluation set has; `training`: the names of the training sets."""
+    """`hits`, sorted by evaluation set, conversation, training set and `KINDS`. `sizes`: conversations of each evaluation set.
+    `training`: the names of the training sets."""
 
     hits: list[Hit]
     sizes: dict[str, int]
     training: list[str]
 
     def found(self, evaluation: str, *training: str) -> dict[str, int]:
-        """How many conversations of an evaluation set are in any of these training sets, without a word in any at all, by what
-        says most of each."""
+        """Conversations of an evaluation set that are in any of these training sets (default: all), counted by their strongest
+        kind."""
         kinds: dict[str, int] = {}
         for hit in self.hits:
             if hit.evaluation_set == evaluation and (hit.training_set in training or not training):
@@ -77,7 +77,7 @@ class Overlap:
         ]
 
     def sentences(self) -> list[str]:
-        """What a person should know, a line for each evaluation set that is touched."""
+        """A line for each evaluation set with hits."""
         said = []
         for name, size in self.sizes.items():
             found = self.found(name)
@@ -94,7 +94,7 @@ def find_overlap(
     evaluation: Sequence[DataSet | Questions],
     advance: Callable[[], object] = lambda: None,
 ) -> Overlap:
-    """Reads all of them; records that are no conversations are passed over. `advance` is called for each training conversation."""
+    """Reads all sets and compares them; skips malformed records. `advance` is called for each training conversation."""
     several = [(data.name, one) for data in evaluation for one in _conversations(data)]
     index = Index([one for _, one in several])
     best: dict[tuple[int, int, int], Hit] = {}
@@ -133,18 +133,19 @@ class _Near:
 
 
 def normalised(text: str) -> str:
+    """A text with NFKC, case folding, and single spaces."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def runs_of(text: str) -> frozenset[Run]:
-    """The runs of words of a normalised text; none of a text that has too few words to be told by."""
+    """The runs of words of a normalised text; empty if it has too few words."""
     words = _WORD.findall(text)
     return frozenset(zip(*(words[at:] for at in range(RUN)), strict=False)) if len(words) >= FEWEST else frozenset()
 
 
 class _Texts:
-    """What is compared of a conversation. `whole`: all of it; `parts`: its prompt and its responses, each with what it is called
-    where it is the same and where it is a near-duplicate, and its runs of words."""
+    """The texts of a conversation to compare. `whole`: all of it; `parts`: its prompt and responses, each with its kinds as
+    identical and as a near-duplicate, and its runs of words."""
 
     def __init__(self, conversation: Conversation) -> None:
         self.whole = tuple((m.role, normalised(m.content)) for m in conversation.messages if m.role != "system")
@@ -154,7 +155,7 @@ class _Texts:
         self.parts += [(SAME_RESPONSE, NEAR_RESPONSE, text, runs_of(text)) for text in responses]
 
     def wholes(self) -> Iterator[tuple[str, object]]:
-        """By which the same is found."""
+        """Keys that identical texts share, with their kinds."""
         if self.whole:
             yield SAME, self.whole
         for same, _, text, runs in self.parts:
@@ -163,7 +164,7 @@ class _Texts:
 
 
 class Index:
-    """The evaluation conversations, by what training conversations are looked up with."""
+    """An index of evaluation conversations, to look up training conversations."""
 
     def __init__(self, conversations: Sequence[Conversation]) -> None:
         self._same: dict[tuple[str, object], set[int]] = defaultdict(set)
@@ -180,7 +181,7 @@ class Index:
                 self._by_run[one.kind].setdefault(run, []).append(one)
 
     def look_up(self, training: Conversation) -> dict[int, dict[str, float]]:
-        """Evaluation conversations that a training conversation is like: by number the kinds, each with its similarity."""
+        """Evaluation conversations that match a training conversation: number → kinds with their similarity."""
         texts, found = _Texts(training), defaultdict[int, dict[str, float]](dict)
         for key in texts.wholes():
             for number in self._same.get(key, ()):

@@ -1,5 +1,5 @@
-"""prepare/<model>/<data set>/: `conversations.arrow`, `rejected.jsonl`. prepare/overlap/: `overlap.jsonl`, evaluation conversations
-that are in the training data, a line for each, each training set and each way of being in it: a `Hit`."""
+"""prepare/<model>/<data set>/: `conversations.arrow`, `rejected.jsonl`. prepare/overlap/: `overlap.jsonl`, a `Hit` for each
+evaluation conversation in the training data, each training set and each kind."""
 
 import json
 from collections import Counter
@@ -19,13 +19,13 @@ from fusechat.run.progress import log, progress
 from fusechat.run.steps import Step
 
 FORMAT = 3  # 3: rows between the asked prompt and the content; 2: spans are exact in more tokenizers
-_USUAL = {"join_turns": False, "truncate": "response"}  # what fingerprints say nothing of
+_USUAL = {"join_turns": False, "truncate": "response"}  # defaults, not in fingerprints
 OVERLAP, HITS = "overlap", "overlap.jsonl"
 
 
 def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, data: DataSet, made_by: Step | None = None) -> Step:
-    """Renders and tokenises one data set for one model: for a source, what the pivot could use of it. `made_by`: the step that
-    makes what the run makes itself."""
+    """The step that renders and tokenises one data set for one model; for a source, only conversations that the pivot uses.
+    `made_by`: the step that writes the set, if the run does."""
     how = rules(recipe, data)
     settings = {
         "model": chat_model.tokenizer_identity,
@@ -48,7 +48,7 @@ def step(recipe: Recipe, workdir: Path, chat_model: ChatModel, data: DataSet, ma
 
 
 def rules(recipe: Recipe, data: DataSet) -> dict[str, Any]:
-    """What `prepare_conversation` is told. A response that models are measured on is whole for all of them, or left out."""
+    """The arguments of `prepare_conversation`. A response for evaluation is whole for all models, or left out."""
     found = recipe.data.model_dump(include={"max_length", *_USUAL})
     return found if data not in recipe.validation_sets() else {**found, "truncate": _USUAL["truncate"]}
 
@@ -56,7 +56,7 @@ def rules(recipe: Recipe, data: DataSet) -> dict[str, Any]:
 def _prepare(
     directory: Path, chat_model: ChatModel, data: DataSet, usable: set[str] | None, how: dict[str, Any]
 ) -> dict[str, Any]:
-    """`usable`: ids of what the pivot could use, None where this is the pivot."""
+    """`usable`: ids of conversations that the pivot uses, None for the pivot itself."""
     from fusechat.models.load import without_embedding
     from fusechat.models.tokenise import RejectedError, prepare_conversation
 
@@ -111,7 +111,7 @@ def _prepare(
         return result
 
     kept = write_prepared(directory / FILE, prepared())
-    if not kept and not (data.author and not reasons):  # a model of which no answer was chosen
+    if not kept and not (data.author and not reasons):  # none of this model's answers was chosen
         why = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3)) or "it holds no records"
         say = advice(reason for reason, _ in reasons.most_common())
         raise DataError(f"{data.path}: no usable conversation for {chat_model.name}: {why}{f'; {say}' if say else ''}")
@@ -135,7 +135,7 @@ def _prepare(
 def overlap_step(
     recipe: Recipe, workdir: Path, training: Sequence[DataSet], evaluation: Sequence[DataSet | Questions]
 ) -> Step:
-    """Looks for evaluation texts in the training data, and tells what it finds."""
+    """The step that looks for evaluation texts in the training data, and reports them."""
     on_overlap = recipe.data.on_overlap
     settings = {
         "training": [[data.name, data.identity()] for data in training],

@@ -1,1 +1,1 @@
-"""What a user writes: the recipe's schema, its sections and presets, and reading it. Imports no stage."""
+"""The recipe: its schema, sections and presets, and how it is read. Imports no stage."""

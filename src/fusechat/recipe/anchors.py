@@ -1,4 +1,4 @@
-"""Which entry of docs/recipe.md explains a key of the recipe that a message names."""
+"""The entries of docs/recipe.md for recipe keys that a message names."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,13 +12,13 @@ _FILE = re.compile(r"\.(jsonl?|parquet|gz|ya?ml|gguf|txt|md|py)$")
 
 
 def links(messages: Iterable[str]) -> list[str]:
-    """`docs/recipe.md#KEY` for the keys that messages name, in their order, each once."""
+    """`docs/recipe.md#KEY` for the keys in messages, in order, each once."""
     found = dict.fromkeys(anchor(key) for message in messages for key in _keys(message))
     return [f"{PAGE}#{one}" for one in found if one]
 
 
 def anchor(key: str) -> str | None:
-    """The longest beginning of a key that has an entry, as its anchor: `fuse` for `fuse.sft_wieght`. None where none has."""
+    """The anchor of a key's longest prefix that has an entry: `fuse` for `fuse.sft_wieght`; None if there is none."""
     models, sets, known = _known()
     key = re.sub(r"\.\d+(?=\.|$)", "", key)  # indices of lists
     key = re.sub(rf"^sources\..+?\.(?=({models})(\.|$))", "pivot.", key)
@@ -34,7 +34,7 @@ def anchors() -> frozenset[str]:
 
 
 def _keys(message: str) -> Iterator[str]:
-    """The key that the message is about, known or not, then the known ones with a dot that stand in its text."""
+    """The key that the message is about, known or not, then known dotted keys in its text."""
     place = _PLACE.search(message)
     if place:
         yield place["key"]
@@ -44,7 +44,7 @@ def _keys(message: str) -> Iterator[str]:
 
 @cache
 def _known() -> tuple[str, str, frozenset[str]]:
-    """Keys of a model and of a data set, as alternatives of a regular expression, and all anchors. Of what the schema has."""
+    """From the schema: keys of a model and of a data set, as alternatives of a regular expression, and all anchors."""
     from fusechat.recipe.schema import Recipe
     from fusechat.recipe.sections import ModelSpec, TrainingSet
 

@@ -1,4 +1,4 @@
-"""The section `generate`, and what a source may say of how it answers; what does not go together is found in `problems`."""
+"""The section `generate`, and a source's settings for answering. `problems` finds settings that do not fit together."""
 
 import shlex
 from collections.abc import Iterator, Mapping
@@ -12,15 +12,15 @@ from fusechat.models.client import check_url
 from fusechat.models.reference import Reference
 from fusechat.recipe.sections import PIVOT, ModelSpec, Section, SourceCapture, SourceData, Url
 
-ANSWERS = "answers"  # the target that all authors teach, and the set of all chosen answers
-CHOSEN = "generate/chosen/conversations.jsonl"  # where that is in a work directory
+ANSWERS = "answers"  # the target that all authors teach, and the set of chosen answers
+CHOSEN = "generate/chosen/conversations.jsonl"  # the path of that set in a work directory
 BY_SCORES = ("likelihood", "self", "vote", "random")
 Text = Annotated[str, StringConstraints(min_length=1)]
-SECONDS = 10.0  # that a verifier may take for an answer
+SECONDS = 10.0  # for a verifier to check an answer
 
 
 class Server(Section):
-    """A model of an OpenAI-compatible server; `key_env`: the environment variable that holds its key."""
+    """A model of an OpenAI-compatible server. `key_env`: the environment variable of its key."""
 
     url: Url
     model: Text
@@ -36,7 +36,7 @@ class Server(Section):
 
 
 class SourceSpec(ModelSpec):
-    """`stop`: strings that end an answer of the source; `server`: who answers in its place, and can do nothing else."""
+    """A source. `stop`: strings that end its answers. `server`: answers in its place, and can do nothing else."""
 
     data: SourceData | None = None
     capture: SourceCapture = SourceCapture()
@@ -44,6 +44,7 @@ class SourceSpec(ModelSpec):
     server: Server | None = None
 
     def check_reference(self) -> None:
+        """Raises ValueError unless it names exactly one model or server."""
         if self.server is None:
             return super().check_reference()
         beside = self.model_dump(exclude={"data", "stop", "server", "capture"}, exclude_defaults=True)
@@ -54,18 +55,19 @@ class SourceSpec(ModelSpec):
 
     @property
     def label(self) -> str:
-        """What model it is, for a person: of a server its name there."""
+        """The model's name for people; of a server, its name there."""
         return self.server.model if self.server else str(self.reference)
 
     @property
     def reference(self) -> Reference:
+        """The model's reference."""
         assert self.server is None, "a server is no model that could be run here"
         return super().reference
 
 
 class Choose(Section):
-    """How one of a prompt's answers is chosen. In a recipe a name of `BY_SCORES` stands for itself; else one key. `seconds`: that
-    a verifier may take for an answer."""
+    """How one of a prompt's answers is chosen: exactly one key, or in a recipe a bare name of `BY_SCORES`. `seconds`: for a
+    verifier to check an answer."""
 
     by: Literal["likelihood", "self", "vote", "random"] | None = None
     source: str | None = None
@@ -88,7 +90,7 @@ class Choose(Section):
         ways = [name for name in ("by", "source", "verifier", "judge", "reward") if getattr(self, name) is not None]
         if len(ways) != 1:
             raise ValueError("should have one key: source, verifier, judge or reward")
-        if isinstance(self.verifier, str) and not shlex.split(self.verifier):  # raises ValueError for half a quotation
+        if isinstance(self.verifier, str) and not shlex.split(self.verifier):  # raises ValueError for an open quote
             raise ValueError("verifier is empty")
         if self.seconds is not None and self.verifier is None:
             raise ValueError("seconds goes with a verifier")
@@ -109,6 +111,8 @@ class Choose(Section):
 
 
 class Generate(Section):
+    """The section `generate`: who answers the prompts, how, and which answer is kept."""
+
     sources: Annotated[list[str], Field(min_length=1)] | None = None
     samples: int = Field(default=1, ge=1)
     temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -120,13 +124,13 @@ class Generate(Section):
 
     @property
     def scored_by_all(self) -> bool:
-        """Whether every model scores every answer; else each model its own."""
+        """Whether every model scores every answer, or only its own."""
         way = self.choose.way
         return way in ("likelihood", "vote", "verifier", "judge") or (way == "source" and self.samples > 1)
 
 
 def answering(sources: Mapping[str, SourceSpec], generate: Generate | None) -> list[str]:
-    """Who answers the prompts, in the recipe's order; nobody without the section."""
+    """The sources that answer prompts, in the recipe's order; none without the section."""
     if generate is None:
         return []
     only = [generate.choose.source] if generate.choose.source else list(sources)
@@ -134,8 +138,7 @@ def answering(sources: Mapping[str, SourceSpec], generate: Generate | None) -> l
 
 
 def own_targets(sources: Mapping[str, SourceSpec], generate: Generate | None) -> dict[str, list[str]]:
-    """The targets that a recipe has without naming them, each with its teachers: one for each source that is a model, or one that
-    all of them teach which answer."""
+    """Default targets with their teachers: one for each source that is a model, or one that all answering sources teach."""
     models = [name for name, source in sources.items() if source.server is None]
     if generate is None or generate.targets == "each":
         return {name: [name] for name in models}
@@ -143,13 +146,12 @@ def own_targets(sources: Mapping[str, SourceSpec], generate: Generate | None) ->
 
 
 def chosen_set(author: str | None = None) -> DataSet:
-    """The answers that a run chose, or those of one author."""
+    """The set of answers that a run chose, or of one author's."""
     return DataSet(f"{ANSWERS}-{author}" if author else ANSWERS, CHOSEN, chosen=True, author=author)
 
 
 def with_author(raw: Any) -> Any:
-    """A raw recipe in which each answer's author teaches it, where there is one target for all and nothing else is said. What has
-    another form is left for others to refuse."""
+    """A raw recipe with `function: author`, if all share one target and it sets no function. Other forms are left to validation."""
     generate = raw.get("generate") if isinstance(raw, dict) else None
     fuse = raw.get("fuse", {}) if isinstance(raw, dict) else None
     if not isinstance(generate, dict) or not isinstance(fuse, dict):
@@ -160,7 +162,7 @@ def with_author(raw: Any) -> Any:
 
 
 def problems(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Place and line of what is wrong with a recipe that is right section by section."""
+    """Place and message of each mistake in a recipe whose sections are valid by themselves."""
     servers = [name for name, source in recipe.sources.items() if source.server is not None]
     generate = recipe.generate
     if generate is None:

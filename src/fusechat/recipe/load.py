@@ -1,5 +1,5 @@
-"""Reading a recipe: YAML with line numbers, every mistake found and reported together, each with its place and, for a
-misspelt key, the right one."""
+"""Reads a recipe from YAML with line numbers. Reports all mistakes together, each with its place and, for a misspelt key, a
+suggestion."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +16,7 @@ from fusechat.recipe.schema import Recipe
 from fusechat.recipe.yaml_file import Document, Dumper, Loader, Place, kind, of_mapping, parse, read_text, suggestion
 from fusechat.run.files import write_text
 
-MergeCheck = Callable[[str, dict[str, Any], list[str]], list[Any]]  # method, parameters, targets → what is wrong
+MergeCheck = Callable[[str, dict[str, Any], list[str]], list[Any]]  # (method, parameters, targets) → mistakes
 
 
 def read_recipe(
@@ -27,11 +27,13 @@ def read_recipe(
     dtype: str | None = None,
     merge_check: MergeCheck | None = None,
 ) -> Recipe:
-    """The recipe of a file, or of a mapping like one, with `KEY=VALUE` overrides; paths made absolute.
+    """Reads a recipe from a file or mapping, with `KEY=VALUE` overrides and absolute paths. Raises RecipeError with all
+    mistakes.
 
-    `changes`: sections in part, whose keys replace the recipe's. Relative paths start at the file's directory, those of a mapping
-    and of `changes` at the current one. `dtype`: what `auto` stands for, None for what suits this machine. `merge_check`: the
-    merging stage's own check of its parameters. Raises RecipeError with all that is wrong."""
+    `changes`: parts of sections that replace the recipe's keys. Relative paths start at the file's directory, those of a mapping
+    and of `changes` at the working directory. `dtype`: the meaning of `auto`, None for this machine's. `merge_check`: the merge
+    stage's check of its parameters.
+    """
     document = of_mapping(source, "recipe") if isinstance(source, Mapping) else _parse(source)
     base = Path.cwd() if isinstance(source, Mapping) else source.resolve().parent
     for override in overrides or []:
@@ -49,12 +51,12 @@ def read_recipe(
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """The recipe as resolved, defaults filled in; `read_recipe` reads it back the same."""
+    """Writes the resolved recipe with all defaults; `read_recipe` reads the same one back."""
     write_text(path, _text(recipe))
 
 
 def is_saved(recipe: Recipe, path: Path) -> bool:
-    """Whether this very recipe was saved there."""
+    """Whether `path` has this very recipe."""
     return path.is_file() and path.read_text(encoding="utf-8") == _text(recipe)
 
 
@@ -64,7 +66,7 @@ def _text(recipe: Recipe) -> str:
 
 
 def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Name and pivot of a saved recipe, without asking whether its models and data are still there."""
+    """Name and pivot of a saved recipe, without checking its models and data."""
     raw = _parse(path).content
     pivot = raw.get("pivot")
     pivot = pivot if isinstance(pivot, dict) else {"model": str(pivot)}
@@ -73,7 +75,7 @@ def recipe_identity(path: Path) -> tuple[str, tuple[str, ...]]:
 
 
 def raw_recipe(path: Path) -> dict[str, Any]:
-    """A saved recipe as it is written, without asking whether its models and data are still there."""
+    """A saved recipe as written, without checking its models and data."""
     return _parse(path).content
 
 
@@ -93,7 +95,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _leaves(changes: dict[str, Any], above: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """What is to be set, and where: mappings are gone into, everything else is a value."""
+    """Each change with its place: descends into mappings; everything else is a value."""
     for key, value in changes.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, (*above, key))
@@ -102,13 +104,13 @@ def _leaves(changes: dict[str, Any], above: Place = ()) -> Iterator[tuple[Place,
 
 
 def _set(raw: dict[str, Any], place: Place, value: Any, said: str) -> None:
-    """`said`: how the user names the change."""
+    """`said`: the user's name for the change."""
     *above, last = place
     section: Any = raw
     for name in above:
         at = _entry(section, name, said)
         inner = section[at] if isinstance(section, list) else section.get(at)
-        if isinstance(inner, str):  # a bare model reference stands for {model: reference}, a bare path for {path: …}
+        if isinstance(inner, str):  # a bare reference means {model: reference}, a bare path {path: …}
             inner = {"path" if name in ("train", "validation") or isinstance(section, list) else "model": inner}
         section[at] = list(inner) if isinstance(inner, list) else dict(inner) if isinstance(inner, dict) else {}
         section = section[at]
@@ -116,7 +118,7 @@ def _set(raw: dict[str, Any], place: Place, value: Any, said: str) -> None:
 
 
 def _entry(section: Any, name: str, said: str) -> Any:
-    """The key of a mapping, the index of a list, from 0 on."""
+    """A key of a mapping, or an index of a list."""
     if not isinstance(section, list):
         return name
     if not name.isdecimal() or int(name) >= len(section):
@@ -128,7 +130,7 @@ def _explain(error: ValidationError, document: Document) -> None:
     for item in error.errors():
         place = tuple(str(part) for part in item["loc"] if not str(part).startswith("["))  # "[key]", "[several]"
         what = item["msg"]
-        if item["type"] == "value_error":  # one of our own checks: several things, some with their place in the section
+        if item["type"] == "value_error":  # FuseChat's own checks: several mistakes, some with a place
             for found in item["ctx"]["error"].args:
                 inner, what = found if isinstance(found, tuple) else ((), str(found))
                 document.complain((*place, *inner), what)
@@ -147,7 +149,7 @@ def _explain(error: ValidationError, document: Document) -> None:
 
 
 def _suggestion(place: tuple[str, ...]) -> str:
-    """The key that was meant, among those of the section that `place` is in."""
+    """The likely key, among those of the section of `place`."""
     section: type[BaseModel] | None = Recipe
     above = [key for key in place[:-1] if not key.isdecimal()]  # without indices of lists
     while above and section is not None:
@@ -162,7 +164,7 @@ def _suggestion(place: tuple[str, ...]) -> str:
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Those that a value of this annotation may be, or hold."""
+    """The sections that a value of this annotation may be or contain."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
@@ -170,8 +172,7 @@ def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Makes data files and local models of a raw recipe absolute, and reads template files. Leaves alone what is of another
-    form."""
+    """Makes paths of data files and local models in a raw recipe absolute, and reads template files. Ignores other forms."""
 
     def model(spec: Any) -> Any:
         if isinstance(spec, str):
@@ -220,10 +221,10 @@ def _absolute_paths(recipe: dict[str, Any], base: Path) -> dict[str, Any]:
 
 
 def _verifier(said: Any, base: Path) -> dict[str, Any]:
-    """A verifier whose command, or a word of it, is a file beside the recipe, as words that say where that is."""
+    """A verifier whose command, or a word of it, is a file next to the recipe, as words with absolute paths."""
     try:
         words = said if isinstance(said, list) else shlex.split(said) if isinstance(said, str) else []
-    except ValueError:  # the section says so
+    except ValueError:  # reported by the section
         return {}
     found = [
         str((base / word).resolve()) if isinstance(word, str) and (base / word).is_file() else word for word in words
@@ -232,7 +233,7 @@ def _verifier(said: Any, base: Path) -> dict[str, Any]:
 
 
 def _absolute(text: str, base: Path) -> str:
-    """A path from `base` where there is such a file or where it can be nothing else; a hub id or wheel as it is."""
+    """A path from `base` if the file exists or the text can only be a path; hub ids and wheels unchanged."""
     if text.startswith("wheel:"):
         return text
     path = Path(text).expanduser()

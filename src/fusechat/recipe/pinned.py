@@ -1,5 +1,5 @@
-"""What a recipe leaves open is settled once for a work directory, and read from there afterwards, by whatever process on whatever
-machine: the commits that ids of the hub stand for, and what `auto` is."""
+"""Fixes what a recipe leaves open once for a work directory, for all later processes and machines: commits of hub ids, and
+`auto`."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -24,12 +24,12 @@ from fusechat.run.progress import log
 RECIPE = "recipe.yaml"
 _IDENTITY = re.compile(rf"hub:(?P<asked>\S+)@(?P<commit>{COMMIT})( .*)?")
 T = TypeVar("T")
-Asked = tuple[str, str]  # model or dataset, and an id of the hub as a recipe has it
+Asked = tuple[str, str]  # `model` or `dataset`, and the recipe's hub id
 
 
 def pin(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bool = True) -> Recipe:
-    """The recipe with the commits that the work directory has, and what `auto` was when it began. `begin`: what is new is settled
-    as well, and what this machine, or the hub, would say otherwise today is told. `automatic`: `auto` too."""
+    """The recipe with the work directory's commits and its values of `auto`. `begin`: also fixes new ones, and logs what this
+    machine or the hub would choose differently today. `automatic`: fix `auto` too."""
     saved = raw_recipe(workdir / RECIPE) if (workdir / RECIPE).is_file() else {}
     known = _commits_of(workdir, saved)
     for place in recipe.automatic if automatic else ():
@@ -62,26 +62,26 @@ def pin(recipe: Recipe, workdir: Path, *, begin: bool = False, automatic: bool =
 
 
 def with_dtype(recipe: Recipe, dtype: str) -> Recipe:
-    """The recipe as it is where `auto` stands for `dtype`."""
+    """The recipe with `dtype` for `auto`."""
     for place in recipe.automatic:
         recipe = _put(recipe, place, dtype == "bfloat16" if place[-1] == "bf16" else dtype)
     return recipe
 
 
 def recipe_of(workdir: Path) -> Recipe:
-    """The recipe of a run, as it was run. Raises WorkdirError where there is none."""
+    """The recipe of a run, as it ran. Raises WorkdirError if there is none."""
     return pin(read_recipe(recipe_file(workdir)), workdir)
 
 
 def recipe_file(workdir: Path) -> Path:
-    """Where a run keeps its recipe. Raises WorkdirError for a directory that is no run's."""
+    """The path of a run's recipe. Raises WorkdirError if the directory is not a run's."""
     if not (workdir / RECIPE).is_file():
         raise WorkdirError(f"{workdir}: no work directory of FuseChat (it has no {RECIPE})")
     return workdir / RECIPE
 
 
 def _asked(spec: Any) -> tuple[str | None, str]:
-    """`model` or `dataset`, and its id, of one of the hub's that names no commit; None for everything else."""
+    """`model` or `dataset` and its hub id, for one without a commit; None for everything else."""
     if isinstance(spec, ModelSpec) and spec.model is not None and spec.reference.is_hub and spec.commit is None:
         return "model", str(spec.model)
     if isinstance(spec, DataPath) and DataSet("", spec.path).is_hub and spec.commit is None:
@@ -90,7 +90,7 @@ def _asked(spec: Any) -> tuple[str | None, str]:
 
 
 def _each(part: T, change: Callable[[Any, Place], Any], place: Place = ()) -> T:
-    """A section with all that it holds, with every section in it changed. `change` is told its place."""
+    """A section with `change(section, place)` applied to every section in it."""
     found: Any = part
     if isinstance(part, dict):
         found = {key: _each(value, change, (*place, key)) for key, value in part.items()}
@@ -122,7 +122,7 @@ def _put(part: Any, place: tuple[str, ...], value: Any) -> Any:
 
 
 def _commits_of(workdir: Path, saved: Any) -> dict[Asked, str]:
-    """What ids of the hub stand for in a work directory: by its recipe; where an older version wrote that, by its manifests."""
+    """The commits of hub ids in a work directory: from its recipe, or from manifests if an older version wrote that."""
     found = dict(_written(saved))
     if saved and not found:
         files = sorted(workdir.glob(f"*/**/{MANIFEST}"), key=lambda file: file.stat().st_mtime)
@@ -136,7 +136,7 @@ def _commits_of(workdir: Path, saved: Any) -> dict[Asked, str]:
 
 
 def _written(part: Any) -> Iterator[tuple[Asked, str]]:
-    """Of a raw recipe."""
+    """The hub ids of a raw recipe, with their commits."""
     if isinstance(part, dict):
         for key, kind in (("model", "model"), ("path", "dataset")):
             if key in part and "commit" in part:

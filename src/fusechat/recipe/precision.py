@@ -1,16 +1,16 @@
-"""`auto` in a recipe: bfloat16 where the device computes in it at full speed, else float32. A CPU without such arithmetic converts
-every number, which makes bfloat16 several times slower there than float32."""
+"""`auto` in a recipe: bfloat16 if the device computes it at full speed, else float32. A CPU without bfloat16 arithmetic converts
+every number, which makes it several times slower than float32."""
 
 from copy import deepcopy
 from typing import Any
 
 AUTO = "auto"
-Place = tuple[str, ...]  # the keys that lead to a value of a recipe
+Place = tuple[str, ...]  # the keys that lead to a value
 _PLACES = (("capture", "dtype"), ("evaluate", "dtype"), ("fuse", "training", "bf16"))
 
 
 def automatic(raw: Any) -> tuple[Place, ...]:
-    """Where a raw recipe says `auto`."""
+    """The places of `auto` in a raw recipe."""
     sources = value_at(raw, ("sources",))
     names = sources if isinstance(sources, dict) else ()
     places = [*_PLACES, *(("sources", str(name), "capture", "dtype") for name in names)]
@@ -18,8 +18,7 @@ def automatic(raw: Any) -> tuple[Place, ...]:
 
 
 def with_dtypes(raw: Any, dtype: str | None = None) -> Any:
-    """A raw recipe with every `auto` replaced. `dtype`: by what; None chooses for the recipe's device. What has another form is
-    left for others to refuse."""
+    """A raw recipe with every `auto` replaced by `dtype`, None for the recipe's device's. Other forms are left to validation."""
     places = automatic(raw)
     if not places:
         return raw
@@ -33,7 +32,7 @@ def with_dtypes(raw: Any, dtype: str | None = None) -> Any:
 
 
 def value_at(raw: Any, place: Place) -> Any:
-    """What a raw recipe has there; None for nothing."""
+    """A raw recipe's value at a place, or None."""
     for key in place:
         raw = raw.get(key) if isinstance(raw, dict) else None
     return raw

@@ -1,10 +1,10 @@
-"""Settings that a recipe takes as a whole by `preset: NAME`; what it says itself comes before them."""
+"""Groups of settings that a recipe selects by `preset: NAME`; its own settings override them."""
 
 from copy import deepcopy
 from typing import Any
 
-# The paper's, arXiv 2408.07990, Sections 3 and 4.1: alignment by dynamic time warping and the most frequent token, one-hot gold
-# tokens where nothing is aligned, cross-entropies per token, the published training, SCE's τ of the 7B models.
+# The paper's (arXiv 2408.07990, sections 3 and 4.1): alignment by dynamic time warping and the most frequent token, one-hot gold
+# tokens at unaligned rows, cross-entropies per token, the published training, SCE's τ for 7B models.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "data": {"max_length": 2048, "truncate": "token"},
@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def with_preset(raw: Any) -> Any:
-    """A raw recipe with its preset's settings where it has none of its own. What is no mapping is left for others to refuse."""
+    """A raw recipe with its preset's settings as defaults. Other forms are left to validation."""
     if not isinstance(raw, dict) or not isinstance(raw.get("preset"), str) or raw["preset"] not in PRESETS:
         return raw
     preset = deepcopy(PRESETS[raw["preset"]])

@@ -1,5 +1,4 @@
-"""The recipe: what a user writes, checked as a whole before any work. Its sections are in `sections.py`, reading the file in
-`recipe_file.py`."""
+"""The recipe as a whole. Its sections are in `sections.py`; `load.py` reads the file."""
 
 import datetime
 import json
@@ -80,12 +79,12 @@ class Recipe(Section):
         return recipe
 
     def __eq__(self, other: object) -> bool:
-        """By what it says, whether `auto` was said for that or not."""
+        """Compares values, whether they were `auto` or not."""
         return isinstance(other, Recipe) and self.model_dump() == other.model_dump()
 
     @property
     def automatic(self) -> tuple[Place, ...]:
-        """The keys that were `auto`: what they became here may be settled otherwise for a work directory."""
+        """The keys that were `auto`; a work directory may have other values for them."""
         return self._automatic
 
     @field_validator("sources")
@@ -125,7 +124,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _goes_together(self) -> "Recipe":
-        """No two sets of conversations may have one name, that of their directories; a set has one weight. Else see `problems`."""
+        """Names of sets are unique, because their directories have them, and a set has one weight. For the rest see `problems`."""
         wrong: list[Any] = []
         known: dict[str, tuple[Any, float]] = {data.name.lower(): (None, 1.0) for data in self.validation_sets()}
         for place, own, train in self._training():
@@ -147,7 +146,7 @@ class Recipe(Section):
     @field_validator("merge")
     @classmethod
     def _mergeable(cls, merge: Merge, info: ValidationInfo) -> Merge:
-        if "sources" not in info.data or "targets" not in info.data:  # wrong themselves
+        if "sources" not in info.data or "targets" not in info.data:  # invalid themselves
             return merge
         own = own_targets(info.data["sources"], info.data.get("generate"))
         every, merged = [*own, *info.data["targets"]], merge.targets or list(own)
@@ -165,10 +164,11 @@ class Recipe(Section):
         return merge
 
     def chat_model(self, name: str) -> ChatModel:
+        """The pivot or a source by name."""
         return self._chat_model(name, self.pivot if name == PIVOT else self.sources[name])
 
     def reward_model(self) -> ChatModel | None:
-        """The model that chooses among answers, where one does."""
+        """The reward model that chooses among answers, or None."""
         spec = self.generate.choose.reward if self.generate is not None else None
         return None if spec is None else self._chat_model("reward", spec)
 
@@ -181,23 +181,24 @@ class Recipe(Section):
 
     @property
     def models(self) -> list[str]:
-        """The sources that are run here, which are all but servers."""
+        """The sources that are models, and not servers."""
         return [name for name, source in self.sources.items() if source.server is None]
 
     @property
     def answering(self) -> list[str]:
-        """Who answers the prompts, if the recipe generates."""
+        """The sources that answer prompts."""
         return answering(self.sources, self.generate)
 
     def teachers(self) -> dict[str, list[str]]:
-        """Every target, and the sources that teach it, none for plain SFT: those of `own_targets`, then those that are named."""
+        """Every target with its sources, none for plain fine-tuning: first those of `own_targets`, then the named ones."""
         return {**own_targets(self.sources, self.generate), **self.targets}
 
     def sft_target(self) -> str | None:
-        """The target of plain fine-tuning, the first that no source teaches."""
+        """The target of plain fine-tuning: the first without sources, or None."""
         return next((name for name, sources in self.targets.items() if not sources), None)
 
     def merged_targets(self) -> list[str]:
+        """The targets that are merged."""
         return self.merge.targets or list(own_targets(self.sources, self.generate))
 
     def _data_set(self, name: str, where: DataPath, *, prompts: bool = False) -> DataSet:
@@ -206,7 +207,7 @@ class Recipe(Section):
         )
 
     def _training(self) -> Iterator[tuple[tuple[str, ...], str, TrainingSets]]:
-        """What is trained on: its place in the recipe, what it is called if it is one set without a name, the sets."""
+        """Training sets: their place in the recipe, the name of a single unnamed set, the sets."""
         if self.data.train is not None:
             yield ("data", "train"), COMMON, self.data.train
         for name, source in self.sources.items():
@@ -214,7 +215,7 @@ class Recipe(Section):
                 yield ("sources", name, "data", "train"), name, source.data.train
 
     def read_sets(self, source: str) -> list[DataSet]:
-        """What is read for `source`, its own, else the recipe's; of the pivot all. Of recipes that generate these are prompts."""
+        """The sets of `source`, else the recipe's; all for the pivot. If the recipe generates, these are prompts."""
         if source == PIVOT:
             return self.all_read_sets()
         by_owner = {own: train for _, own, train in self._training()}
@@ -223,21 +224,21 @@ class Recipe(Section):
         return [self._data_set(name, one, prompts=prompts) for _, name, one in _named(by_owner[own], own)]
 
     def all_read_sets(self) -> list[DataSet]:
-        """Those of every source, each once."""
+        """The sets of all sources, each once."""
         return list(dict.fromkeys(data for source in self.sources for data in self.read_sets(source)))
 
     def sets_of(self, source: str) -> list[DataSet]:
-        """The conversations on which `source` teaches: what is read for it, or the chosen answers, of which authors have theirs."""
+        """The conversations that `source` teaches: its sets, or the chosen answers, or as an author its own."""
         if self.generate is None:
             return self.read_sets(source)
         return [chosen_set(source) if self.fuse.function == "author" else chosen_set()]
 
     def all_training_sets(self) -> list[DataSet]:
-        """Those of every target, each once."""
+        """The sets of all targets, each once."""
         return list(dict.fromkeys(data for target in self.teachers() for data in self.training_sets(target)))
 
     def training_sets(self, target: str) -> dict[DataSet, list[str]]:
-        """The conversations of a target, and which of its sources teach on them; for plain SFT those of all sources."""
+        """The sets of a target, each with the sources that teach it; for plain fine-tuning those of all sources."""
         teachers, sets = self.teachers()[target], dict[DataSet, list[str]]()
         if self.generate is not None and (self.fuse.function != "author" or not teachers):
             return {chosen_set(): teachers}
@@ -247,12 +248,12 @@ class Recipe(Section):
         return sets
 
     def weights(self) -> dict[str, float]:
-        """How often each conversation of a training set is seen in an epoch, by the set's name; once, of answers."""
+        """How often each conversation of a training set is in an epoch, by the set's name; 1 for answers."""
         said = {name: one.weight for _, own, train in self._training() for _, name, one in _named(train, own)}
         return {data.name: said.get(data.name, 1.0) for data in (*self.all_read_sets(), *self.all_training_sets())}
 
     def validation_sets(self) -> list[DataSet]:
-        """Held-out conversations, on which every model is measured: the recipe's, and each source's own."""
+        """The held-out sets for all models: the recipe's, and each source's own."""
         sets = []
         if self.data.validation is not None:
             sets.append(self._data_set(f"{COMMON}-held-out", self.data.validation))
@@ -262,7 +263,7 @@ class Recipe(Section):
         return sets
 
     def validation_sets_of(self, target: str) -> list[DataSet]:
-        """Held-out conversations of a target: those of its sources, for plain SFT of all; each source's own, else the recipe's."""
+        """The held-out sets of a target's sources (their own, else the recipe's); of all sources for plain fine-tuning."""
         by_name = {data.name: data for data in self.validation_sets()}
         wanted = {
             name for source in self.teachers()[target] or self.sources for name in self._held_out_names(source)[:1]
@@ -270,17 +271,18 @@ class Recipe(Section):
         return [data for name, data in by_name.items() if name in wanted]
 
     def _held_out_names(self, source: str) -> list[str]:
-        """Which held-out sets there are for a source, its own first."""
+        """The names of a source's held-out sets, its own first."""
         existing = {data.name for data in self.validation_sets()}
         return [f"{name}-held-out" for name in (source, COMMON) if f"{name}-held-out" in existing]
 
     def validation_set(self, source: str) -> DataSet:
-        """The held-out conversations on which `source` is measured: its own, else the recipe's. Raises RecipeError."""
+        """The held-out set of `source`: its own, else the recipe's. Raises RecipeError if there is none."""
         for name in self._held_out_names(source):
             return {data.name: data for data in self.validation_sets()}[name]
         raise RecipeError(f"source {source} has no held-out conversations: set data.validation")
 
     def capture_for(self, name: str) -> Capture:
+        """The capture settings of a model, with a source's own."""
         if name == PIVOT:
             return self.capture
         own = self.sources[name].capture.model_dump(exclude_none=True)
@@ -288,7 +290,7 @@ class Recipe(Section):
 
 
 def _named(train: TrainingSets, own: str) -> Iterator[tuple[tuple[str, ...], str, TrainingSet]]:
-    """Each set with its place among them and its name: that of its file in a list, else `own`."""
+    """Each set with its place and its name: in a list that of its file, else `own`."""
     if isinstance(train, TrainingSet):
         yield (), train.name or own, train
         return

@@ -1,4 +1,4 @@
-"""The sections of a recipe, each checked by itself. The whole is in `config.py`."""
+"""The sections of a recipe, each checked by itself. The whole is in `schema.py`."""
 
 import re
 from collections.abc import Callable
@@ -26,7 +26,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 Dtype = Literal["float32", "bfloat16", "float16"]
 Backend = Literal["transformers", "vllm"]
 Url = Annotated[str, StringConstraints(pattern=r"^https?://\S+$")]
-PIVOT, FUSED, COMMON = "pivot", "fused", "data"  # names that no source may have; COMMON is the recipe's own data set
+PIVOT, FUSED, COMMON = "pivot", "fused", "data"  # names that sources may not have; COMMON is the recipe's own data set
 
 
 def _not_taken(name: str) -> str:
@@ -35,11 +35,11 @@ def _not_taken(name: str) -> str:
     return name
 
 
-SourceName = Annotated[Name, AfterValidator(_not_taken)]  # of a target too
+SourceName = Annotated[Name, AfterValidator(_not_taken)]  # also of targets
 
 
 def _device_map(value: Any) -> Any:
-    """As Accelerate has it."""
+    """Validates Accelerate's form."""
     ways = ("auto", "balanced", "balanced_low_0", "sequential")
     if isinstance(value, dict) and value:
         if all(isinstance(part, str) and isinstance(where, int | str) for part, where in value.items()):
@@ -54,6 +54,8 @@ Commit = Annotated[str, StringConstraints(pattern=f"^{COMMIT}$")]
 
 
 class Section(BaseModel):
+    """A section that refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
@@ -62,7 +64,7 @@ class TemplateName(Section):
 
 
 class ModelSpec(Section):
-    """A chat LLM. In a recipe a bare reference stands for `{model: reference}`."""
+    """A chat LLM. In a recipe a bare reference means `{model: reference}`."""
 
     model: str | None = None
     wheel: list[str] | None = None
@@ -91,7 +93,7 @@ class ModelSpec(Section):
         return self
 
     def check_reference(self) -> None:
-        """Raises ValueError for what names no model, or more than one."""
+        """Raises ValueError unless it names exactly one model."""
         if (self.model is None) == (not self.wheel):
             raise ValueError("names no model, or two: give either model or wheel")
         problem = self.reference.check()
@@ -107,12 +109,15 @@ class ModelSpec(Section):
 
     @property
     def reference(self) -> Reference:
+        """The model's reference."""
         wheels = (part if part.startswith("wheel:") else f"wheel:{part}" for part in self.wheel or ())
         parts = (self.model,) if self.model else tuple(wheels)
         return Reference(parts, self.sha256, self.trust_remote_code, self.commit)
 
 
 class DataPath(Section):
+    """A set of conversations: a file, or a data set of the hub."""
+
     path: str
     split: Annotated[str, StringConstraints(pattern=r"^\w[\w.]*$")] | None = None
     limit: int | None = Field(default=None, ge=1)
@@ -125,25 +130,25 @@ class DataPath(Section):
 
     @model_serializer(mode="wrap")
     def _as_written(self, whole: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Without what it does not say."""
+        """Without unset keys."""
         return {key: value for key, value in whole(self).items() if value is not None}
 
 
 class TrainingSet(DataPath):
-    """A set of conversations to train on; `weight`: how often each of them is seen in an epoch."""
+    """A set of conversations to train on. `weight`: how often each conversation is in an epoch."""
 
     name: Name | None = None
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
     @model_serializer(mode="wrap")
     def _as_written(self, whole: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        """Without what it does not say."""
+        """Without unset keys."""
         said = super()._as_written(whole)
         return {key: value for key, value in said.items() if (key, value) != ("weight", 1.0)}
 
     @property
     def stem(self) -> str:
-        """What it is called without a name of its own: its file's name without suffix, a hub data set's without its owner."""
+        """Its default name: the file's without suffix, or the hub data set's without owner."""
         name = Path(self.path).stem if Path(self.path).is_absolute() else self.path.partition("@")[0].rpartition("/")[2]
         return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")
 
@@ -171,7 +176,7 @@ class Data(Section):
 
 
 class SourceCapture(Section):
-    """What a source may set for itself; None takes the recipe's `capture`."""
+    """A source's own capture settings; None takes the recipe's."""
 
     top_k: int | None = Field(default=None, ge=1)
     dtype: Dtype | None = None
@@ -212,7 +217,7 @@ class Align(Section):
 
     @property
     def looks_ahead(self) -> bool:
-        """By default wherever the map is counted."""
+        """`look_ahead`, by default wherever the map has counts."""
         return self.vocabulary == "statistics" if self.look_ahead is None else self.look_ahead
 
 
@@ -251,8 +256,8 @@ class Fuse(Section):
 
 
 class Merge(Section):
-    """Beside `targets` and `dtype`, what `fusechat merge` takes for the method, checked as there; `weight` and `density` also by
-    target."""
+    """The section `merge`: `targets`, `dtype`, and the method's parameters of `fusechat merge`, checked as there. `weight` and
+    `density` may be given by target."""
 
     method: str = "sce"
     targets: list[str] | None = Field(default=None, min_length=1)
@@ -270,13 +275,13 @@ class Merge(Section):
     @model_validator(mode="before")
     @classmethod
     def _all_kept(cls, raw: Any) -> Any:
-        """By default, SCE keeps every position: docs/results.md."""
+        """SCE keeps every position by default: see docs/results.md."""
         if isinstance(raw, dict) and raw.get("method", "sce") == "sce" and raw.get("select_topk") is None:
             return {**raw, "select_topk": 1.0}
         return raw
 
     def parameters(self) -> dict[str, Any]:
-        """What is set, by the names that the methods know."""
+        """The parameters that are set, by the methods' names."""
         given = self.model_dump(exclude={"method", "targets", "dtype"}, exclude_none=True)
         return {name.rstrip("_"): value for name, value in given.items()}
 

@@ -1,5 +1,5 @@
-"""`fuse.training` and `fuse.lora`: any of Transformers' TrainingArguments and of PEFT's LoraConfig by name, checked without
-importing either."""
+"""`fuse.training` and `fuse.lora`: fields of Transformers' TrainingArguments and PEFT's LoraConfig by name, checked without
+importing them."""
 
 import ast
 import difflib
@@ -13,7 +13,7 @@ from typing import Any
 
 from fusechat.run.extras import not_installed
 
-# What FuseChat sets itself, and why.
+# Arguments that FuseChat sets itself, and why.
 RESERVED = {
     "output_dir": "checkpoints live in the work directory",
     "overwrite_output_dir": "checkpoints live in the work directory",
@@ -37,11 +37,11 @@ POSITIVE = (
     *("num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size"),
     *("gradient_accumulation_steps", "logging_steps", "save_steps"),
 )
-_ALSO = {"fsdp": bool}  # what Transformers takes, and asks for, in addition to what it annotates
+_ALSO = {"fsdp": bool}  # types that Transformers accepts besides its annotations
 _PLAIN = {"int", "float", "bool", "str", "list", "dict", "None"}
 
 
-# What no weight depends on: when and where something is written down, and how batches get to the model.
+# Arguments that change no weight: logging, saving, and data loading.
 _WRITING = (
     *("log_*", "logging_*", "report_to", "run_name", "project", "trackio_*", "push_to_hub", "hub_*"),
     "skip_memory_metrics",
@@ -50,8 +50,8 @@ _SERVING = (
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
     *("dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout", "include_num_input_tokens_seen"),
 )
-_BY_MEASURES = ("reduce_lr_on_plateau", "greedy")  # schedules of the learning rate that follow measurements
-# What none depends on where training ends with the last step, at a rate that no measurement changes.
+_BY_MEASURES = ("reduce_lr_on_plateau", "greedy")  # learning rate schedules that depend on evaluations
+# Arguments that change no weight if training ends with the last step and no evaluation changes the learning rate.
 _BETWEEN = (
     *("save_*", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps"),
     *("per_device_eval_batch_size", "metric_for_best_model", "greater_is_better"),
@@ -59,12 +59,12 @@ _BETWEEN = (
 
 
 def counted(training: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the trained weights depend on."""
+    """The arguments that the trained weights depend on."""
     measured = training.get("load_best_model_at_end") or training.get("lr_scheduler_type") in _BY_MEASURES
     patterns = (*_WRITING, *_SERVING, *(() if measured else _BETWEEN))
     found = {name: value for name, value in training.items() if not any(fnmatch(name, one) for one in patterns)}
     if measured and training.get("eval_strategy") == "steps" and not training.get("eval_steps"):
-        found["eval_steps"] = training.get("logging_steps")  # which Transformers takes then
+        found["eval_steps"] = training.get("logging_steps")  # Transformers' default
     return found
 
 
@@ -75,7 +75,7 @@ def known_arguments() -> dict[str, str]:
 
 @lru_cache(maxsize=4)
 def _fields(package: str, file: str, name: str) -> dict[str, str]:
-    """The fields of a dataclass and their annotations, read from its source: importing it takes seconds."""
+    """The fields of a dataclass and their annotations, from its source: importing it takes seconds."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         return {}
@@ -91,7 +91,7 @@ def _fields(package: str, file: str, name: str) -> dict[str, str]:
 
 
 def check_arguments(training: dict[str, Any]) -> list[str]:
-    """A line for each name that cannot be set, and for each value that is of the wrong kind."""
+    """A line for each name that cannot be set, and each value of the wrong type."""
     problems = []
     for name, value in training.items():
         if name in RESERVED:
@@ -124,7 +124,7 @@ def _check(name: str, value: Any, known: dict[str, str], what: str) -> list[str]
 
 
 def _fits(value: Any, annotation: str) -> bool:
-    """Whether a value from YAML is of the kind that an annotation names; kinds of Transformers' own are left to it."""
+    """Whether a YAML value has the annotated type. Types of Transformers' own are left to it."""
     kinds = set(re.findall(r"\w+", annotation))
     if value is None or not kinds <= _PLAIN | {"Optional", "Union"}:
         return True

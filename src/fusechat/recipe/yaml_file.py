@@ -1,4 +1,4 @@
-"""YAML that a user writes: plain values, the line of every key, and messages that say where something is wrong."""
+"""YAML that a user writes: plain values, the line of every key, and messages with places."""
 
 import datetime
 import difflib
@@ -16,11 +16,11 @@ from fusechat.errors import RecipeError
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which `5e-6` is the number that its writer means."""
+    """YAML that reads `5e-6` as a number."""
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what `Loader` reads back: a text `5e-6` in quotes."""
+    """Writes what `Loader` reads back: the text `5e-6` in quotes."""
 
 
 for _one in (Loader, Dumper):
@@ -33,8 +33,8 @@ Place = tuple[str, ...]  # the keys and list indices that lead to a value
 
 @dataclass
 class Document:
-    """A mapping, from the file `name` or, without lines, from elsewhere. `wrong` collects a message for each mistake. `reused`:
-    keys of the outermost mapping of whose values a part stands elsewhere too, by an anchor and an alias."""
+    """A mapping from the file `name`, or from elsewhere without lines. `wrong`: a message for each mistake. `reused`: top-level
+    keys whose values, in part, are also used elsewhere by an alias."""
 
     name: str
     content: dict[str, Any]
@@ -43,17 +43,18 @@ class Document:
     reused: set[str] = field(default_factory=set)
 
     def at(self, place: Place, what: str) -> str:
-        """`name:line: key: what`, with the line of the innermost part of `place` that stands in the file."""
+        """`name:line: key: what`, with the line of the innermost part of `place` in the file."""
         line = next((self.lines[place[:cut]] for cut in range(len(place), 0, -1) if place[:cut] in self.lines), None)
         key = ".".join(place)
         return f"{self.name}{f':{line}' if line else ''}: {f'{key}: ' if key else ''}{what}"
 
     def complain(self, place: Place, what: str) -> None:
+        """Records a mistake at a place."""
         self.wrong.append(self.at(place, what))
 
 
 def read_text(path: Path) -> str:
-    """Raises RecipeError."""
+    """The text of a file. Raises RecipeError."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -63,7 +64,7 @@ def read_text(path: Path) -> str:
 
 
 def parse(text: str, path: Path, *, what: str) -> Document:
-    """The mapping in `text`; keys that stand twice are complained of. Raises RecipeError where it is none; `what` is said of it."""
+    """Parses the mapping in `text` and records duplicate keys. Raises RecipeError, about `what`, if it is not a mapping."""
     document = Document(str(path), {})
     try:
         node = yaml.compose(text, Loader=Loader)
@@ -87,8 +88,8 @@ def parse(text: str, path: Path, *, what: str) -> Document:
 
 
 def of_mapping(content: Mapping[str, Any], name: str) -> Document:
-    """A mapping that a program made, as a file would hold it: tuples as lists, paths as text, NumPy's values as Python's. The
-    caller's is not changed by what is done to it. Raises RecipeError for values that no file can hold."""
+    """Copies a program's mapping as a file would have it: tuples become lists, paths text, NumPy values Python's. Raises
+    RecipeError for values that no file can have."""
     document = Document(name, {})
     try:
         document.content = _plain(content, (), document)
@@ -106,10 +107,10 @@ def _plain(value: Any, place: Place, document: Document) -> Any:
         return [_plain(inner, (*place, str(number)), document) for number, inner in enumerate(value)]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    if hasattr(value, "tolist"):  # of NumPy, pandas or PyTorch
+    if hasattr(value, "tolist"):  # NumPy, pandas, PyTorch
         return _plain(value.tolist(), place, document)
     if isinstance(value, str):
-        return str.__str__(value)  # of an enumeration its text
+        return str.__str__(value)  # the text of an enumeration
     for simple in (bool, int, float):
         if isinstance(value, simple):
             return simple(value)
@@ -119,7 +120,7 @@ def _plain(value: Any, place: Place, document: Document) -> Any:
 
 
 def second_document(text: str) -> int | None:
-    """The line on which a second document of the text begins; None where there is no second, or `parse` finds no YAML."""
+    """The line of a second document in the text; None without one, or if `parse` fails."""
     try:
         nodes = list(yaml.compose_all(text, Loader=Loader))
     except (yaml.YAMLError, RecursionError):
@@ -153,19 +154,19 @@ def _reused(node: yaml.Node) -> set[str]:
 
 
 def _nodes(node: yaml.Node) -> set[int]:
-    """Of a node and all within it, which they are: an alias is the node of its anchor."""
+    """The identities of a node and all nodes within it; an alias is its anchor's node."""
     inner = node.value if isinstance(node, yaml.SequenceNode) else ()
     pairs = node.value if isinstance(node, yaml.MappingNode) else ()
     return {id(node)}.union(*map(_nodes, inner), *(_nodes(part) for pair in pairs for part in pair))
 
 
 def kind(value: Any) -> str:
-    """What to call a value of the wrong form."""
+    """The name of a value's type, for messages."""
     return "nothing" if value is None else type(value).__name__
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
-    """What to say after "unknown key": the one that was meant, else those that there are."""
+    """The text after "unknown key": the likely key, else all keys."""
     names = list(known)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(names)}" if names else ""
