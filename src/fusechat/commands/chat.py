@@ -1,4 +1,4 @@
-"""Talking to a model on the terminal."""
+"""Chats with a model on the terminal."""
 
 import sys
 from pathlib import Path
@@ -22,8 +22,8 @@ def talk(
     chat_template: str | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Reads questions until the end of input and streams the answers to stdout, keeping the conversation. `chat_template`: the name
-    of one of the model's own, or a file."""
+    """Reads questions until the end of input and streams the answers to stdout, with the conversation as context.
+    `chat_template`: the name of one of the model's own, or a file. Raises ModelError."""
     import torch
     from transformers import TextStreamer
 
@@ -66,7 +66,7 @@ def talk(
 
 
 def _questions() -> Any:
-    """Lines of standard input; on a terminal with a prompt, an empty line or the end of input ends the talk."""
+    """Lines of standard input; on a terminal with a prompt, until an empty line or the end of input."""
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return

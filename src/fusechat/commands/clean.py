@@ -1,6 +1,6 @@
-"""What a finished run no longer needs: the distributions of captures and alignments, checkpoints, and what no step of the recipe
-names any more. Models, results and the report stay, and the run stays finished; a step that needs distributions after all has
-them made again."""
+"""Deletes what a finished run no longer needs: distributions of capture and align, checkpoints, and directories of steps that
+the recipe no longer has. Models, results and the report stay, and the run stays finished; a step that needs distributions makes
+them again."""
 
 import fnmatch
 import shutil
@@ -16,12 +16,12 @@ from fusechat.recipe.pinned import recipe_of
 from fusechat.run.integrity import write_checked
 from fusechat.run.steps import FREED, MANIFEST, STARTED, Step
 
-STAGES = ("capture", "align")  # whose artifacts are large, and only there for the fine-tuning
+STAGES = ("capture", "align")  # stages with large files that only fine-tuning needs
 
 
 @dataclass(frozen=True)
 class Part:
-    """Something that can go. `size`: in bytes."""
+    """Something that can be deleted. `size`: in bytes."""
 
     label: str
     size: int
@@ -29,7 +29,7 @@ class Part:
 
 
 def parts(workdir: Path) -> list[Part]:
-    """All that can go. Raises WorkdirError where the run is not finished."""
+    """All that can be deleted. Raises WorkdirError if the run is not finished."""
     steps = build_steps(recipe_of(workdir), workdir)
     for step in steps:
         if not step.finished:
@@ -43,13 +43,13 @@ def parts(workdir: Path) -> list[Part]:
 
 
 def _bulk(step: Step) -> dict[str, int]:
-    """Names and sizes of the files that can go and are there."""
+    """Names and sizes of existing files that can be deleted."""
     names = fnmatch.filter((step.manifest() or {}).get("outputs", ()), step.bulk)
     return {name: file.stat().st_size for name in names if (file := step.directory / name).is_file()}
 
 
 def _free(step: Step) -> None:
-    """Removes these of a finished step. Its manifest says so before a file goes."""
+    """Deletes these files of a finished step, after noting them in its manifest."""
     names, manifest = _bulk(step), step.manifest() or {}
     write_checked(step.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
     for name in names:
@@ -57,7 +57,7 @@ def _free(step: Step) -> None:
 
 
 def _left_over(workdir: Path, steps: list[Step]) -> Iterator[Path]:
-    """Directories of steps that the recipe had, or another command made."""
+    """Directories of steps that the recipe no longer has, or of other commands."""
     own = {step.directory for step in steps}
     for stage in STAGES:
         for name in (MANIFEST, STARTED):
@@ -71,7 +71,7 @@ def _size(directory: Path) -> int:
 
 
 def summary(found: list[Part]) -> list[str]:
-    """What can go and how much it is, a line each, for a person to read."""
+    """What can be deleted and its size, a line each."""
     if not found:
         return ["there is nothing to free"]
     rows = [(f"{part.size / 1e6:,.1f} MB", part.label) for part in found]
@@ -81,7 +81,7 @@ def summary(found: list[Part]) -> list[str]:
 
 
 def free(workdir: Path) -> None:
-    """Removes all of it. Raises WorkdirError where a run uses the work directory."""
+    """Deletes all of it. Raises WorkdirError while a run uses the work directory."""
     with lock(recipe_of(workdir), workdir):
         for part in parts(workdir):
             part.remove()

@@ -1,4 +1,4 @@
-"""The command line: one verb per thing a user does. What takes time to import is imported by the verb that needs it."""
+"""The command line, one function for each verb. Slow imports are made by the verb that needs them."""
 
 import json
 import sys
@@ -246,10 +246,10 @@ def _common(
 
 
 def main() -> Any:
-    """Runs the command line. Exit status 0 when done, 2 for what the user can correct, 1 for a defect of FuseChat."""
+    """Runs the command line. Exit status: 0 when done, 2 for errors that the user can correct, 1 for a defect of FuseChat."""
     try:
         status = app(standalone_mode=False) or 0
-        if status == INTERRUPTED:  # Typer keeps the exception to itself
+        if status == INTERRUPTED:  # Typer does not pass on the exception
             raise KeyboardInterrupt
         sys.exit(status)
     except FuseChatError as error:
@@ -262,7 +262,7 @@ def main() -> Any:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
-        if hasattr(error, "format_message"):  # a mistake in the command itself, as Typer reports it
+        if hasattr(error, "format_message"):  # Typer's error about the command itself
             _usage(error)
         storage = storage_error(error)
         if storage is None and ranks.peer_died(error):
@@ -283,6 +283,6 @@ def _usage(error: Any) -> None:
 def _fail(*messages: str, status: int = 2) -> None:
     for message in messages:
         print(f"fusechat: error: {message}", file=sys.stderr)
-    for link in links(messages) if "merge" not in sys.argv[1:2] else ():  # whose keys have a page of their own
+    for link in links(messages) if "merge" not in sys.argv[1:2] else ():  # its keys are not in recipe.md
         print(f"see {link}", file=sys.stderr)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""`fusechat eval alignment`: strategies of alignment side by side, on conversations that their maps were not counted on."""
+"""`fusechat eval alignment`: compares alignment strategies on conversations that their maps were not counted on."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -54,8 +54,8 @@ _MORE = (("unaligned", "condition", "condition"), ("look_ahead", True, "ahead"),
 
 
 def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> list[dict[str, Any]]:
-    """A record for each source, k and strategy. Counts on the training set, measures on the held-out one, which the source is
-    run over once. Raises RecipeError for a source without held-out conversations."""
+    """Returns a record for each source, k and strategy: counts on the training set, measures on the held-out one. The source
+    runs once over the held-out set. Raises RecipeError for a source without one."""
     recipe = of_day(recipe, workdir)
     held_out = {source: recipe.validation_set(source) for source in recipe.models}
     records = []
@@ -69,7 +69,8 @@ def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> l
 
 
 def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *, k: int) -> tuple[Any, Any]:
-    """Directories of the training sets, prepared, and of the held-out set, prepared and captured; done where they are not."""
+    """Runs the steps if needed. Returns the directories of prepared training sets, and of the prepared and captured held-out
+    set."""
 
     def done(step: Step) -> list[Path]:
         step.run(needed=True)
@@ -93,12 +94,12 @@ def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *,
 def _compare(recipe: Recipe, source: str, training: Any, measured: Any, top_ks: list[int]) -> list[dict[str, Any]]:
     pair, back_off, about = models(recipe, source)
     held_out = Conversations(*measured, **about)
-    data = Conversations(*training, **about, without=held_out.pivot.ids)  # no map is judged on what it was counted on
+    data = Conversations(*training, **about, without=held_out.pivot.ids)  # excludes what maps are evaluated on
     records = []
     counted, measured_on = len(data.common()), len(held_out.common())
     total = measured_on + len(STRATEGIES) * (2 * counted + (1 + len(top_ks)) * measured_on)
     with progress(f"compare {source}", total, "conversations") as advance:
-        Blocks(with_strategy(pair, Strategy()), held_out, processes=1).count(advance)  # checks what is stored
+        Blocks(with_strategy(pair, Strategy()), held_out, processes=1).count(advance)  # checks the stored rows
         for strategy in STRATEGIES:
             compared = with_strategy(pair, replace(strategy, min_mass=recipe.align.min_mass))
             for k, quality in _measure(compared, back_off, data, held_out, top_ks, advance, recipe.align.processes):
@@ -121,7 +122,7 @@ def _measure(
         is_open = pair.extendable_tokens(counts)
         counted = training.survey(is_open, advance)
     seen = Blocks(pair, held_out, processes=1).survey(is_open, advance)
-    seen.pairs, seen.parts = counts, counted.parts  # of the training set alone
+    seen.pairs, seen.parts = counts, counted.parts  # from the training set only
     vocabulary_map = pair.build_map(seen, back_off)
     return [(k, _quality(Aligner(pair, vocabulary_map, is_open), held_out, k, advance)) for k in top_ks]
 
@@ -153,13 +154,13 @@ def _quality(aligner: Aligner, held_out: Conversations, k: int, advance: Advance
 
 
 def strategy_name(record: dict[str, Any]) -> str:
-    """What tables call a strategy."""
+    """A strategy's name in tables."""
     vocabulary = "top 1" if record["top_1"] else record["vocabulary"]
     return " + ".join([f"{record['sequence']}, {vocabulary}", *(name for key, on, name in _MORE if record[key] == on)])
 
 
 def terminal_tables(records: list[dict[str, Any]]) -> list[Any]:
-    """A table for each source and k, for Rich to print."""
+    """A Rich table for each source and k."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""`fusechat eval SUITE MODEL…`: the command line of the suites; see `evaluation.py` for where results go."""
+"""`fusechat eval SUITE MODEL…`: the command line of the suites. `evaluate_models.py` decides where results go."""
 
 import json
 from collections.abc import Callable
@@ -129,7 +129,7 @@ def alpaca_eval(
             measured, settings = suite.score_annotations(annotations, gamed=gamed)
             _show(finish(found, measured, settings), found, as_json)
         return
-    with library():  # told to be missing now, and not after hours of answers
+    with library():  # reports a missing package now, not after hours of answers
         loaded = instructions.load(data)
     judge = _judge(judge_url, judge_model, concurrency=concurrency, timeout=timeout)
     with evaluation("alpaca-eval", models or [], workdir=workdir, out=out, chat_template=chat_template) as found:
@@ -221,7 +221,7 @@ def _judge(url: str | None, model: str | None, *, concurrency: int, timeout: flo
 
 
 def _announcing(*, only: bool) -> Callable[[Any], None]:
-    """What tells the estimate of a judge's work, and where it is asked for alone, ends the command with it."""
+    """A function that prints the estimate of a judge's work, and with `only` ends the command."""
 
     def tell(estimate: Any) -> None:
         if only:

@@ -1,9 +1,9 @@
-"""`fusechat eval`: one suite on some models, by themselves or those of a run, and where the results go.
+"""`fusechat eval`: runs one suite on given models, or those of a run, and stores the results.
 
-    ROOT/<suite>/…             answers, judgements and records.json of the suite; what was answered is not asked again
-    ROOT/results.json          the records of all suites; of a run also its own, and its report is written again
+    ROOT/<suite>/…             answers, judgements and records.json of the suite; existing answers are not asked again
+    ROOT/results.json          the records of all suites; for a run also its own, and its report is written again
 
-ROOT is WORKDIR/evaluate for the models of a run, and else the directory of --out.
+ROOT is WORKDIR/evaluate for the models of a run, else the directory of --out.
 """
 
 import time
@@ -39,7 +39,7 @@ _LIBRARIES = {"alpaca-eval": ("alpaca-eval",), "harness": ("lm-eval",), "mt-benc
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is measured and where it goes. `pivot`: the label of the model that the others are compared with."""
+    """What is measured, and where results go. `pivot`: the label of the model that others are compared with."""
 
     suite: str
     subjects: tuple[Subject, ...]
@@ -52,24 +52,26 @@ class Evaluation:
 
     @property
     def directory(self) -> Path:
+        """The suite's directory."""
         return self.root / self.suite
 
     @property
     def title(self) -> str:
+        """The title of its table."""
         return self.recipe.name if self.recipe is not None else self.suite
 
     @property
     def sft(self) -> str | None:
-        """The label of the run's target of plain fine-tuning, where that is measured."""
+        """The label of the run's target of plain fine-tuning, if measured."""
         target = self.recipe.sft_target() if self.recipe is not None else None
         return next((one.label for one in self.subjects if target and one.name == f"target-{target}"), None)
 
     def label_of(self, name: str) -> str:
-        """What tables call the model of that name in the run: `pivot`, `fused`; any other name is a label already."""
+        """The label in tables of a run's model, such as `pivot` or `fused`; other names are labels already."""
         return next((subject.label for subject in self.subjects if name in (subject.name, subject.shown)), name)
 
     def answering(self, **how: Any) -> Answering:
-        """How its models are asked; their answers are kept next to the suite's other files."""
+        """How its models answer; answers are stored with the suite's other files."""
         return Answering(self.directory, **how)
 
 
@@ -83,11 +85,8 @@ def evaluation(
     needs_models: bool = True,
     chat_template: str | None = None,
 ) -> Iterator[Evaluation]:
-    """Holds the directory of the results while the suite runs; see the module's docstring. Without `models` those of the run.
-    `chat_template`: of models given by themselves, the name of one of their own or a file.
-
-    Raises RecipeError, ModelError and WorkdirError for what is not there.
-    """
+    """Locks the directory of the results while the suite runs. Without `models`, those of the run. `chat_template`: for given
+    models, the name of one of their own or a file. Raises RecipeError, ModelError or WorkdirError."""
     if workdir is not None and out is not None:
         raise RecipeError("--out: the results of a run are kept in its --workdir; give one of the two")
     if workdir is not None and chat_template is not None:
@@ -116,13 +115,13 @@ def evaluation(
             if subject.server is not None:
                 check_url(subject.server.url, subject.label, MODEL_KEY)
         found.directory.mkdir(parents=True, exist_ok=True)
-        write_json(found.directory / STARTED, {"suite": suite})  # so that a run leaves the directory alone
+        write_json(found.directory / STARTED, {"suite": suite})  # a run then keeps the directory
         yield found
 
 
 @contextmanager
 def _told(place: str) -> Iterator[None]:
-    """A disk that cannot be written is told with the option that says where to write."""
+    """Names the option in errors of the disk."""
     try:
         yield
     except FuseChatError:
@@ -135,7 +134,7 @@ def _told(place: str) -> Iterator[None]:
 
 
 def resolved(dtype: str | None, device: str | None) -> dict[str, str]:
-    """The type of the weights and the device as they come to be by default. Raises ModelError."""
+    """The dtype and the device with defaults filled in. Raises ModelError."""
     from fusechat.models.load import choose_device, default_dtype
 
     place = choose_device(device)
@@ -143,7 +142,7 @@ def resolved(dtype: str | None, device: str | None) -> dict[str, str]:
 
 
 def finish(evaluated: Evaluation, measured: Measured, settings: Mapping[str, Any]) -> list[Record]:
-    """Writes the records and the results, of a run its report too; returns the records of these models."""
+    """Writes the records, the results, and a run's report; returns the records of these models."""
     used = versions(*_LIBRARIES.get(evaluated.suite, ()))
     models = {one.label: About(one.role, one.shown or one.label, one.identity) for one in evaluated.subjects}
     how: dict[str, Any] = {"models": models, "pivot": evaluated.pivot, "sft": evaluated.sft}
@@ -168,7 +167,7 @@ def _make(file: Path) -> None:
 
 
 def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject]:
-    """Models of a run by name, all without one, and any other that is given as a reference or a server."""
+    """Models of a run by name (default: all), and others by reference or server."""
     steps = build_steps(recipe, workdir)
     targets = {step.name: step for step in steps if step.stage == "fuse"}
     merged = next(step for step in steps if step.stage == "merge")
@@ -202,7 +201,7 @@ def _refuse_unfinished(step: Step, workdir: Path) -> None:
 
 
 def _write_again(recipe: Recipe, workdir: Path) -> None:
-    """results.json and the report of a run, where all that goes into them is there."""
+    """Writes results.json and the report of a run again, if all of their inputs exist."""
     *before, page = build_steps(recipe, workdir)
     results = next(step for step in before if step.name == "results")
     waiting = next((step for step in before if step is not results and not step.finished), None)
@@ -224,7 +223,7 @@ def bits_per_byte(
     device: str | None,
     batch_tokens: int,
 ) -> tuple[Measured, dict[str, Any]]:
-    """Of the responses in a file of conversations that every model can use; settings. Raises DataError as a run does."""
+    """Bits per byte of responses in a file of conversations that every model can use, and the settings. Raises DataError."""
     from fusechat.evaluate.bits_per_byte import Responses, compare, score_responses
     from fusechat.models.load import choose_device
     from fusechat.run.progress import progress
@@ -262,7 +261,7 @@ def _usable(data: DataSet) -> Iterator[Conversation]:
 
 
 def _prepared(conversations: Sequence[Conversation], chat_model: ChatModel, *, max_length: int) -> list[Prepared]:
-    """As a model sees them; what it cannot use is counted and said, and then missing for all."""
+    """The conversations that a model can use, prepared; others are logged, and left out for all models."""
     from fusechat.models.load import without_embedding
 
     template, rows = chat_model.template(), chat_model.vocabulary_size()

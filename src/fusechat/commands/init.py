@@ -30,7 +30,7 @@ _UNMEASURED = (
     "the report, no search for evaluation texts in the training data"
 )
 _MODEL = "a directory, a .gguf file, or org/name of the hub"
-_FEW = 20  # steps of fine-tuning, of which the first has a learning rate of 0
+_FEW = 20  # steps of fine-tuning; the first has a learning rate of 0
 
 
 def init(
@@ -43,8 +43,8 @@ def init(
     out: Path,
     force: bool,
 ) -> None:
-    """Writes the recipe `out`, asking on a terminal for what is None or empty. Raises RecipeError before it writes, for bad
-    options, and PlanError after it, for what the plan found."""
+    """Writes the recipe `out`; asks on a terminal for arguments that are None or empty. Raises RecipeError for bad options,
+    before writing, and PlanError for problems of the plan, after it."""
     if out.exists() and not out.is_file():
         raise RecipeError(f"--out {out}: is not a file")
     if out.exists() and not force:
@@ -72,7 +72,7 @@ def init(
 
 
 def _check(out: Path) -> None:
-    """Prints what the plan says of the recipe, and the command that runs it."""
+    """Prints the recipe's plan, and the command that runs it."""
     command = shlex.join(["fusechat", "run", str(out)])
     try:
         plan = _plan(out)
@@ -105,7 +105,7 @@ def _plan(out: Path) -> Plan:
 
 
 def _ask(question: str, check: Callable[[str], object], *, default: str | None = None) -> str:
-    """An answer that `check` does not refuse; asks again until there is one."""
+    """Asks until `check` accepts the answer."""
 
     def accepted(answer: str) -> str:
         try:
@@ -138,7 +138,7 @@ def _model(text: str) -> Reference:
 
 
 def _source(text: str) -> tuple[str | None, Reference]:
-    """The name in NAME=MODEL, None where it has none, and the model."""
+    """The name in NAME=MODEL, or None, and the model."""
     name, equals, model = text.partition("=")
     if not equals or text.startswith("wheel:") or Path(text).exists():
         return None, _model(text)
@@ -173,7 +173,7 @@ def _valid(name: str, kind: Any) -> str:
 def _checked(
     pivot: str, sources: Sequence[str], data: str, validation: str | None, *, name: str | None, base: Path
 ) -> str:
-    """The text of the recipe. Raises RecipeError with all options that cannot be right."""
+    """The text of the recipe. Raises RecipeError with all wrong options."""
     wrong: list[str] = []
 
     def checked(option: str, check: Callable[[str], T], value: str) -> list[T]:

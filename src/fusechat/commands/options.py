@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs of the command line have."""
+"""Arguments and options that several verbs share."""
 
 from pathlib import Path
 from typing import Annotated, Literal

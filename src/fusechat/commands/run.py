@@ -1,4 +1,4 @@
-"""`fusechat run`: checks what can be checked, then does the steps of a recipe in order, skipping what is done."""
+"""`fusechat run`: checks what it can, then runs the steps of a recipe in order and skips what is done."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,10 +22,8 @@ LOCK, STARTING = ".lock", ".starting.lock"
 
 
 def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | None = None) -> int:
-    """Runs what is not done yet, and of stage `until` what was cleared away; returns how many steps there were to do.
-
-    Raises a FuseChatError for what a user can correct. Under `torchrun` every process calls it; see `run/ranks.py`.
-    """
+    """Runs what is not done, and makes deleted files of stage `until` again; returns the number of steps that ran. Raises
+    FuseChatError. Under `torchrun` every process calls it; see `run/ranks.py`."""
     select_steps([], until=until)  # an unknown stage is refused before anything is written
     recipe = ranks.from_first(partial(of_day, recipe, workdir))
     with shared_workdir(recipe, workdir, until=until, only=only) as recipe:
@@ -42,7 +40,7 @@ def run(recipe: Recipe, workdir: Path, *, until: str | None = None, only: str | 
 
 
 def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | None) -> None:
-    """Where there is work to do, checks what can be checked before it, and converts models into this machine's cache."""
+    """If there is work to do, checks what it can before, and converts models into this machine's cache."""
     steps = select_steps(build_steps(recipe, workdir), until=until, only=only)
     waiting = [step for step in steps if not step.finished]
     preflight.check_settings(recipe, waiting)
@@ -53,7 +51,7 @@ def _get_ready(recipe: Recipe, workdir: Path, until: str | None, only: str | Non
 
 
 def check_workdir(recipe: Recipe, workdir: Path) -> None:
-    """Refuses a work directory that belongs to another recipe: one of another name or with another pivot."""
+    """Raises WorkdirError for the work directory of a recipe with another name or pivot."""
     if workdir.exists() and not workdir.is_dir():
         raise WorkdirError(f"{workdir}: is a file, not a directory")
     if not (workdir / RECIPE).is_file():
@@ -73,7 +71,7 @@ def check_workdir(recipe: Recipe, workdir: Path) -> None:
 
 @contextmanager
 def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
-    """A work directory that is this recipe's, for this process alone; the system frees the lock however the holder ends."""
+    """Locks a work directory of this recipe for this process alone. The system frees the lock when the process ends."""
 
     def take() -> None:
         check_workdir(recipe, workdir)
@@ -86,14 +84,14 @@ def lock(recipe: Recipe, workdir: Path) -> Iterator[None]:
 
 @contextmanager
 def shared_workdir(recipe: Recipe, workdir: Path, *, until: str | None, only: str | None) -> Iterator[Recipe]:
-    """A work directory that is this recipe's, together with other runs of the very same recipe. Writes the recipe down, and gives
-    it as it is written: with all that is settled."""
+    """Locks a work directory together with other runs of the same recipe. Writes the recipe, and yields it as written, with all
+    that is fixed for the work directory."""
 
     def take() -> Recipe:
         check_workdir(recipe, workdir)
         with wait_for_lock(workdir / STARTING, f"beginning in {workdir}"):
             first = held.enter_context(shared_lock(workdir / LOCK, workdir))
-            check_workdir(recipe, workdir)  # another one may have begun meanwhile
+            check_workdir(recipe, workdir)  # another run may have begun
             whole = pin(recipe, workdir, begin=first)
             select_steps(build_steps(whole, workdir), until=until, only=only)
             if first:

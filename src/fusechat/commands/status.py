@@ -13,7 +13,7 @@ from fusechat.recipe.pinned import pin, recipe_file
 
 
 def show_status(workdir: Path, recipe: Path | None, changes: list[str] | None, *, as_json: bool) -> None:
-    """`recipe`: a changed one, before it is run; None for the one that was run."""
+    """Prints the state of each step. `recipe`: a changed recipe before it runs; None for the one that ran."""
     own = recipe_file(workdir)
     loaded = pin(load_recipe(recipe or own, changes), workdir)
     check_workdir(loaded, workdir)

@@ -1,4 +1,4 @@
-"""`fusechat tokens --workdir`: a conversation of a finished run, found by its source and its number or id."""
+"""`fusechat tokens --workdir`: shows a conversation of a finished run, by source and number or id."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from fusechat.show.passages import TokenView
 
 
 def of_run(workdir: Path, pivot: str, source: str, *, conversation: str) -> TokenView:
-    """One conversation that `source` taught in the run; `conversation` is its number from 0 on, its id or how that begins."""
+    """One conversation that `source` taught in the run; `conversation` is its number from 0, its id, or a prefix of its id."""
     recipe = recipe_of(workdir)
     if pivot != PIVOT:
         raise RecipeError(f"{pivot}: with --workdir the first argument is {PIVOT}, the second a source of the run")

@@ -1,1 +1,1 @@
-"""Doing work once: steps, manifests, locks, processes, progress."""
+"""Runs work once: steps, manifests, locks, processes, progress."""

@@ -1,4 +1,4 @@
-"""The cache: fetched and converted models, and checksums that need not be computed again."""
+"""The cache of fetched and converted models, and of checksums."""
 
 import fcntl
 import os
@@ -11,13 +11,13 @@ from fusechat.run.integrity import read_sealed, write_sealed
 
 
 def cache_directory() -> Path:
-    """Where fetched and converted models are kept: `FUSECHAT_CACHE`, else `~/.cache/fusechat`."""
+    """The cache: `FUSECHAT_CACHE`, else `~/.cache/fusechat`."""
     return Path(os.environ.get("FUSECHAT_CACHE") or Path.home() / ".cache" / "fusechat").expanduser()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time works on `path` in the cache. The system frees the lock however the process ends."""
+    """Gives one process at a time access to `path` in the cache. The system frees the lock when the process ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f".{path.name}.lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -25,7 +25,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def known_digest(file: Path) -> str:
-    """SHA-256 of a file, remembered in the cache for as long as its size and times of change stay the same."""
+    """SHA-256 of a file, cached as long as its size and times stay the same."""
     file = file.resolve()
     known = read_sealed(_memo(file))
     if known is not None and known == {"path": str(file), **seen(file), "sha256": known.get("sha256")}:
@@ -34,7 +34,7 @@ def known_digest(file: Path) -> str:
 
 
 def fresh_digest(file: Path) -> str:
-    """SHA-256 of a file, read now, and remembered for `known_digest`."""
+    """SHA-256 of a file, read now and cached for `known_digest`."""
     file = file.resolve()
     before = seen(file)
     found = digest(file)

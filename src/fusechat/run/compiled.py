@@ -1,4 +1,4 @@
-"""Functions compiled by Numba, which keeps the machine code for the next run where it finds a place that it can write to."""
+"""Functions compiled by Numba, with the machine code cached where the directory is writable."""
 
 from collections.abc import Callable
 from functools import cache
@@ -10,8 +10,7 @@ from fusechat.run.progress import log
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """As `numba.njit(cache=True, nogil=True, **options)`; without a place for the code it is compiled in every run, and that is
-    said once."""
+    """As `numba.njit(cache=True, nogil=True, **options)`. Without a writable cache it compiles in every run, with one log line."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:

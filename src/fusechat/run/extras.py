@@ -1,4 +1,4 @@
-"""Packages that only some features need: an extra of FuseChat brings each, and without it one line says which."""
+"""Optional packages: an extra of FuseChat installs each, and errors name it."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -8,24 +8,24 @@ from fusechat.errors import RecipeError, first_line
 
 
 def is_installed(package: str) -> bool:
-    """Whether a top-level package can be found; imports nothing."""
+    """Whether a top-level package can be found, without importing it."""
     try:
         return find_spec(package) is not None
-    except ValueError:  # imported already, in a way that has no spec
+    except ValueError:  # already imported without a spec
         return True
 
 
 def not_installed(what: str, extra: str, instead: str = "") -> str:
-    """What to tell the user. `what`: the key or option, and what it needs; `extra`: brings it; `instead`: another way."""
+    """The message for a missing package. `what`: the key or option, and what it needs; `extra`: installs it; `instead`: an
+    alternative."""
     return f"{what} is not installed (pip install 'fusechat[{extra}]')" + (f"; {instead}" if instead else "")
 
 
 def import_extra(module: str, what: str, extra: str, instead: str = "") -> Any:
-    """A module of a package that an extra brings; the rest is as for `not_installed`. Raises RecipeError where it is not installed,
-    or cannot be imported."""
+    """Imports a module of an optional package; other arguments as for `not_installed`. Raises RecipeError if that fails."""
     try:
         return import_module(module)
-    except Exception as error:  # a package that does not fit the others may raise anything
+    except Exception as error:  # an incompatible package may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]:
             raise RecipeError(not_installed(what, extra, instead)) from None
         raise RecipeError(f"{what} is installed, but cannot be imported: {first_line(error)}") from error

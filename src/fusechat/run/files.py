@@ -1,4 +1,4 @@
-"""Writing so that nothing half-written is ever taken for whole: temporary name, flush, rename."""
+"""Atomic writes, so that an incomplete file is never taken for a whole one: temporary name, flush, rename."""
 
 import hashlib
 import json
@@ -10,15 +10,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-PARTIAL = ".partial"  # every temporary name ends with it
+PARTIAL = ".partial"  # suffix of every temporary name
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path next to `path`; what was written there becomes `path` if nothing was raised.
-
-    Two processes that write one file do not meet; the last one's whole file stays.
-    """
+    """Yields a temporary path next to `path`, which is renamed to `path` if nothing is raised. Two processes may write the same
+    file; the last one's whole file stays."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         yield temporary
@@ -28,13 +26,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # so that the user reads which file found no room
+            error.filename = str(path)  # name the file in errors
         raise
 
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """As `atomic_file`, for a directory with all that is in it; an older `path` is replaced."""
+    """As `atomic_file`, for a directory with its content; replaces an older `path`."""
     temporary = path.with_name(f".{path.name}{PARTIAL}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -53,23 +51,25 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def scratch(directory: Path) -> Iterator[Path]:
-    """A new directory in there, gone with all that is in it at the end."""
+    """A new temporary directory in `directory`, deleted at the end."""
     with TemporaryDirectory(dir=directory, prefix=".", suffix=PARTIAL) as room:
         yield Path(room)
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """JSON with sorted keys, so that equal values give equal bytes."""
+    """Writes JSON atomically, with sorted keys so that equal values give equal bytes."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -80,7 +80,7 @@ def digest(path: Path) -> str:
 
 
 def seen(path: Path) -> dict[str, int]:
-    """What changes whenever a file is written to."""
+    """Values that change whenever the file is written."""
     stat = path.stat()
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "ctime_ns": stat.st_ctime_ns}
 
@@ -92,7 +92,7 @@ def digest_json(value: Any) -> str:
 
 
 def remove_partial(directory: Path) -> None:
-    """Clears what a killed run left half-written."""
+    """Deletes the temporary files of a killed run."""
     for left in list(directory.rglob(f"*{PARTIAL}")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
@@ -101,7 +101,7 @@ def remove_partial(directory: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, or a directory with all that is in it."""
+    """Deletes a file, or a directory with its content."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -109,7 +109,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a directory, are on the disk."""
+    """Waits until a file, or a directory's names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

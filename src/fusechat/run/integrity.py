@@ -1,5 +1,5 @@
-"""JSON with its own checksum, and what a run continues from after a kill, sealed when it was written: whatever was altered since is
-made again, not trusted."""
+"""JSON with its own checksum, and records of the files that a run resumes from: what was altered since is made again, not
+trusted."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ CHECKSUM = "checksum"
 
 
 def write_sealed(path: Path, value: Any) -> None:
-    """JSON with its own checksum."""
+    """Writes JSON with its own checksum."""
     write_json(path, {"sha256": _digest(value), "value": value})
 
 
 def read_sealed(path: Path) -> Any | None:
-    """The value; None where there is no such file, or one that is not what was written."""
+    """The value, or None if the file is missing or altered."""
     try:
         found = read_json(path)
         return found["value"] if found["sha256"] == _digest(found["value"]) else None
@@ -26,14 +26,13 @@ def read_sealed(path: Path) -> Any | None:
 
 
 def write_checked(path: Path, content: dict[str, Any]) -> None:
-    """A mapping as JSON, with its checksum next to its own keys."""
+    """Writes a mapping as JSON, with its checksum as another key."""
     content = {key: value for key, value in content.items() if key != CHECKSUM}
     write_json(path, {**content, CHECKSUM: _digest(content)})
 
 
 def read_checked(path: Path) -> dict[str, Any] | None:
-    """The mapping, without its checksum; None where there is no such file, or one that is not what was written. One without a
-    checksum is taken as it is."""
+    """The mapping without its checksum; None if the file is missing or altered. A file without a checksum is accepted."""
     try:
         found = read_json(path)
     except (OSError, ValueError, RecursionError):
@@ -45,12 +44,12 @@ def read_checked(path: Path) -> dict[str, Any] | None:
 
 
 def record(path: Path, *places: Path) -> None:
-    """Writes down what the files at these places are, or below them, by their sizes and times of change: nothing is read."""
+    """Writes the sizes and times of the files at, or below, these places, without reading them."""
     write_sealed(path, _state(places))
 
 
 def matches_record(path: Path, *places: Path) -> bool:
-    """Whether just these files are there, as they were when they were sealed; a directory may have another name now."""
+    """Whether exactly the recorded files exist, unchanged. A directory may have been renamed."""
     found = read_sealed(path)
     return found is not None and found == _state(places)
 
@@ -67,6 +66,6 @@ def _state(places: tuple[Path, ...]) -> list[dict[str, dict[str, int]]]:
 
 
 def _digest(value: Any) -> str:
-    """Of the value as it is read again: keys are text then, tuples lists."""
+    """Of the value as read back from JSON: keys are text, tuples lists."""
     plain = json.loads(json.dumps(value))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Who may work where: locks on files, which the system frees however their holder ends."""
+"""File locks, which the system frees when their holder ends."""
 
 import fcntl
 import os
@@ -11,20 +11,20 @@ from typing import TextIO
 from fusechat.errors import WorkdirError
 from fusechat.run.progress import log
 
-_PAUSE = 0.2  # seconds between two looks at a lock that another process holds
+_PAUSE = 0.2  # seconds between two tries
 
 
 @contextmanager
 def exclusive_lock(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
-    """Raises WorkdirError, naming `what` and the process that uses it, where another one holds the lock. With `remove` the file
-    is not left behind."""
+    """Holds the lock alone. Raises WorkdirError, naming `what` and the process, if another holds it. `remove`: delete the file
+    at the end."""
     with _held(file, lambda handle: _refuse(handle, what), remove=remove):
         yield
 
 
 @contextmanager
 def wait_for_lock(file: Path, what: str) -> Iterator[None]:
-    """Waits for the process that holds the lock, and says so. The file is not left behind."""
+    """Waits, with a log line, until the lock is free, and holds it alone. Deletes the file at the end."""
 
     def wait(handle: TextIO) -> None:
         log.info("%s: process %s does it; waiting for it", what, _holder(handle))
@@ -37,8 +37,8 @@ def wait_for_lock(file: Path, what: str) -> Iterator[None]:
 
 @contextmanager
 def shared_lock(file: Path, what: Path) -> Iterator[bool]:
-    """Several processes may hold the lock so, and none while one holds it by `exclusive_lock`, which raises WorkdirError. Gives
-    whether this is the first of them. Of two that begin at once neither may be: begin one after the other."""
+    """Holds the lock together with other `shared_lock`s. Raises WorkdirError during an `exclusive_lock`. Yields whether this
+    process is the first. If two begin at the same time, neither may be."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a+") as handle:
         first = _lock(handle, fcntl.LOCK_EX)
@@ -49,9 +49,9 @@ def shared_lock(file: Path, what: Path) -> Iterator[bool]:
 
 
 def is_held(file: Path) -> bool:
-    """Whether a process holds the lock, in whichever way."""
+    """Whether any process holds the lock."""
     try:
-        with file.open("r+") as handle:  # over NFS only who may write may lock
+        with file.open("r+") as handle:  # over NFS, locking needs write access
             return not _lock(handle, fcntl.LOCK_EX)
     except OSError:
         return False
@@ -59,9 +59,9 @@ def is_held(file: Path) -> bool:
 
 @contextmanager
 def _held(file: Path, otherwise: Callable[[TextIO], None], *, remove: bool) -> Iterator[None]:
-    """The lock for this process alone; `otherwise` raises or waits where another has it."""
+    """Holds the lock alone; `otherwise` raises or waits if another process has it."""
     handle = _take(file, otherwise)
-    while not _is_still(handle, file):  # removed after it was opened here, and before it was locked
+    while not _is_still(handle, file):  # removed between opening and locking
         handle.close()
         handle = _take(file, otherwise)
     with handle:

@@ -1,5 +1,4 @@
-"""What a step's manifest says: what was written and whether it is still that, with which versions, how long it took, and how one's
-inputs differ from another's."""
+"""The manifest of a step: its files and whether they are unchanged, versions, time, and differences of inputs."""
 
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -10,16 +9,16 @@ from fusechat.run.cache import fresh_digest, known_digest
 from fusechat.run.unfinished import STARTED
 
 MANIFEST, LOCK = "manifest.json", ".lock"
-FREED = "freed"  # a key: the files that were cleared away since
-BEFORE = "seconds_before"  # of timings: what killed runs had spent before the one that finished
+FREED = "freed"  # a key: files that were deleted since
+BEFORE = "seconds_before"  # a key of timings: time of killed runs
 
 T = TypeVar("T")
-_answers: list[dict[Any, Any]] = []  # of the question that is open
+_answers: list[dict[Any, Any]] = []  # of the outermost call
 _VERSIONS = ("fusechat", "torch", "transformers", "tokenizers", "numpy", "pyarrow", "safetensors", "accelerate")
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Of this package, those that results depend on, and `more` of them."""
+    """Versions of this package and of those that results depend on, and of `more`."""
     found = {}
     for name in (*_VERSIONS, *more):
         try:
@@ -30,7 +29,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def difference(old: Any, new: Any, path: str = "") -> str:
-    """The first few keys in which two manifests' inputs differ, for a person to read."""
+    """The first few keys in which two manifests' inputs differ, as text."""
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return f"{path} changed"
     found = []
@@ -42,7 +41,7 @@ def difference(old: Any, new: Any, path: str = "") -> str:
 
 
 def asked_once(key: Any, answer: Callable[[], T]) -> T:
-    """What a step answers about itself: while one question to a step leads to the same ones again and again, each is asked once."""
+    """Caches `answer()` by `key` during the outermost call, because a step's state asks its upstream steps repeatedly."""
     outermost = not _answers
     answers = _answers[0] if _answers else {}
     if outermost:
@@ -58,13 +57,13 @@ def asked_once(key: Any, answer: Callable[[], T]) -> T:
 
 
 def seconds_of(manifest: Mapping[str, Any]) -> float:
-    """How long the step took, killed runs counted."""
+    """Seconds that the step took, killed runs included."""
     timings = manifest.get("timings", {})
     return float(timings.get("seconds", 0.0) + timings.get(BEFORE, 0.0))
 
 
 def own(directory: Path) -> list[Path]:
-    """What lies in a step's directory, without subdirectories that are steps of their own."""
+    """The entries of a step's directory, without subdirectories of other steps."""
     if not directory.is_dir():
         return []
     return [
@@ -85,7 +84,7 @@ def outputs(directory: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]
 
 
 def damaged(directory: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with files that were written. Contents are read again only where a file's size or times changed."""
+    """What is wrong with written files, by name. Reads contents only if a file's size or times changed."""
     found = {}
     for name, written in manifest.get("outputs", {}).items():
         file = directory / name
@@ -101,6 +100,6 @@ def damaged(directory: Path, manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def which_device(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The kind of device among settings, `cuda` of `cuda:1`: results do not depend on which of its kind it is."""
+    """The kind of device in settings, `cuda` for `cuda:1`: results do not depend on the number."""
     device = settings.get("device")
     return {"device": device.partition(":")[0]} if isinstance(device, str) else {}

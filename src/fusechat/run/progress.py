@@ -1,4 +1,4 @@
-"""What a user sees while work continues: progress bars and log lines on stderr, in a notebook below the cell, never on stdout."""
+"""Progress bars and log lines on stderr, in a notebook below the cell, never on stdout."""
 
 import logging
 import sys
@@ -28,16 +28,18 @@ T = TypeVar("T")
 console = Console(stderr=True)
 log = logging.getLogger("fusechat")
 BYTES = "bytes"  # a unit: shown as kB, MB, GB
-_EVERY = 10.0  # seconds between lines where stderr is no terminal
-_REDRAWN = 0.5  # seconds between two drawings of a bar in a notebook
+_EVERY = 10.0  # seconds between lines if stderr is not a terminal
+_REDRAWN = 0.5  # seconds between redraws in a notebook
 
 
 class Advance(Protocol):
+    """A function that advances a progress bar by `amount`."""
+
     def __call__(self, amount: int = 1, note: str = "") -> None: ...
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to what is stderr by then: a notebook, or whoever calls, may exchange it."""
+    """Writes to the current stderr, which a notebook or caller may replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
@@ -45,6 +47,7 @@ class _Stderr(logging.StreamHandler):
 
 
 def setup_logging() -> None:
+    """Shows FuseChat's log lines on stderr; on other processes than the first only warnings."""
     handler: logging.Handler
     if sys.stderr.isatty() or console.is_jupyter:
         handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
@@ -54,20 +57,20 @@ def setup_logging() -> None:
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if ranks.is_first() else logging.WARNING)
     log.propagate = False
-    # Where bitsandbytes is installed, Transformers imports it for every training, and it warns of what nobody asked it for.
+    # Transformers imports bitsandbytes for every training if installed, and it warns about unused features.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def setup_logging_once() -> None:
-    """For a program that imports FuseChat: log lines are shown, unless it has handlers for them."""
+    """For a program that imports FuseChat: shows log lines unless it has handlers for them."""
     if not log.hasHandlers():
         setup_logging()
 
 
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
-    """A bar on a terminal and in a notebook, a line every ten seconds elsewhere. Without `total`, a spinner with the time that
-    passed."""
+    """A progress bar on a terminal or in a notebook, elsewhere a line every ten seconds. Without `total`, a spinner with the
+    elapsed time."""
     if (console.is_terminal or console.is_jupyter) and ranks.is_first():
         yield from _bar(description, total, unit)
     else:
@@ -98,8 +101,8 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def _in_notebook(bar: Progress) -> Iterator[None]:
-    """Shows a bar as an output of the cell that is drawn again and again. Rich would do it by ipywidgets, which may be missing, and
-    whose output takes, and then clears, what others print meanwhile."""
+    """Redraws a bar as an output of the cell. Rich would use ipywidgets, which may be missing, and whose output captures and
+    clears that of others."""
     from IPython.display import display
 
     shown, ended = display(bar, display_id=True), threading.Event()
@@ -119,7 +122,7 @@ def _in_notebook(bar: Progress) -> Iterator[None]:
 
 
 def in_bytes(count: int) -> str:
-    """`1.3 GB`: powers of a thousand, as disks are sold."""
+    """`1.3 GB`: decimal units."""
     for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
         if count >= 10**power:
             return f"{count / 10**power:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""More than one process: what `torchrun` or `accelerate launch` started, and how its processes ("ranks") agree.
+"""Several processes ("ranks") started by `torchrun` or `accelerate launch`, and how they agree.
 
-One process decides and does what is not shared, the first; the others wait for its word. A process that fails ends, and the
-launcher ends the others. With one process nothing here costs anything, and PyTorch is not imported.
+The first one decides and does unshared work while the others wait. A process that fails ends, and the launcher ends the others.
+With one process nothing here has a cost, and PyTorch is not imported.
 """
 
 import os
@@ -14,32 +14,33 @@ from typing import Any, TypeVar
 from fusechat.errors import FuseChatError, StorageError, storage_error
 
 T = TypeVar("T")
-_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # gloo's words, and NCCL's
-_PATIENCE = timedelta(days=14)  # how long one rank may work while the others wait; the launcher ends them sooner
+_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exited")  # messages of gloo and NCCL
+_PATIENCE = timedelta(days=14)  # maximum wait for another rank; the launcher ends failed runs sooner
 
 
 def world() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def rank() -> int:
-    """Which of them this is, from 0 on."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", 0)) if world() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which of those on this machine this is: the number of its GPU."""
+    """The number of this process on its machine, which is that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0)) if world() > 1 else 0
 
 
 def is_first() -> bool:
+    """Whether this is process 0."""
     return rank() == 0
 
 
 def from_first(compute: Callable[[], T]) -> T:
-    """What `compute` gives on the first rank, on every rank (it is pickled). A FuseChatError is raised on every rank, and so is
-    what says that the disk cannot be written to."""
+    """Runs `compute` on the first rank and returns its (pickled) result on every rank. FuseChatErrors, and errors of the disk,
+    are raised on every rank."""
     if world() == 1:
         return compute()
     outcome: tuple[bool, Any] | None = None
@@ -60,8 +61,8 @@ def from_first(compute: Callable[[], T]) -> T:
 
 
 def on_every_machine(do: Callable[[], object]) -> None:
-    """The first rank of each machine does what its processes share and other machines do not see, such as filling the cache;
-    the others wait. A FuseChatError is raised on every rank, and told by the first that had one."""
+    """Runs `do` on the first rank of each machine, such as filling its cache; the others wait. A FuseChatError is raised on
+    every rank, and reported by the first that had it."""
     error: FuseChatError | None = None
     if local_rank() == 0:
         try:
@@ -76,7 +77,7 @@ def on_every_machine(do: Callable[[], object]) -> None:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value, in their order, on every rank. It waits until all are there."""
+    """Every rank's value, in order, on every rank. Waits for all."""
     if world() == 1:
         return [value]
     import torch.distributed as dist
@@ -87,8 +88,8 @@ def gather(value: T) -> list[T]:
 
 
 def share(pieces: int, *, one_a_machine: bool = False) -> list[int]:
-    """Which pieces of work this process does: every so many-th. `one_a_machine`: the first process of each machine does the work,
-    and the others wait. Every process has to call it."""
+    """The numbers of the pieces of work that this process does, every n-th. All processes must call it. `one_a_machine`: only
+    the first process of each machine works."""
     local = gather(local_rank())
     working = [number for number, on_machine in enumerate(local) if not one_a_machine or on_machine == 0]
     return [piece for piece in range(pieces) if working[piece % len(working)] == rank()]
@@ -105,7 +106,7 @@ def _broadcast(value: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _group() -> Any:
-    """A group of all ranks over gloo, in addition to the one that training uses, which is made here as well."""
+    """A gloo group of all ranks, in addition to the one for training, which is created here too."""
     import torch
     import torch.distributed as dist
 
@@ -117,7 +118,7 @@ def _group() -> Any:
 
 
 def peer_died(error: BaseException) -> bool:
-    """Whether an error says no more than that another rank has ended, which tells why itself, or was killed."""
+    """Whether an error only means that another rank ended, which reports why itself, or was killed."""
     seen: BaseException | None = error
     while seen is not None and world() > 1:
         if isinstance(seen, RuntimeError) and any(words in str(seen) for words in _GONE):
@@ -127,7 +128,7 @@ def peer_died(error: BaseException) -> bool:
 
 
 def shut_down() -> None:
-    """Takes leave of the other ranks, at the end of a run that went well."""
+    """Leaves the process groups after a successful run."""
     if world() == 1 or not _group.cache_info().currsize:
         return
     import torch.distributed as dist

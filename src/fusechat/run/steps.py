@@ -1,8 +1,8 @@
-"""A step is one unit of work with a directory of its own: done once, skipped when nothing that it depends on changed.
+"""A step is one unit of work with its own directory, done once and skipped as long as nothing that it depends on changes.
 
-Its fingerprint is a hash of the settings that count and of its upstream steps' fingerprints, so that the fingerprints of a whole
-pipeline are known before anything runs. `manifest.json` is the last file written; `started.json` marks a directory in
-which a run with the same fingerprint, and with the same files above it, may continue where a killed one stopped.
+Its fingerprint is a hash of the settings that count and of its upstream steps' fingerprints, so that all fingerprints are known
+before anything runs. `manifest.json` is written last; `started.json` marks a directory in which a run with the same fingerprint
+and the same upstream files may resume.
 """
 
 import json
@@ -25,22 +25,20 @@ from fusechat.run.unfinished import STARTED, begin, beginning, lost, seconds_spe
 from fusechat.run.usage import watch
 
 __all__ = ["FREED", "MANIFEST", "SEALED", "STARTED", "Step", "with_upstream"]
-SEALED = "sealed.json"  # what `work` wrote and a killed run may continue from: see `seals.py`
+SEALED = "sealed.json"  # files that a killed run may resume from: see `integrity.py`
 State = Literal["done", "freed", "partial", "stale", "damaged", "absent"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """`work(directory)` writes the artifacts and returns the counts for the manifest.
+    """`work(directory)` writes the files of the step and returns the counts for the manifest.
 
-    `counted` picks from the settings those that results depend on; by the others nothing becomes stale.
-    `format` is raised whenever the meaning or layout of the artifacts changes, so that older ones become stale. With
-    `whole_files` every file stands for itself: of a damaged step the sound ones are kept, and `work` makes the others again.
-    `parts`: files that depend on the settings and on some of the upstream steps only, which are named; of a stale step those are
-    kept for which that is as it was, and `work` makes the others.
-    A step with `join` is shared by all processes: each calls `work`, and `join` makes one of the counts that they return.
-    `bulk`: the pattern of files that a finished run can do without; `reads_bulk`: whether `work` reads those of its upstream
-    steps, which are then made again before; where not, it reads their manifests, and is stale when those are of another run.
+    `counted` selects the settings that results depend on. `format` is raised when the meaning or layout of the files changes, so
+    that older ones become stale. `whole_files`: files are independent; a damaged step keeps intact ones, and `work` makes the
+    others again. `parts`: files that depend only on the settings and the named upstream steps; a stale step keeps them if these
+    are unchanged. With `join` all processes share the step: each calls `work`, and `join` merges their counts. `bulk`: the
+    pattern of files that a finished run does not need; `reads_bulk`: `work` reads those of upstream steps, which are made again
+    first; else it reads their manifests, and is stale if these are of another run.
     """
 
     stage: str
@@ -63,6 +61,7 @@ class Step:
 
     @property
     def inputs(self) -> dict[str, Any]:
+        """All that the fingerprint may cover."""
         return {
             "format": self.format,
             "settings": dict(self.settings),
@@ -71,19 +70,21 @@ class Step:
 
     @cached_property
     def _counting(self) -> dict[str, Any]:
-        """The inputs that count, as JSON gives them back."""
+        """The inputs that count, as read back from JSON."""
         counting = {**self.inputs, "settings": dict(self.counted(self.settings))}
         return dict(json.loads(json.dumps(counting, allow_nan=False)))
 
     @cached_property
     def fingerprint(self) -> str:
+        """SHA-256 of the inputs that count."""
         return digest_json({"stage": self.stage, **self._counting})
 
     def manifest(self) -> dict[str, Any] | None:
+        """The manifest of a finished step, or None."""
         return read_checked(self.directory / MANIFEST)
 
     def state(self) -> tuple[State, str]:
-        """Where the step stands, and why."""
+        """The step's state, and why."""
         return asked_once((self.directory, self.fingerprint), self._state)
 
     def _state(self) -> tuple[State, str]:
@@ -102,16 +103,16 @@ class Step:
         return "done", ""
 
     def _begun(self) -> tuple[State, str]:
-        """Where a step stands that is not finished."""
+        """The state of a step that is not finished."""
         found = beginning(self.directory)
         if found is None:
             return "absent", "its manifest is damaged" if (self.directory / MANIFEST).exists() else "not begun"
-        old = "inputs" not in found  # of a version that wrote down the fingerprint alone
+        old = "inputs" not in found  # of a version that wrote only the fingerprint
         why = "" if old and found.get("fingerprint") == self.fingerprint else self._changed(found)
         return ("absent", f"begun, not finished; since then {why}") if why else ("partial", "begun, not finished")
 
     def _changed(self, earlier: Mapping[str, Any]) -> str:
-        """What is another now than what a manifest, or a beginning, was made of; nothing where all that counts is as it was."""
+        """What differs from the inputs of a manifest or beginning; empty if nothing that counts does."""
         if earlier.get("fingerprint") != self.fingerprint:
             why = difference(self._as_now(earlier), self._counting)
             if why:
@@ -123,8 +124,8 @@ class Step:
         return ""
 
     def _as_now(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of a manifest, or a beginning, maybe of another version, with the settings that count today, and with today's
-        fingerprints of upstream steps that are what they were, or that were done again and wrote the same files."""
+        """The inputs of a manifest or beginning, maybe of an older version, with the settings that count today, and today's
+        fingerprints of upstream steps that are unchanged or wrote the same files again."""
         inputs, built = earlier.get("inputs", {}), earlier.get("built_from", {})
         above = dict(inputs.get("upstream", {}))
         above |= {
@@ -135,7 +136,7 @@ class Step:
         return {**inputs, "settings": dict(self.counted(inputs.get("settings", {}))), "upstream": above}
 
     def is_known_as(self, fingerprint: str | None) -> bool:
-        """Whether that is, or was when it was made, the fingerprint of what this step is today."""
+        """Whether `fingerprint` is this step's, or was when it was made."""
         manifest = self.manifest() if fingerprint != self.fingerprint else None
         if manifest is None or manifest.get("fingerprint") != fingerprint:
             return fingerprint == self.fingerprint
@@ -143,17 +144,17 @@ class Step:
         return asked_once(key, lambda: not difference(self._as_now(manifest), self._counting))
 
     def wrote(self, contents: str | None) -> bool:
-        """Whether the step is finished, and that is the digest of its files."""
+        """Whether the step is finished and its files have this digest."""
         return contents is not None and self._contents(self.manifest()) == contents and self.finished
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing to do: its files are there, or were and nothing needs them."""
+        """Whether there is nothing to do: its files exist, or were deleted because nothing needs them."""
         return self.state()[0] in ("done", "freed")
 
     def _upstream_contents(self) -> dict[str, str | None]:
-        """A digest of what each upstream step wrote, None where it is not finished. With one fingerprint contents may still
-        differ: a GPU does not give the same bits twice."""
+        """A digest of each upstream step's files, None if it is not finished. They may differ with equal fingerprints: a GPU
+        does not give the same bits twice."""
         return {key: self._contents(step.manifest()) for key, step in self.upstream.items()}
 
     @staticmethod
@@ -161,8 +162,7 @@ class Step:
         return digest_json(manifest.get("outputs")) if manifest else None
 
     def run(self, *, needed: bool = False) -> bool:
-        """Does the work unless it is done; returns whether there was anything to do. `needed`: its files are, cleared away or
-        not."""
+        """Does the work unless it is done; returns whether it was needed. `needed`: deleted files are needed too."""
         if ranks.from_first(lambda: self._settled(needed)):
             return False
         with ExitStack() as held:
@@ -170,7 +170,7 @@ class Step:
             return self._run(needed)
 
     def _run(self, needed: bool) -> bool:
-        if ranks.from_first(lambda: self._settled(needed)):  # another process may have done it meanwhile
+        if ranks.from_first(lambda: self._settled(needed)):  # another process may have done it
             return False
         for above in self.upstream.values() if self.reads_bulk else ():
             if ranks.from_first(partial(bool, above.freed)):
@@ -179,7 +179,7 @@ class Step:
         began, peaks = time.monotonic(), watch()
         work = naming_storage(self.directory)(partial(self.work, self.directory))
         counts = self.join(ranks.gather(work())) if self.join is not None else ranks.from_first(work)
-        timings = {"seconds": round(time.monotonic() - began, 3), **peaks()}  # of the last, completing run
+        timings = {"seconds": round(time.monotonic() - began, 3), **peaks()}  # of the last run
         ranks.from_first(lambda: self._finish(counts, timings))
         return True
 
@@ -196,11 +196,11 @@ class Step:
 
     @property
     def running(self) -> bool:
-        """Whether a process does it now."""
+        """Whether a process is running it."""
         return is_held(self._lock)
 
     def _begin(self) -> None:
-        """Leaves in the directory what the work can continue from, and says what it does not leave."""
+        """Keeps what the work can resume from in the directory, and logs what it removes."""
         state, why = self.state()
         manifest, spent = self.manifest() or {}, 0.0
         if state == "partial":
@@ -220,11 +220,11 @@ class Step:
 
     @property
     def freed(self) -> list[str]:
-        """Names of files that were cleared away."""
+        """Names of deleted files."""
         return list((self.manifest() or {}).get(FREED, ()))
 
     def redo(self) -> None:
-        """Does the work again, done or not."""
+        """Does the work again."""
         ranks.from_first(lambda: (self.directory / MANIFEST).unlink(missing_ok=True))
         self.run()
 
@@ -240,7 +240,7 @@ class Step:
                 "name": self.name,
                 "fingerprint": self.fingerprint,
                 "inputs": self.inputs,
-                "built_from": began.get("built_from", {}),  # not what is there by now
+                "built_from": began.get("built_from", {}),  # not the current ones
                 "versions": manifests.versions(),
                 "counts": counts,
                 "outputs": manifests.outputs(self.directory, made),
@@ -254,7 +254,7 @@ class Step:
             (self.directory / name).unlink(missing_ok=True)
 
     def _unchanged(self) -> list[str]:
-        """Which `parts` of an earlier run are what they would become again."""
+        """The `parts` of an earlier run that would stay the same."""
         earlier = self.manifest() or {}
         before, now = self._as_now(earlier), self._counting
         if any(before.get(key) != now[key] for key in ("format", "settings")):
@@ -269,7 +269,7 @@ class Step:
         return [name for name, rests_on in self.parts.items() if name in sound and same.issuperset(rests_on)]
 
     def _clear(self, state: State, why: str) -> None:
-        """Empties the directory but for the parts that stay as they are, and says what goes, how long it took, and why."""
+        """Empties the directory except for unchanged parts, and logs what goes, how long it took, and why."""
         spare = self._unchanged() if state == "stale" else ()
         gone = [path for path in manifests.own(self.directory) if path.name not in spare]
         made = [path for path in gone if path.name not in (MANIFEST, STARTED, SEALED)]
@@ -284,7 +284,7 @@ class Step:
 
 
 def with_upstream(steps: list[Step]) -> Iterator[Step]:
-    """`steps` and all that they depend on, upstream first, each once."""
+    """Yields `steps` and all that they depend on, upstream first, each once."""
     seen: set[Path] = set()
 
     def visit(step: Step) -> Iterator[Step]:

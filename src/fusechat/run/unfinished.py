@@ -1,7 +1,7 @@
-"""`started.json`: with what a step was begun and how long it was worked on, for a run that continues there or has to start again.
+"""`started.json`: the inputs of an unfinished step and the time spent on it, for a run that resumes it or starts again.
 
-Its keys: `fingerprint`, `inputs`, `built_from` and `versions` as a manifest has them; `spent`, seconds of the runs before this one;
-`began`, when this one came to it (of the epoch). Of older versions `fingerprint` alone.
+Keys: `fingerprint`, `inputs`, `built_from` and `versions` as in a manifest; `spent`, seconds of earlier runs; `began`, the time
+when this run reached it (seconds since the epoch). Older versions wrote `fingerprint` only.
 """
 
 import time
@@ -16,7 +16,7 @@ STARTED = "started.json"
 
 
 def begin(directory: Path, *, spent: float, versions: Mapping[str, str], **content: Any) -> None:
-    """Writes down what a step is begun with: the keys above. Of one that continues, tells which versions are others now."""
+    """Writes these keys. If the step resumes, logs which versions differ."""
     before = (beginning(directory) or {}).get("versions", versions)
     others = [f"{name} {before[name]} → {now}" for name, now in versions.items() if before.get(name, now) != now]
     if others:
@@ -26,12 +26,12 @@ def begin(directory: Path, *, spent: float, versions: Mapping[str, str], **conte
 
 
 def beginning(directory: Path) -> dict[str, Any] | None:
-    """What was written down; None where nothing is begun."""
+    """The content of the file, or None."""
     return read_checked(directory / STARTED)
 
 
 def seconds_spent(found: Mapping[str, Any], paths: Iterable[Path]) -> float:
-    """Seconds of work in a step that is begun and not finished: of a run that was killed, up to the last of its files."""
+    """Seconds of work in an unfinished step; of a killed run, until its last file."""
     if "began" not in found:
         return 0.0
     last = max((file.stat().st_mtime for file in _files(paths) if file.name != STARTED), default=0.0)
@@ -39,7 +39,7 @@ def seconds_spent(found: Mapping[str, Any], paths: Iterable[Path]) -> float:
 
 
 def lost(paths: Iterable[Path], seconds: float) -> str:
-    """What goes with these files and directories, and how long it took: `checkpoints, model (1.3 GB, of 2 h 5 min)`."""
+    """What is lost with these paths, and how long it took: `checkpoints, model (1.3 GB, of 2 h 5 min)`."""
     paths = list(paths)
     names = [path.name for path in paths]
     more = f" and {len(names) - 3} more" if len(names) > 4 else ""

@@ -1,4 +1,4 @@
-"""Sizes, counts and times as a person reads them."""
+"""Sizes, counts and times for people."""
 
 from fusechat.run.progress import in_time
 

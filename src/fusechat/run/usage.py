@@ -1,5 +1,4 @@
-"""What this process may take of a machine, and what it took: cores, and the most memory that it held at once while it did
-something; processes that it started are not counted."""
+"""The cores that this process may use, and the memory that it used at most. Child processes are not counted."""
 
 import os
 import re
@@ -9,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-_PEAK = "5"  # written to clear_refs: the peak starts again, see proc_pid_clear_refs(5)
+_PEAK = "5"  # written to clear_refs to reset the peak, see proc_pid_clear_refs(5)
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def watch() -> Callable[[], dict[str, int]]:
-    """Begins; the function returned tells `peak_memory_bytes`, what was resident at once with all that the process held before,
-    and `peak_gpu_bytes`, what PyTorch's tensors took of the fullest GPU. Each is left out where it cannot be known."""
+    """Starts measuring. The returned function gives `peak_memory_bytes`, the maximum resident memory of the process, and
+    `peak_gpu_bytes`, the maximum of PyTorch's tensors on one GPU, each only if known."""
     counted = _reset()
     gpus = _cuda()
     for device in range(gpus.device_count()) if gpus else ():
@@ -27,7 +26,7 @@ def watch() -> Callable[[], dict[str, int]]:
 
     def peaks() -> dict[str, int]:
         found = {"peak_memory_bytes": _resident()} if counted else {}
-        used = _cuda()  # which may have begun since, and then holds nothing older
+        used = _cuda()  # may have started since
         if used:
             found["peak_gpu_bytes"] = max(used.max_memory_allocated(device) for device in range(used.device_count()))
         return {name: size for name, size in found.items() if size}
@@ -52,7 +51,7 @@ def _resident() -> int:
 
 
 def _cuda() -> Any:
-    """`torch.cuda` where somebody uses it, else None; neither is begun for this."""
+    """`torch.cuda` if it is in use, else None; initialises neither."""
     torch = sys.modules.get("torch")
     cuda = getattr(torch, "cuda", None)
     return cuda if cuda is not None and cuda.is_available() and cuda.is_initialized() else None

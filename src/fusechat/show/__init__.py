@@ -1,1 +1,1 @@
-"""Two tokenizations of one text, one above the other, aligned at bytes: on the terminal, as a page, as JSON."""
+"""Draws two tokenizations of one text above each other, aligned by bytes: on a terminal, as a page, as JSON."""

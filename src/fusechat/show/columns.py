@@ -1,7 +1,7 @@
-"""Where the tokens of two tokenizations stand when one is drawn above the other. Pure: spans and glyphs in, columns out.
+"""The columns of two tokenizations drawn above each other: pure functions from spans and glyphs.
 
-The bytes between two neighbouring boundaries of either tokenization are a *segment*. A segment has one width, the larger of
-what its glyphs need in the two rows; so every boundary stands in the same column of both, whatever is drawn between.
+The bytes between two neighbouring boundaries of either tokenization are a *segment*. Its width is the larger of its glyphs'
+widths in both rows, so that each boundary is in the same column of both.
 """
 
 from collections import defaultdict
@@ -17,10 +17,8 @@ SHARED, UPPER, LOWER, NEITHER = "┃", "╵", "╷", " "
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes `[begin, end)`; for each row the index of the token that covers them (-1: none), and whether it starts here.
-
-    A token without width has an empty segment of its own, before the bytes that follow it.
-    """
+    """Bytes `[begin, end)`; for each row the index of the token that covers them (-1: none), and whether it starts here. A token
+    of width 0 has an empty segment of its own, before the bytes that follow it."""
 
     begin: int
     end: int
@@ -29,27 +27,30 @@ class Segment:
 
     @property
     def shared(self) -> bool:
+        """Whether tokens of both rows start here."""
         return all(self.starts)
 
     @property
     def mark(self) -> str:
+        """The character between the rows."""
         return {(True, True): SHARED, (True, False): UPPER, (False, True): LOWER}.get(self.starts, NEITHER)
 
 
 @dataclass(frozen=True)
 class Column:
-    """A segment with what each row shows in it."""
+    """A segment with the glyphs of each row."""
 
     segment: Segment
     glyphs: tuple[tuple[Glyph, ...], tuple[Glyph, ...]]
 
     @property
     def width(self) -> int:
+        """Columns of the terminal."""
         return max(1, *(sum(glyph.width for glyph in row) for row in self.glyphs))
 
 
 def segments(upper: Sequence[Span], lower: Sequence[Span]) -> list[Segment]:
-    """Takes the spans of each row's tokens, monotone and without overlap; bytes that neither covers are left out."""
+    """The segments of both rows' spans, which are monotone and do not overlap. Bytes that neither covers are left out."""
     rows = (_Row(upper), _Row(lower))
     bounds = sorted({at for row in rows for at in row.bounds()})
     result = []
@@ -65,7 +66,7 @@ def segments(upper: Sequence[Span], lower: Sequence[Span]) -> list[Segment]:
 
 
 class _Row:
-    """The tokens of one row, asked at bytes that only grow."""
+    """The tokens of one row, looked up at increasing bytes."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self.wide = [(begin, end, index) for index, (begin, end) in enumerate(spans) if end > begin]
@@ -93,7 +94,7 @@ class _Row:
 def columns(
     parts: Sequence[Segment], upper: Sequence[Sequence[Glyph]], lower: Sequence[Sequence[Glyph]], *, limit: int
 ) -> list[Column]:
-    """The segments with their glyphs, given for each token of each row. One that is wider than `limit` is cut up."""
+    """The segments with their glyphs, which are given for each token of each row. Segments wider than `limit` are cut."""
     rows = (upper, lower)
     result = []
     for part in parts:
@@ -126,8 +127,8 @@ def _cut(column: Column, limit: int) -> list[Column]:
 
 
 def lines(every: Sequence[Column], *, width: int, breaks: Collection[int] = ()) -> list[list[Column]]:
-    """The columns in lines of at most `width`, ended at bytes of `breaks` where both rows start a token, and otherwise at the
-    last shared start if the line is well filled by then. A column that is wider than the width has a line of its own."""
+    """The columns in lines of at most `width`. Lines end at bytes of `breaks` where both rows start a token, else at the last
+    shared start if the line is well filled by then. A wider column has a line of its own."""
     result = []
     first = 0
     while first < len(every):

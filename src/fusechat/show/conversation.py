@@ -1,5 +1,4 @@
-"""A conversation of a finished run: both models' tokens of its responses, with the distributions that were captured there
-and what the alignment made of them."""
+"""A conversation of a finished run: both models' tokens of its responses, with the captured distributions and their alignment."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,8 +22,8 @@ PIVOT = "pivot"
 
 
 class Branch:
-    """What both models made of the conversations that a source taught, from the files of its finished align step and of those
-    before it. `verify`: whether captures are read as a whole first, for their checksums."""
+    """Both models' data of the conversations that a source taught, from a finished align step and its upstream steps. `verify`:
+    check the captures' checksums first."""
 
     def __init__(self, aligned: Step, pivot: ChatModel, source: ChatModel, *, verify: bool = True) -> None:
         self.chat_models = (pivot, source)
@@ -34,17 +33,18 @@ class Branch:
 
     @property
     def ids(self) -> list[str]:
+        """The ids of the pivot's conversations."""
         return list(self.sides[0].row_of)
 
     def coverage(self, identity: str) -> float | None:
-        """The share of the pivot's response tokens that begin where one of the source's begins; None without response tokens."""
+        """The share of the pivot's response tokens that start where a source token starts; None without response tokens."""
         starts = [_starts(side[side.row_of[identity]]) for side in self.sides if identity in side.row_of]
         if not len(starts[0]):
             return None
         return float(np.isin(starts[0], starts[1]).mean()) if len(starts) == 2 else 0.0
 
     def shown(self, sets: Sequence[DataSet], identities: Sequence[str]) -> list[TokenView]:
-        """The conversations as they are drawn; `sets` are what they were read from. Raises DataError where it has changed."""
+        """Views of the conversations; `sets`: the data that they were read from. Raises DataError if it changed."""
         messages = _read(sets, identities)
         return [self._shown(messages[identity]) for identity in identities]
 
@@ -62,7 +62,7 @@ class Branch:
 
 
 def _starts(prepared: Prepared) -> np.ndarray:
-    """int64 [n]: a number for each place at which a token starts; the ends of turn of a response are one place."""
+    """int64 [n]: a number for each place where a token starts; all ends of turn of a response are one place."""
     begin = np.where(prepared.end_of_turn, (1 << 32) - 1, np.maximum(prepared.begin, 0)).astype(np.int64)
     return ((prepared.response.astype(np.int64) << 32) + begin)[~prepared.lead]
 
@@ -81,7 +81,7 @@ def _read(sets: Sequence[DataSet], identities: Sequence[str]) -> dict[str, Conve
 
 
 class _Row:
-    """One model's part of the drawing. `prepared` is None where it could not use the conversation."""
+    """One model's part of the view. `prepared` is None if it could not use the conversation."""
 
     def __init__(self, table: Any, prepared: Prepared | None, distributions: SparseDistribution | None) -> None:
         self.table, self.prepared, self.distributions = table, prepared, distributions

@@ -1,4 +1,4 @@
-"""What is shown, as JSON."""
+"""Token views as JSON."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ from fusechat.show.passages import Model, NextTokens, Token, TokenView, bytes_pe
 
 
 def to_json(shown: TokenView) -> dict[str, Any]:
-    """`passages` holds each text with both token lists and `alignment`: for every pivot token the index of the source token
-    that starts at the same byte, or null. `piece` is the vocabulary's spelling, `begin` and `end` are bytes of the text."""
+    """`passages` has each text with both token lists and `alignment`: for every pivot token the index of the source token that
+    starts at the same byte, or null. `piece`: the vocabulary's spelling; `begin`, `end`: bytes of the text."""
     pivot, source = shown.tokens("pivot"), shown.tokens("source")
     return {
         **({"conversation": shown.conversation} if shown.conversation is not None else {}),

