@@ -73,8 +73,8 @@ def _held_out(recipe: Recipe) -> list[DataSet]:
 
 
 def evaluation_texts(recipe: Recipe) -> list[DataSet | Questions]:
-    """Texts that should not be in the training data: the held-out sets, and the questions of installed suites. None if the run
-    measures nothing."""
+    """Texts that should not be in the training data: held-out sets, and questions of installed suites. None if nothing is
+    measured."""
     held_out = _held_out(recipe)
     return [*held_out, *questions.find_installed()] if held_out else []
 

@@ -1,7 +1,6 @@
 """Several conversations joined into one, so that NumPy works on many rows at once.
 
-Rows are aligned within their response. With responses numbered consecutively, joined conversations are aligned exactly as each
-is alone.
+Rows are aligned within their response. With consecutive response numbers, the result is that of each conversation alone.
 """
 
 from collections.abc import Iterator, Sequence

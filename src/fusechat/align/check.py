@@ -45,12 +45,10 @@ def _check_ids(ids: np.ndarray, size: int, where: str, what: str = "it holds") -
 
 
 def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool] | None:
-    """The first byte of a response that a model has, the text from there by its tokens' bytes, and whether this is the whole
-    rest.
+    """The first byte of a response that a model has, the text from there by its tokens' bytes, and whether that is all.
 
     It is not if the last token continues after the content, or the end was truncated. The template's own words are left out.
-    None if the tokens' bytes do not match their spans (a tokenizer that changes the text, a dummy prefix), or a token is
-    special.
+    None if the tokens' bytes do not match their spans (a tokenizer that changes the text, a dummy prefix), or one is special.
     """
     mine = rows.response == response
     which = np.flatnonzero(mine & ~rows.end_of_turn & ~rows.lead & (rows.begin < WORDS))
@@ -66,8 +64,7 @@ def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool
 
 
 def _agree(one: tuple[int, bytes, bool], other: tuple[int, bytes, bool]) -> bool:
-    """Whether two parts of a response have the same text where they overlap, and elsewhere only what templates drop: spaces, or
-    reasoning."""
+    """Whether two parts of a response have the same text where they overlap, and elsewhere only dropped spaces or reasoning."""
     first = max(one[0], other[0])
     last = max(min(one[0] + len(one[1]), other[0] + len(other[1])), first)
     parts = [(data[: first - at], data[first - at : last - at], data[last - at :]) for at, data, _ in (one, other)]

@@ -61,8 +61,7 @@ def rows_ahead(
 
 
 def next_candidates(ahead: Ahead, captured: SparseDistribution) -> tuple[np.ndarray, np.ndarray]:
-    """The source's predictions after its own token: ids [b, k], -1 for none and for improbable ones, and probabilities,
-    float64."""
+    """The source's predictions after its own token: ids [b, k], -1 for none or improbable ones, and probabilities, float64."""
     rows = captured.take(ahead.source_row + 1)
     share = rows.probabilities
     return np.where(share >= MIN_CONTINUATION, rows.ids, NONE), np.where(share >= MIN_CONTINUATION, share, 0.0)
@@ -91,8 +90,7 @@ def with_ahead(
     vocabulary_map: VocabularyMap,
     tokens: TokenBytes,
 ) -> Candidates:
-    """Distributes the mass of the source's own token over its continuations. The mass of their tail, and of improbable ones,
-    stays."""
+    """Distributes the mass of the source's own token over its probable continuations. The rest of the mass stays."""
     n, k = len(candidates.row), captured.ids.shape[1]
     own = _own_column(candidates, ahead, source, captured)
     use = np.flatnonzero((own >= 0) & np.isnan(candidates.chained[ahead.pivot_row]))

@@ -23,8 +23,7 @@ R = TypeVar("R")
 
 
 class Processes:
-    """A context manager of `number` processes, started when there is work for more than one. Their input is stored in temporary
-    files in `directory`."""
+    """A context manager of `number` processes, started on demand. Their input is in temporary files in `directory`."""
 
     def __init__(self, number: int, directory: Path | None = None) -> None:
         self.number, self.directory = number, directory

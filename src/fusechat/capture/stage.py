@@ -1,4 +1,4 @@
-"""capture/<model>/<data set>/: a store of distributions (`data/distributions.py`), one shard for `shard_conversations` prepared
+"""capture/<model>/<data set>/: a store of distributions (`data/distributions.py`), a shard for `shard_conversations`
 conversations.
 
 A shard is written as a whole, and depends only on its own conversations. So a killed run resumes with the missing shards and

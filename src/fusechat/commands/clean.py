@@ -1,6 +1,6 @@
 """Deletes what a finished run no longer needs: distributions of capture and align, checkpoints, and directories of steps that
-the recipe no longer has. Models, results and the report stay, and the run stays finished; a step that needs distributions makes
-them again."""
+the recipe no longer has. Models, results and the report stay, and the run stays finished; distributions are made again if
+needed."""
 
 import fnmatch
 import shutil

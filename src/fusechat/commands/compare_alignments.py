@@ -69,8 +69,7 @@ def evaluate_alignment(recipe: Recipe, workdir: Path, *, top_ks: list[int]) -> l
 
 
 def _conversations(recipe: Recipe, workdir: Path, source: str, held_out: Any, *, k: int) -> tuple[Any, Any]:
-    """Runs the steps if needed. Returns the directories of prepared training sets, and of the prepared and captured held-out
-    set."""
+    """Runs the steps if needed. Returns the directories of prepared training sets, and of the held-out set."""
 
     def done(step: Step) -> list[Path]:
         step.run(needed=True)

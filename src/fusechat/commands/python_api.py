@@ -93,8 +93,8 @@ class Run:
         """Loads the fused model, in evaluation mode, and its tokenizer with Transformers.
 
         `device` defaults to the recipe's. `dtype` is float32, bfloat16 or float16; it defaults to bfloat16 on a GPU and to
-        float32 elsewhere. Raises WorkdirError if the merge is not done, ModelError for an unavailable device, RecipeError for
-        another `dtype`.
+        float32 elsewhere. Raises WorkdirError if the merge is not done, ModelError for an unavailable device, RecipeError for a
+        bad `dtype`.
         """
         from fusechat.models.load import DTYPES, choose_device, default_dtype, load_model
         from fusechat.models.tokenizer import load_tokenizer
@@ -156,9 +156,8 @@ def plan_recipe(
     """Predicts what a run takes, step by step, and what would fail in it, without reading weights: `fusechat plan --json`.
 
     `recipe`, `workdir`: as for `run_recipe`. `device`: this machine's, or a known one (`h100`, `8xh100`, …); default the
-    recipe's. `conversations`: plan for this many, of the kind in the recipe's data. Returns sizes in bytes and times in
-    seconds. `problems` lists what would end the run; it is returned, not raised. Raises FuseChatError if data or models cannot
-    be read.
+    recipe's. `conversations`: plan for this many, of the kind in the recipe's data. Returns sizes in bytes and times in seconds.
+    `problems` lists what would end the run; it is returned, not raised. Raises FuseChatError for unreadable models or data.
     """
     from fusechat.plan.calibration import choose, dtype_on
     from fusechat.plan.command import make_plan

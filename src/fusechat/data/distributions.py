@@ -55,8 +55,7 @@ class SparseDistribution:
     """The k most probable tokens of n next-token distributions, and their tails.
 
     `ids` int32 [n, k], -1 pads; `logprobs` [n, k], natural log-probabilities over the full vocabulary, -inf for pads; `nll`
-    float32 [n] of the gold tokens (nats), or [0] if unknown; `tail` [n], the probability of all other tokens (default: what
-    `logprobs` leave).
+    float32 [n] of the gold tokens (nats), or [0] if unknown; `tail` [n], the probability of all other tokens.
     """
 
     ids: np.ndarray

@@ -61,8 +61,7 @@ def _array(kind: pa.DataType, values: list[Any]) -> pa.Array:
 
 
 class Table:
-    """The records of one or several Arrow IPC files, in order, memory-mapped. A column that some files lack is null there, with
-    empty lists."""
+    """The records of one or several Arrow IPC files, in order, memory-mapped. A column that a file lacks has nulls there."""
 
     def __init__(self, paths: list[Path]) -> None:
         parts = []

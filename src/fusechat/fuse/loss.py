@@ -35,15 +35,13 @@ def fusion_loss(
     temperature: float = 1.0,
     num_items: torch.Tensor | float | None = None,
 ) -> torch.Tensor:
-    """Computes `λ·CE(gold, Q) + (1 - λ)·D(P, Q)` in nats, λ = `sft_weight`, summed over n rows and divided by `num_items`
-    (default n).
+    """Computes `λ·CE(gold, Q) + (1 - λ)·D(P, Q)` (nats, λ = `sft_weight`), summed over rows, divided by `num_items` (default n).
 
     `logits` [n, V] and `labels` int64 [n] are already shifted: row i predicts label i. `target_ids` int64 [n, k] (-1 pads,
     distinct ids in a row) and `target_logprobs` [n, k] (natural logarithms) are P; a row of pads has no fusion term. `kind` is
     `cross_entropy`, `kl` (P‖Q), `reverse_kl` (Q‖P) or `jsd`. `tail` is `renormalise` (P over the kept tokens) or `bucket` (all
     other tokens are one more outcome of mass `target_tail` [n], by default what the kept tokens leave; 0 if that may be their
-    rounding: below 1e-6, for float16 9.8e-4, for bfloat16 7.8e-3). `temperature` softens P and Q, and multiplies D by its
-    square.
+    rounding: below 1e-6, for float16 9.8e-4, for bfloat16 7.8e-3). `temperature` T softens P and Q; D is times T².
 
     Returns a scalar, in float32 (float64 for float64 logits); the gradient has the logits' dtype. Raises ValueError for
     arguments that do not fit.
@@ -70,8 +68,7 @@ def fusion_loss_parts(
     gate: Gate | None = None,
     alone: torch.Tensor | None = None,
 ) -> LossParts:
-    """As `fusion_loss`, with both terms separate. `alone` bool [n]: rows of conversations without a teacher, trained with
-    `sft_weight` 1.
+    """As `fusion_loss`, with both terms separate. `alone` bool [n]: rows without a teacher, trained with λ = 1.
 
     `gate` takes the rows' detached `-log Q(label)` [n] and returns the weight of each row's fusion term, bool or float [n].
     Without targets (None), or with `sft_weight` 1, the fusion term is not computed and is 0.

@@ -55,8 +55,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory's tensors. `label` names the model in errors and reports. Files stay open as long as the checkpoint
-    lives."""
+    """A model directory's tensors. `label` names the model in errors and reports. Its files stay open."""
 
     directory: Path
     label: str
@@ -191,8 +190,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 
 def _without_index(directory: Path) -> list[str]:
-    """The file that Transformers reads if present; else the shards by name; else all files. Raises ModelError if a shard is
-    missing."""
+    """The file that Transformers reads if present; else the shards by name; else all. Raises ModelError for a missing shard."""
     if (directory / WHOLE).is_file():
         return [WHOLE]
     names = sorted(file.name for file in directory.glob("*.safetensors") if file.name != ADAPTER)

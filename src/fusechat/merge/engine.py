@@ -37,8 +37,7 @@ COPIED = 1 << 24  # bytes of a buffer copied at once
 
 @dataclass(frozen=True)
 class MergeJob:
-    """A merge whose models are open. `inputs`: the base first if the method has one, then the targets. `names`: the targets'
-    names in the report."""
+    """A merge of open models. `inputs`: the base, if the method has one, then the targets, which reports call `names`."""
 
     method: str
     inputs: list[Checkpoint]

@@ -78,8 +78,7 @@ def modules_above(name: str) -> list[str]:
 
 
 def missing_lines(inputs: list[Checkpoint], missing: list[Missing]) -> list[str]:
-    """Messages for missing tensors: one for all that a model has under other names, one for a stack with fewer layers, and one
-    for each of the rest."""
+    """Messages for missing tensors: one for all under other names, one for a stack with fewer layers, one for each other."""
     lines: dict[str, None] = {}  # each once, in order
     explained: set[str] = set()
     for model in inputs[1:] if missing else []:

@@ -108,8 +108,7 @@ def _piece(
 
 
 def _in_question(inputs: list[Checkpoint]) -> bool:
-    """Whether the models' classes are needed, which takes seconds and memory: for tensors that not all models have, possible
-    ties, and buffers."""
+    """Whether the models' classes are needed, which takes seconds and memory: for missing tensors, possible ties, and buffers."""
     if any(checkpoint.entries.keys() != inputs[0].entries.keys() for checkpoint in inputs):
         return True
     matrices = {name: entry.shape for name, entry in inputs[0].entries.items() if len(entry.shape) > 1}
@@ -141,8 +140,7 @@ def _unread(inputs: list[Checkpoint], donor: Checkpoint, names: list[str]) -> se
 
 
 def _is_the_bases(name: str, inputs: list[Checkpoint], donor: Checkpoint) -> bool:
-    """Whether a tensor that only the base has is no damage of the targets: a head, or a module that the model's class does not
-    have."""
+    """Whether a tensor that only the base has is no damage of the targets: a head, or a module outside the model's class."""
     if donor.architecture is not None and not donor.architecture.reads(name):
         return True
     if donor.architecture is None and is_buffer(name, inputs[0].entries[name]):

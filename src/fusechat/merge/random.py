@@ -17,7 +17,7 @@ def tensor_key(seed: int, name: str) -> int:
 
 
 def keep_mask(key: int, target: int, start: int, density: float, out: np.ndarray) -> None:
-    """Writes to `out` bool [n] which elements of `target` are kept, from `start` (a multiple of 4) on, each with probability
+    """Writes to `out` bool [n] which elements of `target` from `start` (a multiple of 4) on are kept, with probability
     `density`.
 
     An element is kept if word `element % 4` of Philox at the counter (`element // 4`, `target`, 0) is below `density` · 2³².

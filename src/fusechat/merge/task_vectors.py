@@ -46,11 +46,8 @@ def combine_updates(
     scales: np.ndarray | None = None,
     consensus: bool = False,
 ) -> tuple[int, int, int]:
-    """Writes base + λ Σ w δ, divided by the sum of weights with `normalize`; with `consensus` only of updates with the
-    majority's sign.
-
-    The majority is the sign of Σ w δ at that position, positive if zero. Returns what a method's `combine` does.
-    """
+    """Writes base + λ Σ w δ, divided by the sum of weights with `normalize`; with `consensus` only of the majority's sign. The
+    majority is the sign of Σ w δ at that position, positive if zero. Returns what a method's `combine` does."""
     subtract_base(block)
     selected = sparsify(block, start)
     weights = np.array(values["weight"], np.float64)

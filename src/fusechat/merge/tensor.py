@@ -114,8 +114,7 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="merge") if self.threads > 1 else None
 
     def run(self, work: Callable[[int, S], T], count: int, state: Callable[[], S]) -> tuple[list[T], list[S]]:
-        """The results of `work(number, state)` for 0 ≤ number < count, in order, and every thread's state. Raises what a thread
-        raised."""
+        """The results of `work(number, state)` for 0 ≤ number < count, in order, and the threads' states. Raises their errors."""
         results: list[Any] = [None] * count
         numbers = iter(range(count))
 

@@ -1,5 +1,5 @@
-"""Tied tensors, such as an output embedding that is the input embedding: which of them a merged model has, and which name an
-input has them under."""
+"""Tied tensors, such as an output embedding that is the input embedding: which ones a merged model has, and their names in
+inputs."""
 
 from dataclasses import dataclass, field
 

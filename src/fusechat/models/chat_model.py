@@ -18,8 +18,7 @@ class ChatModel:
     """A chat LLM. `name` is `pivot` or the source's key in the recipe.
 
     `chat_template` replaces the model's own; `template_name` selects one of several. `variables`: JSON, template variables that
-    a conversation may override. `date`: the date that the template sees. `stop`: strings that end its answers, besides the end
-    of turn.
+    a conversation may override. `date`: the date that the template sees. `stop`: strings that end its answers.
     """
 
     name: str

@@ -20,8 +20,7 @@ _KEPT = ("cpu", "disk")  # places of a device map where weights wait
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded tokens of several conversations. `rows`: batch index and token index of every response token, conversation by
-    conversation."""
+    """Right-padded tokens of several conversations. `rows`: batch index and token index of every response token, in order."""
 
     input_ids: torch.Tensor  # int64 [b, length]
     attention_mask: torch.Tensor  # int64 [b, length]

@@ -22,8 +22,7 @@ from fusechat.run.progress import Advance, log
 
 
 class Generator:
-    """A loaded model that answers. `batch_tokens`: maximum tokens of a batch, room for answers included. `spread`: see
-    `ChatModel.model`."""
+    """A loaded model. `batch_tokens`: maximum tokens of a batch, answers included. `spread`: see `ChatModel.model`."""
 
     def __init__(
         self,

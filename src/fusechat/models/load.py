@@ -121,12 +121,10 @@ def load_model(
     offload: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Loads a causal language model in evaluation mode, with weights in `dtype` on `device`, or as `device_map` says. Raises
-    ModelError.
+    """Loads a causal language model in evaluation mode, in `dtype`, on `device` or as `device_map` says. Raises ModelError.
 
     With a `device_map` Accelerate spreads it, and may keep some weights in memory or on disk until needed; `offload`: a
-    directory for those that must be written again. Quantised weights stay as stored. Neither quantised nor spread models may be
-    moved.
+    directory for those that must be written again. Quantised weights stay as stored. Do not move quantised or spread models.
     """
     quiet_transformers()
     from transformers import AutoModelForCausalLM

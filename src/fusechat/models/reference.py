@@ -18,8 +18,8 @@ _OLD_HUB_ID = re.compile(  # old ids without an owner
 
 @dataclass(frozen=True)
 class Reference:
-    """A model as a recipe names it. `parts`: several for a file split over wheels, joined in order. `commit`: the commit of a
-    hub id, if pinned."""
+    """A model as a recipe names it. `parts`: several for a file split over wheels, joined in order. `commit`: of a hub id, if
+    pinned."""
 
     parts: tuple[str, ...]
     sha256: str | None = None

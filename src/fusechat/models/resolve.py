@@ -42,8 +42,7 @@ def local_directory(reference: Reference) -> Path:
 
 
 def configuration(reference: Reference) -> Path:
-    """A directory with configuration and tokenizer. Fetches no weights from the hub; GGUF files are converted. Raises
-    ModelError."""
+    """A directory with configuration and tokenizer. Fetches no weights from the hub; converts GGUF files. Raises ModelError."""
     if reference.is_file:
         return local_directory(reference)
     path = Path(reference.checked().parts[0])

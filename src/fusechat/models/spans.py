@@ -29,8 +29,7 @@ def token_spans(tokenizer: Any, text: str) -> np.ndarray:
     """The UTF-8 bytes `[begin, end)` of every token of `text`, encoded without special tokens: int64 [n, 2].
 
     Spans are monotone; if the tokenizer keeps the text, they tile it. A token without text (a dummy prefix) has an empty span,
-    and an added token covers the spaces that it strips. Raises ModelError for a slow tokenizer, and for a text with single
-    surrogates.
+    and an added token covers the spaces that it strips. Raises ModelError for a slow tokenizer or single surrogates.
     """
     return encode_with_spans(tokenizer, text).spans
 
@@ -202,8 +201,8 @@ def _readings(cluster: _Cluster, table: TokenBytes, data: bytes) -> Iterator[lis
 
 
 def _from_offsets(cluster: _Cluster, table: TokenBytes, data: bytes) -> list[tuple[int, int]]:
-    """Spans by offsets: the first of several tokens gets a shared character. Its leading space is one that the offsets left out,
-    or a dummy prefix."""
+    """Spans by offsets: the first of several tokens gets a shared character. Its leading space was left out, or is a dummy
+    prefix."""
     (begin, end), *others = cluster.offsets
     first, cursor = table[cluster.tokens[0]], cluster.cursor
     if first.startswith(b" ") and not data[begin:end].decode()[:1].isspace():

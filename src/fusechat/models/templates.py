@@ -80,8 +80,7 @@ class ChatTemplate:
             return replace(self._locate(folded, about), system_folded=bool(messages[0].content.strip()))
 
     def prompt(self, messages: Sequence[Message], about: Conversation | None = None) -> str:
-        """The text up to where the model answers, as in training. `about`: see `render`. Raises UnrenderableError with the
-        reason."""
+        """The text up to where the model answers, as in training. `about`: see `render`. Raises UnrenderableError."""
         folded = fold_system(messages)
         if folded is not None and self._folds(messages, about):
             return self.prompt(folded, about)
@@ -141,8 +140,7 @@ class ChatTemplate:
             return True
 
     def _asked(self, before: Sequence[Message], text: str, begin: int, about: Conversation | None = None) -> int:
-        """The end, in the rendered `text`, of the prompt for the response to the messages `before`, whose content begins at
-        `begin`.
+        """The end, in the rendered `text`, of the prompt for the response to `before`, whose content begins at `begin`.
 
         It is the generation prompt if only white space follows before the content. Else it is all text before the content: some
         templates write more there (an empty reasoning block), or have no generation prompt. Never ends in a space: tokens begin

@@ -1,8 +1,7 @@
 """The fast tokenizer of a model directory, as its `tokenizer.json` describes it.
 
 Some classes, named in `tokenizer_config.json` or chosen by Transformers for a model type, build another tokenizer from the
-vocabulary, which makes other tokens. The model was trained with the file; a difference is detected here, and reported where
-conversations show it.
+vocabulary, which makes other tokens. The model was trained with the file; a difference is reported where conversations show it.
 """
 
 from functools import lru_cache
@@ -19,8 +18,7 @@ FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 
 
 def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of `tokenizer.json` if there is one, or of trusted custom code. Raises ModelError if none can be loaded, or
-    only a slow one."""
+    """The tokenizer of `tokenizer.json` if there is one, or of trusted custom code. Raises ModelError without a fast one."""
     return _loaded(directory, trust_remote_code, _state(directory))[0]
 
 

@@ -4,12 +4,10 @@ Prompts are compared with prompts, and responses with responses. A *prompt* is t
 message; system messages are ignored. Texts are identical up to case, white space and Unicode compatibility (NFKC). An evaluation
 text is a near-duplicate of a training text if at least the share `NEAR` of its runs of `RUN` words is in the training text: its
 *containment*, which is never less than the Jaccard similarity of both. A word is a run of letters and digits, or one character
-of a script without spaces between words. Texts of fewer than `FEWEST` words are too short: of these only whole prompts are
-compared.
+of a script without spaces between words. Of texts with fewer than `FEWEST` words, only whole prompts are compared.
 
 No training text is missed: a text with m of another's n runs has one of any n - m + 1 of them, so that candidates come from an
-index of that many runs of each evaluation text, the rarest, and each candidate is counted exactly. The training data is read
-once and not kept.
+index of that many runs of each evaluation text, the rarest, and each candidate is counted exactly. Training data is read once.
 """
 
 import math
@@ -59,8 +57,7 @@ class Overlap:
     training: list[str]
 
     def found(self, evaluation: str, *training: str) -> dict[str, int]:
-        """Conversations of an evaluation set that are in any of these training sets (default: all), counted by their strongest
-        kind."""
+        """Conversations of an evaluation set that are in these training sets (default: all), counted by their strongest kind."""
         kinds: dict[str, int] = {}
         for hit in self.hits:
             if hit.evaluation_set == evaluation and (hit.training_set in training or not training):

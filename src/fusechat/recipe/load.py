@@ -1,5 +1,4 @@
-"""Reads a recipe from YAML with line numbers. Reports all mistakes together, each with its place and, for a misspelt key, a
-suggestion."""
+"""Reads a recipe from YAML with line numbers. Reports all mistakes together, with their places and suggestions."""
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +26,7 @@ def read_recipe(
     dtype: str | None = None,
     merge_check: MergeCheck | None = None,
 ) -> Recipe:
-    """Reads a recipe from a file or mapping, with `KEY=VALUE` overrides and absolute paths. Raises RecipeError with all
-    mistakes.
+    """Reads a recipe from a file or mapping, with `KEY=VALUE` overrides and absolute paths. Raises RecipeError.
 
     `changes`: parts of sections that replace the recipe's keys. Relative paths start at the file's directory, those of a mapping
     and of `changes` at the working directory. `dtype`: the meaning of `auto`, None for this machine's. `merge_check`: the merge

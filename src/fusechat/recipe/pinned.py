@@ -1,5 +1,4 @@
-"""Fixes what a recipe leaves open once for a work directory, for all later processes and machines: commits of hub ids, and
-`auto`."""
+"""Fixes what a recipe leaves open once for a work directory, for all later processes: commits of hub ids, and `auto`."""
 
 import re
 from collections.abc import Callable, Iterator

@@ -1,5 +1,4 @@
-"""`fuse.training` and `fuse.lora`: fields of Transformers' TrainingArguments and PEFT's LoraConfig by name, checked without
-importing them."""
+"""`fuse.training` and `fuse.lora`: Transformers' TrainingArguments and PEFT's LoraConfig, checked without importing them."""
 
 import ast
 import difflib

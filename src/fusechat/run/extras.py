@@ -16,8 +16,7 @@ def is_installed(package: str) -> bool:
 
 
 def not_installed(what: str, extra: str, instead: str = "") -> str:
-    """The message for a missing package. `what`: the key or option, and what it needs; `extra`: installs it; `instead`: an
-    alternative."""
+    """The message for a missing package. `what`: the key or option, and its need; `extra`: installs it; `instead`: another way."""
     return f"{what} is not installed (pip install 'fusechat[{extra}]')" + (f"; {instead}" if instead else "")
 
 

@@ -1,5 +1,4 @@
-"""JSON with its own checksum, and records of the files that a run resumes from: what was altered since is made again, not
-trusted."""
+"""JSON with its own checksum, and records of the files that a run resumes from: altered ones are made again."""
 
 import hashlib
 import json

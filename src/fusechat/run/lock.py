@@ -16,8 +16,7 @@ _PAUSE = 0.2  # seconds between two tries
 
 @contextmanager
 def exclusive_lock(file: Path, what: Path, *, remove: bool = False) -> Iterator[None]:
-    """Holds the lock alone. Raises WorkdirError, naming `what` and the process, if another holds it. `remove`: delete the file
-    at the end."""
+    """Holds the lock alone. Raises WorkdirError, naming `what` and the process, if another holds it. `remove` deletes the file."""
     with _held(file, lambda handle: _refuse(handle, what), remove=remove):
         yield
 

@@ -69,8 +69,7 @@ def setup_logging_once() -> None:
 
 @contextmanager
 def progress(description: str, total: int | None, unit: str = "") -> Iterator[Advance]:
-    """A progress bar on a terminal or in a notebook, elsewhere a line every ten seconds. Without `total`, a spinner with the
-    elapsed time."""
+    """A progress bar on a terminal or in a notebook, elsewhere a line every ten seconds. Without `total`, a spinner."""
     if (console.is_terminal or console.is_jupyter) and ranks.is_first():
         yield from _bar(description, total, unit)
     else:
@@ -101,8 +100,7 @@ def _bar(description: str, total: int | None, unit: str) -> Iterator[Advance]:
 
 @contextmanager
 def _in_notebook(bar: Progress) -> Iterator[None]:
-    """Redraws a bar as an output of the cell. Rich would use ipywidgets, which may be missing, and whose output captures and
-    clears that of others."""
+    """Redraws a bar as an output of the cell. Rich would use ipywidgets, which may be missing, and clears others' output."""
     from IPython.display import display
 
     shown, ended = display(bar, display_id=True), threading.Event()

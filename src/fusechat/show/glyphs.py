@@ -28,8 +28,7 @@ _UNSEEN = {"Zs", "Zl", "Zp", "Cc", "Cf", "Co", "Cn"}
 
 @dataclass(frozen=True)
 class Glyph:
-    """The drawing of the bytes from `begin` on: a character with its combining marks, or a stand-in of unambiguous width for
-    what cannot be seen."""
+    """The drawing of the bytes from `begin` on: a character with combining marks, or a stand-in of known width."""
 
     text: str
     begin: int
@@ -44,8 +43,7 @@ class Glyph:
 
 
 def glyphs_of(data: bytes, begin: int = 0) -> list[Glyph]:
-    """The glyphs of a token's bytes, which are at byte `begin` of the text. A byte of an incomplete character is hexadecimal,
-    `<E4>`."""
+    """The glyphs of a token's bytes, at byte `begin` of the text. Bytes of an incomplete character are hexadecimal, `<E4>`."""
     result: list[Glyph] = []
     for character in data.decode("utf-8", errors="surrogateescape"):
         broken = "\udc80" <= character <= "\udcff"

@@ -1,7 +1,7 @@
 """SLERP: moves from the base towards one other model by `t` of the arc between them, each tensor as one vector.
 
-As in mergekit, nearly parallel or opposite vectors (|cosine| > 0.9995) are interpolated linearly, and a zero vector is taken to
-be at a right angle.
+As in mergekit, nearly parallel or opposite vectors (|cosine| > 0.9995) are interpolated linearly; a zero vector is at a right
+angle.
 """
 
 import math
