@@ -166,7 +166,7 @@ def test_two_texts_under_one_id(finished: Path, work: Path, tokenizers: dict[str
     victim = tamper_prepared(work, name, other_digit)
     line = complaint(finished, work)
     assert line.count("pivot (") == line.count("mistral (") == 1
-    assert f"conversation {victim} is not of the same text for both" in line
+    assert f"the texts of conversation {victim} differ" in line
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_pivot_with_another_answer_under_the_id(
     template = ChatTemplate(tokenizers["llama"], None, "llama")
     other, _ = prepare_conversation(Conversation(messages, "here"), template, max_length=256)
     victim = tamper_prepared(work, PIVOT, lambda rows: replace(other, id=rows.id))
-    assert f"conversation {victim} is not of the same text for both" in complaint(finished, work)
+    assert f"the texts of conversation {victim} differ" in complaint(finished, work)
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,7 @@ def test_code_of_a_model_does_not_run_without_trust(tmp_path: Path, models: dict
             json.dumps({"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["code.Own", None]}})
         )
     recipe = with_source(tmp_path, models, str(model))
-    needs = (
-        "cannot be loaded: it needs code of its own to run; set trust_remote_code: true for it if you trust that code"
-    )
+    needs = "cannot be loaded: it needs custom code; set trust_remote_code: true for it if you trust that code"
     assert complaints("run", recipe, "--workdir", tmp_path / "work", "--until", "capture") == [
         f"{model}: its configuration {needs}"
     ]

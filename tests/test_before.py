@@ -56,7 +56,7 @@ def test_the_example_is_two_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refused(recipe, waiting("capture")) == ()
     [alone] = refused(recipe, waiting("capture", "fuse"))
     assert alone.startswith(
-        "fuse.training.fsdp: shares a model out among the processes of torchrun, and there is one: "
+        "fuse.training.fsdp: shards the model over the processes of torchrun, and there is only one: "
     )
     assert "--until align" in alone
     monkeypatch.setattr(before.ranks, "world", lambda: 8)

@@ -65,7 +65,7 @@ def test_a_run_goes_on_where_the_one_it_waits_for_was_killed(finished: Path, tmp
     waiting = ""
     while f"process {first.pid} does it" not in waiting and time.monotonic() < deadline:
         waiting += second.stderr.readline()
-    assert f"process {first.pid} does it; waiting for it" in waiting
+    assert f"process {first.pid} is doing it; waiting" in waiting
     states = json.loads(runs.here("status", work, "--json").stdout)
     assert "running" in {step["state"] for step in states}
     first.kill()

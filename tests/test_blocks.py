@@ -158,7 +158,7 @@ def test_a_killed_worker_ends_the_run_with_a_line_and_the_next_run_goes_on(
     assert "Traceback" not in stderr
     [line] = [line for line in stderr.splitlines() if "error" in line]
     assert stderr.splitlines()[-2:] == [line, "see docs/recipe.md#align.processes"]
-    assert line.startswith("fusechat: error: align: a process of it was killed")
+    assert line.startswith("fusechat: error: align: a process was killed")
     assert "align.processes" in line
     assert not (tmp_path / "work" / "align" / "gemma" / "manifest.json").exists()
     assert run(load_recipe(captured / "recipe.yaml"), tmp_path / "work", until="align", only="gemma") == 1

@@ -159,10 +159,7 @@ def test_what_is_refused(models: dict[str, Path], finished: Path, work: Path, tm
     assert unknown.endswith("; the run has pivot, source-mistral, source-gemma, target-mistral, target-gemma, fused")
     for secret in ("https://user:sesame@host/v1", "https://host/v1?api_key=sesame"):
         assert "sesame" not in refused(*score, secret, "--workdir", work, "--data", data)
-    assert (
-        refused("eval", "mt-bench", llama)
-        == "--judge-url and --judge-model: tell which server and which of its models is the judge"
-    )
+    assert refused("eval", "mt-bench", llama) == "--judge-url and --judge-model: name the judge's server and model"
     bad = tmp_path / "bad.jsonl"
     bad.write_text(data.read_text() + "not json\n")
     assert f"{bad}:6: not JSON" in refused(*score, llama, "--data", bad, "--device", "cpu")

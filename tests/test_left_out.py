@@ -97,7 +97,7 @@ def test_turns_in_a_row_are_joined_by_a_blank_line_where_the_template_needs_it(
     file = recipe(tmp_path, models, records(2, 2), join_turns=True)
     run(load_recipe(file), tmp_path / "work", until="prepare")
     assert [line for line in heard if "joined" in line] == [
-        "prepare mistral/data: in 2 of 4 conversations turns of one role in a row were joined, as data.join_turns has it"
+        "prepare mistral/data: in 2 of 4 conversations turns of one role in a row were joined (data.join_turns)"
     ]
     by_hand = turns("u:Hi 0", "a:Hello 0.", "u:How are you?\n\nAnd now?", "a:Fine 0.")
     as_it_is = records(1, 0)[0]["messages"]

@@ -105,7 +105,7 @@ def test_what_the_models_do_not_bear_out_is_refused(trio: list[Path], tmp_path: 
         yaml.safe_dump({**configuration("task_arithmetic", [base, one], {"weight": 1}), "chat_template": "auto"})
     )
     [line] = refused(file, tmp_path / "out")
-    what = "chat_template: one has another than base: name none, and the latter's is kept"
+    what = "chat_template: one has another than base: leave it out to keep the latter's"
     assert line.startswith("merge.yaml:")
     assert line.endswith(what)
 

@@ -45,7 +45,7 @@ def refusal(config: Config, out: Path) -> str:
 
 def test_what_is_there_already_is_kept(config: Config, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    expected = f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
+    expected = f"{out}: exists, and was not made by this configuration; delete it or choose another place"
     out.write_text("mine")
     assert refusal(config, out) == expected
     assert out.read_text() == "mine"
@@ -69,7 +69,7 @@ def test_models_that_changed_since_give_another_merge(config: Config, tmp_path: 
     merge(config, tmp_path / "out")
     base = Path(config["base_model"])
     (base / name).write_bytes((base / name).read_bytes())
-    with pytest.raises(WorkdirError, match="not what this configuration gives"):
+    with pytest.raises(WorkdirError, match="was not made by this configuration"):
         merge(config, tmp_path / "out")
 
 
@@ -81,10 +81,10 @@ def cut(out: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda out: min(out.glob("*.safetensors")).unlink(), "{out}: {shard} is not there any more"),
-        (lambda out: (out / INDEX).unlink(), "{out}: model.safetensors.index.json is not there any more"),
-        (lambda out: (out / "config.json").unlink(), "{out}: config.json is not there any more"),
-        (lambda out: (out / "tokenizer.json").unlink(), "{out}: tokenizer.json is not there any more"),
+        (lambda out: min(out.glob("*.safetensors")).unlink(), "{out}: {shard} is missing"),
+        (lambda out: (out / INDEX).unlink(), "{out}: model.safetensors.index.json is missing"),
+        (lambda out: (out / "config.json").unlink(), "{out}: config.json is missing"),
+        (lambda out: (out / "tokenizer.json").unlink(), "{out}: tokenizer.json is missing"),
         (cut, "{out}/{shard}: not a whole safetensors file: "),
     ],
 )
@@ -223,9 +223,9 @@ def test_a_merge_that_ends_with_an_error_says_what_it_left(
         merge(narrow, out, shard_bytes=SHARD)
     files = list(hidden.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
-    what = f"has {len(files)} finished files of {len(files) + 1} ({size / 1e9:.2f} GB), from which the same command continues"
+    what = f"has {len(files)} finished files of {len(files) + 1} ({size / 1e9:.2f} GB), which the same command reuses"
     assert len(files) >= 3
-    assert caplog.messages[-1] == f"{hidden}: {what}; delete it if none shall"
+    assert caplog.messages[-1] == f"{hidden}: {what}; delete it to free the disk"
     shutil.rmtree(hidden)
     caplog.clear()
     with pytest.raises(FuseChatError, match=f"{norm}: 32 merged values"):

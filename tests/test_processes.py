@@ -259,7 +259,7 @@ def test_held_out_conversations_are_each_counted_once(
 
 def test_fsdp_that_is_not_to_be_had_is_said(together: Path) -> None:
     (said,) = json.loads((together / "found.json").read_text())["fsdp"]
-    assert said == "fuse: FSDP was asked for, and is unavailable on this device: every process holds the whole model"
+    assert said == "fuse: FSDP is unavailable on this device: every process holds the whole model"
 
 
 def test_killed_processes_go_on_from_their_checkpoint(place: Path, two: Path) -> None:

@@ -200,7 +200,7 @@ def test_bad_conversations(work: Path, capsys: Any, tmp_path: Path) -> None:
     assert of("pivot", "mistral", "xyz") == (
         f"xyz: no such conversation of mistral; there are 0 to {len(ids) - 1}, {ids[0]} to {ids[-1]}"
     )
-    assert f"{len(ids)} conversations have ids that begin so" in of("pivot", "mistral", "")
+    assert f"{len(ids)} conversations have ids with this prefix" in of("pivot", "mistral", "")
     manifest = work / "align" / "mistral" / "manifest.json"
     kept = manifest.read_bytes()
     manifest.unlink()

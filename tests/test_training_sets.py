@@ -349,5 +349,7 @@ def test_a_new_set_redoes_nothing_of_the_others(finished: Path) -> None:
 
 def test_a_sampling_strategy_that_knows_no_weights_is_refused(finished: Path, tmp_path: Path) -> None:
     strategy = "fuse.training.train_sampling_strategy=batch_rebalance"
-    with pytest.raises(RecipeError, match="train_sampling_strategy: batch_rebalance knows no weights of training sets"):
+    with pytest.raises(
+        RecipeError, match="train_sampling_strategy: batch_rebalance does not support weights of training sets"
+    ):
         run(load_recipe(finished / "recipe.yaml", [strategy]), tmp_path / "work")

@@ -36,7 +36,7 @@ def check_conversation(
     for response in np.intersect1d(pivot.response, source.response).tolist():
         texts = [content(rows, side, response) for rows, side in ((pivot, pair.pivot), (source, pair.source))]
         if texts[0] is not None and texts[1] is not None and not _agree(texts[0], texts[1]):
-            raise WorkdirError(f"{names[0]} and {names[1]}: {where} is not of the same text for both")
+            raise WorkdirError(f"{names[0]} and {names[1]}: the texts of {where} differ")
 
 
 def _check_ids(ids: np.ndarray, size: int, where: str, what: str = "it holds") -> None:

@@ -58,7 +58,7 @@ class Processes:
                     yield waiting.popleft().result()
             except BrokenProcessPool:
                 raise WorkdirError(
-                    "align: a process of it was killed (out of memory?); set align.processes to 1, then run again"
+                    "align: a process was killed (out of memory?); set align.processes to 1, then run again"
                 ) from None
             finally:
                 for future in waiting:

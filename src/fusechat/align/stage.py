@@ -75,7 +75,7 @@ def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source
 
     pair, back_off, about = models(recipe, source)
     if pair.same_tokens:
-        log.info("align %s: its tokenizer is the pivot's, so that every token is itself", source)
+        log.info("align %s: has the pivot's tokenizer, so every token maps to itself", source)
     data = Conversations(*(parts[part] for part in PARTS), fill=parts.get(FILL, []), **about)
     common, total = len(data.common()), len(data.ids)
     k = recipe.align.top_k or open_distributions(*parts["capture"], verify=False).k

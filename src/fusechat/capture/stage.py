@@ -66,7 +66,7 @@ def _capture(directory: Path, data: PreparedSet, chat_model: ChatModel, settings
     is_spread = settings["backend"] == "transformers" and settings["device_map"] is not None
     shards = {number: every[number] for number in ranks.share(len(every), one_a_machine=is_spread)}
     if is_spread and ranks.world() > 1 and ranks.is_first():
-        log.info("capture %s: capture.device_map spreads it: one process on each machine runs it", chat_model.name)
+        log.info("capture %s: capture.device_map is set: one process on each machine runs the model", chat_model.name)
     vocabulary = chat_model.vocabulary_size()
     k = min(settings["top_k"], vocabulary)
     store_format = ranks.from_first(lambda: begun_format(directory))
@@ -98,7 +98,7 @@ def _sound_shard(directory: Path, number: int) -> Path | None:
         if sound is None and is_sound(path):
             sound = path
         else:
-            log.warning("%s: is damaged (its checksum differs): captured again", path)
+            log.warning("%s: is damaged (its checksum differs): capturing it again", path)
             path.unlink()
     return sound
 

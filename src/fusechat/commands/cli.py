@@ -79,7 +79,7 @@ def plan(
     ] = None,
     conversations: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Plan for N training conversations like those that are there."),
+        typer.Option(min=1, metavar="N", help="Plan for N training conversations like the recipe's."),
     ] = None,
     by_stage: Annotated[bool, typer.Option("--by-stage", help="One line for each stage.")] = False,
     workdir: Annotated[
@@ -182,7 +182,7 @@ def tokens(
     text: Annotated[str | None, typer.Option(help="The text; - reads standard input.")] = None,
     workdir: Annotated[Path | None, typer.Option(help="A run, of which to show a conversation.")] = None,
     conversation: Annotated[
-        str | None, typer.Option(metavar="ID", help="Its number from 0 on, or its id or how that begins.")
+        str | None, typer.Option(metavar="ID", help="Its number from 0, its id, or a prefix of its id.")
     ] = None,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw on a page, with all about each token.")
@@ -211,7 +211,7 @@ def merge(
     config: Annotated[Path, typer.Argument(metavar="MERGE.yaml", help="What to merge and how, as mergekit has it.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The directory of the merged model.")],
     allow_vocab_resize: Annotated[
-        bool, typer.Option("--allow-vocab-resize", help="Of vocabularies of different sizes, merge the common rows.")
+        bool, typer.Option("--allow-vocab-resize", help="Merge the rows that vocabularies of different sizes share.")
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="[default: all cores]")] = None,
     shard_size: Annotated[float, typer.Option(help="The largest file of the output, in GB.")] = 5.0,

@@ -195,7 +195,7 @@ def bits_per_byte(
     out: Out = None,
     dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option()] = "bfloat16",
     device: Device = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch at most.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of a batch.")] = 2048,
     as_json: AsJson = False,
 ) -> None:
     """Bits per byte of the responses in a file of conversations, which compares models whatever their tokenizer."""
@@ -216,7 +216,7 @@ def _judge(url: str | None, model: str | None, *, concurrency: int, timeout: flo
 
     if not url or not model:
         lacking = [name for name, value in (("--judge-url", url), ("--judge-model", model)) if not value]
-        raise RecipeError(f"{' and '.join(lacking)}: tell which server and which of its models is the judge")
+        raise RecipeError(f"{' and '.join(lacking)}: name the judge's server and model")
     return Client(url=url, model=model, key=judge_key(), what="--judge-url", concurrency=concurrency, timeout=timeout)
 
 

@@ -16,16 +16,16 @@ Models = Annotated[
 ]
 WorkDir = Annotated[Path | None, typer.Option(help="A run: its models, all without MODEL, and its report.")]
 Out = Annotated[Path | None, typer.Option(metavar="FILE", help="[default: evaluate/results.json]")]
-Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="So many questions only, for a trial.")]
+Limit = Annotated[int | None, typer.Option(min=1, metavar="N", help="Only this many questions, for a trial.")]
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="[default: bfloat16 on a GPU, else float32]")
 ]
 Device = Annotated[str | None, typer.Option(help="[default: what is there]")]
-BatchTokens = Annotated[int, typer.Option(min=1, help="Tokens of a batch at most, with the room for answers.")]
+BatchTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens of a batch, answers included.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of answers at a temperature above 0, and of few-shot examples.")]
 JudgeUrl = Annotated[str | None, typer.Option(help="An OpenAI-compatible server: https://…/v1.", show_default=False)]
 JudgeModel = Annotated[str | None, typer.Option(help="The judge's name there.", show_default=False)]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests under way at once.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Concurrent requests.")]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that one request may take.")]
 EstimateOnly = Annotated[
     bool, typer.Option("--estimate", help="Stop before the judge is asked; print what it would cost.")

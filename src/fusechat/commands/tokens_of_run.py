@@ -47,5 +47,5 @@ def _find(asked: str, ids: list[str], source: str) -> str:
     if len(found) == 1:
         return found[0]
     if found:
-        raise DataError(f"{asked}: {len(found)} conversations have ids that begin so, {found[0]} and {found[1]}")
+        raise DataError(f"{asked}: {len(found)} conversations have ids with this prefix, {found[0]} and {found[1]}")
     raise DataError(f"{asked}: no such conversation of {source}; there are 0 to {len(ids) - 1}, {ids[0]} to {ids[-1]}")

@@ -165,7 +165,7 @@ def open_distributions(*directories: Path, verify: bool = True) -> "Distribution
         damaged = [path for path in paths if not is_sound(path)]
         if damaged:
             raise WorkdirError(
-                *(f"{path}: is damaged (its checksum differs); run again, and it is captured again" for path in damaged)
+                *(f"{path}: is damaged (its checksum differs); run again to capture it again" for path in damaged)
             )
     return DistributionSet(paths, k=stores[directories[0]]["k"])
 

@@ -126,7 +126,7 @@ def _alpaca(record: dict[str, Any]) -> tuple[Message, ...]:
     turns: list[Any] = []
     for pair in record.get("history") or []:
         if not (isinstance(pair, list) and len(pair) == 2):
-            raise ValueError('"history" holds something else than pairs of question and answer')
+            raise ValueError('"history" should be a list of pairs of question and answer')
         turns += pair
     more = record.get("input") or ""
     if not isinstance(more, str):

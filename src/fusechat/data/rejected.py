@@ -25,12 +25,12 @@ _ADVICE = {
 }
 # Changes to conversations that are used, by their count in the manifest.
 _DONE = {
-    "joined": "turns of one role in a row were joined, as data.join_turns has it",
-    "truncated": "what passes data.max_length was cut off",
-    "system_folded": "the system message went into the first question: the template knows no such message",
-    "control_tokens": "a text has the name of a control token in it, which the model reads as that token",
-    "reasoning_dropped": "the template leaves reasoning out, so that it is not learnt",
-    "tools_dropped": "the template knows no tools, so that the model is not told of them",
+    "joined": "turns of one role in a row were joined (data.join_turns)",
+    "truncated": "the text after data.max_length tokens was cut off",
+    "system_folded": "the system message is in front of the first question: the template has no system role",
+    "control_tokens": "a text contains the name of a control token, which the model reads as that token",
+    "reasoning_dropped": "the template leaves reasoning out, so that it is not trained",
+    "tools_dropped": "the template ignores tools, so that the model does not see them",
     "keys_dropped": "the template does not read all keys of the messages",
 }
 _SHOWN = 3  # reasons shown

@@ -21,7 +21,7 @@ from fusechat.run.progress import log, progress
 from fusechat.run.steps import SEALED, Step
 
 MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
-ONE_PROCESS = "fuse.training.fsdp: shares a model out among the processes of torchrun, and there is one"
+ONE_PROCESS = "fuse.training.fsdp: shards the model over the processes of torchrun, and there is only one"
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,13 @@ def check(recipe: Recipe, *, here: bool = True) -> None:
         check_packages(arguments)
     if here and is_sharded_alone(arguments):
         raise RecipeError(
-            f"{ONE_PROCESS}: start it as torchrun --nproc-per-node N -m fusechat run …; what comes before, vLLM's captures too, "
-            "runs without it as far as --until align"
+            f"{ONE_PROCESS}: start it as torchrun --nproc-per-node N -m fusechat run …; earlier stages, vLLM's captures too, "
+            "run without it by --until align"
         )
     if arguments.train_sampling_strategy == "batch_rebalance" and any(one != 1 for one in recipe.weights().values()):
-        raise RecipeError("fuse.training.train_sampling_strategy: batch_rebalance knows no weights of training sets")
+        raise RecipeError(
+            "fuse.training.train_sampling_strategy: batch_rebalance does not support weights of training sets"
+        )
     if recipe.fuse.lora is not None:
         lora_config(recipe.fuse.lora)
     for target in recipe.teachers() if measures(recipe) else ():
@@ -192,7 +194,7 @@ def _data(sets: Sequence[SetSteps], recipe: Recipe, target: str) -> Any:
     def store(step: Step) -> Any:
         found = open_distributions(step.directory, verify=ranks.is_first())
         if fuse.tail == "bucket" and not found.has_tails and ranks.is_first():
-            log.warning("%s: of an older version, without tails; one below 0.001 counts as none", step.directory)
+            log.warning("%s: written by an older version, without tails; tails below 0.001 count as 0", step.directory)
         return found
 
     def teacher(steps: SourceSteps) -> Teacher:

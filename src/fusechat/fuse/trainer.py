@@ -268,7 +268,7 @@ def _wrong(checkpoint: Path, before: list[Path]) -> str | None:
             return f"{name} is not what was written (its checksum differs)"
     best = best_of(checkpoint)
     if best is not None and best not in (*before, checkpoint):
-        return f"{best}, the best so far, is not there"
+        return f"{best}, the best so far, is missing"
     return None
 
 

@@ -183,7 +183,7 @@ def make_trainer(
     trainer.add_callback(_Watch(advance))
     trainer.add_callback(Checkpoints(limit))
     if arguments.fsdp and not trainer.is_fsdp_enabled:
-        log.warning("fuse: FSDP was asked for, and is unavailable on this device: every process holds the whole model")
+        log.warning("fuse: FSDP is unavailable on this device: every process holds the whole model")
     return trainer
 
 

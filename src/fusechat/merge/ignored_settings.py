@@ -37,11 +37,11 @@ class Conditions:
                     )
                     wrong.append((place, what))
         for line in token_lines(inputs) if self.tokens else ():
-            wrong.append((self.tokens or (), f"{line}, which is not done by token here"))
+            wrong.append((self.tokens or (), f"{line}, and merging by token is not supported"))
         templates = [_template(model.directory) for model in inputs] if self.templates else []
         for model, template in zip(inputs, templates, strict=False):
             if template != templates[0]:
-                what = f"{model.label} has another than {inputs[0].label}: name none, and the latter's is kept"
+                what = f"{model.label} has another than {inputs[0].label}: leave it out to keep the latter's"
                 wrong.append((self.templates or (), what))
         if wrong and self._document:
             raise RecipeError(*(self._document.at(place, what) for place, what in wrong))

@@ -182,14 +182,12 @@ def _finished(out: Path, job: MergeJob, identity: str) -> dict[str, Any] | None:
         return None
     report = _report(out, identity)
     if report is None or report["tensors"].keys() != {piece.name for piece in job.plan.pieces}:
-        raise WorkdirError(
-            f"{out}: is there already, and not what this configuration gives; delete it or choose another place"
-        )
+        raise WorkdirError(f"{out}: exists, and was not made by this configuration; delete it or choose another place")
     shards = [file for file, _ in job.plan.shards(job.shard_bytes)]
     copied = [str(file.relative_to(job.inputs[0].directory)) for file in beside(job.inputs[0].directory)]
     for name in ("config.json", *shards, *([INDEX] if len(shards) > 1 else []), *copied):
         if not (out / name).is_file():
-            raise WorkdirError(f"{out}: {name} is not there any more; delete the directory to merge again")
+            raise WorkdirError(f"{out}: {name} is missing; delete the directory to merge again")
     try:
         Checkpoint.open(out, str(out))
     except ModelError as error:
@@ -244,8 +242,8 @@ def _tell_rest(job: MergeJob, building: Path) -> None:
         return
     size = sum(file.stat().st_size for file in files if file.is_file())
     shards = len(job.plan.shards(job.shard_bytes))
-    what = f"has {len(files)} finished files of {shards} ({size / 1e9:.2f} GB), from which the same command continues"
-    log.warning("%s: %s; delete it if none shall", building, what)
+    what = f"has {len(files)} finished files of {shards} ({size / 1e9:.2f} GB), which the same command reuses"
+    log.warning("%s: %s; delete it to free the disk", building, what)
 
 
 def _tidied(job: MergeJob, building: Path, report: dict[str, Any]) -> dict[str, Any]:

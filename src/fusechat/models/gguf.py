@@ -67,7 +67,7 @@ def _convert_new(reference: Reference, target: Path, before: Callable[[int], Non
 def _say_much(reference: Reference, needed: int) -> None:
     free = free_bytes()
     if needed > free:
-        line = "%s: converting it takes %s of memory, and %s are free: it may be ended for that"
+        line = "%s: converting it takes %s of memory, and %s are free: the system may end the process"
         log.warning(line, reference.label, in_bytes(needed), in_bytes(free))
 
 

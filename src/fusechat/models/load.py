@@ -37,7 +37,7 @@ def vocabulary_size(directory: Path, *, trust_remote_code: bool = False) -> int:
     try:
         return int(read_configuration(directory, trust_remote_code=trust_remote_code).get_text_config().vocab_size)
     except AttributeError as error:
-        raise ModelError(f"{directory}: its configuration says no vocab_size") from error
+        raise ModelError(f"{directory}: its configuration has no vocab_size") from error
 
 
 def check_causal(directory: Path, *, trust_remote_code: bool = False) -> None:
@@ -147,9 +147,7 @@ def load_model(
         raise model_error(directory, "the model", error) from error
     refuse_missing(report, str(directory))
     if not keeps_logits(model):
-        log.warning(
-            "%s computes logits at every position: it cannot be told at which ones, and takes more memory", directory
-        )
+        log.warning("%s computes logits at every position, not only at responses, which takes more memory", directory)
     return (model if where else model.to(device)).eval()
 
 
@@ -234,5 +232,5 @@ def model_error(directory: Path, what: str, error: Exception) -> Exception:
         return error
     reason = _reason(directory, error)
     if "trust_remote_code" in str(error):
-        reason = "it needs code of its own to run; set trust_remote_code: true for it if you trust that code"
+        reason = "it needs custom code; set trust_remote_code: true for it if you trust that code"
     return ModelError(f"{directory}: {what} cannot be loaded: {reason}")

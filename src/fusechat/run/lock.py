@@ -26,7 +26,7 @@ def wait_for_lock(file: Path, what: str) -> Iterator[None]:
     """Waits, with a log line, until the lock is free, and holds it alone. Deletes the file at the end."""
 
     def wait(handle: TextIO) -> None:
-        log.info("%s: process %s does it; waiting for it", what, _holder(handle))
+        log.info("%s: process %s is doing it; waiting", what, _holder(handle))
         while not _lock(handle, fcntl.LOCK_EX):
             time.sleep(_PAUSE)
 
@@ -91,7 +91,7 @@ def _lock(handle: TextIO, kind: int) -> bool:
         return False
     except OSError as error:
         raise WorkdirError(
-            f"{handle.name}: cannot be locked ({error.strerror}): its file system has to have locks; choose another --workdir"
+            f"{handle.name}: cannot be locked ({error.strerror}): its file system must support locks; choose another --workdir"
         ) from error
     return True
 

@@ -20,7 +20,7 @@ def begin(directory: Path, *, spent: float, versions: Mapping[str, str], **conte
     before = (beginning(directory) or {}).get("versions", versions)
     others = [f"{name} {before[name]} → {now}" for name, now in versions.items() if before.get(name, now) != now]
     if others:
-        log.warning("%s: continues with other versions than it was begun with: %s", directory, ", ".join(others))
+        log.warning("%s: resumes with other versions than it began with: %s", directory, ", ".join(others))
     content["versions"] = dict(before)
     write_checked(directory / STARTED, {**content, "spent": round(spent, 3), "began": time.time()})
 
