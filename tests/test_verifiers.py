@@ -1,4 +1,4 @@
-"""Verifiers: the two that come with FuseChat, functions and commands, and what they do that is no judgement."""
+"""Verifiers: those that come with FuseChat, functions and commands, and what they do that is no judgement."""
 
 import sys
 import time
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from fusechat.errors import DataError, FuseChatError
-from fusechat.generate.verifiers import exact, final_number, last_number
-from fusechat.generate.verify import code_of, needs_reference, verify
+from fusechat.models.verifiers import contains, exact, final_number, last_number
+from fusechat.models.verify import code_of, needs_reference, verify
 
 MODULE = """
 import os, subprocess, sys, time
@@ -69,7 +69,7 @@ def judged(verifier: Any, *answers: str, seconds: float = 20.0, **more: Any) -> 
     def advance(amount: int = 1, note: str = "") -> None:
         done.append(amount)
 
-    found = verify(asked(*answers, **more), verifier, seconds=seconds, advance=advance)
+    found = verify(asked(*answers, **more), verifier, key="generate.choose.verifier", seconds=seconds, advance=advance)
     assert len(done) == len(answers)
     return found
 
@@ -85,6 +85,27 @@ def test_exact() -> None:
     assert exact({"answer": " 12\n", "reference": "12"})
     assert exact({"answer": "Mu\u0308nchen", "reference": "München"})
     assert not exact({"answer": "12.", "reference": "12"})
+
+
+def test_contains() -> None:
+    for answer, reference, right in (
+        ("The German word for dog is Hund.", "Hund", True),
+        ("der hund", "Hund", True),
+        ("Hunde", "Hund", False),
+        ('"Straße"', ["Strasse", "Straße"], True),
+        ("pomme  de terre", "pomme de terre", False),
+        ("l'e\u0301toile", "étoile", True),
+        ("a+b", "a+", False),
+        ("", "Hund", False),
+    ):
+        assert contains({"answer": answer, "reference": reference}) is right, (answer, reference)
+
+
+def test_of_several_references_each_is_right() -> None:
+    for verifier, answer, wrong in ((exact, "b", "c"), (final_number, "it is 8", "9"), (contains, "a B.", "ab")):
+        references = ["7", "8"] if verifier is final_number else ["a", "b"]
+        assert verifier({"answer": answer, "reference": references})
+        assert not verifier({"answer": wrong, "reference": references})
 
 
 def test_final_number() -> None:
@@ -108,9 +129,10 @@ def test_final_number() -> None:
         final_number({"answer": "3", "reference": "three"})
 
 
-def test_the_two_that_come_with_fusechat_run_in_a_process_too() -> None:
+def test_those_that_come_with_fusechat_run_in_a_process_too() -> None:
     assert judged("exact", "a", "b", reference="b") == [0.0, 1.0]
     assert judged("final_number", "7", "it is 8", reference="8") == [0.0, 1.0]
+    assert judged("contains", "x", "so: X", reference=["y", "x"]) == [1.0, 1.0]
     assert needs_reference("exact")
     assert needs_reference("final_number")
     assert not needs_reference("mine:right")
@@ -175,4 +197,4 @@ def test_a_command_that_does_not_judge(place: Path) -> None:
 
 def test_of_several_mistakes_one_is_told(place: Path) -> None:
     with pytest.raises(DataError, match=r"prompts.jsonl:\d+: verifier mine:raises"):
-        verify(asked(*"abcdefgh"), "mine:raises", seconds=20.0, advance=lambda amount=1, note="": None)
+        verify(asked(*"abcdefgh"), "mine:raises", key="k", seconds=20.0, advance=lambda amount=1, note="": None)

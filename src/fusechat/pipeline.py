@@ -68,8 +68,9 @@ def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
 
 
 def _held_out(recipe: Recipe) -> list[DataSet]:
-    """The held-out sets that the run measures."""
-    return recipe.validation_sets() if recipe.evaluate.bits_per_byte or fuse.measures(recipe) else []
+    """The held-out sets that the run measures on."""
+    evaluates = recipe.evaluate.bits_per_byte or recipe.evaluate.verifier is not None
+    return recipe.validation_sets() if evaluates or fuse.measures(recipe) else []
 
 
 def evaluation_texts(recipe: Recipe) -> list[DataSet | Questions]:
@@ -114,19 +115,24 @@ def _branch(recipe: Recipe, workdir: Path, source: str, chosen: Step | None) -> 
 
 
 def _evaluation(recipe: Recipe, workdir: Path, targets: dict[str, Step], merged: Step) -> dict[str, Step]:
-    """The steps that measure every model on every held-out set, collect answers there, and join the results of suites."""
+    """Every model on every held-out set, what pivot, sources and fused model answer there, where a verifier judges all models, and
+    what suites found."""
     measured = recipe.validation_sets() if recipe.evaluate.bits_per_byte else []
     models = run_models(recipe, targets, merged)
     subjects = [_subject(recipe, workdir, model, measured) for model in models]
-    found: dict[str, Step] = {}
-    if recipe.evaluate.answers and measured:
-        for model, subject in zip(models, subjects, strict=True):
-            if model.role != "target":
-                found[f"answers/{model.name}"] = evaluate.answers_step(recipe, workdir, subject, measured)
-    if measured or evaluate.has_suites(workdir):
+    asked = recipe.validation_sets() if recipe.evaluate.verifier else measured if recipe.evaluate.answers else []
+    answers = {
+        model.name: evaluate.answers_step(recipe, workdir, subject, asked)
+        for model, subject in zip(models, subjects, strict=True)
+        if asked and (recipe.evaluate.verifier or model.role != "target")
+    }
+    shown = {model.name for model in models if model.role != "target"}
+    found = {f"answers/{name}": step for name, step in answers.items() if name in shown}
+    if measured or recipe.evaluate.verifier or evaluate.has_suites(workdir):
         sft = recipe.sft_target()
         sets = [data.name for data in measured]
-        found["evaluate"] = evaluate.results_step(workdir, subjects, sets, f"target-{sft}" if sft else None)
+        verified = evaluate.Verified(asked, recipe.evaluate, answers) if recipe.evaluate.verifier else None
+        found["evaluate"] = evaluate.results_step(workdir, subjects, sets, f"target-{sft}" if sft else None, verified)
     return found
 
 

@@ -1,8 +1,8 @@
 """Turns a record of JSON or Parquet into a conversation, in all usual formats:
 
 {"messages": [{"role", "content"}, …]}, {"conversations": [{"from", "value"}, …]}, and the keys of either under the other name
-{"prompt", "completion"}, texts or lists of messages; {"instruction", "input", "output", "history"} If answers are generated,
-also {"prompt"} and {"instruction", "input", "history"}, and `reference` besides any of them.
+{"prompt", "completion"}, texts or lists of messages; {"instruction", "input", "output", "history"}
+Where answers are made anew, {"prompt"} and {"instruction", "input", "history"} too. `reference` beside any is for verifiers.
 
 Besides: `system` (or `system_prompt`), `tools`, `chat_template_kwargs`; in a message `weight` or `train`, `tool_calls`, and
 whatever else a template reads. Keys that nothing reads are reported, not silently dropped.
@@ -51,7 +51,11 @@ def conversation_of(record: Any, where: str, *, answered: bool = True) -> Conver
     if not isinstance(variables, dict):
         raise ValueError(f'"chat_template_kwargs" is {type(variables).__name__}, not an object')
     refuse_taken(variables)
-    read |= {"tools", "chat_template_kwargs"} | _LABELS | (_OF_CHOSEN if record.keys() >= _OF_CHOSEN else set())
+    read |= (
+        {"tools", "chat_template_kwargs", "reference"}
+        | _LABELS
+        | (_OF_CHOSEN if record.keys() >= _OF_CHOSEN else set())
+    )
     unused = {key: _digest(value) for key, value in record.items() if key not in read and value is not None}
     for value in (tools, variables):
         _refuse_half_pairs(value, "the record")
@@ -70,11 +74,13 @@ def prompt_of(conversation: Conversation) -> Conversation:
     return replace(conversation, messages=context, unused={}, joined=False)
 
 
-def reference_of(conversation: Conversation, record: dict[str, Any]) -> str | None:
-    """The reference answer in a record: its `reference`, else the last message of its conversation if that is an answer."""
+def reference_of(conversation: Conversation, record: dict[str, Any]) -> str | list[str] | None:
+    """The answer that a record holds to its question: its `reference`, a list of texts where several are right, else the last
+    message of its conversation if that is an answer."""
     told = record.get("reference")
     if told is not None:
-        return told if isinstance(told, str) else json.dumps(told, ensure_ascii=False)
+        is_list = isinstance(told, list) and told and all(isinstance(one, str) for one in told)
+        return told if isinstance(told, str) or is_list else json.dumps(told, ensure_ascii=False)
     return (conversation.messages[-1].content or None) if conversation.is_answered else None
 
 

@@ -1,8 +1,8 @@
 """Answers of a model to a suite's prompts, kept in a journal: what was answered is not asked again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Answering:
     seed: int = 0
     concurrency: int = 8
     timeout: float = 300.0
+    spread: Mapping[str, Any] = field(default_factory=dict)  # how a model lies on devices: `Generator`
 
     @contextmanager
     def __call__(self, subject: Subject) -> Iterator[Ask]:
@@ -70,7 +71,12 @@ class Answering:
                 if not loaded:
                     from fusechat.models.generator import Generator
 
-                    options: dict[str, Any] = {"dtype": self.dtype, "device": self.device, "seed": self.seed}
+                    options: dict[str, Any] = {
+                        "dtype": self.dtype,
+                        "device": self.device,
+                        "seed": self.seed,
+                        **self.spread,
+                    }
                     loaded.append(Generator(subject.chat_model, batch_tokens=self.batch_tokens, **options))
                 with progress(f"answers of {subject.label}", waiting, "prompts") as advance:
 

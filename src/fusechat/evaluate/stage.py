@@ -1,7 +1,9 @@
 """evaluate/<model>/<data set>.json: nll and bytes of every held-out response.
-evaluate/answers-<model>/answers.json: what it answers to some of the held-out questions, for the report.
+evaluate/answers-<model>/answers.json: what it answers to some of the held-out questions, for the report; where a verifier judges,
+`replies.json`: to all of them. evaluate/right.jsonl: these answers of all models, with what the verifier makes of them.
 evaluate/results.json: the scores of all models, and what suites found that were run by themselves; see `records.py`."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -10,15 +12,18 @@ from typing import Any
 
 from fusechat.data.conversations import DataSet
 from fusechat.evaluate.records import ASKED, RECORDS, RESULTS
+from fusechat.evaluate.right import judging
 from fusechat.models.chat_model import ChatModel
 from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.recipe.sections import Evaluate
 from fusechat.run.cache import known_digest
-from fusechat.run.files import read_json, scratch, write_json
+from fusechat.run.files import read_json, remove, scratch, write_json, write_text
 from fusechat.run.manifests import versions, which_device
 from fusechat.run.progress import log, progress
 from fusechat.run.steps import Step
 
-ANSWERS = "answers.json"
+ANSWERS, REPLIES, JOURNALS = "answers.json", "replies.json", "journals"
+VERIFIED = "right.jsonl"  # every answer that a verifier judged
 ANSWER_BATCH = 4096  # tokens of a batch at most, with the room for answers
 
 
@@ -69,25 +74,41 @@ def has_suites(workdir: Path) -> bool:
     return any((workdir / "evaluate").glob(f"*/{RECORDS}"))
 
 
-def results_step(workdir: Path, subjects: list[Measured], sets: list[str], sft: str | None) -> Step:
-    """Joins the scores of all models on the data sets, and the records of suites in the same directory. `sft`: which model, by the
-    name of its step, is plain fine-tuning."""
+@dataclass(frozen=True)
+class Verified:
+    """Held-out sets whose answers a verifier judges, by the recipe's section; `answers`: the answers step of each model."""
+
+    sets: list[DataSet]
+    how: Evaluate
+    answers: dict[str, Step]
+
+
+def results_step(
+    workdir: Path, subjects: list[Measured], sets: list[str], sft: str | None, verified: Verified | None = None
+) -> Step:
+    """Joins the scores of all models on the data sets, which of their answers are right, and the records of suites in the same
+    directory. `sft`: which model, by the name of its step, is plain fine-tuning."""
     suites = {file.parent.name: known_digest(file) for file in sorted((workdir / "evaluate").glob(f"*/{RECORDS}"))}
-    named = [[subject.role, subject.label] for subject in subjects] if sets else []
+    named = [[subject.role, subject.label] for subject in subjects] if sets or verified else []
     settings: dict[str, Any] = {"subjects": named, "sets": sets, **({"suites": suites} if suites else {})}
-    settings |= {"sft": sft} if sft and sets else {}
+    settings |= {"sft": sft} if sft and named else {}
+    settings |= {"right": judging(verified.how)} if verified else {}
     upstream = {subject.step.name: subject.step for subject in subjects if sets}
     if suites:
         upstream |= {f"model {one.step.name}": one.made_by for one in subjects if one.made_by is not None}
 
+    if verified:
+        settings["held_out"] = {data.name: data.identity() for data in verified.sets}
+        upstream |= {f"answers {name}": step for name, step in verified.answers.items()}
+
     def work(directory: Path) -> dict[str, Any]:
-        return _results(directory, subjects, sets, sft)
+        return _results(directory, subjects, sets, sft, verified)
 
     return Step("evaluate", "results", workdir / "evaluate", settings, work, upstream, format=2)
 
 
 def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: list[DataSet]) -> Step:
-    """Answers to the first questions of the held-out conversations, greedily."""
+    """Answers to the first questions of the held-out conversations, greedily; where a verifier judges, to all of their prompts."""
     chat_model, made_by = subject.chat_model, subject.made_by
     settings = {
         "model": None if made_by else chat_model.identity,
@@ -95,6 +116,7 @@ def answers_step(recipe: Recipe, workdir: Path, subject: Measured, held_out: lis
         "data": {data.name: data.identity() for data in held_out},
         "answers": recipe.evaluate.answers,
         "tokens": recipe.evaluate.answer_tokens,
+        **({"verified": recipe.evaluate.verifier_limit or "all"} if recipe.evaluate.verifier else {}),
         **({"stop": chat_model.stop} if chat_model.stop else {}),
         **_settings(recipe),
     }
@@ -151,25 +173,40 @@ def _score(
 def _answer(
     directory: Path, recipe: Recipe, chat_model: ChatModel, held_out: list[DataSet], device_map: Any, *, label: str
 ) -> dict[str, Any]:
-    from fusechat.models.answers import Answer, Prompt
-    from fusechat.models.generator import Generator
+    from fusechat.evaluate.answers import Answering
+    from fusechat.evaluate.right import read_questions
+    from fusechat.evaluate.subjects import Subject
+    from fusechat.models.answers import Missing, Prompt
 
-    shown = questions(held_out, recipe.evaluate.answers)
     evaluate = recipe.evaluate
-    prompts = [
-        Prompt(one["id"], tuple((turn["role"], turn["content"]) for turn in one["prompt"]), 0.0, evaluate.answer_tokens)
-        for one in shown
-    ]
-    with scratch(directory) as room, progress(f"answers of {label}", len(prompts), "questions") as advance:
+    shown = questions(held_out, evaluate.answers)
+    for one in shown:
+        said = tuple((turn["role"], turn["content"]) for turn in one["prompt"])
+        one["asked"] = Prompt(one["id"], said, 0.0, evaluate.answer_tokens)
+    verified = read_questions(held_out, evaluate) if evaluate.verifier else []
+    prompts = {one.prompt.id: one.asked(evaluate.answer_tokens) for one in verified}
+    same = {prompt.messages: prompt.key for prompt in prompts.values() if not (prompt.about and prompt.about.variables)}
+    prompts |= {one["id"]: one["asked"] for one in shown if one["asked"].messages not in same}
+    with scratch(directory) as room:
         options: dict[str, Any] = {"dtype": evaluate.dtype, "device": recipe.device, "seed": recipe.seed}
-        generator = Generator(chat_model, batch_tokens=ANSWER_BATCH, device_map=device_map, offload=room, **options)
-        found = generator.answers(prompts, advance)
-    for one, answer in zip(shown, found, strict=True):
-        one["text"] = answer.text if isinstance(answer, Answer) else ""
-        one["complete"] = isinstance(answer, Answer) and answer.complete
-        one["missing"] = None if isinstance(answer, Answer) else answer.reason
+        spread = {"device_map": device_map, "offload": room}
+        answering = Answering(directory / JOURNALS, batch_tokens=ANSWER_BATCH, spread=spread, **options)
+        with answering(Subject("", label, chat_model)) as ask:
+            found = dict(zip(prompts, ask(list(prompts.values())), strict=True))
+
+    def reply(key: str) -> dict[str, Any]:
+        answer = found[key]
+        if isinstance(answer, Missing):
+            return {"text": "", "complete": False, "missing": answer.reason}
+        return {"text": answer.text, "complete": answer.complete, "missing": None}
+
+    for one in shown:
+        one |= reply(same.get(one.pop("asked").messages, one["id"]))
     write_json(directory / ANSWERS, shown)
-    return {"answers": len(shown)}
+    if evaluate.verifier:
+        write_json(directory / REPLIES, {one.prompt.id: reply(one.prompt.id) for one in verified})
+    remove(directory / JOURNALS)
+    return {"answers": len(prompts)}
 
 
 def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
@@ -192,25 +229,48 @@ def questions(held_out: list[DataSet], count: int) -> list[dict[str, Any]]:
     return shown
 
 
-def _results(directory: Path, subjects: list[Measured], sets: list[str], sft: str | None) -> dict[str, Any]:
+def _results(
+    directory: Path, subjects: list[Measured], sets: list[str], sft: str | None, verified: Verified | None
+) -> dict[str, Any]:
     from fusechat.evaluate.bits_per_byte import compare
     from fusechat.evaluate.records import About, records, write_results
 
-    found = []
+    models = {
+        one.step.name: About(one.role, one.label, one.chat_model.tokenizer_identity)
+        for one in subjects
+        if sets or verified
+    }
+    how: dict[str, Any] = {"models": models, "pivot": PIVOT, "sft": sft, "versions": versions()}
+    found = _right(directory, verified, how) if verified else []
     for name in sets:
         scores = {subject.step.name: read_json(subject.step.directory / _scores(name)) for subject in subjects}
         compared = compare(scores)
         settings = {key: subjects[0].step.settings[key] for key in ("dtype", "batch_tokens", "device")}
         measured = {step: [score.measurement(name)] for step, score in compared.items()}
-        models = {one.step.name: About(one.role, one.label, one.chat_model.tokenizer_identity) for one in subjects}
-        how: dict[str, Any] = {"models": models, "pivot": PIVOT, "sft": sft}
-        found += records("bits-per-byte", measured, settings=settings, versions=versions(), **how)
+        found += records("bits-per-byte", measured, settings=settings, **how)
         if compared and compared[PIVOT].missing:
             log.warning(
                 "evaluate %s: %d responses are left out, which some model does not have", name, compared[PIVOT].missing
             )
     write_results(directory / RESULTS, [*found, *_of_suites(directory, subjects)])
     return {"models": len(subjects), "sets": len(sets)}
+
+
+def _right(directory: Path, verified: Verified, how: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shares of right answers, and in a file every answer with what the verifier makes of it."""
+    from fusechat.evaluate.records import records
+    from fusechat.evaluate.right import SUITE, judge, read_questions, shares
+
+    asked = read_questions(verified.sets, verified.how)
+    replies = {
+        name: [found[one.prompt.id] for one in asked]
+        for name, step in verified.answers.items()
+        for found in [read_json(step.directory / REPLIES)]
+    }
+    judged = judge(asked, replies, verified.how)
+    write_text(directory / VERIFIED, "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in judged))
+    settings = verified.how.model_dump(include={"verifier", "dtype", "answer_tokens"})
+    return [one for _, measured in shares(judged) for one in records(SUITE, measured, settings=settings, **how)]
 
 
 def _of_suites(directory: Path, subjects: list[Measured]) -> list[dict[str, Any]]:

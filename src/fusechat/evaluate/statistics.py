@@ -31,6 +31,14 @@ def ratio(items: Items) -> Estimate:
     return Estimate(total / weight, _standard_error(list(influence.values())), len(kept))
 
 
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95% interval of a share: unlike one from a standard error, it has a width where all or none succeed (E. B. Wilson,
+    Probable inference, the law of succession, and statistical inference, 1927)."""
+    z = 1.959964
+    centre, spread = successes + z * z / 2, z * math.sqrt(successes * (n - successes) / n + z * z / 4)
+    return max(0.0, (centre - spread) / (n + z * z)), min(1.0, (centre + spread) / (n + z * z))
+
+
 def paired_difference(one: Items, other: Items) -> Estimate:
     """`one` minus `other`, over the items that both have: what is hard in an item is hard for both, and drops out."""
     common = [name for name, pair in one.items() if pair[1] and other.get(name, (0, 0))[1]]

@@ -15,8 +15,8 @@ from fusechat.data.conversations import Conversation, DataSet
 from fusechat.generate.backends import Author, Served, open_author, share
 from fusechat.generate.prompts import read_prompts
 from fusechat.generate.shards import Row, Shards, slices
-from fusechat.generate.verify import needs_reference
 from fusechat.models.answers import Answer, Missing, Prompt
+from fusechat.models.verify import needs_reference
 from fusechat.recipe.generate import Generate
 from fusechat.recipe.schema import Recipe
 from fusechat.run.progress import Advance, progress

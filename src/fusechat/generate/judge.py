@@ -25,7 +25,7 @@ _INSTRUCTION = (
 class ToJudge:
     prompt: Conversation
     answer: str
-    reference: str | None
+    reference: str | list[str] | None
 
 
 def judge(answers: Sequence[ToJudge], server: Server, journal: Path) -> list[float | None]:
@@ -57,5 +57,10 @@ def text_for(one: ToJudge) -> str:
     turns: list[Any] = [f"[{message.role}]\n{message.content}" for message in one.prompt.messages]
     parts = [_INSTRUCTION, "The conversation:", *turns]
     if one.reference is not None:
-        parts += ["A reference answer:", one.reference]
+        several = isinstance(one.reference, list)
+        parts += (
+            ["Reference answers, each of them right:", *one.reference]
+            if several
+            else ["A reference answer:", one.reference]
+        )
     return "\n\n".join([*parts, "The answer to judge:", one.answer])

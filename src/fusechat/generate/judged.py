@@ -8,11 +8,13 @@ from fusechat.generate.answered import Answered
 from fusechat.generate.judge import ToJudge, judge
 from fusechat.generate.prompts import Asked, read_asked
 from fusechat.generate.shards import slices
-from fusechat.generate.verify import verify
-from fusechat.recipe.generate import SECONDS, Choose
+from fusechat.models.verify import verify
+from fusechat.recipe.generate import Choose
+from fusechat.recipe.verifier import SECONDS
 from fusechat.run.progress import progress
 
 _AT_ONCE = 1000  # prompts
+_KEY = "generate.choose.verifier"
 
 
 def put_judgements(answered: Sequence[Answered], sets: Sequence[DataSet], how: Choose, *, journal: Path) -> None:
@@ -29,7 +31,7 @@ def put_judgements(answered: Sequence[Answered], sets: Sequence[DataSet], how: C
         with progress("verify answers", len(pairs), "answers") as advance:
             for part in slices(pairs, _AT_ONCE):
                 told_all = _told(part, asked)
-                values = verify(told_all, how.verifier, seconds=how.seconds or SECONDS, advance=advance)
+                values = verify(told_all, how.verifier, key=_KEY, seconds=how.seconds or SECONDS, advance=advance)
                 for (one, text), value in zip(part, values, strict=True):
                     one.judged[text] = value
 

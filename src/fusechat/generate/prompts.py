@@ -9,8 +9,6 @@ from fusechat.data.records import reference_of
 from fusechat.errors import DataError
 from fusechat.run.progress import log
 
-_READ_BESIDE = {"reference"}  # by verifiers
-
 
 @dataclass(frozen=True)
 class Prompts:
@@ -43,7 +41,7 @@ class Asked:
     """What a verifier may know of a prompt: its record, the answer in it if it holds one, and where it stands."""
 
     record: dict[str, Any]
-    reference: str | None
+    reference: str | list[str] | None
     where: str
 
 
@@ -63,7 +61,7 @@ def read_prompts(sets: Sequence[DataSet], *, needs_reference: str = "") -> Promp
                 continue
             if needs_reference and reference_of(one.whole, one.record) is None:
                 raise DataError(f"{one.conversation.where}: holds no answer, which {needs_reference} needs")
-            unused |= dict.fromkeys(key for key in one.whole.unused if key not in _READ_BESIDE)
+            unused |= dict.fromkeys(key for key in one.whole.unused)
             repeated += one.conversation.id in found
             found.setdefault(one.conversation.id, one.conversation)
             sets_of.setdefault(one.conversation.id, {})[data.name] = None

@@ -182,7 +182,7 @@ def _choosing(recipe: Recipe) -> Any:
     assert recipe.generate is not None
     choose = recipe.generate.choose
     if choose.verifier is not None:
-        from fusechat.generate.verify import code_of
+        from fusechat.models.verify import code_of
 
         return {"verifier": choose.verifier, "code": code_of(choose.verifier)}
     return {"judge": choose.judge.model} if choose.judge else {"reward": True} if choose.reward else choose.model_dump()

@@ -194,9 +194,16 @@ class _Planner:
         model = self.models[source] if who == PIVOT or source != PIVOT else self.models[PIVOT].as_target()
         spread = 1 if self.recipe.capture_for(source).device_map is None else self.device.count
         if answers:
-            return estimate.answer(step.name, model, self.recipe.evaluate, self.device, spread=spread)
+            prompts = self._asked()
+            return estimate.answer(step.name, model, prompts, self.recipe.evaluate, self.device, spread=spread)
         sets = [self.counted[above.name] for above in step.upstream.values() if above.stage == "prepare"]
         return estimate.score(step.name, model, sets, self.recipe.evaluate, self.device, spread=spread)
+
+    def _asked(self) -> float:
+        """How many held-out prompts each model answers: those that the report shows, or all that a verifier judges."""
+        evaluate = self.recipe.evaluate
+        sizes = [self.texts[data.name].conversations for data in self.recipe.validation_sets() if evaluate.verifier]
+        return sum(min(size, evaluate.verifier_limit or size) for size in sizes) or evaluate.answers
 
     def _found(self, steps: list[Estimate]) -> tuple[list[str], list[str]]:
         """Problems and notes."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fusechat.evaluate.stage import ANSWER_BATCH
 from fusechat.models.forward import length_batches
 from fusechat.plan import memory
 from fusechat.plan.devices import Batch, Device
@@ -225,16 +226,18 @@ def score(name: str, model: Model, sets: Iterable[Counted], evaluate: Any, devic
     )
 
 
-def answer(name: str, model: Model, evaluate: Any, device: Device, *, spread: int) -> Estimate:
+def answer(name: str, model: Model, prompts: float, evaluate: Any, device: Device, *, spread: int) -> Estimate:
+    """`prompts`: how many are answered, in batches that `ANSWER_BATCH` bounds."""
     steps, shape = evaluate.answer_tokens, model.shape
-    tokens = evaluate.answers * 2 * steps
-    one = Batch(tokens, evaluate.answers, 2 * steps, evaluate.answers, tokens)
+    batches = max(1, math.ceil(prompts * 2 * steps / ANSWER_BATCH))
+    together = prompts / batches
+    one = Batch(together * 2 * steps, together, 2 * steps, together, together * 2 * steps)
     return Estimate(
         *("evaluate", name),
-        disk=(5 * steps + 60) * evaluate.answers + MANIFEST,
+        disk=(5 * steps + 60) * prompts + MANIFEST,
         memory=memory.running(model, one, evaluate.dtype, device, spread=spread),
-        flops=shape.forward_flops(evaluate.answers * steps, evaluate.answers * steps, 2 * steps),
-        seconds=device.rates.decoding(shape, steps, dtype=evaluate.dtype) + _opening(model, device, 1),
+        flops=shape.forward_flops(prompts * steps, prompts * steps, 2 * steps),
+        seconds=batches * device.rates.decoding(shape, steps, dtype=evaluate.dtype) + _opening(model, device, 1),
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from fusechat.errors import FuseChatError, RecipeError
 from fusechat.fuse import stage as fuse
 from fusechat.models.load import check_causal, choose_device, read_configuration
+from fusechat.models.verify import check as check_verifier
 from fusechat.plan import checks
 from fusechat.plan.metadata import WithoutWeights
 from fusechat.plan.shapes import on_meta
@@ -32,6 +33,11 @@ def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
     if any(step.stage == "generate" for step in waiting):
         servers = [name for name in recipe.sources if name in run and name not in recipe.models]
         found.append(lambda: _refuse(checks.of_servers(recipe, servers)))
+    verifiers = {"evaluate": (recipe.evaluate.verifier, "evaluate.verifier")}
+    verifiers["generate"] = (recipe.generate.choose.verifier if recipe.generate else None, "generate.choose.verifier")
+    for stage, (verifier, key) in verifiers.items():
+        if verifier is not None and any(step.stage == stage for step in waiting):
+            found.append(lambda verifier=verifier, key=key: check_verifier(verifier, key))  # type: ignore[misc]
     found.append(lambda: _refuse(checks.of_processes(recipe, captured, ranks.world())))
     _together(found)
 

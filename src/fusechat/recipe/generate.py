@@ -1,6 +1,5 @@
 """The section `generate`, and a source's settings for answering. `problems` finds settings that do not fit together."""
 
-import shlex
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
@@ -11,12 +10,12 @@ from fusechat.errors import FuseChatError
 from fusechat.models.client import check_url
 from fusechat.models.reference import Reference
 from fusechat.recipe.sections import PIVOT, ModelSpec, Section, SourceCapture, SourceData, Url
+from fusechat.recipe.verifier import Verifier
 
 ANSWERS = "answers"  # the target that all authors teach, and the set of chosen answers
 CHOSEN = "generate/chosen/conversations.jsonl"  # the path of that set in a work directory
 BY_SCORES = ("likelihood", "self", "vote", "random")
 Text = Annotated[str, StringConstraints(min_length=1)]
-SECONDS = 10.0  # for a verifier to check an answer
 
 
 class Server(Section):
@@ -71,7 +70,7 @@ class Choose(Section):
 
     by: Literal["likelihood", "self", "vote", "random"] | None = None
     source: str | None = None
-    verifier: Text | Annotated[list[Text], Field(min_length=1)] | None = None
+    verifier: Verifier | None = None
     seconds: float | None = Field(default=None, gt=0)
     judge: Server | None = None
     reward: ModelSpec | None = None
@@ -90,8 +89,6 @@ class Choose(Section):
         ways = [name for name in ("by", "source", "verifier", "judge", "reward") if getattr(self, name) is not None]
         if len(ways) != 1:
             raise ValueError("should have one key: source, verifier, judge or reward")
-        if isinstance(self.verifier, str) and not shlex.split(self.verifier):  # raises ValueError for an open quote
-            raise ValueError("verifier is empty")
         if self.seconds is not None and self.verifier is None:
             raise ValueError("seconds goes with a verifier")
         return self

@@ -18,6 +18,7 @@ from pydantic import (
 from fusechat.data.conversations import DataSet
 from fusechat.errors import RecipeError
 from fusechat.models.chat_model import ChatModel, is_template_file
+from fusechat.recipe import verifier
 from fusechat.recipe.generate import Generate, SourceSpec, answering, chosen_set, own_targets, problems, with_author
 from fusechat.recipe.precision import Place, automatic, with_dtypes
 from fusechat.recipe.presets import with_preset
@@ -139,7 +140,7 @@ class Recipe(Section):
                 elif weight != one.weight:
                     wrong.append(((*place, *at), f"{name} has weight {weight:g} elsewhere: a set has one weight"))
                 here.add(name.lower())
-        if wrong := wrong or list(problems(self)):
+        if wrong := wrong or [*problems(self), *verifier.problems(self)]:
             raise ValueError(*wrong)
         return self
 

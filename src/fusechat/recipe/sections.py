@@ -21,6 +21,7 @@ from pydantic import (
 from fusechat.data.records import refuse_taken
 from fusechat.models.chat_model import is_template_file
 from fusechat.models.reference import COMMIT, Reference
+from fusechat.recipe.verifier import Verifier
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -292,3 +293,6 @@ class Evaluate(Section):
     batch_tokens: int = Field(default=2048, ge=1)
     answers: int = Field(default=4, ge=0)
     answer_tokens: int = Field(default=128, ge=1)
+    verifier: Verifier | None = None
+    verifier_seconds: float | None = Field(default=None, gt=0)
+    verifier_limit: int | None = Field(default=None, ge=1)

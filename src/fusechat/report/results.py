@@ -16,20 +16,27 @@ MISSING = "missing"
 INTERVAL = (
     "± is half of the 95% interval (Student's t); the second line is the difference to the pivot, over what both have"
 )
+RIGHT = "right-answers"  # the suite, whose values are shown in percent
 TITLES = {
+    RIGHT: "Right answers",
     "bits-per-byte": "Bits per byte",
     "mt-bench": "MT-Bench",
     "alpaca-eval": "AlpacaEval",
     "harness": "Evaluation harness",
 }
 _WHAT = {
+    RIGHT: "Answers to held-out prompts that the verifier finds right, in percent, with the 95% interval of the share (Wilson).",
     "bits-per-byte": "Bits per byte of held-out responses, the end of turn left out, whatever the tokenizer.",
     "mt-bench": "A judge's scores of 1 to 10, or shares of wins against a baseline in percent.",
     "alpaca-eval": "Wins against the reference answers in percent, by an automatic annotator.",
     "harness": "As the harness itself reports them.",
 }
-_USUAL = {"bits-per-byte": "bits per byte", "mt-bench": "score"}  # metrics that go without saying
-DECIMALS = {"mt-bench": 2, "alpaca-eval": 2}  # scores and percent; shares and bits have four
+_USUAL = {
+    RIGHT: "right answers",
+    "bits-per-byte": "bits per byte",
+    "mt-bench": "score",
+}  # metrics that go without saying
+DECIMALS = {RIGHT: 0, "mt-bench": 2, "alpaca-eval": 2}  # scores and percent; shares and bits have four
 _BORDER, _LONGEST_NAME = 3, 21  # of a terminal's columns: between two of a table, and for a name before it folds
 
 
@@ -137,6 +144,10 @@ def _cell(score: Mapping[str, Any] | None, most: int) -> Cell:
     text = with_interval(value, half_interval(score["standard_error"], items), decimals)
     difference = score["difference_to_pivot"]
     half = half_interval(score["difference_standard_error"], score["difference_n"])
+    if score["suite"] == RIGHT:
+        low, high = score["interval"]
+        text = f"{100 * value:.0f}% ({100 * low:.0f}–{100 * high:.0f})"
+        difference, half = (None if one is None else 100 * one for one in (difference, half))
     if score["role"] == "pivot" or difference is None:
         return Cell(text, note=", ".join(notes))
     better = is_better(difference, half, score["higher_is_better"])

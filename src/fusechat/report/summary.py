@@ -16,14 +16,17 @@ from rich.console import Console
 
 from fusechat.recipe.schema import FUSED, PIVOT
 from fusechat.report.intervals import half_interval, is_better
-from fusechat.report.results import DECIMALS, TITLES, result_tables, terminal_tables, with_interval, words
+from fusechat.report.results import DECIMALS, RIGHT, TITLES, result_tables, terminal_tables, with_interval, words
 from fusechat.run.files import read_json
 
 _WHOLE = "all"  # of a suite, in addition to its turns and categories
 _FEW = 4  # comparisons of a suite that are told one by one
 _SAME, _NO_INTERVAL, _NOT_MEASURED = "no measurable difference", "no interval", "not measured"
 _VERDICTS: dict[bool | None, str] = {True: "better", False: "worse", None: _SAME}
-_LESS_AND_MORE = {"bits per byte": ("fewer", "more")}  # of other metrics lower and higher
+_LESS_AND_MORE = {
+    "bits per byte": ("fewer", "more"),
+    "right answers": ("fewer", "more"),
+}  # of other metrics lower and higher
 _DIFFERENCES = {
     "pivot": ("difference_to_pivot", "difference_standard_error", "difference_n"),
     "sft": ("difference_to_sft", "difference_to_sft_standard_error", "difference_to_sft_n"),
@@ -47,7 +50,7 @@ _SFT = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fused model's `value` next to another model's on one data set. `difference`: paired, None where there is none;
+    """The fused model's `value` next to another model's on one data set, shares in percent. `difference`: paired, None without one;
     `half`: half of its 95% interval, None without one; `why`: the reason where the fused model has no value."""
 
     suite: str
@@ -73,7 +76,9 @@ class Comparison:
 
     @property
     def percent(self) -> float | None:
-        """The difference in percent of the other model's value; None where that is not above 0."""
+        """The difference in percent of the other model's value, of shares in points; None where that value is not above 0."""
+        if self.suite == RIGHT:
+            return self.difference
         if self.difference is None or self.other is None or self.other <= 0:
             return None
         return 100 * self.difference / self.other
@@ -137,13 +142,18 @@ def _comparisons(scores: Sequence[Mapping[str, Any]], to: Literal["pivot", "sft"
             suite=one["suite"],
             data=_title(one["suite"]) if is_whole else one["data"].removesuffix("-held-out"),
             metric=words(one["metric"]),
-            value=one["value"],
-            other=values.get((*_place(one), *other)),
-            difference=one.get(difference),  # results of older versions have none to plain fine-tuning
-            half=half_interval(one.get(error), one.get(items)),
+            value=_shown(one, one["value"]),
+            other=_shown(one, values.get((*_place(one), *other))),
+            difference=_shown(one, one.get(difference)),  # results of older versions have none to plain fine-tuning
+            half=_shown(one, half_interval(one.get(error), one.get(items))),
             higher_is_better=one["higher_is_better"],
             why=one["why"] or "",
         )
+
+
+def _shown(score: Mapping[str, Any], value: float | None) -> float | None:
+    """A value as it is shown: shares in percent."""
+    return 100 * value if value is not None and score["suite"] == RIGHT else value
 
 
 def _place(score: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -186,11 +196,12 @@ def _by_how_much(found: Sequence[Comparison]) -> str:
     same = [percent for one, percent in told if (one.suite, one.metric) == (first.suite, first.metric)]
     low, high = sorted((min(same), max(same)), key=abs)
     if low == high:
-        return f"{_rounded(low)} {_more(low, first.metric)} {first.metric}"
+        return f"{_amount(first, low)} {_more(low, first.metric)} {first.metric}"
     if low * high > 0:
-        return f"{_rounded(low)} to {_rounded(high)} {_more(low, first.metric)} {first.metric}"
+        return f"{_amount(first, low)} to {_amount(first, high)} {_more(low, first.metric)} {first.metric}"
     low, high = sorted((low, high))
-    return f"{_rounded(low)} {_more(low, first.metric)} to {_rounded(high)} {_more(high, first.metric)} {first.metric}"
+    less, more = (f"{_amount(first, one)} {_more(one, first.metric)}" for one in (low, high))
+    return f"{less} to {more} {first.metric}"
 
 
 def _beyond_sft(found: Sequence[Comparison], sft: str | None) -> Answer:
@@ -221,9 +232,10 @@ def _lines(found: Sequence[Comparison], *, relative: bool = False) -> tuple[Line
 def _difference(one: Comparison, *, relative: bool) -> str:
     if one.difference is None:
         return f"{one.data}: {one.why}" if one.why else f"{one.data}, {one.metric}"
-    share = one.percent if relative else None
+    share = one.percent if relative and one.suite != RIGHT else None
     percent = "" if not share else f", {_rounded(share)} {_more(share, one.metric)}"
-    return f"{one.data}: {with_interval(one.difference, one.half, _decimals(one), '+')} {one.metric}{percent}"
+    unit = "points of " if one.suite == RIGHT else ""
+    return f"{one.data}: {with_interval(one.difference, one.half, _decimals(one), '+')} {unit}{one.metric}{percent}"
 
 
 def _values(found: Sequence[Comparison]) -> tuple[Line, ...]:
@@ -249,11 +261,15 @@ def _percent(one: Comparison) -> str:
     """Without its sign, to two digits of its interval: 73.9% ± 9.1%."""
     assert one.percent is not None
     assert one.other is not None
-    if one.half is None:
-        return _rounded(one.percent)
+    if one.half is None or one.suite == RIGHT:
+        return _amount(one, one.percent)
     half = 100 * one.half / one.other
     decimals = _two_digits(half)
     return f"{abs(one.percent):.{decimals}f}% ± {half:.{decimals}f}%"
+
+
+def _amount(one: Comparison, percent: float) -> str:
+    return f"{abs(percent):.0f} points" if one.suite == RIGHT else _rounded(percent)
 
 
 def _rounded(percent: float) -> str:

@@ -2,7 +2,7 @@
 
 The verifier is a command, which is started for each answer, or `module:function`, whose process goes on. Either is told of an
 answer by a line of JSON on stdin and says what it makes of it by JSON on stdout: true, false or a number. This file is run in the
-process of a function: `python -m fusechat.generate.verify MODULE:FUNCTION`.
+process of a function: `python -m fusechat.models.verify MODULE:FUNCTION`.
 """
 
 import json
@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.errors import DataError, RecipeError
-from fusechat.generate import verifiers
+from fusechat.models import verifiers
 from fusechat.run.cache import known_digest
 from fusechat.run.progress import Advance
 from fusechat.run.usage import cores
@@ -53,12 +54,27 @@ def code_of(verifier: str | Sequence[str]) -> list[str]:
     return []
 
 
+def check(verifier: str | Sequence[str], key: str) -> None:
+    """Raises RecipeError, with the recipe's `key`, where it cannot be run."""
+    target, words = _function(verifier), _words(verifier)
+    if target is not None and not needs_reference(verifier):
+        _Process(target, key).close()
+    elif target is None and shutil.which(words[0]) is None:
+        raise RecipeError(f"{key}: {words[0]}: is no command that could be run")
+
+
 def verify(
-    asked: Iterable[tuple[Mapping[str, Any], str]], verifier: str | Sequence[str], *, seconds: float, advance: Advance
+    asked: Iterable[tuple[Mapping[str, Any], str]],
+    verifier: str | Sequence[str],
+    *,
+    key: str,
+    seconds: float,
+    advance: Advance,
 ) -> list[float]:
-    """What the verifier makes of each answer, true being 1. `asked`: what it is told, and where the prompt stands. Raises DataError
-    naming that where it raises, hangs or says something else; RecipeError where it cannot be run."""
-    with _open(verifier, seconds) as ask, ThreadPoolExecutor(cores()) as pool:
+    """What the verifier makes of each answer, true being 1. `asked`: what it is told, and where the prompt stands; `key`: where the
+    recipe names the verifier. Raises DataError naming the prompt where it raises, hangs or says something else; RecipeError where
+    it cannot be run."""
+    with _open(verifier, key, seconds) as ask, ThreadPoolExecutor(cores()) as pool:
 
         def one(told: tuple[Mapping[str, Any], str]) -> float:
             request, where = told
@@ -77,17 +93,17 @@ class _FailedError(Exception):
 
 
 @contextmanager
-def _open(verifier: str | Sequence[str], seconds: float) -> Iterator[Callable[[str], float]]:
+def _open(verifier: str | Sequence[str], key: str, seconds: float) -> Iterator[Callable[[str], float]]:
     """What asks the verifier, from several threads at once."""
     target = _function(verifier)
     if target is None:
-        yield lambda line: _by_command(_words(verifier), line, seconds)
+        yield lambda line: _by_command(_words(verifier), key, line, seconds)
         return
     here, processes = threading.local(), list[_Process]()
 
     def ask(line: str) -> float:
         if not hasattr(here, "process"):
-            here.process = _Process(target)
+            here.process = _Process(target, key)
             processes.append(here.process)
         return here.process.ask(line, seconds)
 
@@ -113,11 +129,11 @@ def _shown(verifier: str | Sequence[str]) -> str:
     return verifier if isinstance(verifier, str) else shlex.join(verifier)
 
 
-def _by_command(words: list[str], line: str, seconds: float) -> float:
+def _by_command(words: list[str], key: str, line: str, seconds: float) -> float:
     try:
         process = subprocess.Popen(words, **_PIPES)
     except OSError as error:
-        raise RecipeError(f"generate.choose.verifier: {words[0]}: cannot be run ({error.strerror})") from None
+        raise RecipeError(f"{key}: {words[0]}: cannot be run ({error.strerror})") from None
     try:
         out, err = process.communicate(line, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -137,12 +153,12 @@ def _by_command(words: list[str], line: str, seconds: float) -> float:
 class _Process:
     """A function in a process of its own."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, key: str) -> None:
         self._process = subprocess.Popen([sys.executable, "-m", __name__, target], **(_PIPES | {"stderr": None}))
         ready = self._say("", _START)
         if ready.get("ready") is not True:
             self.close()
-            raise RecipeError(f"generate.choose.verifier: {target}: {ready.get('error', 'its process ended')}")
+            raise RecipeError(f"{key}: {target}: {ready.get('error', 'its process ended')}")
 
     def ask(self, line: str, seconds: float) -> float:
         found = self._say(line, seconds)
