@@ -42,9 +42,9 @@ def main(data: Path) -> None:
     for name, (train, held_out) in SETS.items():
         cut(data, train, ROOM / f"{name}.train.jsonl")
         cut(data, held_out, ROOM / f"{name}.held-out.jsonl")
-    quickstart = yaml.safe_load((ROOT / "examples" / "quickstart.yaml").read_text(encoding="utf-8"))
-    smollm2 = quickstart["pivot"]
-    gemma = {key: value for key, value in next(iter(quickstart["sources"].values())).items() if key != "data"}
+    gold = yaml.safe_load((ROOT / "examples" / "gold.yaml").read_text(encoding="utf-8"))
+    smollm2 = gold["pivot"]
+    gemma = {key: value for key, value in next(iter(gold["sources"].values())).items() if key != "data"}
     for title, pivot, source in (("SmolLM2 ← Gemma 3", smollm2, gemma), ("Gemma 3 ← SmolLM2", gemma, smollm2)):
         records = direction(title.replace(" ", "").replace("←", "-from-").lower(), pivot, source)
         for name in SETS:

@@ -1,6 +1,6 @@
 """Speed and memory of token alignment, each figure compared with what it is compared with in the same run: `make bench-alignment`.
 
-On the two tokenizers of the quickstart, and conversations given as JSONL files (default: the quickstart's). The source's
+On the two tokenizers of the quickstart, and conversations given as JSONL files (default: `examples/gold.yaml`). The source's
 distributions are made up (its own token and others of the same text), because speed does not depend on what they say.
 """
 
@@ -42,7 +42,7 @@ K, PAIRS = 10, 10_000_000
 
 
 def main(files: list[Path]) -> None:
-    recipe = load_recipe(ROOT / "examples" / "quickstart.yaml")
+    recipe = load_recipe(ROOT / "examples" / "gold.yaml")
     tokenizers = [recipe.chat_model(name).tokenizer() for name in (PIVOT, next(iter(recipe.sources)))]
     texts = responses(files)
     print_line("figure", "measured", "compared with", "ratio", "aim")
@@ -222,7 +222,7 @@ def vocabulary_map() -> None:
     if not (VOCABULARIES / "qwen1_5").is_dir():
         print("vocabulary map: left out, Qwen's vocabulary is not at hand")
         return
-    recipe = load_recipe(ROOT / "examples" / "quickstart.yaml")
+    recipe = load_recipe(ROOT / "examples" / "gold.yaml")
     pivot = token_bytes(recipe.chat_model(next(iter(recipe.sources))).tokenizer())
     file = VOCABULARIES / "qwen1_5" / "tokenizer.json"
     source = token_bytes(PreTrainedTokenizerFast(tokenizer_file=str(file)))

@@ -1,7 +1,7 @@
 """Answers in batches of similar length, compared with one at a time and with the order of the file: `make bench-answers`.
 
 The quickstart's pivot answers the questions of a JSONL file of conversations (default: `../shared/data/oasst_threads.jsonl`
-where it is at hand, else the quickstart's), greedily. Ways take turns, so that what else the machine does falls on all.
+where it is at hand, else `examples/gold.yaml`), greedily. Ways take turns, so that what else the machine does falls on all.
 """
 
 import sys
@@ -21,7 +21,7 @@ from fusechat.pipeline import load_recipe
 from fusechat.recipe.schema import PIVOT
 
 ROOT = Path(__file__).parents[1]
-RECIPE, DATA = ROOT / "examples" / "quickstart.yaml", ROOT.parent / "shared" / "data" / "oasst_threads.jsonl"
+RECIPE, DATA = ROOT / "examples" / "gold.yaml", ROOT.parent / "shared" / "data" / "oasst_threads.jsonl"
 QUESTIONS, LONGEST, TURNS, BATCH = 16, 48, 2, 4096
 sorted_batches = generate.length_batches
 

@@ -1,6 +1,6 @@
 """Size and speed of captures, with the two models of the quickstart: `make bench-training`.
 
-On conversations given as a JSONL file (default: `../shared/data/gsm8k_train.jsonl` where it is at hand, else the quickstart's).
+On conversations given as a JSONL file (default: `../shared/data/gsm8k_train.jsonl` where it is at hand, else `gold.yaml`).
 Speed is that of all that a capture does with a loaded model, up to the file on the disk, compared with the bare forward pass: the
 model called on the same batches with the same `logits_to_keep`, and its logits left alone. Runs take turns, so that what else
 the machine does falls on both; the ratio is the median of the turns'.
@@ -29,7 +29,7 @@ from fusechat.recipe.sections import Capture
 from fusechat.run.steps import Step
 
 ROOT = Path(__file__).parents[1]
-RECIPE, DATA = ROOT / "examples" / "quickstart.yaml", ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
+RECIPE, DATA = ROOT / "examples" / "gold.yaml", ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 SIZES = {10: 72, 50: 320}  # k, and how many bytes a position may take
 CONVERSATIONS, TIMED, TURNS = 128, 32, 5
 
@@ -51,7 +51,7 @@ def main(files: list[Path]) -> None:
 
 
 def write_recipe(files: list[Path], room: Path) -> Path:
-    """The quickstart's with its first source, on the first conversations of the files."""
+    """The recipe with its first source, on the first conversations of the files."""
     there = [file for file in files if file.is_file()] or [ROOT / "examples" / "data" / "arithmetic.train.jsonl"]
     lines = [line for file in there for line in file.read_text(encoding="utf-8").splitlines()]
     (room / "train.jsonl").write_text("\n".join(lines[:CONVERSATIONS]) + "\n", encoding="utf-8")

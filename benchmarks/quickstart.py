@@ -22,6 +22,7 @@ from fusechat.run.steps import Step
 
 ROOT = Path(__file__).parents[1]
 RECIPE, WORKDIR = ROOT / "examples" / "quickstart.yaml", ROOT / "runs" / "quickstart"
+GOLD, GOLD_WORKDIR = ROOT / "examples" / "gold.yaml", ROOT / "runs" / "gold"  # of the same models, with longer answers
 
 
 def main() -> None:
@@ -32,7 +33,9 @@ def main() -> None:
     print_line("figure", "measured", "compared with", "ratio", "aim")
     help_and_python()
     second_run(steps)
-    alignment_and_capture(recipe, [step for step in steps if step.stage == "capture"])
+    gold = load_recipe(GOLD)
+    run(gold, GOLD_WORKDIR)
+    alignment_and_capture(gold, [step for step in build_steps(gold, GOLD_WORKDIR) if step.stage == "capture"])
 
 
 def help_and_python() -> None:
@@ -75,7 +78,7 @@ def alignment_and_capture(recipe: Recipe, captures: list[Step]) -> None:
 
 
 def training_rows(recipe: Recipe, source: str) -> PreparedSet:
-    return PreparedSet(*(WORKDIR / "prepare" / PIVOT / data.name for data in recipe.sets_of(source)))
+    return PreparedSet(*(GOLD_WORKDIR / "prepare" / PIVOT / data.name for data in recipe.sets_of(source)))
 
 
 def aligner_for(recipe: Recipe, source: str) -> Callable[[], None]:
@@ -83,7 +86,7 @@ def aligner_for(recipe: Recipe, source: str) -> Callable[[], None]:
     names = [data.name for data in recipe.sets_of(source)]
     pair, back_off, about = models(recipe, source)
     done = (("prepare", PIVOT), ("prepare", source), ("capture", source))
-    places = tuple([WORKDIR / stage / model / name for name in names] for stage, model in done)
+    places = tuple([GOLD_WORKDIR / stage / model / name for name in names] for stage, model in done)
 
     def work() -> None:
         with Blocks(pair, Conversations(*places, **about)) as blocks:

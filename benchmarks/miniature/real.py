@@ -33,7 +33,7 @@ SETS = {
     "code": {"school": ("mbpp", 0, 80), "train": ("mbpp", 120, 170), "held-out": ("mbpp", 220, 250)},
     "dialogue": {"train": ("oasst_threads", 0, 20), "held-out": ("oasst_threads", 100, 115)},
 }
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart.yaml"
+GOLD = Path(__file__).parents[2] / "examples" / "gold.yaml"
 TRAINING: dict[str, Any] = {
     "learning_rate": 3e-5,
     "lr_scheduler_type": "cosine",
@@ -103,8 +103,8 @@ def main() -> None:
 
 
 def quickstart_models() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Pivot and source as the quickstart names them."""
-    recipe = yaml.safe_load(QUICKSTART.read_text())
+    """Pivot and source as the recipe names them."""
+    recipe = yaml.safe_load(GOLD.read_text())
     gemma = next(iter(recipe["sources"].values()))
     return recipe["pivot"], {key: gemma[key] for key in ("wheel", "sha256", "chat_template")}
 

@@ -18,7 +18,6 @@ from pydantic import (
 from fusechat.data.conversations import DataSet
 from fusechat.errors import RecipeError
 from fusechat.models.chat_model import ChatModel, is_template_file
-from fusechat.recipe import verifier
 from fusechat.recipe.generate import Generate, SourceSpec, answering, chosen_set, own_targets, problems, with_author
 from fusechat.recipe.precision import Place, automatic, with_dtypes
 from fusechat.recipe.presets import with_preset
@@ -116,11 +115,13 @@ class Recipe(Section):
     @field_validator("data")
     @classmethod
     def _for_every_source(cls, data: Data, info: ValidationInfo) -> Data:
-        lacking = [name for name, source in info.data.get("sources", {}).items() if source.data is None]
-        if lacking and data.train is None:
-            raise ValueError(
-                *(f"source {name} has no data: set data.train for all, or its own data" for name in lacking)
-            )
+        sources = info.data.get("sources", {})
+        lacking = [name for name, source in sources.items() if source.data is None and data.train is None]
+        wrong: list[Any] = [f"source {name} has no data: set data.train for all, or its own data" for name in lacking]
+        if data.validation and (data.validation.name or "").lower() in map(str.lower, sources):
+            wrong.append((("validation", "name"), f"a source is called {data.validation.name}: choose another name"))
+        if wrong:
+            raise ValueError(*wrong)
         return data
 
     @model_validator(mode="after")
@@ -140,7 +141,7 @@ class Recipe(Section):
                 elif weight != one.weight:
                     wrong.append(((*place, *at), f"{name} has weight {weight:g} elsewhere: a set has one weight"))
                 here.add(name.lower())
-        if wrong := wrong or [*problems(self), *verifier.problems(self)]:
+        if wrong := wrong or list(problems(self)):
             raise ValueError(*wrong)
         return self
 
@@ -257,7 +258,7 @@ class Recipe(Section):
         """The held-out sets for all models: the recipe's, and each source's own."""
         sets = []
         if self.data.validation is not None:
-            sets.append(self._data_set(f"{COMMON}-held-out", self.data.validation))
+            sets.append(self._data_set(self._common_held_out(), self.data.validation))
         for name, source in self.sources.items():
             if source.data is not None and source.data.validation is not None:
                 sets.append(self._data_set(f"{name}-held-out", source.data.validation))
@@ -274,7 +275,10 @@ class Recipe(Section):
     def _held_out_names(self, source: str) -> list[str]:
         """The names of a source's held-out sets, its own first."""
         existing = {data.name for data in self.validation_sets()}
-        return [f"{name}-held-out" for name in (source, COMMON) if f"{name}-held-out" in existing]
+        return [name for name in (f"{source}-held-out", self._common_held_out()) if name in existing]
+
+    def _common_held_out(self) -> str:
+        return f"{(self.data.validation and self.data.validation.name) or COMMON}-held-out"
 
     def validation_set(self, source: str) -> DataSet:
         """The held-out set of `source`: its own, else the recipe's. Raises RecipeError if there is none."""

@@ -165,9 +165,13 @@ class SourceData(Section):
     validation: DataPath | None = None
 
 
+class HeldOut(DataPath):
+    name: Name | None = None
+
+
 class Data(Section):
     train: TrainingSets | None = None
-    validation: DataPath | None = None
+    validation: HeldOut | None = None
     max_length: int = Field(default=2048, ge=8)
     max_rejected: float = Field(default=0.1, ge=0, le=1)
     truncate: Literal["response", "token"] = "response"
