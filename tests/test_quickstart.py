@@ -43,25 +43,34 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-def test_the_fused_model_beats_the_pivot_on_both_held_out_sets(work: Path) -> None:
+def shares(work: Path, data: str) -> dict[str, float]:
+    """Role, of targets and sources with their name, → its share of right answers."""
     scores = json.loads((work / "evaluate" / "results.json").read_text())["scores"]
-    fused = {score["data"]: score for score in scores if score["role"] == "fused"}
-    assert set(fused) == {"arithmetic-held-out", "knowledge-held-out"}
-    assert all(score["difference_to_pivot"] < 0 for score in fused.values())
-    assert all(score["missing"] == 0 for score in fused.values())
-    assert [score["role"] for score in scores if score["data"] == "arithmetic-held-out"] == [
-        "pivot",
-        "source",
-        "target",
-        "target",
-        "fused",
-    ]
+    return {
+        one["role"] if one["role"] in ("pivot", "fused") else one["model"]: one["value"]
+        for one in scores
+        if one["suite"] == "right-answers" and one["data"] == f"{data}-held-out"
+    }
 
 
-def test_the_sources_really_taught(work: Path) -> None:
-    for source in ("arithmetic", "knowledge"):
-        counts = json.loads((work / "fuse" / source / "manifest.json").read_text())["counts"]
-        assert counts["chosen"][source][source] > 0
+def test_the_fused_model_gives_the_sources_answers_in_a_form_that_no_prompt_has(work: Path) -> None:
+    for language in ("german", "spanish"):
+        found = shares(work, language)
+        assert set(found) == {"pivot", "source-german", "source-spanish", "answers", "sft", "fused"}
+        assert found["pivot"] < 0.2
+        assert found["fused"] > 0.4
+    scores = json.loads((work / "evaluate" / "results.json").read_text())["scores"]
+    fused = [one for one in scores if one["role"] == "fused"]
+    assert {one["data"] for one in fused} == {"german-held-out", "spanish-held-out", "new-words-held-out"}
+    assert all(one["difference_to_pivot"] < 0 for one in fused if one["suite"] == "bits-per-byte")
+    assert all(one["missing"] == 0 for one in fused)
+
+
+def test_each_source_answered_and_taught(work: Path) -> None:
+    counts = json.loads((work / "generate" / "chosen" / "manifest.json").read_text())["counts"]
+    assert counts["prompts"] == 480
+    for source in ("german", "spanish"):
+        assert counts["authors"][source] > 200
         figures = json.loads((work / "align" / source / "figures.json").read_text())
         assert figures["coverage_of_positions"] > 0.5
 
@@ -80,11 +89,9 @@ def test_the_fused_model_loads_with_plain_transformers_and_answers(work: Path) -
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
     assert model.config.model_type == "llama"
     assert "<|im_start|>" in tokenizer.chat_template
-    answer = runs.fusechat(
-        "chat", directory, "--max-new-tokens", "60", stdin="Mia buys 3 books for 4 euros each. How much does she pay?\n"
-    )
+    answer = runs.fusechat("chat", directory, "--max-new-tokens", "20", stdin="How do you say 'week' in German?\n")
     assert answer.returncode == 0, answer.stderr
-    assert "answer is" in answer.stdout, "it has learnt the form of the training answers"
+    assert "Woche" in answer.stdout
 
 
 def test_every_suite_runs_on_two_of_its_models(work: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What README and docs say is so: commands exist, the tree is the tree, every key of the recipe is explained."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import runs
+from fusechat.models.verifiers import contains
 from fusechat.recipe.schema import Recipe, SourceSpec
 
 ROOT = Path(__file__).parents[1]
@@ -76,9 +78,30 @@ def test_every_key_of_the_recipe_is_explained() -> None:
         assert f"sources.<name>.{key}" in explained or key in explained, key
 
 
-def test_the_arithmetic_data_is_what_its_program_writes(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "examples" / "make_arithmetic.py", tmp_path)
+def test_the_data_of_examples_are_what_their_programs_write(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    subprocess.run([sys.executable, str(tmp_path / "make_arithmetic.py")], check=True)
-    for name in ("arithmetic.train.jsonl", "arithmetic.held-out.jsonl"):
-        assert (tmp_path / "data" / name).read_bytes() == (ROOT / "examples" / "data" / name).read_bytes()
+    shutil.copy(ROOT / "examples" / "data" / "words.txt", tmp_path / "data")
+    for program in ("make_arithmetic.py", "make_words.py"):
+        shutil.copy(ROOT / "examples" / program, tmp_path)
+        subprocess.run([sys.executable, str(tmp_path / program)], check=True)
+    written = {file.name: file.read_bytes() for file in (tmp_path / "data").iterdir()}
+    assert len(written) == 1 + 2 + 5
+    for name, content in written.items():
+        assert content == (ROOT / "examples" / "data" / name).read_bytes(), name
+
+
+def test_the_words_of_the_quickstart_are_held_out_as_it_says() -> None:
+    """No question is asked in training, no new word either; a reference is never in its own question."""
+    data = ROOT / "examples" / "data"
+    rows = {file: [json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in data.glob("*.jsonl")}
+    asked = {one["prompt"] for records in rows.values() for one in records if "prompt" in one}
+    held_out = [one for file, records in rows.items() for one in records if "reference" in one]
+    assert (len(asked), len(held_out)) == (480, 200)
+    trained = {re.findall(r"'(.+)'", question)[0] for question in asked}
+    new = [json.loads(line) for line in (data / "new-words.held-out.jsonl").read_text("utf-8").splitlines()]
+    assert not trained & {re.findall(r"'(.+)'", one["messages"][0]["content"])[0] for one in new}
+    for one in held_out:
+        question, answer = (message["content"] for message in one["messages"])
+        assert question not in asked
+        assert answer in one["reference"]
+        assert not any(contains({"answer": question, "reference": right}) for right in one["reference"])
