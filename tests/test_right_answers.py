@@ -108,7 +108,7 @@ def test_references_verifiers_and_keys_that_do_not_fit(finished: Path, tmp_path:
         (["evaluate.verifier=a 'half"], "evaluate.verifier: No closing quotation"),
         (["evaluate.verifier=' '"], "evaluate.verifier: is empty"),
         (["evaluate.verifier=no_such:thing"], "evaluate.verifier: no_such:thing: cannot be imported (ModuleNotFound"),
-        (["evaluate.verifier=no-such-command"], "evaluate.verifier: no-such-command: is no command that could be run"),
+        (["evaluate.verifier=no-such-command"], "evaluate.verifier: no-such-command: no such command"),
         (["evaluate.verifier=exact", "evaluate.verifier_limit=0"], "evaluate.verifier_limit"),
     ):
         arguments = [word for change in changes for word in ("--set", change)]

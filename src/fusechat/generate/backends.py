@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fusechat.data.conversations import Conversation
 from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError
 from fusechat.models.answers import Answer, Missing, Prompt
@@ -99,7 +100,7 @@ class Served:
         from fusechat.models.client import Request
 
         found: list[Answer | Missing] = [Missing(BEYOND_SERVERS)] * len(prompts)
-        places = [place for place, one in enumerate(prompts) if not _is_beyond_servers(one)]
+        places = [place for place, one in enumerate(prompts) if one.about is None or not beyond_servers(one.about)]
         requests = [
             Request(
                 one.messages,
@@ -124,9 +125,9 @@ class Served:
         pass
 
 
-def _is_beyond_servers(prompt: Prompt) -> bool:
-    about = prompt.about
-    return about is not None and bool(about.tools or about.variables or any(one.more for one in about.messages))
+def beyond_servers(about: Conversation) -> bool:
+    """Whether it holds what servers are not sent."""
+    return bool(about.tools or about.variables or any(one.more for one in about.messages))
 
 
 def share(recipe: Recipe, name: str, count: int) -> list[int]:

@@ -11,7 +11,7 @@ from fusechat.generate.backends import AskedServer
 from fusechat.recipe.generate import Server
 from fusechat.run.progress import log
 
-_MOST = 1024  # tokens of a judgement
+MOST = 1024  # tokens of a judgement
 _RATING = re.compile(r"\[\[(\d+(?:\.\d+)?)\]\]")
 _LEAST, _BEST = 1.0, 10.0
 _INSTRUCTION = (
@@ -35,7 +35,7 @@ def judge(answers: Sequence[ToJudge], server: Server, journal: Path) -> list[flo
     from fusechat.models.client import Request
 
     asked = AskedServer(server, "generate.choose.judge", journal)
-    requests = [Request((("user", text_for(one)),), 0.0, _MOST) for one in answers]
+    requests = [Request((("user", text_for(one)),), 0.0, MOST) for one in answers]
     log.info("generate: %s", asked.estimate(requests))
     replies = asked.ask(requests, "judgements", lacking="answers have no judgement")
     ratings = [None if isinstance(reply, Missing) else rating(reply.text) for reply in replies]

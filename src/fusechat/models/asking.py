@@ -1,6 +1,7 @@
 """How a model is prompted, and how its generated tokens become an answer: the same for all backends."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from fusechat.data.conversations import Message
 from fusechat.models.answers import Answer, Missing, Prompt
@@ -11,10 +12,11 @@ from fusechat.models.templates import UnrenderableError
 
 class Asking:
     """Encodes prompts and decodes answers. `room`: maximum tokens of prompt and answer together; `rows`: the size of the
-    embedding; `stops`: tokens that end an answer, besides the stop strings."""
+    embedding; `stops`: tokens that end an answer, besides the stop strings. `template`: the model's, if it is open
+    already."""
 
-    def __init__(self, chat_model: ChatModel) -> None:
-        self.template = chat_model.template()
+    def __init__(self, chat_model: ChatModel, template: Any = None) -> None:
+        self.template = template or chat_model.template()
         self.tokenizer = self.template.tokenizer
         self.room = chat_model.positions() or 1 << 30
         self.rows = chat_model.vocabulary_size()

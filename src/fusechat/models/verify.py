@@ -60,7 +60,7 @@ def check(verifier: str | Sequence[str], key: str) -> None:
     if target is not None and not needs_reference(verifier):
         _Process(target, key).close()
     elif target is None and shutil.which(words[0]) is None:
-        raise RecipeError(f"{key}: {words[0]}: is no command that could be run")
+        raise RecipeError(f"{key}: {words[0]}: no such command")
 
 
 def verify(

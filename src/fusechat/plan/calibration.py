@@ -4,7 +4,6 @@ A whole pass is taken for its first layer's time, once more for every further la
 are too large for that here: they are reckoned by what a matrix multiplication of theirs would take.
 """
 
-import copy
 import hashlib
 import math
 import os
@@ -12,7 +11,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,21 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from fusechat.data.prepared import Prepared
 from fusechat.errors import ModelError, RecipeError
 from fusechat.models.load import DTYPES, choose_device, fast_dtype
+from fusechat.plan import pieces
 from fusechat.plan.devices import SHEETS, Batch, Device, from_table, named
-from fusechat.plan.shapes import Shape, on_meta
+from fusechat.plan.shapes import Shape
 from fusechat.run.cache import cache_directory
 
 SECONDS, _MEASURED = 10.0, 24  # what a plan spends on it, about, for so many measurements
 _LAYERS = (8, 4, 2)  # made of a model, as many as there is memory for, and a quarter of them
 _TOKENS = 512  # of a batch that is timed
+_DECODED = 32  # rows of a step of answers that is timed on a CPU, which takes as much longer for more
 _SHARE = 4  # a model's piece may take this part of the memory that is there
 _WIDE = 2048  # of the matrices that stand for models too large to make
 _WEIGHTS = 1 << 25  # that an optimiser is timed on: more than caches hold
 _PROBE = 1 << 26  # bytes written, to time the storage
-_K = 10
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,14 @@ class Measured:
     def update(self, shape: Shape) -> float:
         return shape.trained * self._once(("update",), self._time_update)
 
-    def decoding(self, shape: Shape, steps: float, *, dtype: str) -> float:
-        one = Batch(tokens=4, rows=4, length=1, together=4)
-        found = self._pass(shape, one, dtype, training=False, recompute=False)
-        if found is None:
-            return steps * 2 * (shape.active + shape.head) / self._rate(dtype)
-        return steps * found.seconds(shape.layers, one.tokens, one.rows)
+    def decoding(self, shape: Shape, steps: float, load: Batch, *, dtype: str) -> float:
+        layers, rows = self._layers(shape, training=False), max(1.0, load.together)
+        if layers is None:
+            return steps * shape.forward_flops(rows, rows, 2 * load.length) / self._rate(dtype)
+        length, batch = min(_rounded(load.length), _TOKENS), min(round(rows), _DECODED if self.is_cpu else _TOKENS)
+        key = (shape.directory, dtype, "decoding", length, batch, layers)
+        found = self._once(key, lambda: self._time_decoding(shape, dtype, length, batch, layers))
+        return steps * found.seconds(shape.layers, rows, rows)
 
     def _once(self, key: tuple[Any, ...], measure: Callable[[], Any]) -> Any:
         if key not in self._known:
@@ -110,21 +110,34 @@ class Measured:
     def _time_pass(self, shape: Shape, key: tuple[Any, ...]) -> _Pass:
         _, dtype, training, recompute, length, batch, most = key
         rows = max(1, batch * length // 2)
+        conversations = pieces.conversations(length, batch, rows, shape.vocabulary)
+
+        def work(model: Any) -> Callable[[], object]:
+            if not training:
+                return partial(pieces.run, model, conversations)
+            model.train()
+            if recompute:
+                model.activation_checkpointing_enable()
+            return partial(pieces.train, model, conversations, dtype, self.device)
+
+        each = self._time_layers(shape, most, torch.float32 if training else DTYPES[dtype], work)
+        return _Pass(*each, length * batch, rows)
+
+    def _time_decoding(self, shape: Shape, dtype: str, length: int, batch: int, most: int) -> _Pass:
+        """Of one token more of each of `batch` conversations of `length` tokens."""
+        each = self._time_layers(shape, most, DTYPES[dtype], partial(pieces.decoding, length=length, batch=batch))
+        return _Pass(*each, batch, batch)
+
+    def _time_layers(
+        self, shape: Shape, most: int, dtype: torch.dtype, work: Callable[[Any], Callable[[], object]]
+    ) -> tuple[float, float]:
+        """Seconds of one layer, and of all else: of `work` with pieces of the model that have few and `most` layers."""
         taken = {}
         for layers in {max(1, most // 4), most}:
-            model = _piece(shape, layers, torch.float32 if training else DTYPES[dtype], self.device)
-            conversations = _conversations(length, batch, rows, shape.vocabulary)
-            if training:
-                model.train()
-                if recompute:
-                    model.activation_checkpointing_enable()
-                taken[layers] = self._time(partial(_train, model, conversations, dtype, self.device))
-            else:
-                taken[layers] = self._time(partial(_run, model, conversations))
-            del model
+            taken[layers] = self._time(work(pieces.piece(shape, layers, dtype, self.device)))
         few, more = min(taken), max(taken)
         layer = max(0.0, (taken[more] - taken[few]) / max(1, more - few))
-        return _Pass(layer, max(0.0, taken[few] - layer * few), length * batch, rows)
+        return layer, max(0.0, taken[few] - layer * few)
 
     def _time_update(self) -> float:
         """Seconds a weight of an AdamW step, with gradients that are made again and clipped."""
@@ -220,65 +233,6 @@ def storage_rate(where: Path) -> float:
     return float(_PROBE)
 
 
-def _piece(shape: Shape, layers: int, dtype: torch.dtype, device: torch.device) -> Any:
-    """The first `layers` of a model with embeddings and head, and weights of no meaning."""
-    from transformers import AutoConfig
-
-    config = copy.deepcopy(AutoConfig.from_pretrained(shape.directory, trust_remote_code=shape.trust_remote_code))
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    for name, value in list(text.to_dict().items()):
-        if isinstance(value, list) and len(value) == shape.layers:
-            setattr(text, name, value[:layers])
-    model = on_meta(config, trust_remote_code=shape.trust_remote_code).to(dtype).to_empty(device=device)
-    pattern = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(device)
-    with torch.no_grad():
-        for weights in model.parameters():
-            flat = weights.view(-1)
-            for begin in range(0, len(flat), len(pattern)):
-                part = flat[begin : begin + len(pattern)]
-                part.copy_(pattern[: len(part)])
-        for buffer in model.buffers():
-            buffer.fill_(0.5 if buffer.is_floating_point() else 0)
-    model.tie_weights()
-    return model.eval()
-
-
 def _rounded(number: float) -> int:
     """The nearest power of 2, at least 1."""
     return 1 << max(0, round(math.log2(max(1.0, number))))
-
-
-def _conversations(length: int, batch: int, rows: int, vocabulary: int) -> list[Prepared]:
-    each = max(1, min(length - 1, -(-rows // batch))) if length > 1 else 1
-    position = np.arange(length - each, length, dtype=np.int32) if length > 1 else np.ones(1, np.int32)
-    ids = np.random.default_rng(0).integers(0, vocabulary, size=(batch, max(2, length)), dtype=np.int32)
-    nothing = np.zeros(each, np.int32)
-    return [
-        Prepared(str(number), tokens, position, nothing, nothing, nothing, nothing.astype(bool), np.ones(1, np.int32))
-        for number, tokens in enumerate(ids)
-    ]
-
-
-def _run(model: Any, conversations: list[Prepared]) -> None:
-    from fusechat.capture.top_k import sparse_rows
-    from fusechat.models.teacher_forcing import forward
-
-    for column in forward(model, conversations, partial(sparse_rows, k=_K)):
-        column.cpu()
-
-
-def _train(model: Any, conversations: list[Prepared], dtype: str, device: torch.device) -> None:
-    from fusechat.fuse.loss import fusion_loss
-    from fusechat.models.forward import collate, response_logits
-
-    batch = collate(conversations).to(device)
-    labels = batch.input_ids[batch.rows[:, 0], batch.rows[:, 1]]
-    ids = (labels[:, None] + torch.arange(_K, device=device)) % model.get_input_embeddings().weight.shape[0]
-    logprobs = torch.full(ids.shape, -float(np.log(_K)), device=device)
-    low = dtype != "float32"
-    with torch.autocast(device.type, DTYPES[dtype]) if low else nullcontext():
-        logits = response_logits(model, batch)
-        loss = fusion_loss(logits, labels, ids, logprobs, sft_weight=0.9)
-    loss.backward()
-    model.zero_grad(set_to_none=True)

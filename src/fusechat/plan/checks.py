@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,13 @@ import torch
 
 from fusechat.data.conversations import Message
 from fusechat.data.rejected import advice
+from fusechat.errors import RecipeError
 from fusechat.fuse import stage as fuse
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.facts import facts
-from fusechat.models.load import is_slow, missing_package, without_embedding
+from fusechat.models.load import is_slow, missing_package, read_configuration, without_embedding
 from fusechat.models.reference import Reference
+from fusechat.models.verify import check as check_verifier
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
 from fusechat.plan.sampling import Counted, Texts
@@ -43,14 +45,20 @@ def of_records(texts: Texts) -> tuple[list[str], list[str]]:
     return problems, notes
 
 
-def of_conversations(who: str, data: str, counted: Counted, model: Model, settings: Any) -> tuple[list[str], list[str]]:
-    """Problems and notes of a data set as one model sees it. `settings`: the recipe's `data`."""
-    max_length = settings.max_length
+def of_conversations(
+    who: str, texts: Texts, counted: Counted, model: Model, settings: Any
+) -> tuple[list[str], list[str]]:
+    """Problems and notes of a data set as one model sees it; of answers that are expected, notes alone. `settings`: the recipe's
+    `data`."""
+    if texts.data.chosen and not texts.conversations:  # of a model of which no answer is chosen
+        return [], []
+    data, max_length = texts.data.name, settings.max_length
     shape, left_out = model.shape, sum(counted.rejected.values())
     if not len(counted.lengths):
         why = next(iter(counted.rejected), "it holds no records")
         return [f"{who}: no conversation of {data} can be used: {why}"], []
-    problems, notes = [], []
+    problems: list[str] = []
+    notes: list[str] = []
     if left_out:
         share = left_out / (left_out + counted.conversations)
         reasons = "; ".join(list(counted.rejected)[:_SHOWN])
@@ -60,7 +68,8 @@ def of_conversations(who: str, data: str, counted: Counted, model: Model, settin
         )
         if share > settings.max_rejected:
             more = f"{f'{say}; ' if say else ''}a larger data.max_rejected continues without them"
-            problems.append(f"{line}: more than data.max_rejected allows ({settings.max_rejected:g}); {more}")
+            too_many = f"{line}: more than data.max_rejected allows ({settings.max_rejected:g}); {more}"
+            (notes if texts.data.chosen else problems).append(too_many)
         else:
             notes.append(f"{line}; {say}" if say else line)
     longest = int(counted.lengths.max())
@@ -164,6 +173,30 @@ def of_servers(recipe: Any, names: Iterable[str]) -> list[str]:
     return found
 
 
+def of_verifiers(recipe: Any, stages: Collection[str]) -> list[str]:
+    """Verifiers of these stages that cannot be started on this machine."""
+    choose = recipe.generate.choose.verifier if recipe.generate else None
+    keys = {"evaluate.verifier": recipe.evaluate.verifier, "generate.choose.verifier": choose}
+    found = []
+    for key, verifier in keys.items():
+        if verifier is not None and key.partition(".")[0] in stages:
+            try:
+                check_verifier(verifier, key)
+            except RecipeError as error:
+                found.append(str(error))
+    return found
+
+
+def of_reward(chat_model: ChatModel) -> list[str]:
+    """A reward model that gives no reward."""
+    config = read_configuration(chat_model.directory, trust_remote_code=chat_model.reference.trust_remote_code)
+    if config.num_labels == 1:
+        return []
+    return [
+        f"generate.choose.reward ({chat_model.reference}): gives {config.num_labels} numbers for a conversation, not one reward"
+    ]
+
+
 def of_processes(recipe: Any, names: Iterable[str], processes: int) -> list[str]:
     """What does not go with a run by so many processes: `names` that vLLM captures, a GPU that all would have."""
     if processes == 1:
@@ -210,7 +243,10 @@ def of_memory(steps: Iterable[Estimate], device: Device) -> tuple[list[str], lis
         if room is None or step.memory <= _NEARLY_ALL * room:
             continue
         takes = f"{step.label}: takes {size(step.memory)} on a {name} of {size(room)}"
-        if step.details.get("offloads"):
+        halves = not device.rates.is_cpu and step.details.get("one_at_a_time", room) <= _NEARLY_ALL * room
+        if halves:
+            notes.append(f"{takes}: fewer prompts are answered at once, which takes longer than is said here")
+        elif step.details.get("offloads"):
             notes.append(
                 f"{takes}: capture.device_map keeps some of it elsewhere, which takes far longer than is said here"
             )
@@ -221,6 +257,8 @@ def of_memory(steps: Iterable[Estimate], device: Device) -> tuple[list[str], lis
 
 _ON_THE_HOST = ("prepare", "align", "merge", "report")  # stages that use no accelerator
 _ADVICE = {
+    "generate": "spread it (capture.device_map, or backend: vllm with tensor_parallel), take a quantised copy of the model, or a "
+    "smaller capture.shard_conversations, of which prompts are answered together",
     "capture": "spread it (capture.device_map, or backend: vllm with tensor_parallel), take a quantised copy of the model, or a "
     "smaller capture.batch_tokens",
     "fuse": "set fuse.training.activation_checkpointing, fsdp under torchrun with more devices, a smaller "

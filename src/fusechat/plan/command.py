@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
-from fusechat.errors import FuseChatError, RecipeError
+from fusechat.errors import FuseChatError
 from fusechat.fuse import stage as fuse
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.gguf_parallel import convert_together
@@ -17,6 +17,8 @@ from fusechat.plan import checks, estimate
 from fusechat.plan.arguments import training_of
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
+from fusechat.plan.generate import STAGE
+from fusechat.plan.generation import REWARD, Generation
 from fusechat.plan.metadata import WithoutWeights
 from fusechat.plan.sampling import Counted, Texts, count, read_texts
 from fusechat.plan.shapes import shape_of
@@ -24,6 +26,7 @@ from fusechat.plan.table import totals
 from fusechat.prepare.overlap import Overlap, find_overlap
 from fusechat.prepare.stage import OVERLAP, rules
 from fusechat.recipe.schema import PIVOT, Recipe
+from fusechat.recipe.sections import ModelSpec
 from fusechat.run.steps import Step
 
 K = TypeVar("K")
@@ -42,8 +45,8 @@ class Plan:
 
 
 class _Planned(Recipe):
-    def chat_model(self, name: str) -> ChatModel:
-        return _unread(super().chat_model(name))
+    def _chat_model(self, name: str, spec: ModelSpec) -> ChatModel:
+        return _unread(super()._chat_model(name, spec))
 
 
 _unread = lru_cache(maxsize=None)(WithoutWeights.of)
@@ -52,28 +55,35 @@ _unread = lru_cache(maxsize=None)(WithoutWeights.of)
 def make_plan(recipe: Recipe, workdir: Path, device: Device, *, conversations: int | None = None) -> Plan:
     """What `recipe` takes on `device`. `conversations`: as if the training sets had so many together, of the same kind. Raises
     FuseChatError with all models and data sets of which nothing can be known."""
-    if recipe.generate is not None:
-        raise RecipeError(
-            "generate: recipes in which models answer prompts cannot be planned yet; run them with --until generate"
-        )
     recipe = of_day(recipe, workdir)
     planned = _Planned.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
-    return _Planner(planned, workdir, device, conversations).plan()
+    return _Planner(planned, workdir, device, conversations, _states(recipe, workdir)).plan()
+
+
+def _states(recipe: Recipe, workdir: Path) -> dict[str, str]:
+    """What is there of each step of `generate`, if anything is."""
+    if recipe.generate is None or not (workdir / STAGE).is_dir():
+        return {}
+    return {step.name: step.state()[0] for step in build_steps(recipe, workdir) if step.stage == STAGE}
 
 
 class _Planner:
-    def __init__(self, recipe: Recipe, workdir: Path, device: Device, conversations: int | None) -> None:
+    def __init__(
+        self, recipe: Recipe, workdir: Path, device: Device, conversations: int | None, states: dict[str, str]
+    ) -> None:
         self.recipe, self.workdir, self.device = recipe, workdir, device
         self.steps = build_steps(recipe, workdir)
-        names = (PIVOT, *recipe.sources)
-        training = recipe.all_training_sets()
+        self.chat_models = {name: recipe.chat_model(name) for name in (PIVOT, *recipe.models)}
+        if (judge := recipe.reward_model()) is not None:
+            self.chat_models[REWARD] = judge
+        training = recipe.all_read_sets()
         wanted = {step.name.partition("/")[2] for step in self.steps if step.stage == "prepare"}
         held_out = [data for data in recipe.validation_sets() if data.name in wanted]
         self.compared = training, evaluation_texts(recipe)
-        convert_together([recipe.chat_model(name).reference for name in names])
+        convert_together([one.reference for one in self.chat_models.values()])
         failed: list[str] = []
-        self.models = _each(names, self._model, failed)
-        self.templates = _each(names, lambda name: recipe.chat_model(name).template(), failed)
+        self.models = _each(self.chat_models, self._model, failed)
+        self.templates = _each(self.chat_models, lambda name: self.chat_models[name].template(), failed)
         found = _each((*training, *held_out), read_texts, failed)
         self.texts: dict[str, Texts] = {data.name: texts for data, texts in found.items()}
         anywhere = recipe.model_copy(update={"device": "cpu"})
@@ -82,10 +92,16 @@ class _Planner:
         if failed:
             raise FuseChatError(*dict.fromkeys(failed))
         have = sum(self.texts[data.name].conversations for data in training)
-        self.times = {data.name: conversations / max(1, have) for data in training} if conversations else {}
+        more = conversations / max(1, have) if conversations else 1.0
+        self.times = {data.name: more for data in training}
         self.counted: dict[str, Counted] = {}
         self.overlap: Overlap | None = None
         self.begun: set[tuple[str, ...]] = set()
+        self.generation: Generation | None = None
+        if recipe.generate is not None:
+            told = {"models": self.models, "templates": self.templates, "texts": self.texts, "states": states}
+            self.generation = Generation(recipe, workdir, device, times=more, **told)
+            self.texts = self.texts | self.generation.texts(recipe.all_training_sets())
         self.training = training_of(dict(recipe.fuse.training), seed=recipe.seed, processes=device.count)
 
     def plan(self) -> Plan:
@@ -93,9 +109,9 @@ class _Planner:
         return Plan(self.recipe.name, self.device, steps, *self._found(steps))
 
     def _model(self, name: str) -> Model:
-        chat_model = self.recipe.chat_model(name)
+        chat_model = self.chat_models[name]
         trust, lora = chat_model.reference.trust_remote_code, self.recipe.fuse.lora if name == PIVOT else None
-        shape = shape_of(chat_model.directory, trust_remote_code=trust, lora=lora)
+        shape = shape_of(chat_model.directory, trust_remote_code=trust, lora=lora, head=name != REWARD)
         began = time.perf_counter()
         chat_model.tokenizer()
         opening = time.perf_counter() - began
@@ -105,6 +121,7 @@ class _Planner:
 
     def _estimate(self, step: Step) -> Estimate:
         return {
+            STAGE: self._generate,
             "prepare": self._prepare,
             "capture": self._capture,
             "align": self._align,
@@ -113,6 +130,10 @@ class _Planner:
             "evaluate": self._evaluate,
             "report": lambda _: estimate.report(self.models.values()),
         }[step.stage](step)
+
+    def _generate(self, step: Step) -> Estimate:
+        assert self.generation is not None
+        return self.generation.estimate(step, lambda: self._first("capture"))
 
     def _prepare(self, step: Step) -> Estimate:
         if step.name == OVERLAP:
@@ -210,10 +231,11 @@ class _Planner:
         recipe, pairs = self.recipe, [checks.of_records(texts) for texts in self.texts.values()]
         pairs += [
             checks.of_conversations(
-                name.partition("/")[0], name.partition("/")[2], counted, self._of(name), recipe.data
+                name.partition("/")[0], self.texts[name.partition("/")[2]], counted, self._of(name), recipe.data
             )
             for name, counted in self.counted.items()
         ]
+        pairs += [self.generation.found()] if self.generation is not None else []
         pairs.append(checks.of_disk(self.workdir, totals(steps)["fullest"], self._to_fetch(), self.device))
         pairs.append(checks.of_memory(steps, self.device))
         pairs.append(checks.of_launch(recipe, self.device))
@@ -225,9 +247,15 @@ class _Planner:
             rows = self.models[who].shape.embedding_rows
             problems += checks.of_vocabulary(who, data, self.templates[who].tokenizer, counted, rows)
         devices, here = self.device.count, self.device.measured
-        problems += checks.of_backend(recipe, self.models, devices=devices, here=here)
-        for name in recipe.sources if here else ():
+        problems += checks.of_backend(recipe, (PIVOT, *recipe.models), devices=devices, here=here)
+        for name in recipe.models if here else ():
             problems += checks.of_package(recipe, name, recipe.chat_model(name).directory)
+        if here:
+            problems += checks.of_verifiers(recipe, ("generate", "evaluate"))
+        if self.generation is not None and here:
+            problems += checks.of_servers(recipe, [name for name in recipe.sources if name not in recipe.models])
+        if REWARD in self.chat_models:
+            problems += checks.of_reward(self.chat_models[REWARD])
         notes = [line for _, found in pairs for line in found] + checks.of_padding(steps, self.training.apart)
         (problems if recipe.data.on_overlap == "stop" else notes).extend(
             self.overlap.sentences() if self.overlap else []
@@ -235,7 +263,7 @@ class _Planner:
         fuse, evaluate = self.training.dtype, recipe.evaluate.dtype
         types = {"capture.dtype": recipe.capture.dtype, "evaluate.dtype": evaluate, "fuse.training.bf16": fuse}
         notes += checks.of_precision(types, self.device)
-        notes += checks.of_licences({name: recipe.chat_model(name) for name in self.models})
+        notes += checks.of_licences(self.chat_models)
         return list(dict.fromkeys(problems)), list(dict.fromkeys(notes))
 
     def _of(self, name: str) -> Model:
@@ -246,7 +274,7 @@ class _Planner:
         return sum(
             model.stored
             for name, model in self.models.items()
-            if not any(self.recipe.chat_model(name).directory.glob("*.safetensors"))
+            if not any(self.chat_models[name].directory.glob("*.safetensors"))
         )
 
 

@@ -67,8 +67,8 @@ class Speed(Protocol):
     def update(self, shape: Shape) -> float:
         """Of one step of AdamW."""
 
-    def decoding(self, shape: Shape, steps: float, *, dtype: str) -> float:
-        """Of `steps` tokens, one after the other."""
+    def decoding(self, shape: Shape, steps: float, load: Batch, *, dtype: str) -> float:
+        """Of `steps` tokens, one after the other, of each of `load.together` conversations of `load.length` tokens."""
 
 
 @dataclass
@@ -90,8 +90,11 @@ class Rates:
     def update(self, shape: Shape) -> float:
         return 28 * shape.trained / (READING * self.sheet.bandwidth * GB)
 
-    def decoding(self, shape: Shape, steps: float, *, dtype: str) -> float:
-        return steps * max(shape.weights(dtype) / (READING * self.sheet.bandwidth * GB), 1e-4 * shape.layers)
+    def decoding(self, shape: Shape, steps: float, load: Batch, *, dtype: str) -> float:
+        cached = load.together * load.length * shape.cached * shape.layers * (4 if dtype == "float32" else 2)
+        reading = (shape.weights(dtype) + cached) / (READING * self.sheet.bandwidth * GB)
+        operations = shape.forward_flops(load.together, load.together, 2 * load.length)
+        return steps * max(reading, operations / (FORWARD * self._peak(dtype)), 1e-4 * shape.layers)
 
     def _peak(self, dtype: str) -> float:
         return 1e12 * (self.sheet.float32 if dtype == "float32" else self.sheet.bfloat16)

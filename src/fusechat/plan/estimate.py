@@ -19,7 +19,7 @@ _IDS, _LOGPROBS, _NLL, _TAIL, _RECORD = (2, 4), 2, 4, 4, 62  # bytes of a stored
 _PAGE = 2_440_000  # bytes of a report, nearly all of them its figures' program
 _ENTRY = 32  # bytes of an entry of a token map
 # Seconds on a CPU core as there are many, whatever the device: reading and writing do not depend on it, nor does starting up.
-_OPENING, _STARTING = 0.4, {"prepare": 0.6, "capture": 2.0, "align": 0.6, "fuse": 4.0, "report": 0.5}
+_OPENING, STARTING = 0.4, {"prepare": 0.6, "capture": 2.0, "align": 0.6, "fuse": 4.0, "report": 0.5}
 _ALIGNED, _CHOSEN = 150_000, 200_000  # rows a second that are aligned, and of which the teacher is chosen
 _MERGED = 1.5  # times what reading and writing once takes
 
@@ -86,7 +86,7 @@ def prepare(name: str, model: Model, data: Counted, *, first: bool) -> Estimate:
         *("prepare", name, data.conversations, data.tokens, data.response_tokens),
         disk=data.bytes + 150 * sum(data.rejected.values()) + MANIFEST,
         memory=memory.preparing(model.tokenizer, data.conversations),
-        seconds=data.seconds + (model.opening + _STARTING["prepare"] / 2 if first else 0),
+        seconds=data.seconds + (model.opening + STARTING["prepare"] / 2 if first else 0),
     )
 
 
@@ -103,7 +103,7 @@ def capture(name: str, model: Model, data: Counted, capture: Any, device: Device
     alone = capture.backend == "vllm" or capture.device_map is not None  # one process runs the model
     spread = spread_over(capture, device)
     devices = spread if alone else min(device.count, shards)
-    load = _batched(data, capture.batch_tokens)
+    load = batched(data, capture.batch_tokens)
     at_once = 1 if capture.device_map is not None else devices  # layers on several devices wait for each other
     seconds = device.rates.forward(shape, load, dtype=capture.dtype) / at_once
     return Estimate(
@@ -111,7 +111,7 @@ def capture(name: str, model: Model, data: Counted, capture: Any, device: Device
         disk=data.response_tokens * row + data.conversations * _RECORD + shards * 200 + MANIFEST,
         memory=memory.running(model, load, capture.dtype, device, spread=spread) if not capture.url else memory.BASE,
         flops=shape.forward_flops(load.tokens, load.rows, load.length),
-        seconds=seconds + _opening(model, device, spread) + (_STARTING["capture"] if first else 0),
+        seconds=seconds + opening(model, device, spread) + (STARTING["capture"] if first else 0),
         devices=devices,
         details={"offloads": capture.device_map is not None},
     )
@@ -133,7 +133,7 @@ def align(name: str, models: tuple[Model, Model], sets: list[Counted], k: int, k
         *("align", name, conversations, tokens, rows),
         disk=rows * (k * (_IDS[1] + _LOGPROBS) + _TAIL) + conversations * _RECORD + entries * _ENTRY + 3 * MANIFEST,
         memory=memory.aligning([model.tokenizer for model in models], conversations),
-        seconds=rows / _ALIGNED * math.sqrt(k / 10) + (_STARTING["align"] if first else 0),
+        seconds=rows / _ALIGNED * math.sqrt(k / 10) + (STARTING["align"] if first else 0),
     )
 
 
@@ -165,7 +165,7 @@ def fuse(
     working = rates.training(shape, load, dtype=training.dtype, recompute=training.recompute) / devices
     times = _times(training.measured, steps, epochs)
     measuring = sum(
-        rates.forward(shape, _batched(one, 2048), dtype=training.dtype) * times / devices for one in held_out
+        rates.forward(shape, batched(one, 2048), dtype=training.dtype) * times / devices for one in held_out
     )
     writing = (checkpoints * checkpoint + 4 * shape.parameters) / rates.storage
     choosing = rows / _CHOSEN
@@ -178,7 +178,7 @@ def fuse(
         room=kept * checkpoint,
         memory=memory.training(pivot, load, training, device, k=k, devices=devices),
         flops=shape.training_flops(load.tokens, load.rows, length, recompute=training.recompute),
-        seconds=seconds + _opening(pivot, device, 1) + (_STARTING["fuse"] if first else 0),
+        seconds=seconds + opening(pivot, device, 1) + (STARTING["fuse"] if first else 0),
         devices=devices,
         details={
             "steps": steps,
@@ -213,7 +213,7 @@ def merge(pivot: Model, targets: int, dtype: str | None, device: Device) -> Esti
 def score(name: str, model: Model, sets: Iterable[Counted], evaluate: Any, device: Device, *, spread: int) -> Estimate:
     """Bits per byte of a model on held-out sets. `spread`: over how many devices it is."""
     sets = list(sets)
-    loads = [_batched(one, evaluate.batch_tokens) for one in sets]
+    loads = [batched(one, evaluate.batch_tokens) for one in sets]
     shape = model.shape
     return Estimate(
         *("evaluate", name),
@@ -222,7 +222,7 @@ def score(name: str, model: Model, sets: Iterable[Counted], evaluate: Any, devic
         memory=max((memory.running(model, load, evaluate.dtype, device, spread=spread) for load in loads), default=0),
         flops=sum(shape.forward_flops(load.tokens, load.rows, load.length) for load in loads),
         seconds=sum(device.rates.forward(shape, load, dtype=evaluate.dtype) for load in loads)
-        + _opening(model, device, 1),
+        + opening(model, device, 1),
     )
 
 
@@ -237,7 +237,7 @@ def answer(name: str, model: Model, prompts: float, evaluate: Any, device: Devic
         disk=(5 * steps + 60) * prompts + MANIFEST,
         memory=memory.running(model, one, evaluate.dtype, device, spread=spread),
         flops=shape.forward_flops(prompts * steps, prompts * steps, 2 * steps),
-        seconds=batches * device.rates.decoding(shape, steps, dtype=evaluate.dtype) + _opening(model, device, 1),
+        seconds=batches * device.rates.decoding(shape, steps, one, dtype=evaluate.dtype) + opening(model, device, 1),
     )
 
 
@@ -248,7 +248,7 @@ def results(models: int, sets: int) -> Estimate:
 def report(models: Iterable[Model]) -> Estimate:
     tokenizers = {model.shape.directory: model.tokenizer for model in models}
     needed = memory.reporting(list(tokenizers.values()))
-    return Estimate("report", "", disk=_PAGE + MANIFEST, memory=needed, seconds=_STARTING["report"])
+    return Estimate("report", "", disk=_PAGE + MANIFEST, memory=needed, seconds=STARTING["report"])
 
 
 def _sums(sets: Iterable[Counted]) -> tuple[float, float, float]:
@@ -261,7 +261,7 @@ def _sums(sets: Iterable[Counted]) -> tuple[float, float, float]:
     )
 
 
-def _batched(data: Counted, batch_tokens: int) -> Batch:
+def batched(data: Counted, batch_tokens: int) -> Batch:
     """A data set in batches of like lengths, padding counted."""
     batches = list(length_batches(data.lengths, batch_tokens))
     sizes = [len(batch) * int(data.lengths[batch[0]]) for batch in batches]
@@ -269,6 +269,6 @@ def _batched(data: Counted, batch_tokens: int) -> Batch:
     return Batch(sum(sizes) * data.scale, data.response_tokens, data.length, together, max(sizes, default=0))
 
 
-def _opening(model: Model, device: Device, spread: int) -> float:
+def opening(model: Model, device: Device, spread: int) -> float:
     """Seconds until the weights are where they work."""
     return _OPENING + model.stored / (2 * device.rates.storage * (1 if device.rates.is_cpu else spread))

@@ -45,6 +45,15 @@ def running(model: Any, load: Batch, dtype: str, device: Device, *, spread: int)
     return working + (BASE + model.stored if device.rates.is_cpu else _CONTEXT)
 
 
+def generating(model: Any, load: Batch, longest: int, dtype: str, device: Device, *, spread: int) -> float:
+    """Of answers of `longest` tokens to a batch of prompts, `load`, of which the head sees the last token: in addition to a forward
+    pass what attention keeps, and logits in float32."""
+    shape, size = model.shape, BYTES[dtype]
+    kept = (load.fullest + load.together * longest) * shape.cached * shape.layers * size / spread
+    logits = load.together * shape.vocabulary * 4
+    return running(model, load, dtype, device, spread=spread) + kept + logits
+
+
 def training(model: Any, load: Batch, training: Any, device: Device, *, k: int, devices: int) -> float:
     """Of a training step: float32 weights, gradients and both moments of AdamW, copies of the weights for a low-precision forward
     pass, activations, logits and their gradient."""

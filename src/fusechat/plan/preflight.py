@@ -9,7 +9,6 @@ import torch
 from fusechat.errors import FuseChatError, RecipeError
 from fusechat.fuse import stage as fuse
 from fusechat.models.load import check_causal, choose_device, read_configuration
-from fusechat.models.verify import check as check_verifier
 from fusechat.plan import checks
 from fusechat.plan.metadata import WithoutWeights
 from fusechat.plan.shapes import on_meta
@@ -33,11 +32,8 @@ def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
     if any(step.stage == "generate" for step in waiting):
         servers = [name for name in recipe.sources if name in run and name not in recipe.models]
         found.append(lambda: _refuse(checks.of_servers(recipe, servers)))
-    verifiers = {"evaluate": (recipe.evaluate.verifier, "evaluate.verifier")}
-    verifiers["generate"] = (recipe.generate.choose.verifier if recipe.generate else None, "generate.choose.verifier")
-    for stage, (verifier, key) in verifiers.items():
-        if verifier is not None and any(step.stage == stage for step in waiting):
-            found.append(lambda verifier=verifier, key=key: check_verifier(verifier, key))  # type: ignore[misc]
+    stages = {step.stage for step in waiting}
+    found.append(lambda: _refuse(checks.of_verifiers(recipe, stages)))
     found.append(lambda: _refuse(checks.of_processes(recipe, captured, ranks.world())))
     _together(found)
 
@@ -52,6 +48,8 @@ def check_models(recipe: Any, waiting: Sequence[Step]) -> None:
         for name in (PIVOT, *recipe.models)
         if name in names or (name == PIVOT and trained)
     ]
+    if any(step.stage == "generate" for step in waiting) and recipe.generate.choose.reward is not None:
+        found.append(lambda: _check_reward(recipe))
     if trained:
         found += [lambda: fuse.check_pivot(recipe), lambda: _check_lora(recipe)]
     _together(found)
@@ -67,6 +65,16 @@ def _check_model(recipe: Any, name: str) -> None:
         check_causal(chat_model.directory, trust_remote_code=chat_model.reference.trust_remote_code)
     needs = checks.of_package(recipe, name, chat_model.directory) if name != PIVOT else []  # which may not be quantised
     _refuse([*needs, *checks.of_template(name, chat_model.template(), rows)])
+
+
+def _check_reward(recipe: Any) -> None:
+    """Its configuration, tokenizer and template."""
+    chat_model = recipe.reward_model()
+    if not chat_model.reference.is_directory:
+        chat_model = WithoutWeights.of(chat_model)
+    rows = chat_model.vocabulary_size()
+    who = f"generate.choose.reward ({chat_model.reference})"
+    _refuse([*checks.of_reward(chat_model), *checks.of_template(who, chat_model.template(), rows)])
 
 
 def _check_lora(recipe: Any) -> None:

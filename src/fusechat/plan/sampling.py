@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from fusechat.data.conversations import Conversation, DataSet, Malformed, read_conversations
+from fusechat.data.conversations import Conversation, DataSet, Malformed, read_records
 from fusechat.data.prepared import FILE, Prepared, write_prepared
+from fusechat.data.records import reference_of
 from fusechat.models.tokenise import RejectedError, prepare_conversation
 
 SAMPLE = 1000  # conversations of a set; of smaller ones all
@@ -20,13 +21,16 @@ SAMPLE = 1000  # conversations of a set; of smaller ones all
 
 @dataclass(frozen=True)
 class Texts:
-    """A data set, read once: how many different conversations it has, some of them, and what is wrong with records."""
+    """A data set, read once: how many different conversations it has, some of them, and what is wrong with records. Of prompts
+    `beside`: the answers in the records of the sample, by the prompt's id; `unanswered`: where the records without one are."""
 
     data: DataSet
     conversations: int
     sample: tuple[Conversation, ...]
     malformed: tuple[str, ...] = ()
     repeated: int = 0
+    beside: Mapping[str, str] = field(default_factory=dict)
+    unanswered: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,23 +74,31 @@ class Counted:
 
 def read_texts(data: DataSet, *, seed: int = 0, sample: int = SAMPLE) -> Texts:
     """Reads the whole set, and keeps a random sample of at most `sample` of its conversations, in their order."""
-    chance, kept, malformed = random.Random(seed), [], []
+    chance, malformed = random.Random(seed), []
+    kept: list[tuple[int, Conversation, str | None]] = []
+    unanswered: list[str] = []
     seen: set[str] = set()
     repeated = 0
-    for record in read_conversations(data):
-        if isinstance(record, Malformed):
-            malformed.append(f"{record.where}: {record.reason}")
-        elif record.id in seen:
+    for read in read_records(data):
+        if isinstance(read, Malformed):
+            malformed.append(f"{read.where}: {read.reason}")
+            continue
+        record, beside = read.conversation, reference_of(read.whole, read.record) if data.prompts else None
+        if data.prompts and beside is None:
+            unanswered.append(record.where)
+        if record.id in seen:
             repeated += 1
         else:
             seen.add(record.id)
             place = len(seen) - 1
             if place < sample:
-                kept.append((place, record))
+                kept.append((place, record, beside))
             elif (instead := chance.randrange(place + 1)) < sample:
-                kept[instead] = (place, record)
-    chosen = tuple(one for _, one in sorted(kept, key=lambda each: each[0]))
-    return Texts(data, len(seen), chosen, tuple(malformed), repeated)
+                kept[instead] = (place, record, beside)
+    kept.sort(key=lambda each: each[0])
+    answers = {one.id: beside for _, one, beside in kept if beside is not None}
+    chosen = tuple(one for _, one, _ in kept)
+    return Texts(data, len(seen), chosen, tuple(malformed), repeated, answers, tuple(unanswered))
 
 
 def count(texts: Texts, template: Any, *, times: float = 1.0, **rules: Any) -> Counted:

@@ -1,6 +1,7 @@
 """What a model takes by its configuration alone: its weights are counted on PyTorch's meta device, and never read."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ _BITS = {"float32": 32, "bfloat16": 16, "float16": 16}
 @dataclass(frozen=True)
 class Shape:
     """`parameters`: all, tied ones once; `active`: of those that a token is multiplied with, without embeddings and head; `head`:
-    of the output layer; `layer`: of one layer, all experts; `trained`: those that are trained, fewer with LoRA; `positions`:
+    of the output layer, 0 of a model without one; `layer`: of one layer, all experts; `cached`: numbers that a layer keeps of a
+    token, keys and values, while an answer is generated; `trained`: those that are trained, fewer with LoRA; `positions`:
     how many tokens the model is made for; `bits`: of a quantised weight, None where weights are full; `stored`: bytes of the
     weights as they are published; `directory`: its configuration's."""
 
@@ -26,6 +28,7 @@ class Shape:
     layers: int
     hidden: int
     attention: int
+    cached: int
     vocabulary: int
     embedding_rows: int
     trained: int
@@ -55,9 +58,11 @@ class Shape:
         return forward * (passes + (1.0 if recompute else 0.0))
 
 
-def shape_of(directory: Path, *, trust_remote_code: bool = False, lora: Mapping[str, Any] | None = None) -> Shape:
-    """The shape of the model whose configuration is in `directory`. Raises ModelError where no causal language model can be made
-    of it."""
+def shape_of(
+    directory: Path, *, trust_remote_code: bool = False, lora: Mapping[str, Any] | None = None, head: bool = True
+) -> Shape:
+    """The shape of the model whose configuration is in `directory`; without `head` of one that classifies. Raises ModelError where
+    no causal language model, or no such one, can be made of it."""
     from fusechat.models.load import quiet_transformers
 
     quiet_transformers()
@@ -65,25 +70,26 @@ def shape_of(directory: Path, *, trust_remote_code: bool = False, lora: Mapping[
 
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        model = on_meta(config, trust_remote_code=trust_remote_code)
+        model = on_meta(config, trust_remote_code=trust_remote_code, head=head)
     except Exception as error:
-        raise ModelError(
-            f"{directory}: its configuration makes no causal language model: {first_line(error)}"
-        ) from error
+        kind = "causal language model" if head else "model that classifies"
+        raise ModelError(f"{directory}: its configuration makes no {kind}: {first_line(error)}") from error
     text = config.get_text_config()
     named = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    inner = {name: size for name, size in named.items() if ".layers." in name or ".h." in name}
+    embedding, last = model.get_input_embeddings(), model.get_output_embeddings() if head else None
+    inner = {name: size for name, size in named.items() if re.search(r"\.(layers?|h)\.", name)}
     share = _experts_used(text)
     heads = int(text.num_attention_heads)
+    each = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return Shape(
         parameters=sum(named.values()),
         active=round(sum(size * (share if _EXPERTS in name else 1.0) for name, size in inner.items())),
-        head=math.prod(head.weight.shape),
+        head=math.prod(last.weight.shape) if last is not None else 0,
         layer=sum(inner.values()) // int(text.num_hidden_layers),
         layers=int(text.num_hidden_layers),
         hidden=int(text.hidden_size),
-        attention=heads * int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        attention=heads * each,
+        cached=2 * each * int(getattr(text, "num_key_value_heads", None) or heads),
         vocabulary=int(text.vocab_size),
         embedding_rows=int(embedding.weight.shape[0]),
         trained=_adapters(model, lora) if lora is not None else sum(named.values()),
@@ -97,13 +103,14 @@ def shape_of(directory: Path, *, trust_remote_code: bool = False, lora: Mapping[
     )
 
 
-def on_meta(config: Any, *, trust_remote_code: bool = False) -> Any:
-    """A model without memory."""
+def on_meta(config: Any, *, trust_remote_code: bool = False, head: bool = True) -> Any:
+    """A model without memory; without `head` one that classifies."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind = AutoModelForCausalLM if head else AutoModelForSequenceClassification
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return kind.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _experts_used(text: Any) -> float:
