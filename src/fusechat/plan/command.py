@@ -102,6 +102,7 @@ class _Planner:
             told = {"models": self.models, "templates": self.templates, "texts": self.texts, "states": states}
             self.generation = Generation(recipe, workdir, device, times=more, **told)
             self.texts = self.texts | self.generation.texts(recipe.all_training_sets())
+            self.begun |= {("prepare", name) for name in self.models}  # their tokenizers are open by then
         self.training = training_of(dict(recipe.fuse.training), seed=recipe.seed, processes=device.count)
 
     def plan(self) -> Plan:

@@ -14,6 +14,7 @@ from fusechat.generate.verify import needs_reference
 from fusechat.models.asking import Asking
 from fusechat.models.client import Estimate as Calls
 from fusechat.plan import generate as estimates
+from fusechat.plan import memory
 from fusechat.plan.answers import Answers, Asked, ask, ask_server, expected, join, stored
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
@@ -86,6 +87,9 @@ class Generation:
             found = self._answers(step.name, who, first)
         else:
             found = self._scores(step.name, who, what.partition("/")[2], first)
+        if who in self.models or rewards:
+            sizes = {model.shape.directory: model.tokenizer for model in self.models.values()}
+            found = replace(found, memory=found.memory + memory.tokenizers(list(sizes.values()), self.device))
         self.estimates.append(found)
         return found
 

@@ -18,6 +18,11 @@ def preparing(tokenizer: int, conversations: float) -> float:
     return BASE + _TOKENIZER * tokenizer + _ID * conversations
 
 
+def tokenizers(sizes: Sequence[int], device: Device) -> float:
+    """What all that are open take of the memory of a process that runs models on a CPU."""
+    return _TOKENIZER * sum(sizes) if device.rates.is_cpu else 0.0
+
+
 def aligning(tokenizers: Sequence[int], conversations: float) -> float:
     """Two tokenizers, and ids in three stores."""
     return BASE + _TOKENIZER * sum(tokenizers) + 3 * _ID * conversations

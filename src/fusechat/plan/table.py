@@ -36,9 +36,9 @@ def rows(steps: list[Estimate], *, by_stage: bool = False) -> Iterator[tuple[str
             *(amount(count) if count else "" for count in (step.conversations, step.tokens, step.response_tokens)),
             size(step.disk),
             f"+ {size(step.room)}" if step.room else "",
-            size(step.memory),
+            size(step.memory) if step.memory else "",
             operations(step.flops) if step.flops else "",
-            duration(step.seconds),
+            duration(step.seconds) if step.memory else "",  # of what a server does neither is known
         )
     every = totals(steps)
     fullest = f"≤ {size(every['fullest'])}" if every["fullest"] > every["disk"] else ""
