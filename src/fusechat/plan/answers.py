@@ -90,7 +90,7 @@ def stored(prompts: Texts, directory: Path, tokenizer: Any, how: Generate, times
     texts = [answered(by_id[row["id"]], row["text"]) for row in candidates]
     ids = [row["tokens"] or tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in whole_ones]
     lengths = [min(len(one) + 1, how.max_new_tokens) for one in ids]  # a server tells no tokens
-    whole = replace(prompts, conversations=round(len(texts) * scale), sample=tuple(texts))
+    whole = replace(prompts, conversations=len(texts) * scale, sample=tuple(texts))
     share = len({row["id"] for row in candidates}) / len({row["id"] for row in rows})
     return Answers(whole, rows, scale, np.array(lengths), "disk", len(every), share)
 
@@ -102,7 +102,7 @@ def _numbers(directory: Path) -> Iterator[int]:
 def expected(prompts: Texts, asked: "Asked", tokenizer: Any, how: Generate, times: float) -> Answers:
     """To those prompts that can be `asked`. `tokenizer`: the author's."""
     share = len(asked.able) / max(1, len(prompts.sample))
-    prompts = replace(prompts, conversations=round(prompts.conversations * share), sample=asked.able)
+    prompts = replace(prompts, conversations=prompts.conversations * share, sample=asked.able)
     said = [prompts.beside.get(one.id, "") for one in prompts.sample]
     known = [text for text in said if text.strip()]
     if known:
@@ -119,7 +119,7 @@ def expected(prompts: Texts, asked: "Asked", tokenizer: Any, how: Generate, time
         for one, text, tokens in zip(prompts.sample, said, ids, strict=True)
     ]
     number = times * prompts.conversations * how.samples
-    whole = replace(prompts, conversations=round(number), sample=texts)
+    whole = replace(prompts, conversations=number, sample=texts)
     scale = number / max(1, len(rows))
     return Answers(whole, rows, scale, lengths, "file" if known else "assumed", 0, share)
 

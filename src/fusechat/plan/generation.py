@@ -144,14 +144,12 @@ class Generation:
         """Sets of chosen answers, by their names: those that were chosen, or that are expected."""
         if self.states.get("chosen") == "done":
             found = {data.name: read_texts(data.within(self.workdir)) for data in sets}
-            return {
-                key: replace(one, conversations=round(one.conversations * self.times)) for key, one in found.items()
-            }
+            return {key: replace(one, conversations=one.conversations * self.times) for key, one in found.items()}
         own = {name: self._texts(name) for name in self.prompts}
-        together = join([one for one in own.values() if one.sample]) if any(own.values()) else None
         nothing = Texts(chosen_set(), 0, ())
+        together = join([one for one in own.values() if one.sample] or [nothing])
         return {
-            data.name: replace((together if data.author is None else own.get(data.author)) or nothing, data=data)
+            data.name: replace(together if data.author is None else own.get(data.author, nothing), data=data)
             for data in sets
         }
 
@@ -160,7 +158,7 @@ class Generation:
         texts = self.answers[name].texts
         first = {one.messages[:-1]: one for one in reversed(texts.sample)}
         sample = tuple(one for one in texts.sample if first[one.messages[:-1]] is one)
-        return replace(texts, conversations=round(self.chosen[name]), sample=sample)
+        return replace(texts, conversations=self.chosen[name], sample=sample)
 
     # -- what is told ---------------------------------------------------------------------------------------------------
 

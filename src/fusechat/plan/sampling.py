@@ -25,7 +25,7 @@ class Texts:
     `beside`: the answers in the records of the sample, by the prompt's id; `unanswered`: where the records without one are."""
 
     data: DataSet
-    conversations: int
+    conversations: float
     sample: tuple[Conversation, ...]
     malformed: tuple[str, ...] = ()
     repeated: int = 0
