@@ -25,7 +25,7 @@ from fusechat.plan.table import COLUMNS, rows
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART, PAPER = ROOT / "examples" / "quickstart.yaml", ROOT / "examples" / "fusechat-7b.yaml"
-STAGES = ("prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
+STAGES = ("generate", "prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
 NAMES = {
     "pivot": "openchat/openchat_3.5",
     "sources.starling": "berkeley-nest/Starling-LM-7B-alpha",
@@ -53,10 +53,11 @@ def measure(recipe: Path, changes: list[str]) -> None:
         plan = json.loads(command("plan", recipe, "--workdir", whole, "--json", *options))
         print(f"the plan took {time.perf_counter() - began:.0f} s\n")
         command("run", recipe, "--workdir", whole, *options)
-        for stage in STAGES:
+        stages = [stage for stage in STAGES if any(step["stage"] == stage for step in plan["steps"])]
+        for stage in stages:
             command("run", recipe, "--workdir", apart, "--until", stage, *options)
         table(("stage", "", "predicted", "measured", "predicted / measured"))
-        for part in (*STAGES, None):
+        for part in (*stages, None):
             for line in compare(plan, whole, apart, part):
                 print("| " + " | ".join(line) + " |")
 
