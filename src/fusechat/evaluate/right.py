@@ -14,8 +14,7 @@ from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.statistics import wilson
 from fusechat.models.answers import Prompt
 from fusechat.models.verify import code_of, needs_reference, verify
-from fusechat.recipe.sections import Evaluate
-from fusechat.recipe.verifier import SECONDS
+from fusechat.recipe.evaluate import SECONDS, Evaluate
 from fusechat.run.progress import log, progress
 
 SUITE, METRIC, KEY = "right-answers", "right_answers", "evaluate.verifier"

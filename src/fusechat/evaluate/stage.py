@@ -14,8 +14,8 @@ from fusechat.data.conversations import DataSet
 from fusechat.evaluate.records import ASKED, RECORDS, RESULTS
 from fusechat.evaluate.right import judging
 from fusechat.models.chat_model import ChatModel
+from fusechat.recipe.evaluate import Evaluate
 from fusechat.recipe.schema import PIVOT, Recipe
-from fusechat.recipe.sections import Evaluate
 from fusechat.run.cache import known_digest
 from fusechat.run.files import read_json, remove, scratch, write_json, write_text
 from fusechat.run.manifests import versions, which_device

@@ -9,8 +9,8 @@ from fusechat.generate.judge import ToJudge, judge
 from fusechat.generate.prompts import Asked, read_asked
 from fusechat.generate.shards import slices
 from fusechat.models.verify import verify
+from fusechat.recipe.evaluate import SECONDS
 from fusechat.recipe.generate import Choose
-from fusechat.recipe.verifier import SECONDS
 from fusechat.run.progress import progress
 
 _AT_ONCE = 1000  # prompts

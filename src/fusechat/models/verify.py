@@ -54,13 +54,18 @@ def code_of(verifier: str | Sequence[str]) -> list[str]:
     return []
 
 
-def check(verifier: str | Sequence[str], key: str) -> None:
-    """Raises RecipeError, with the recipe's `key`, where it cannot be run."""
-    target, words = _function(verifier), _words(verifier)
-    if target is not None and not needs_reference(verifier):
-        _Process(target, key).close()
-    elif target is None and shutil.which(words[0]) is None:
-        raise RecipeError(f"{key}: {words[0]}: no such command")
+def cannot_start(verifier: str | Sequence[str], key: str) -> str | None:
+    """Why it cannot be run, with the recipe's `key`; None if it can."""
+    target = _function(verifier)
+    if target is None:
+        word = _words(verifier)[0]
+        return None if shutil.which(word) else f"{key}: {word}: no such command"
+    if not needs_reference(verifier):
+        try:
+            _Process(target, key).close()
+        except RecipeError as error:
+            return str(error)
+    return None
 
 
 def verify(

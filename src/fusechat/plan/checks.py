@@ -10,13 +10,12 @@ import torch
 
 from fusechat.data.conversations import Message
 from fusechat.data.rejected import advice
-from fusechat.errors import RecipeError
 from fusechat.fuse import stage as fuse
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.facts import facts
 from fusechat.models.load import is_slow, missing_package, read_configuration, without_embedding
 from fusechat.models.reference import Reference
-from fusechat.models.verify import check as check_verifier
+from fusechat.models.verify import cannot_start
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
 from fusechat.plan.sampling import Counted, Texts
@@ -177,14 +176,8 @@ def of_verifiers(recipe: Any, stages: Collection[str]) -> list[str]:
     """Verifiers of these stages that cannot be started on this machine."""
     choose = recipe.generate.choose.verifier if recipe.generate else None
     keys = {"evaluate.verifier": recipe.evaluate.verifier, "generate.choose.verifier": choose}
-    found = []
-    for key, verifier in keys.items():
-        if verifier is not None and key.partition(".")[0] in stages:
-            try:
-                check_verifier(verifier, key)
-            except RecipeError as error:
-                found.append(str(error))
-    return found
+    run = {key: one for key, one in keys.items() if one is not None and key.partition(".")[0] in stages}
+    return [line for key, one in run.items() if (line := cannot_start(one, key))]
 
 
 def of_reward(chat_model: ChatModel) -> list[str]:

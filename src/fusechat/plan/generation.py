@@ -10,16 +10,17 @@ from typing import Any
 from fusechat.data.conversations import DataSet
 from fusechat.generate.judge import MOST, ToJudge, text_for
 from fusechat.generate.stage import Authors, authors
-from fusechat.generate.verify import needs_reference
 from fusechat.models.asking import Asking
 from fusechat.models.client import Estimate as Calls
+from fusechat.models.verify import needs_reference
 from fusechat.plan import generate as estimates
 from fusechat.plan import memory
 from fusechat.plan.answers import Answers, Asked, ask, ask_server, expected, join, stored
 from fusechat.plan.devices import Device
 from fusechat.plan.estimate import Estimate, Model
 from fusechat.plan.sampling import Texts, count, read_texts
-from fusechat.recipe.generate import SECONDS, Generate, chosen_set
+from fusechat.recipe.evaluate import SECONDS
+from fusechat.recipe.generate import Generate, chosen_set
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.steps import Step
 from fusechat.run.units import amount, duration, percent

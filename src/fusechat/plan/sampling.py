@@ -84,6 +84,7 @@ def read_texts(data: DataSet, *, seed: int = 0, sample: int = SAMPLE) -> Texts:
             malformed.append(f"{read.where}: {read.reason}")
             continue
         record, beside = read.conversation, reference_of(read.whole, read.record) if data.prompts else None
+        beside = beside[0] if isinstance(beside, list) else beside
         if data.prompts and beside is None:
             unanswered.append(record.where)
         if record.id in seen:

@@ -9,9 +9,9 @@ from fusechat.data.conversations import DataSet
 from fusechat.errors import FuseChatError
 from fusechat.models.client import check_url
 from fusechat.models.reference import Reference
-from fusechat.recipe import verifier
+from fusechat.recipe import evaluate
+from fusechat.recipe.evaluate import Verifier
 from fusechat.recipe.sections import PIVOT, ModelSpec, Section, SourceCapture, SourceData, Url
-from fusechat.recipe.verifier import Verifier
 
 ANSWERS = "answers"  # the target that all authors teach, and the set of chosen answers
 CHOSEN = "generate/chosen/conversations.jsonl"  # the path of that set in a work directory
@@ -161,7 +161,7 @@ def with_author(raw: Any) -> Any:
 
 def problems(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """Place and message of each mistake in a recipe whose sections are valid by themselves."""
-    yield from verifier.problems(recipe)
+    yield from evaluate.problems(recipe)
     servers = [name for name, source in recipe.sources.items() if source.server is not None]
     generate = recipe.generate
     if generate is None:

@@ -18,6 +18,7 @@ from pydantic import (
 from fusechat.data.conversations import DataSet
 from fusechat.errors import RecipeError
 from fusechat.models.chat_model import ChatModel, is_template_file
+from fusechat.recipe.evaluate import Evaluate
 from fusechat.recipe.generate import Generate, SourceSpec, answering, chosen_set, own_targets, problems, with_author
 from fusechat.recipe.precision import Place, automatic, with_dtypes
 from fusechat.recipe.presets import with_preset
@@ -29,15 +30,14 @@ from fusechat.recipe.sections import (
     Capture,
     Data,
     DataPath,
-    Evaluate,
     Fuse,
     Merge,
     ModelSpec,
     Name,
     Section,
     SourceName,
-    TrainingSet,
     TrainingSets,
+    named_sets,
 )
 
 __all__ = ["COMMON", "FUSED", "PIVOT", "STAGES", "Recipe", "SourceSpec", "is_template_file"]
@@ -131,7 +131,7 @@ class Recipe(Section):
         known: dict[str, tuple[Any, float]] = {data.name.lower(): (None, 1.0) for data in self.validation_sets()}
         for place, own, train in self._training():
             here: set[str] = set()
-            for at, name, one in _named(train, own):
+            for at, name, one in named_sets(train, own):
                 what = one.path, one.split, one.limit
                 other, weight = known.setdefault(name.lower(), (what, one.weight))
                 if not name:
@@ -223,7 +223,7 @@ class Recipe(Section):
         by_owner = {own: train for _, own, train in self._training()}
         own = source if self.sources[source].data is not None else COMMON
         prompts = self.generate is not None
-        return [self._data_set(name, one, prompts=prompts) for _, name, one in _named(by_owner[own], own)]
+        return [self._data_set(name, one, prompts=prompts) for _, name, one in named_sets(by_owner[own], own)]
 
     def all_read_sets(self) -> list[DataSet]:
         """The sets of all sources, each once."""
@@ -251,7 +251,7 @@ class Recipe(Section):
 
     def weights(self) -> dict[str, float]:
         """How often each conversation of a training set is in an epoch, by the set's name; 1 for answers."""
-        said = {name: one.weight for _, own, train in self._training() for _, name, one in _named(train, own)}
+        said = {name: one.weight for _, own, train in self._training() for _, name, one in named_sets(train, own)}
         return {data.name: said.get(data.name, 1.0) for data in (*self.all_read_sets(), *self.all_training_sets())}
 
     def validation_sets(self) -> list[DataSet]:
@@ -292,12 +292,3 @@ class Recipe(Section):
             return self.capture
         own = self.sources[name].capture.model_dump(exclude_none=True)
         return self.capture.model_copy(update=own)
-
-
-def _named(train: TrainingSets, own: str) -> Iterator[tuple[tuple[str, ...], str, TrainingSet]]:
-    """Each set with its place and its name: in a list that of its file, else `own`."""
-    if isinstance(train, TrainingSet):
-        yield (), train.name or own, train
-        return
-    for index, one in enumerate(train):
-        yield (str(index),), one.name or one.stem, one

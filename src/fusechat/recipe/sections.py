@@ -1,7 +1,7 @@
 """The sections of a recipe, each checked by itself. The whole is in `schema.py`."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,6 @@ from pydantic import (
 from fusechat.data.records import refuse_taken
 from fusechat.models.chat_model import is_template_file
 from fusechat.models.reference import COMMIT, Reference
-from fusechat.recipe.verifier import Verifier
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -291,12 +290,10 @@ class Merge(Section):
         return {name.rstrip("_"): value for name, value in given.items()}
 
 
-class Evaluate(Section):
-    bits_per_byte: bool = True
-    dtype: Dtype = "bfloat16"
-    batch_tokens: int = Field(default=2048, ge=1)
-    answers: int = Field(default=4, ge=0)
-    answer_tokens: int = Field(default=128, ge=1)
-    verifier: Verifier | None = None
-    verifier_seconds: float | None = Field(default=None, gt=0)
-    verifier_limit: int | None = Field(default=None, ge=1)
+def named_sets(train: TrainingSets, own: str) -> Iterator[tuple[tuple[str, ...], str, TrainingSet]]:
+    """Each set with its place and its name: in a list that of its file, else `own`."""
+    if isinstance(train, TrainingSet):
+        yield (), train.name or own, train
+        return
+    for index, one in enumerate(train):
+        yield (str(index),), one.name or one.stem, one

@@ -1,10 +1,13 @@
-"""How a recipe names a verifier: `exact`, `final_number`, `contains`, `module:function`, or a command as text or as words."""
+"""The section `evaluate`, and how a recipe names a verifier: `exact`, `final_number`, `contains`, `module:function`, or a command
+as text or as words."""
 
 import shlex
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, StringConstraints
+
+from fusechat.recipe.sections import Dtype, Section
 
 SECONDS = 10.0  # that a verifier may take for an answer
 _Text = Annotated[str, StringConstraints(min_length=1)]
@@ -17,6 +20,17 @@ def _has_words(value: Any) -> Any:
 
 
 Verifier = Annotated[_Text | Annotated[list[_Text], Field(min_length=1)], AfterValidator(_has_words)]
+
+
+class Evaluate(Section):
+    bits_per_byte: bool = True
+    dtype: Dtype = "bfloat16"
+    batch_tokens: int = Field(default=2048, ge=1)
+    answers: int = Field(default=4, ge=0)
+    answer_tokens: int = Field(default=128, ge=1)
+    verifier: Verifier | None = None
+    verifier_seconds: float | None = Field(default=None, gt=0)
+    verifier_limit: int | None = Field(default=None, ge=1)
 
 
 def problems(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
