@@ -63,7 +63,7 @@ def test_a_run_goes_on_where_the_one_it_waits_for_was_killed(finished: Path, tmp
     second = start(finished, work)
     deadline = time.monotonic() + 120
     waiting = ""
-    while f"process {first.pid} does it" not in waiting and time.monotonic() < deadline:
+    while f"process {first.pid} is doing it" not in waiting and time.monotonic() < deadline:
         waiting += second.stderr.readline()
     assert f"process {first.pid} is doing it; waiting" in waiting
     states = json.loads(runs.here("status", work, "--json").stdout)
@@ -82,8 +82,8 @@ def test_a_file_system_without_locks_is_named(finished: Path, tmp_path: Path, mo
     done = runs.here("run", finished / "recipe.yaml", "--workdir", tmp_path / "work")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        f"fusechat: error: {tmp_path / 'work' / '.starting.lock'}: cannot be locked (No locks available): its file system has to "
-        "have locks; choose another --workdir"
+        f"fusechat: error: {tmp_path / 'work' / '.starting.lock'}: cannot be locked (No locks available): its file system must "
+        "support locks; choose another --workdir"
     )
 
 
