@@ -17,6 +17,7 @@ from fusechat.commands.cli import main
 PREFIX = "fusechat: error: "
 _PROGRESS = re.compile(
     r"(answers|prepare|capture|align|count|transfer|fuse|merge|evaluate|report|fetch|convert)(ing)?\b.*"
+    r"|[\w-]+: \d+ of \d+ answers end where they became too long"
 )
 RECIPE = """\
 name: tiny

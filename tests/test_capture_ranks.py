@@ -31,7 +31,7 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: Path, tmp_path
     for all processes together, which one of them ran."""
     work = tmp_path / "work"
     said = capture(finished, work, 3, "--set", 'capture.device_map={"": disk}')
-    assert said.count("one process on each machine runs it") == 2, "told once of each model"
+    assert said.count("one process on each machine runs the model") == 2, "told once of each model"
     directory = work / CAPTURE
     (directory / MANIFEST).rename(directory / "started.json")  # it has the fingerprint
     first, second, third = sorted(directory.glob("shard-*"))

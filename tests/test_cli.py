@@ -108,7 +108,7 @@ def test_chat_runs_code_of_a_model_only_where_it_is_trusted(models: dict[str, Pa
     arguments = ("chat", model, "--max-new-tokens", "5")
     refused = runs.here(*arguments, stdin="What is 1 + 2?\n")
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "needs code of its own to run" in refused.stderr
+    assert "needs custom code" in refused.stderr
     plain = runs.here("chat", models["mistral"], "--max-new-tokens", "5", stdin="What is 1 + 2?\n")
     trusted = runs.here(*arguments, "--trust-remote-code", stdin="What is 1 + 2?\n")
     assert (trusted.returncode, trusted.stdout) == (0, plain.stdout), trusted.stderr

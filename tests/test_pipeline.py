@@ -72,7 +72,7 @@ def test_of_a_source_with_the_pivots_tokenizer_every_token_is_itself(
     counts = json.loads((tmp_path / "work/align/twin/manifest.json").read_text())["counts"]
     assert counts["same_tokenizer"]
     assert counts["map_rows_by_origin"]["same token"] > 0
-    assert "align twin: its tokenizer is the pivot's" in caplog.text
+    assert "align twin: has the pivot's tokenizer" in caplog.text
     prepared = [PreparedSet(tmp_path / "work/prepare" / name / "data") for name in ("pivot", "twin")]
     captured, aligned = (open_distributions(tmp_path / "work" / at) for at in ("capture/twin/data", "align/twin"))
     for identity, number in prepared[0].row_of.items():

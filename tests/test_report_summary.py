@@ -254,7 +254,7 @@ def test_results_of_a_run_are_compared_with_its_plain_fine_tuning(tmp_path: Path
         about = {"p": About("", "p", identity), "f": About("fused", "f", "id of fused")}
         own = records(suite, found, models=about, pivot=None, sft="p", settings={}, versions={})
         keep(tmp_path / suite, own)
-    stage._results(tmp_path, subjects, ["d"], "target-sft")  # type: ignore[arg-type]
+    stage._results(tmp_path, subjects, ["d"], "target-sft", None)  # type: ignore[arg-type]
     by = {(one["suite"], one["model"]): one for one in read_json(tmp_path / "results.json")["scores"]}
     of = by["bits-per-byte", "fused"]
     assert (of["sft_target"], of["sft_identity"], of["difference_to_sft_n"]) == ("sft", "id of target-sft", 2)
