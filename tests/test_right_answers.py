@@ -110,11 +110,18 @@ def test_references_verifiers_and_keys_that_do_not_fit(finished: Path, tmp_path:
         (["evaluate.verifier=no_such:thing"], "evaluate.verifier: no_such:thing: cannot be imported (ModuleNotFound"),
         (["evaluate.verifier=no-such-command"], "evaluate.verifier: no-such-command: no such command"),
         (["evaluate.verifier=exact", "evaluate.verifier_limit=0"], "evaluate.verifier_limit"),
+        (
+            ["data.validation={path: h.jsonl, name: Gemma}"],
+            "data.validation.name: a source is called Gemma: choose another",
+        ),
     ):
         arguments = [word for change in changes for word in ("--set", change)]
         told = runs.here("run", finished / "recipe.yaml", "--workdir", tmp_path / "new", *arguments)
         assert told.returncode == 2, line
         assert line in told.stderr, told.stderr
+    named = load_recipe(finished / "recipe.yaml", ["data.validation={path: held-out.jsonl, name: words}"])
+    assert [data.name for data in named.validation_sets()] == ["words-held-out", "gemma-held-out"]
+    assert named.validation_set("mistral").name == "words-held-out"
     recipe = yaml.safe_load((finished / "recipe.yaml").read_text())
     del recipe["data"]["validation"], recipe["sources"]["gemma"]["data"]["validation"]
     recipe["evaluate"]["verifier"] = "exact"

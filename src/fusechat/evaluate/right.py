@@ -14,7 +14,7 @@ from fusechat.evaluate.records import Measurement
 from fusechat.evaluate.statistics import wilson
 from fusechat.models.answers import Prompt
 from fusechat.models.verify import code_of, needs_reference, verify
-from fusechat.recipe.evaluate import SECONDS, Evaluate
+from fusechat.recipe.evaluate import Evaluate
 from fusechat.run.progress import log, progress
 
 SUITE, METRIC, KEY = "right-answers", "right_answers", "evaluate.verifier"
@@ -84,8 +84,8 @@ def judge(questions: Sequence[Question], replies: Mapping[str, Sequence[Reply]],
     ]
     told = ((questions[at].told(replies[model][at]["text"]), questions[at].prompt.where) for at, model in pairs)
     with progress("verify answers", len(pairs), "answers") as advance:
-        seconds = how.verifier_seconds or SECONDS
-        values = dict(zip(pairs, verify(told, how.verifier, key=KEY, seconds=seconds, advance=advance), strict=True))
+        found = verify(told, how.verifier, key=KEY, seconds=how.verifier_seconds, advance=advance)
+        values = dict(zip(pairs, found, strict=True))
     return [
         {
             "data": question.data,

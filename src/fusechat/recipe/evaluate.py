@@ -29,7 +29,7 @@ class Evaluate(Section):
     answers: int = Field(default=4, ge=0)
     answer_tokens: int = Field(default=128, ge=1)
     verifier: Verifier | None = None
-    verifier_seconds: float | None = Field(default=None, gt=0)
+    verifier_seconds: float = Field(default=SECONDS, gt=0)
     verifier_limit: int | None = Field(default=None, ge=1)
 
 
@@ -37,8 +37,8 @@ def problems(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
     """Place and line of what is wrong with the verifier of held-out answers."""
     evaluate = recipe.evaluate
     if evaluate.verifier is None:
-        for key in ("verifier_seconds", "verifier_limit"):
-            if getattr(evaluate, key) is not None:
+        for key, default in (("verifier_seconds", SECONDS), ("verifier_limit", None)):
+            if getattr(evaluate, key) != default:
                 yield ("evaluate", key), "goes with evaluate.verifier"
     elif not recipe.validation_sets():
         yield ("evaluate", "verifier"), "needs held-out conversations: set data.validation, or that of a source"
