@@ -22,7 +22,7 @@ def figure(table: Table, rows: Mapping[str, Row], scores: Scores) -> dict[str, A
 
 
 def _dots(table: Table, rows: Mapping[str, Row], scores: Scores) -> dict[str, Any]:
-    """A row of the table is a row of the figure; lines stand at pivot and SFT."""
+    """A row of the table is a row of the figure; lines stand at the pivot and at gold answers."""
     labels = list(rows)[::-1]
     data, shapes = [], []
     for number, metric in enumerate((EXACT, BITS), 1):
@@ -40,7 +40,7 @@ def _dots(table: Table, rows: Mapping[str, Row], scores: Scores) -> dict[str, An
                 "yaxis": "y",
             }
         )
-        for row, colour, dash in ((PIVOT_ROW, GREY, "dot"), (table.sft, ORANGE, "dash")):
+        for row, colour, dash in ((PIVOT_ROW, GREY, "dot"), (table.gold, ORANGE, "dash")):
             at = scale * scores.mean(row, table.seeds, metric).mean
             place = {"xref": f"x{number}", "yref": "paper", "x0": at, "x1": at, "y0": 0, "y1": 1}
             shapes.append({"type": "line", **place, "line": {"color": colour, "dash": dash, "width": 1.5}})
@@ -49,7 +49,7 @@ def _dots(table: Table, rows: Mapping[str, Row], scores: Scores) -> dict[str, An
         key: axis(title, domain=domain, side="bottom", anchor="y")
         for (key, domain), title in zip(widths.items(), TITLES.values(), strict=True)
     }
-    said = f"{table.title} (dotted: pivot; dashed: SFT)"
+    said = f"{table.title} (dotted: pivot; dashed: gold answers)"
     height = 110 + 24 * len(labels)
     return {
         "data": data,

@@ -1,8 +1,9 @@
 """The work, a job at a time: each is done once and kept in a directory named by all that it rests on.
 
-models/KEY/NAME/       a chat LLM, schooled            measures/KEY-QUESTIONS.json   what a model can do
+models/KEY/NAME/       a chat LLM, schooled            measures/KEY-QUESTIONS-last.json   what a model can do
 data/KEY.jsonl         training conversations          tunings/KEY/                  a fine-tuned pivot
 bases/KEY/             work directory up to `align`    merges/KEY/                   a merged model
+answers/KEY/           work directory up to `generate`, where sources answer
 """
 
 import json
@@ -40,7 +41,7 @@ class Place:
         return self.root / "models" / self.key()
 
     def measures(self, key: str) -> Path:
-        return self.root / "measures" / f"{key}-{self.questions}.json"
+        return self.root / "measures" / f"{key}-{self.questions}-last.json"
 
 
 FORMAT = 1  # another number makes everything anew
@@ -59,6 +60,10 @@ class School:
     def done(self, place: Place) -> bool:
         return self.model(place).is_dir()
 
+    def needs(self) -> "list[Job]":
+        further = CHATTERS[self.name].further
+        return [] if further is None else [School(further)]
+
     def run(self, place: Place) -> None:
         from miniature.schooling import school
 
@@ -67,15 +72,48 @@ class School:
 
 
 @dataclass(frozen=True)
-class Base:
-    """Conversations, and what every source has to say about them in the pivot's tokens."""
+class Answers:
+    """The questions of the conversations, answered by every source, and all answers scored by every model."""
 
     changes: Changes = field(hash=False)
     seed: int
 
+    @property
+    def base(self) -> "Base":
+        return Base(settings.answering(self.changes), self.seed)
+
+    def key(self, place: Place) -> str:
+        return place.key("answers", self.base.key(place))
+
+    def directory(self, place: Place) -> Path:
+        return place.root / "answers" / self.key(place)
+
+    def done(self, place: Place) -> bool:
+        return self.directory(place).is_dir()
+
+    def needs(self) -> "list[Job]":
+        return schools(self.changes)
+
+    def run(self, place: Place) -> None:
+        with finished(self.directory(place)) as directory:
+            _run(self.base.recipe(place), directory, until="generate")
+
+
+@dataclass(frozen=True)
+class Base:
+    """Conversations, and what every source has to say about them in the pivot's tokens. With `generate`, conversations with the
+    answers that are chosen."""
+
+    changes: Changes = field(hash=False)
+    seed: int
+
+    @property
+    def answers(self) -> Answers | None:
+        return Answers(self.changes, self.seed) if "generate" in self.changes else None
+
     def key(self, place: Place) -> str:
         whole = settings.recipe(self.changes, seed=0, models=Path("models"), train=Path("train"))
-        rests_on = [whole[section] for section in ("sources", "capture", "align")]
+        rests_on = [whole.get(section) for section in ("sources", "capture", "align", "generate")]
         return place.key("base", rests_on, settings.conversations(self.changes), self.seed)
 
     def directory(self, place: Place) -> Path:
@@ -96,8 +134,13 @@ class Base:
     def done(self, place: Place) -> bool:
         return self.directory(place).is_dir()
 
+    def needs(self) -> "list[Job]":
+        return schools(self.changes) if self.answers is None else [self.answers]
+
     def run(self, place: Place) -> None:
         with finished(self.directory(place)) as directory:
+            if self.answers is not None:
+                _linked(self.answers.directory(place), directory)
             _run(self.recipe(place), directory, until="align")
 
 
@@ -113,11 +156,17 @@ class Tuning:
     def base(self) -> Base:
         return Base(self.changes, self.seed)
 
+    @property
+    def on_file(self) -> bool:
+        """Whether it is plain fine-tuning on conversations that stand in a file."""
+        return self.target == SFT and "generate" not in self.changes
+
     def key(self, place: Place) -> str:
         whole = settings.recipe(self.changes, seed=self.seed, models=Path("models"), train=Path("train"))
-        if self.target == SFT:  # whatever the sources say
+        if self.target == SFT:  # whatever the sources say, where they do not answer
             fuse = whole["fuse"]["training"]
-            return place.key("sft", fuse, settings.conversations(self.changes), self.seed, self.changes.get("order"))
+            read = settings.conversations(self.changes) if self.on_file else self.base.key(place)
+            return place.key("sft", fuse, read, self.seed, self.changes.get("order"))
         return place.key("tuning", self.target, whole["fuse"], self.base.key(place))
 
     def model(self, place: Place) -> Path:
@@ -126,16 +175,16 @@ class Tuning:
     def done(self, place: Place) -> bool:
         return self.model(place).is_dir()
 
+    def needs(self) -> "list[Job]":
+        return [School(PIVOT)] if self.on_file else [self.base]
+
     def run(self, place: Place) -> None:
         with finished(self.model(place).parent) as directory:
             work = directory / "work"
-            if self.target != SFT:
-                shutil.copytree(
-                    self.base.directory(place), work, copy_function=os.link, ignore=shutil.ignore_patterns(".lock")
-                )
-            taught = (
-                self.changes if self.target != SFT else {**self.changes, "sources": [PIVOT]}
-            )  # a recipe has a source
+            if not self.on_file:
+                _linked(self.base.directory(place), work)
+            # A recipe has a source.
+            taught = {**self.changes, "sources": [PIVOT]} if self.on_file else self.changes
             recipe = Base(taught, self.seed).recipe(place)
             recipe["seed"] = self.changes.get("order", self.seed)
             _run(recipe, work, until="fuse", only=self.target)
@@ -157,6 +206,9 @@ class Merged:
 
     def done(self, place: Place) -> bool:
         return measured(place, self.key(place)) is not None
+
+    def needs(self) -> "list[Job]":
+        return list(self.tunings)
 
     def run(self, place: Place) -> None:
         from miniature.merging import merge
@@ -185,11 +237,19 @@ class Measured:
     def done(self, place: Place) -> bool:
         return measured(place, self.key(place)) is not None
 
+    def needs(self) -> "list[Job]":
+        return [self.of]
+
     def run(self, place: Place) -> None:
         measure(place, self.key(place), self.of.model(place))
 
 
-Job = School | Base | Tuning | Merged | Measured
+Job = School | Answers | Base | Tuning | Merged | Measured
+
+
+def schools(changes: Changes) -> list[Job]:
+    """The models that a recipe has."""
+    return [School(name) for name in (PIVOT, *settings.sources(changes))]
 
 
 def measured(place: Place, key: str) -> dict[str, Any] | None:
@@ -214,6 +274,11 @@ def finished(directory: Path) -> Iterator[Path]:
     partial.mkdir(parents=True)
     yield partial
     partial.rename(directory)
+
+
+def _linked(work: Path, copy: Path) -> None:
+    """A work directory once more, to go on from; its files are the same ones, for nothing writes into a finished file."""
+    shutil.copytree(work, copy, copy_function=os.link, ignore=shutil.ignore_patterns(".lock"), dirs_exist_ok=True)
 
 
 def _run(recipe: dict[str, Any], work: Path, **options: Any) -> None:

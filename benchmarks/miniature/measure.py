@@ -1,4 +1,4 @@
-"""How good a model is: exact match of its greedy answers by skill, and bits per byte of the right ones."""
+"""How good a model is, by skill: exact match of its greedy answers to last questions, and bits per byte of the right ones."""
 
 import math
 from collections import defaultdict
@@ -19,7 +19,7 @@ LONGEST = 24  # tokens of an answer
 
 
 def measure(model: Path, split: str, questions: int) -> dict[str, dict[str, float]]:
-    """Skill → `exact_match` (share of questions) and `bits_per_byte` of all responses in it."""
+    """Skill → `exact_match` (share of questions) and `bits_per_byte` of the right answers to the same questions."""
     asked = [(skill, dialogue) for skill in SKILLS for dialogue in corpus.distinct(split, skill, questions)]
     chat_model = ChatModel(model.name, Reference((str(model),)))
     right = _exact_matches(chat_model, [dialogue for _, dialogue in asked])
@@ -56,7 +56,7 @@ def _bits(chat_model: ChatModel, asked: list[tuple[str, corpus.Dialogue]]) -> di
     nats: dict[str, float] = defaultdict(float)
     size: dict[str, int] = defaultdict(int)
     for key, responses in score_responses(model, prepared, batch_tokens=8192, advance=lambda _: None).items():
-        for nll, length in responses:
-            nats[skill_of[key]] += nll
-            size[skill_of[key]] += length
+        nll, length = responses[-1]  # of earlier turns nothing is learnt where sources answer
+        nats[skill_of[key]] += nll
+        size[skill_of[key]] += length
     return {skill: nats[skill] / size[skill] / math.log(2) for skill in nats}

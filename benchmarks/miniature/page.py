@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 
 from miniature import settings
+from miniature.answered import worth
 from miniature.chatters import CHATTERS, PIVOT
 from miniature.jobs import Place
 from miniature.rows import PIVOT_ROW, Row, Table
@@ -16,6 +17,20 @@ from miniature.scores import BITS, EXACT, Interval, Scores
 from miniature.skills import SKILLS
 
 SETTING = "; "  # between a method and its settings in a row's label
+
+
+NOT_YET = "(not computed yet)"
+
+
+def done(table: Table, place: Place) -> Table:
+    """The table with the rows that are measured, for as many seeds as all of them have."""
+    rows = {label: row for label, row in table.rows.items() if row(0).done(place)}
+    beside = [PIVOT_ROW, table.gold]
+    if not rows or not all(row(0).done(place) for row in beside):
+        return replace(table, rows={})
+    every = [*rows.values(), *beside]
+    seeds = next((seed for seed in range(table.seeds) if not all(row(seed).done(place) for row in every)), table.seeds)
+    return replace(table, rows=rows, seeds=seeds, chosen={one: table.chosen[one] for one in rows if table.chosen})
 
 
 def chosen(table: Table, place: Place) -> dict[str, Row]:
@@ -35,14 +50,16 @@ def table_text(table: Table, place: Place, only: Sequence[str] = ()) -> str:
     """Exact match in per cent, bits per byte; differences paired by seed. The pivot is one model for all seeds: a difference
     to it has the interval of the value itself. `only`: rows that begin with one of these words."""
     scores = Scores(place, "test")
+    if not table.rows:
+        return NOT_YET
     lines = [
-        "| row | exact match, % | - pivot | - SFT | bits per byte | - pivot | - SFT |",
+        "| row | exact match, % | - pivot | - gold | bits per byte | - pivot | - gold |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for label, row in chosen(table, place).items():
         if only and not label.startswith(tuple(only)):
             continue
-        cells = [label.replace("SFT five times", "5 SFTs")]
+        cells = [label]
         for metric, scale, digits in ((EXACT, 100, 1), (BITS, 1, 4)):
             cells.append(_text(scores.mean(row, table.seeds, metric), scale, digits).replace(" ", ""))
             for other in (PIVOT_ROW, table.beside(label)):
@@ -57,18 +74,37 @@ def table_text(table: Table, place: Place, only: Sequence[str] = ()) -> str:
 def skill_text(table: Table, place: Place, metric: str = EXACT) -> str:
     """Exact match in per cent by skill, means over seeds."""
     scores = Scores(place, "test")
+    if not table.rows:
+        return NOT_YET
     lines = [f"| row | {' | '.join(SKILLS)} |", f"| --- |{' ---: |' * len(SKILLS)}"]
     for label, row in chosen(table, place).items():
         means = (100 * scores.mean(row, table.seeds, metric, skill).mean for skill in SKILLS)
-        name = label.replace("SFT five times", "5 SFTs")
-        lines.append(f"| {name} | {' | '.join(f'{mean:.0f}' for mean in means)} |")
+        lines.append(f"| {label} | {' | '.join(f'{mean:.0f}' for mean in means)} |")
+    return "\n".join(lines)
+
+
+def worth_text(table: Table, place: Place) -> str:
+    """What each way to choose brought and took, of the first seed."""
+    if not table.rows:
+        return NOT_YET
+    lines = [
+        "| choice | right among the prompts, % | prompts with an answer, % | tokens written | answers scored |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for label, changes in table.chosen.items():
+        one = worth(changes, place)
+        shares = f"{100 * one.right:.1f} | {100 * one.chosen:.1f}"
+        lines.append(f"| {label} | {shares} | {one.written:,} | {one.scored:,} |")
     return "\n".join(lines)
 
 
 def difference_text(table: Table, row: str, other: str, place: Place) -> str:
     """Of two rows in one table, by their first words: exact match in points and bits per byte, paired by seed."""
     scores, rows = Scores(place, "test"), chosen(table, place)
-    left, right = (next(job for label, job in rows.items() if label.startswith(words)) for words in (row, other))
+    found = [next((job for label, job in rows.items() if label.startswith(words)), None) for words in (row, other)]
+    left, right = found
+    if left is None or right is None:
+        return NOT_YET
     exact, bits = (scores.difference(left, right, table.seeds, metric) for metric in (EXACT, BITS))
     return f"{_text(exact, 100, 1, sign=True)} points and {_text(bits, 1, 4, sign=True)} bits per byte"
 
@@ -99,11 +135,13 @@ def write(tables: Mapping[str, Table], place: Place, pages: Mapping[str, Path]) 
         text = environment.get_template(template).render(
             titles={name: one.title for name, one in tables.items()},
             models=_models(place),
+            not_yet=NOT_YET,
             skill_names=", ".join(SKILLS),
             conversations=settings.CONVERSATIONS,
             fuse=settings.RECIPE["fuse"],
             questions=place.questions,
             table=lambda name, *only: table_text(tables[name], place, only),
+            worth=lambda name: worth_text(tables[name], place),
             skills=lambda name: skill_text(tables[name], place),
             difference=lambda name, row, other: difference_text(tables[name], row, other, place),
             seeds=lambda name: tables[name].seeds,

@@ -7,40 +7,60 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import cache
 
 from miniature.jobs import Job, Place
 
 
 def run(jobs: Sequence[Job], place: Place, what: str) -> None:
-    """Runs what is not done yet, and raises what a job raises. What was done stays."""
-    waiting = list({job.key(place): job for job in jobs if not job.done(place)}.values())
-    if not waiting:
-        return
-    began = time.monotonic()
-    pool = _workers()
-    futures = [pool.submit(_run, job, place) for job in waiting]
+    """Runs what is not done yet, with all that it rests on, in this order where nothing has to be waited for. Raises what a job
+    raises. What was done stays."""
+    waiting: dict[str, Job] = {}
+    for job in jobs:
+        _add(job, place, waiting)
+    began, running, count = time.monotonic(), dict[Future[None], str](), len(waiting)
+    pool = _workers() if waiting else None
     try:
-        for count, future in enumerate(as_completed(futures), 1):
-            future.result()
+        while pool is not None and (waiting or running):
+            for key in [key for key, job in waiting.items() if all(one.done(place) for one in job.needs())]:
+                if len(running) == _processes():
+                    break
+                running[pool.submit(_run, waiting.pop(key), place)] = key
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                future.result()
+            done = count - len(waiting) - len(running)
             print(
-                f"\r{what}: {count} of {len(waiting)}, {time.monotonic() - began:.0f} s ",
-                end="",
-                file=sys.stderr,
-                flush=True,
+                f"\r{what}: {done} of {count}, {time.monotonic() - began:.0f} s ", end="", file=sys.stderr, flush=True
             )
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if pool is not None:
+            pool.shutdown(wait=False, cancel_futures=True)
         _workers.cache_clear()
         raise
     finally:
-        print(file=sys.stderr)
+        if count:
+            print(file=sys.stderr)
+
+
+def _add(job: Job, place: Place, waiting: dict[str, Job]) -> None:
+    """What a job needs comes before it. Models are measured under their own key, so that the kind belongs to it."""
+    key = f"{type(job).__name__} {job.key(place)}"
+    if key in waiting or job.done(place):
+        return
+    for one in job.needs():
+        _add(one, place, waiting)
+    waiting[key] = job
+
+
+def _processes() -> int:
+    return os.cpu_count() or 1
 
 
 @cache
 def _workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(os.cpu_count() or 1, multiprocessing.get_context("spawn"), _ready)
+    return ProcessPoolExecutor(_processes(), multiprocessing.get_context("spawn"), _ready)
 
 
 def _run(job: Job, place: Place) -> None:

@@ -16,8 +16,8 @@ RECIPE: dict[str, Any] = {
     "fuse": {
         "sft_weight": 0.3,
         "training": {
-            "num_train_epochs": 2,
-            "learning_rate": 3e-4,
+            "num_train_epochs": 6,
+            "learning_rate": 1e-3,
             "lr_scheduler_type": "cosine",
             "warmup_steps": 0.03,
             "per_device_train_batch_size": 16,
@@ -27,7 +27,9 @@ RECIPE: dict[str, Any] = {
     "evaluate": {"bits_per_byte": False, "answers": 0},
     "device": "cpu",
 }
-CONVERSATIONS: dict[str, Any] = {"a_skill": 200, "wrong": 0.2, "rare": 1.0}  # see `corpus.lesson`
+CONVERSATIONS: dict[str, Any] = {"a_skill": 1600, "wrong": 0.0, "rare": 1.0}  # see `corpus.lesson`
+LONGEST = 48  # tokens of a source's answer
+ANSWERED: Changes = {"samples": 1, "temperature": 0.0}  # what a `generate` says that its answers depend on
 
 
 def recipe(changes: Changes, *, seed: int, models: Path, train: Path) -> dict[str, Any]:
@@ -42,6 +44,10 @@ def recipe(changes: Changes, *, seed: int, models: Path, train: Path) -> dict[st
         "seed": seed,
     }
     whole["data"]["train"] = str(train)
+    if "generate" in changes:
+        whole["generate"] = {"max_new_tokens": LONGEST, **changes["generate"]}
+        if whole["generate"].get("targets") != "each":
+            whole["fuse"]["function"] = "author"
     for section in ("capture", "align", "fuse"):
         given = deepcopy(changes.get(section, {}))
         training = {**whole[section].get("training", {}), **given.pop("training", {})}
@@ -53,6 +59,13 @@ def recipe(changes: Changes, *, seed: int, models: Path, train: Path) -> dict[st
 
 def sources(changes: Changes) -> list[str]:
     return list(changes.get("sources", SOURCES))
+
+
+def answering(changes: Changes) -> Changes:
+    """Of the changes, those that the sources' answers depend on: not who teaches what of them, and how."""
+    how = {key: changes["generate"][key] for key in ANSWERED if key in changes["generate"]}
+    kept: Changes = {key: changes[key] for key in ("conversations", "sources") if key in changes}
+    return {**kept, "generate": how}
 
 
 def conversations(changes: Changes) -> dict[str, Any]:
