@@ -9,7 +9,7 @@ from typing import Any
 from miniature.jobs import Base, Place
 from miniature.settings import Changes, sources
 
-BY_ALL = ("likelihood", "vote")  # ways for which every model scores every answer
+BY_ALL = {"likelihood", "vote", "verifier"}  # ways for which every model scores every answer
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,25 @@ def worth(changes: Changes, place: Place, seed: int = 0) -> Worth:
     work = base.directory(place) / "generate"
     chosen = [_asked_and_answered(line) for line in _lines(work / "chosen" / "conversations.jsonl")]
     right = sum(gold[asked] == answer for asked, answer in chosen)
-    answered = [_counts(work / "models" / name / "answers") for name in sources(changes)]
+    only = _choose(changes).get("source")
+    answered = [_counts(work / "models" / name / "answers") for name in ([only] if only else sources(changes))]
     written = sum(one["tokens"] for one in answered)
     return Worth(right / len(gold), len(chosen) / len(gold), written, sum(_scored(changes, work)))
 
 
 def _scored(changes: Changes, work: Path) -> Iterator[int]:
     """Answers that the choice needs to be scored, of each model and author: a directory may have more."""
-    choose = changes["generate"].get("choose", "likelihood")
-    samples = changes["generate"].get("samples", 1)
+    choose, samples = _choose(changes), changes["generate"].get("samples", 1)
+    by_all = choose.keys() & BY_ALL or ("source" in choose and samples > 1)
     for directory in work.glob("models/*/scores/*"):
         scorer, author = directory.parts[-3], directory.parts[-1]
-        by_all = choose in BY_ALL or (isinstance(choose, dict) and ("verifier" in choose or samples > 1))
-        if by_all or scorer == author:
+        if author in ([choose["source"]] if "source" in choose else sources(changes)) and (by_all or scorer == author):
             yield _counts(directory)["scored"]
+
+
+def _choose(changes: Changes) -> dict[str, Any]:
+    choose = changes["generate"].get("choose", "likelihood")
+    return {choose: True} if isinstance(choose, str) else choose
 
 
 def _counts(directory: Path) -> dict[str, Any]:

@@ -77,7 +77,7 @@ CHOICES: dict[str, Changes] = {
     "likelihood": {"choose": "likelihood"},
     "self": {"choose": "self"},
     "vote": {"choose": "vote"},
-    "the best source": {"choose": {"source": BEST}},
+    "the best source": {"choose": {"source": BEST}, "sources": SOURCES},
     "random": {"choose": "random"},
     "oracle": {"choose": {"verifier": "exact"}},
 }
