@@ -4,6 +4,7 @@ Run `python examples/make_words.py`. For each language of the table it writes, n
 without answers, and `data/LANGUAGE.held-out.jsonl`, the same words asked for in a form that no prompt has; and
 `data/new-words.held-out.jsonl`, words that no prompt asks for. References are the table's. The same SEED always gives the same
 bytes. With `--validation DIR` it writes held-out files of another form and other words there, on which settings can be chosen.
+With `--gold DIR` it writes the prompts with the table's answers there, to compare with.
 """
 
 import argparse
@@ -14,11 +15,8 @@ from random import Random
 from typing import Any
 
 SEED = 1
-TRAINED, NEW, HELD_OUT = (
-    80,
-    50,
-    50,
-)  # words asked for in training, and never; those of the former that are held out in a new form
+# Words asked for in training, and never; those of the former that are held out in a new form.
+TRAINED, NEW, HELD_OUT = 80, 50, 50
 PROMPTS = ("What is '{word}' in {language}?", "Translate '{word}' into {language}.", "{language} for '{word}'?")
 UNSEEN, VALIDATION = "How do you say '{word}' in {language}?", "Which {language} word means '{word}'?"
 DATA = Path(__file__).parent / "data"
@@ -40,12 +38,13 @@ def prompts(words: Words, language: str) -> Iterable[dict[str, Any]]:
             yield {"prompt": form.format(word=word["English"], language=language)}
 
 
-def held_out(words: Words, language: str, form: str) -> Iterable[dict[str, Any]]:
-    for word in words:
-        right = word[language].split(", ")
-        asked = form.format(word=word["English"], language=language)
-        messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": right[0]}]
-        yield {"messages": messages, "reference": right}
+def answered(words: Words, language: str, *forms: str) -> Iterable[dict[str, Any]]:
+    for form in forms:
+        for word in words:
+            right = word[language].split(", ")
+            asked = form.format(word=word["English"], language=language)
+            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": right[0]}]
+            yield {"messages": messages, "reference": right}
 
 
 def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
@@ -56,18 +55,25 @@ def write(path: Path, records: Iterable[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the quickstart's data.")
     parser.add_argument("--validation", type=Path, metavar="DIR", help="write files to choose settings on, to DIR")
-    place = parser.parse_args().validation
+    parser.add_argument("--gold", type=Path, metavar="DIR", help="write the prompts with right answers, to DIR")
+    given = parser.parse_args()
     words = read(DATA / "words.txt")
     _, *languages = sorted(words[0], key=lambda language: language != "English")
     trained, new, others = words[:TRAINED], words[TRAINED : TRAINED + NEW], words[TRAINED + NEW :]
-    form, asked, never = (VALIDATION, trained[-HELD_OUT:], others) if place else (UNSEEN, trained[:HELD_OUT], new)
-    directory = place or DATA
+    directory = given.gold or given.validation or DATA
     directory.mkdir(exist_ok=True)
     for language in languages:
-        if not place:
-            write(DATA / f"{language.lower()}.train.jsonl", prompts(trained, language))
-        write(directory / f"{language.lower()}.held-out.jsonl", held_out(asked, language, form))
-    every = [record for language in languages for record in held_out(never[:NEW], language, form)]
+        records = answered(trained, language, *PROMPTS) if given.gold else prompts(trained, language)
+        if not given.validation:
+            write(directory / f"{language.lower()}.train.jsonl", records)
+    if given.gold:
+        return
+    form, asked, never = (
+        (VALIDATION, trained[-HELD_OUT:], others[:NEW]) if given.validation else (UNSEEN, trained[:HELD_OUT], new)
+    )
+    for language in languages:
+        write(directory / f"{language.lower()}.held-out.jsonl", answered(asked, language, form))
+    every = [record for language in languages for record in answered(never, language, form)]
     write(directory / "new-words.held-out.jsonl", every)
 
 
