@@ -7,7 +7,9 @@ from typing import get_args
 
 PAGE = "docs/recipe.md"
 _PLACE = re.compile(r"(?:\.ya?ml|:\d+): (?P<key>[a-z_]+(?:\.[^\s:]+)*): ")  # as `yaml_file.Document` writes it
-_DOTTED = re.compile(r"(?<![\w./-])(?:data|generate|capture|align|fuse|merge|evaluate|pivot|sources)(?:\.[\w-]+)+")
+_DOTTED = re.compile(
+    r"(?<![\w./-])(?:data|generate|capture|align|fuse|rounds|merge|evaluate|pivot|sources)(?:\.[\w-]+)+"
+)
 _FILE = re.compile(r"\.(jsonl?|parquet|gz|ya?ml|gguf|txt|md|py)$")
 
 

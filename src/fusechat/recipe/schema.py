@@ -22,6 +22,8 @@ from fusechat.recipe.evaluate import Evaluate
 from fusechat.recipe.generate import Generate, SourceSpec, answering, chosen_set, own_targets, problems, with_author
 from fusechat.recipe.precision import Place, automatic, with_dtypes
 from fusechat.recipe.presets import with_preset
+from fusechat.recipe.rounds import Rounds
+from fusechat.recipe.rounds import problems as problems_of_rounds
 from fusechat.recipe.sections import (
     COMMON,
     FUSED,
@@ -57,6 +59,7 @@ class Recipe(Section):
     capture: Capture = Capture()
     align: Align = Align()
     fuse: Fuse = Fuse()
+    rounds: Rounds | None = None
     merge: Merge = Merge(select_topk=1.0)
     evaluate: Evaluate = Evaluate()
     seed: int = Field(default=0, ge=0)
@@ -141,7 +144,7 @@ class Recipe(Section):
                 elif weight != one.weight:
                     wrong.append(((*place, *at), f"{name} has weight {weight:g} elsewhere: a set has one weight"))
                 here.add(name.lower())
-        if wrong := wrong or list(problems(self)):
+        if wrong := wrong or [*problems(self), *problems_of_rounds(self)]:
             raise ValueError(*wrong)
         return self
 
