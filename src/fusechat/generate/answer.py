@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.data.conversations import Conversation, DataSet
+from fusechat.data.prompts import read_prompts
 from fusechat.generate.backends import Author, Served, open_author, share
-from fusechat.generate.prompts import read_prompts
-from fusechat.generate.shards import Row, Shards, slices
 from fusechat.models.answers import Answer, Missing, Prompt
 from fusechat.models.verify import needs_reference
 from fusechat.recipe.generate import Generate
 from fusechat.recipe.schema import Recipe
 from fusechat.run.progress import Advance, progress
+from fusechat.run.shards import Row, Shards, slices
 
 ANSWERS = "answers"  # the kind of these shards
 EMPTY, UNENDED = "it is empty", "it did not end within max_new_tokens"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fusechat.data.conversations import Conversation
 from fusechat.generate.choose import Candidate
-from fusechat.generate.shards import Row, Shards
+from fusechat.run.shards import Row, Shards
 
 Directories = Mapping[tuple[str, str], Path]  # of what a model makes of the answers of an author
 

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fusechat.data.conversations import DataSet
+from fusechat.data.prompts import Asked, read_asked
 from fusechat.generate.answered import Answered
 from fusechat.generate.judge import ToJudge, judge
-from fusechat.generate.prompts import Asked, read_asked
-from fusechat.generate.shards import slices
 from fusechat.models.verify import verify
 from fusechat.recipe.evaluate import SECONDS
 from fusechat.recipe.generate import Choose
 from fusechat.run.progress import progress
+from fusechat.run.shards import slices
 
 _AT_ONCE = 1000  # prompts
 _KEY = "generate.choose.verifier"

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from fusechat.data.conversations import Conversation
-from fusechat.generate.prompts import read_prompts
+from fusechat.data.prompts import read_prompts
 from fusechat.generate.score import answered, distinct
-from fusechat.generate.shards import Making, Row, Shards, make
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.templates import UnrenderableError
 from fusechat.recipe.schema import Recipe
 from fusechat.run import ranks
+from fusechat.run.shards import Making, Row, Shards, make
 
 REWARDS = "rewards"  # the kind of these shards
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import Prepared
+from fusechat.data.prompts import read_prompts
 from fusechat.generate.backends import Nll, open_scorer, share
-from fusechat.generate.prompts import read_prompts
-from fusechat.generate.shards import Making, Row, Shards, make
 from fusechat.models.tokenise import RejectedError, prepare_conversation
 from fusechat.recipe.schema import Recipe
+from fusechat.run.shards import Making, Row, Shards, make
 
 SCORES = "scores"  # the kind of these shards
 

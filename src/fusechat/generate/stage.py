@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusechat.generate.shards import Shards
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run import ranks
 from fusechat.run.files import digest_json
 from fusechat.run.manifests import which_device
+from fusechat.run.shards import Shards
 from fusechat.run.steps import Step
 
 FORMAT = 1
@@ -189,10 +189,10 @@ def _choosing(recipe: Recipe) -> Any:
 
 
 def _choose(directory: Path, recipe: Recipe, found: Authors) -> dict[str, Any]:
+    from fusechat.data.prompts import read_prompts
     from fusechat.generate.answered import gather
     from fusechat.generate.chosen import choose_all
     from fusechat.generate.judged import put_judgements
-    from fusechat.generate.prompts import read_prompts
 
     how = recipe.generate
     assert how is not None
