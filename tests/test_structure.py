@@ -12,7 +12,7 @@ from fusechat.merge.methods import load_method, method_names
 from fusechat.merge.parameters import Parameter
 
 ROOT = Path(fusechat.__file__).parent
-STAGES = ("generate", "prepare", "capture", "align", "fuse", "merge", "evaluate")
+STAGES = ("generate", "prepare", "capture", "align", "fuse", "rounds", "merge", "evaluate")
 FLOORS = (
     *(("__main__",), ("commands",), ("plan",), ("pipeline",), ("report",), ("show",), STAGES),
     *(("recipe",), ("models",), ("data",), ("run",), ("errors",)),

@@ -1,12 +1,12 @@
 """The main path, to be read first: builds the steps of a recipe, in order.
 
-    prompts ─► generate ─► conversations ─► prepare ─► capture ─► align ─► fuse ─► merge ─► evaluate ─► report
+    prompts ─► generate ─► conversations ─► prepare ─► capture ─► align ─► fuse ─► rounds ─► merge ─► evaluate ─► report
 
 A step knows its upstream steps, so that its fingerprint changes whenever they do; see `run/steps.py`.
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from fusechat.models.reference import Reference
 from fusechat.prepare import stage as prepare
 from fusechat.recipe.load import read_recipe
 from fusechat.recipe.pinned import RECIPE
+from fusechat.recipe.rounds import taught_targets
 from fusechat.recipe.schema import FUSED, PIVOT, STAGES, Recipe
 from fusechat.report import stage as report
+from fusechat.rounds import stage as rounds
 from fusechat.run.steps import Step, with_upstream
 
 __all__ = ["RECIPE", "build_steps", "load_recipe"]
@@ -55,12 +57,14 @@ def build_steps(recipe: Recipe, workdir: Path) -> list[Step]:
     recipe = of_day(recipe, workdir)
     _check_files([*recipe.all_read_sets(), *_held_out(recipe)])
     chosen = generate.chosen_step(recipe, workdir) if recipe.generate else None
-    targets = {target: _target(recipe, workdir, target, chosen) for target in recipe.teachers()}
+    fused = {target: _target(recipe, workdir, target, chosen) for target in recipe.teachers()}
+    targets = fused | {name: _rounds(recipe, workdir, name, fused[name], chosen) for name in taught_targets(recipe)}
     merged = merge.step(recipe, workdir, {name: targets[name] for name in recipe.merged_targets()})
     aligned = {step.name: step for step in with_upstream(list(targets.values())) if step.stage == "align"}
     upstream = _overlap(recipe, workdir)
     upstream |= {f"align/{name}": step for name, step in aligned.items()}
-    upstream |= {f"fuse/{name}": step for name, step in targets.items()}
+    upstream |= {f"fuse/{name}": step for name, step in fused.items()}
+    upstream |= {f"rounds/{name}": step for name, step in targets.items() if step is not fused[name]}
     upstream["merge"] = merged
     upstream |= _evaluation(recipe, workdir, targets, merged)
     steps = with_upstream([report.step(recipe, workdir, upstream)])
@@ -100,6 +104,41 @@ def _target(recipe: Recipe, workdir: Path, target: str, chosen: Step | None) -> 
     held_out = recipe.validation_sets_of(target) if fuse.measures(recipe) else []
     measured = {data.name: prepare.step(recipe, workdir, pivot, data) for data in held_out}
     return fuse.step(recipe, workdir, target, sets, measured)
+
+
+def _rounds(recipe: Recipe, workdir: Path, target: str, fused: Step, chosen: Step | None) -> Step:
+    """The step that ends a target's rounds, in which other stages do what they do for the first training."""
+
+    def taught(source: str) -> rounds.Counted:
+        """What a source's map was first counted on."""
+        pairs = [
+            [prepare.step(recipe, workdir, recipe.chat_model(name), data, chosen) for name in (PIVOT, source)]
+            for data in recipe.sets_of(source)
+        ]
+        steps = {step.name: step for pair in pairs for step in pair}
+        ours, theirs = ([pair[side].directory for pair in pairs] for side in (0, 1))
+        return rounds.Counted(ours, theirs, steps)
+
+    def aligned(source: str, place: tuple[str, str, Path], made: Mapping[str, Step], counted: rounds.Counted) -> Step:
+        places = {"pivot": counted.pivot, "source": counted.source}
+        return align.sampled_step(recipe, source, place, made, places, counted.steps)
+
+    parts = rounds.Parts(
+        open_model=generate.open_model,
+        capture=lambda chat_model, prepared: capture.step(recipe, workdir, chat_model, prepared),
+        align=aligned,
+        train=fuse.train_part,
+        counted={source: taught(source) for source in taught_targets(recipe)[target]},
+    )
+    return rounds.step(recipe, workdir, target, fused, chosen, parts)
+
+
+def targets_of(steps: Iterable[Step]) -> dict[str, Step]:
+    """The step that made each target, the last of its rounds where it has some."""
+    ends = {"fuse": 0, "rounds": 1}
+    found = sorted((step for step in steps if step.stage in ends), key=lambda step: ends[step.stage])
+    fused = {step.name for step in found if step.stage == "fuse"}
+    return {step.name: step for step in found if step.name in fused}
 
 
 def _branch(recipe: Recipe, workdir: Path, source: str, chosen: Step | None) -> dict[str, fuse.SourceSteps]:
@@ -188,13 +227,13 @@ def select_steps(steps: list[Step], *, until: str | None = None, only: str | Non
     """The steps up to stage `until`. `only` keeps the branch of one source or target, which ends before the merge. For a source
     that only answers, it keeps its answers and their scores. Raises RecipeError for unknown names."""
     if only is not None:
-        branch = [step for step in steps if step.stage == "fuse" and step.name == only]
+        branch = [step for name, step in targets_of(steps).items() if name == only]
         answers = [step for step in steps if step.stage == "generate" and step.name == f"{only}/answers"]
         branch = branch or [
             step for step in steps if step in answers or list(step.upstream.values()) == (answers or None)
         ]
         if not branch:
-            names = [step.name for step in steps if step.stage == "fuse"]
+            names = list(targets_of(steps))
             names += [step.name.removesuffix("/answers") for step in steps if step.name.endswith("/answers")]
             raise RecipeError(f"--only {only}: the recipe has no such source or target; it has {', '.join(names)}")
         overlap = [step for step in steps if step.name == prepare.OVERLAP]

@@ -27,7 +27,8 @@ from fusechat.models.token_bytes import TokenBytes
 
 @dataclass(frozen=True)
 class Strategy:
-    """How to align: the keys of a recipe's `align` section."""
+    """How to align: the keys of a recipe's `align` section. `gold`: whether the gold token stands in where the source says nothing;
+    else the row has no targets."""
 
     sequence: Literal["boundary", "dtw"] = "boundary"
     vocabulary: Literal["exact", "edit", "statistics"] = "statistics"
@@ -36,11 +37,12 @@ class Strategy:
     look_ahead: bool = False
     chain_rule: bool = False
     min_mass: float = 0.0
+    gold: bool = True
 
     @classmethod
     def of(cls, section: Any) -> "Strategy":
         """The strategy of a recipe's `align` section."""
-        own = {field.name: getattr(section, field.name) for field in fields(cls)}
+        own = {field.name: getattr(section, field.name) for field in fields(cls) if field.name != "gold"}
         return cls(**{**own, "look_ahead": section.looks_ahead})
 
 
@@ -230,7 +232,7 @@ class Aligner:
         if kind == "pivot" and fill is not None:
             rows.ids[content], rows.logprobs[content] = fill.ids[content], fill.logprobs[content]
             rows.tail[content] = fill.tail[content]
-        if kind != "skip":
+        if kind != "skip" and self.pair.strategy.gold:
             rows.ids[gold], rows.logprobs[gold] = -1, -np.inf
             rows.ids[gold, 0] = pivot.gold[gold]
             rows.logprobs[gold, 0] = rows.tail[gold] = 0.0

@@ -144,11 +144,27 @@ class Blocks:
 
     def build_map(self, back_off: BackOff, advance: Advance) -> tuple[VocabularyMap, np.ndarray]:
         """Passes one and two, and the resulting map; also bool [source tokens]: tokens that longer pivot tokens start with."""
+        seen, is_open = self.see(advance)
+        return self.pair.build_map(seen, back_off), is_open
+
+    def see(self, advance: Advance) -> tuple[Seen, np.ndarray]:
+        """Passes one and two."""
         counts = self.count(advance)
         is_open = self.pair.extendable_tokens(counts)
         seen = self.survey(is_open, advance)
         seen.pairs = counts
-        return self.pair.build_map(seen, back_off), is_open
+        return seen, is_open
+
+    def build_further(
+        self, before: tuple[Seen, np.ndarray], back_off: BackOff, advance: Advance
+    ) -> tuple[VocabularyMap, np.ndarray]:
+        """As `build_map`, with the counts of other conversations, which were seen `before`: of these the map only has a row for all
+        that their distributions hold."""
+        seen, is_open = before
+        here = self.survey(is_open, advance)
+        both = add_seen([seen, Seen(tokens=here.tokens, remaining_bytes=here.remaining_bytes)])
+        both.pairs = seen.pairs
+        return self.pair.build_map(both, back_off), is_open
 
     def align(
         self, vocabulary_map: VocabularyMap, is_open: np.ndarray, *, k: int, advance: Advance, figures: AlignmentStats

@@ -1,7 +1,9 @@
 """align/<source>/, for all sets of the source's conversations together: `vocabulary_map.arrow` (W, see `VocabularyMap.save`),
 `aligned.arrow` (distributions over pivot tokens, one for each response row of the pivot), `figures.json` (coverage)."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,29 @@ def step(
     return Step("align", source, directory, settings, work, upstream, FORMAT, counted=_counted, bulk="aligned.arrow")
 
 
+def sampled_step(
+    recipe: Recipe,
+    source: str,
+    place: tuple[str, str, Path],
+    parts: Mapping[str, Step],
+    counted: Mapping[str, Sequence[Path]],
+    counted_by: Mapping[str, Step],
+) -> Step:
+    """Aligns a source on answers that the target sampled: where the source says nothing there is no target, for the gold token is
+    the target's own. `place`: stage, name and directory. `parts`: the steps `pivot`, `source` and `capture`. The map is counted
+    on other conversations: `counted`, the directories of what the `pivot` and the `source` have of them; `counted_by`, the steps
+    that made these."""
+    stage, name, directory = place
+    settings = recipe.align.model_dump(exclude={"processes"})
+
+    def work(directory: Path) -> dict[str, Any]:
+        own = {part: [step.directory] for part, step in parts.items()}
+        return _align(directory, own, recipe, source, counted={part: list(found) for part, found in counted.items()})
+
+    upstream = {**parts, **{f"counted/{key}": step for key, step in counted_by.items()}}
+    return Step(stage, name, directory, settings, work, upstream, FORMAT, counted=_counted, bulk="aligned.arrow")
+
+
 def _counted(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of steps written before `min_mass` existed."""
     return {"min_mass": 0.0, **settings}
@@ -69,20 +94,38 @@ def models(recipe: Recipe, source: str) -> tuple[Any, Any, dict[str, Any]]:
     return Pair(pivot, teacher, Strategy.of(recipe.align), same), BackOff(pivot.tokens, sizes[0]), about
 
 
-def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source: str) -> dict[str, Any]:
+def _align(
+    directory: Path,
+    parts: dict[str, list[Path]],
+    recipe: Recipe,
+    source: str,
+    *,
+    counted: dict[str, list[Path]] | None = None,
+) -> dict[str, Any]:
+    """`counted`: directories of the conversations that the map is counted on, where these are others."""
     from fusechat.align.blocks import Blocks, Conversations
     from fusechat.align.stats import AlignmentStats
 
     pair, back_off, about = models(recipe, source)
+    if counted is not None:
+        kind = "condition" if recipe.align.unaligned == "condition" else "skip"
+        pair = replace(pair, strategy=replace(pair.strategy, unaligned=kind, gold=False))
     if pair.same_tokens:
         log.info("align %s: has the pivot's tokenizer, so every token maps to itself", source)
     data = Conversations(*(parts[part] for part in PARTS), fill=parts.get(FILL, []), **about)
     common, total = len(data.common()), len(data.ids)
     k = recipe.align.top_k or open_distributions(*parts["capture"], verify=False).k
     sums = AlignmentStats()
-    with Blocks(pair, data, processes=recipe.align.processes, directory=directory) as blocks:
+    options: dict[str, Any] = {"processes": recipe.align.processes, "directory": directory}
+    with ExitStack() as opened:
+        blocks = opened.enter_context(Blocks(pair, data, **options))
         with progress(f"count {source}", 2 * common, "conversations") as advance:
-            vocabulary_map, is_open = blocks.build_map(back_off, advance)
+            if counted is None:
+                vocabulary_map, is_open = blocks.build_map(back_off, advance)
+            else:
+                others = Conversations(counted["pivot"], counted["source"], [], **about)
+                before = opened.enter_context(Blocks(pair, others, **options)).see(lambda amount=1, note="": None)
+                vocabulary_map, is_open = blocks.build_further(before, back_off, advance)
         vocabulary_map.save(directory / "vocabulary_map.arrow")
         with progress(f"transfer {source}", total, "conversations") as advance:
             targets = blocks.align(vocabulary_map, is_open, k=k, advance=advance, figures=sums)
@@ -97,6 +140,6 @@ def _align(directory: Path, parts: dict[str, list[Path]], recipe: Recipe, source
         "map_rows_by_origin": vocabulary_map.rows_by_origin(),
     }
     write_json(directory / FIGURES, figures)
-    if not common:
+    if total and not common:
         log.warning("align %s: no conversation is usable for both the pivot and this source", source)
     return figures

@@ -24,7 +24,7 @@ from fusechat.evaluate.subjects import Subject, check_labels, parse_model
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.client import MODEL_KEY, check_url
 from fusechat.models.tokenise import RejectedError, prepare_conversation
-from fusechat.pipeline import build_steps, run_models
+from fusechat.pipeline import build_steps, run_models, targets_of
 from fusechat.recipe.pinned import recipe_of
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.run.files import write_json
@@ -169,7 +169,7 @@ def _make(file: Path) -> None:
 def _of_run(recipe: Recipe, workdir: Path, names: Sequence[str]) -> list[Subject]:
     """Models of a run by name (default: all), and others by reference or server."""
     steps = build_steps(recipe, workdir)
-    targets = {step.name: step for step in steps if step.stage == "fuse"}
+    targets = targets_of(steps)
     merged = next(step for step in steps if step.stage == "merge")
     models = {model.name: model for model in run_models(recipe, targets, merged)}
     labels = [model.label for model in models.values()]

@@ -10,14 +10,12 @@ from typing import Any
 from fusechat.data.distributions import open_distributions
 from fusechat.errors import ModelError, RecipeError
 from fusechat.fuse.teacher_selection import COMPARING
-from fusechat.models.chat_files import write_chat_files
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.recipe.training_arguments import counted
 from fusechat.run import ranks
-from fusechat.run.files import atomic_directory, write_text
-from fusechat.run.integrity import matches_record, record
+from fusechat.run.integrity import matches_record
 from fusechat.run.manifests import which_device
-from fusechat.run.progress import log, progress
+from fusechat.run.progress import log
 from fusechat.run.steps import SEALED, Step
 
 MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
@@ -227,54 +225,34 @@ def _train(
     *,
     own_prompt: bool,
 ) -> None:
-    import torch
-
     from fusechat.data.prepared import PreparedSet
-    from fusechat.fuse.lora import with_adapters
-    from fusechat.fuse.training import make_trainer, total_steps, train, trained_weights, training_arguments
+    from fusechat.fuse.fine_tune import fine_tune
     from fusechat.fuse.validation import Validation
-    from fusechat.models.load import choose_device, padding
 
-    pivot, fuse, device = recipe.chat_model(PIVOT), recipe.fuse, choose_device(recipe.device)
-    arguments = training_arguments(
-        fuse.training,
-        output=(directory / "checkpoints").absolute(),
-        seed=recipe.seed,
-        device=str(device),
-        name=f"{recipe.name}-{target}",
+    fuse, pivot = recipe.fuse, recipe.chat_model(PIVOT)
+    fine_tune(
+        directory,
+        recipe,
+        pivot,
+        data,
+        name=f"fuse {target}",
+        run_name=f"{recipe.name}-{target}",
+        training=fuse.training,
+        sft_weight=_sft_weights(recipe) if is_taught(recipe, target) else (1.0, 1.0),
+        loss_settings={"kind": fuse.loss, "tail": fuse.tail, "temperature": fuse.temperature},
+        own_prompt=own_prompt,
+        held_out={name: Validation(PreparedSet(one.directory)) for name, one in held_out.items()},
+        logs=logs,
     )
 
-    def student(where: Any) -> Any:
-        model = pivot.model(dtype="float32", device=where)  # master weights
-        return with_adapters(model, fuse.lora, seed=recipe.seed) if fuse.lora is not None else model
 
-    with progress(f"fuse {target}", total_steps(arguments, data.examples_per_epoch), "steps") as advance:
-        trainer = make_trainer(
-            student(torch.device("cpu") if arguments.fsdp else device),  # FSDP takes each process's share of it
-            data,
-            arguments,
-            loss_settings={"kind": fuse.loss, "tail": fuse.tail, "temperature": fuse.temperature},
-            sft_weight=_sft_weights(recipe) if is_taught(recipe, target) else (1.0, 1.0),
-            pad=padding(pivot.tokenizer(), pivot.vocabulary_size()),
-            advance=advance,
-            held_out={name: Validation(PreparedSet(one.directory)) for name, one in held_out.items()},
-            logs=logs if arguments.report_to else None,
-        )
-        history = train(trainer, advance, logs=logs if arguments.report_to else None)
-    weights = trained_weights(trainer)
-    if not ranks.is_first():
-        return
-    model = trainer.model
-    if weights is not None:
-        model = student("cpu")
-        model.load_state_dict(weights)
-    if fuse.lora is not None:
-        model = model.merge_and_unload()  # of the same structure as without adapters
-    write_text(directory / LOSSES, "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history))
-    with atomic_directory(directory / MODEL) as saved:
-        model.save_pretrained(saved)
-        write_chat_files(pivot, saved, own_prompt=own_prompt, name=f"fuse {target}")
-        record(directory / SEALED, saved, directory / LOSSES)
+def train_part(
+    directory: Path, recipe: Recipe, base: Any, *, taught: Mapping[str, Sequence[Path]], **how: Any
+) -> dict[str, Any]:
+    """See `sampled.train_part`; `taught`: the fields of each `Taught`."""
+    from fusechat.fuse.sampled import Taught, train_part
+
+    return train_part(directory, recipe, base, {name: Taught(*places) for name, places in taught.items()}, **how)
 
 
 def _against_student(

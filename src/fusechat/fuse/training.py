@@ -16,6 +16,7 @@ from transformers.utils import is_liger_kernel_available
 from fusechat.errors import RecipeError, TrainingError, first_line
 from fusechat.fuse.dataset import FusionData, collate_fusion
 from fusechat.fuse.epochs import left_out, steps_per_epoch
+from fusechat.fuse.part import Part
 from fusechat.fuse.trainer import Checkpoints, FusionTrainer, best_of, last_checkpoint
 from fusechat.fuse.validation import Validation
 from fusechat.run import ranks
@@ -49,6 +50,18 @@ class _Watch(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.advance(0, f"loss {logs['loss']:.3f}")
+
+
+class _Until(TrainerCallback):
+    """Ends training after a step, with a checkpoint unless that is the last one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= self.step:
+            control.should_training_stop = control.should_log = True
+            control.should_save |= state.global_step < state.max_steps
 
 
 class PlacedArguments(TrainingArguments):
@@ -187,10 +200,17 @@ def make_trainer(
     return trainer
 
 
-def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None) -> list[dict[str, float]]:
+def train(
+    trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None, part: Part | None = None
+) -> list[dict[str, float]]:
     """Fine-tunes in place and resumes from the last complete checkpoint. Returns one log entry for each logged step and
-    evaluation. `logs`: as for `make_trainer`. Raises TrainingError if the Trainer ends before its last step."""
+    evaluation. `logs`: as for `make_trainer`. With a `part`, only its steps are done. Raises TrainingError if the Trainer ends
+    before its last step."""
+    first, last = (0, None) if part is None else part.span
     checkpoint = ranks.from_first(lambda: last_checkpoint(Path(trainer.args.output_dir)))
+    if part is not None:
+        checkpoint = checkpoint or part.begin
+        trainer.add_callback(_Until(part.span[1]))
     if checkpoint is not None:
         ranks.from_first(lambda: trainer.check_resume(checkpoint))
         step = int(checkpoint.name.rpartition("-")[2])
@@ -199,7 +219,7 @@ def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None)
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, _Watch):
                 callback.best = best_of(checkpoint)
-        advance(step)
+        advance(step - first)
     with _logging_to(logs):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
         if "wandb" in trainer.args.report_to and ranks.is_first():
@@ -207,12 +227,13 @@ def train(trainer: FusionTrainer, advance: Advance, *, logs: Path | None = None)
 
             wandb.finish()  # the next target is a run of its own …
             wandb.teardown()  # … in a directory of its own, which is asked for once
-    if trainer.state.global_step < trainer.state.max_steps:
+    done, last = trainer.state.global_step, last or trainer.state.max_steps
+    if done < last:
         raise TrainingError(
-            f"training ended after step {trainer.state.global_step} of {trainer.state.max_steps}; the model is not written, and "
-            "the last checkpoint is kept"
+            f"training ended after step {done} of {last}; the model is not written, and the last checkpoint is kept"
         )
-    return [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    history = [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry]
+    return [entry for entry in history if entry["step"] > first]
 
 
 def trained_weights(trainer: FusionTrainer) -> dict[str, torch.Tensor] | None:

@@ -146,8 +146,15 @@ def open_author(directory: Path, recipe: Recipe, name: str, prompts: Sequence[Pr
         assert source.server is not None
         yield Served(name, source.server, stop=source.stop or (), seed=recipe.seed, journal=directory.parent / JOURNAL)
         return
-    chat_model, capture = recipe.chat_model(name), recipe.capture_for(name)
-    with loading(directory, recipe, name) as how:
+    with open_model(directory, recipe, recipe.chat_model(name), prompts) as author:
+        yield author
+
+
+@contextmanager
+def open_model(directory: Path, recipe: Recipe, chat_model: ChatModel, prompts: Sequence[Prompt]) -> Iterator[Author]:
+    """A model that answers, as the recipe captures one of its name. `prompts`: those that will be asked."""
+    capture = recipe.capture_for(chat_model.name)
+    with loading(directory, recipe, chat_model.name) as how:
         if capture.backend == "vllm":
             from fusechat.models.vllm_answers import VllmAnswers
 

@@ -100,6 +100,13 @@ def _answering(recipe: Recipe, name: str) -> dict[str, Any]:
     }
 
 
+def open_model(*asked: Any) -> Any:
+    """See `backends.open_model`."""
+    from fusechat.generate.backends import open_model
+
+    return open_model(*asked)
+
+
 def scores_step(recipe: Recipe, workdir: Path, scorer: str, author: str, answers: Step) -> Step:
     """One model scores the answers of one author."""
 

@@ -23,12 +23,13 @@ class Prompt:
 @dataclass(frozen=True)
 class Answer:
     """An answer. `complete`: it ended by itself, not at its maximum length. `tokens`: their number, None if a server does not
-    say. `ids`: the generated tokens if known, without the one that ended them."""
+    say. `ids`: the generated tokens if known, without the one that ended them, which is `end`."""
 
     text: str
     tokens: int | None
     complete: bool
     ids: tuple[int, ...] = field(default=(), compare=False)
+    end: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

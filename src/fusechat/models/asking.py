@@ -46,7 +46,7 @@ class Asking:
         text = self._decode(kept)
         at = cut(text, self.stop_texts)
         if at is None:
-            return Answer(text.strip(), len(kept), end is not None, tuple(kept))
+            return Answer(text.strip(), len(kept), end is not None, tuple(kept), None if end is None else row[end])
         text = text[:at].strip()
         while kept and self._decode(kept[:-1]).strip().startswith(text):
             kept = kept[:-1]

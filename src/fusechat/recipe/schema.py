@@ -43,7 +43,7 @@ from fusechat.recipe.sections import (
 )
 
 __all__ = ["COMMON", "FUSED", "PIVOT", "STAGES", "Recipe", "SourceSpec", "is_template_file"]
-STAGES = ("generate", "prepare", "capture", "align", "fuse", "merge", "evaluate", "report")
+STAGES = ("generate", "prepare", "capture", "align", "fuse", "rounds", "merge", "evaluate", "report")
 
 
 class Recipe(Section):

@@ -1,0 +1,1 @@
+"""On-policy rounds: a target answers prompts, sources teach it at each token of its own answers."""
