@@ -173,6 +173,6 @@ def test_alarms_compare_with_the_first_round() -> None:
         ),
         ({"repetition": 0.4}, ["repetition within answers: 40%, 10% in round 1"]),
         ({"same": 0.9}, ["answers that are the same text: 90%, 5% in round 1"]),
-        ({"nats_per_byte": 0.9}, ["nats per byte of the answers under their teachers: 0.90, 0.50 in round 1"]),
+        ({"nats_per_byte": 1.1}, ["nats per byte of the answers under their teachers: 1.10, 0.50 in round 1"]),
     ):
         assert alarms({**first, **change}, first) == expected

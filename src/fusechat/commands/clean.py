@@ -16,7 +16,7 @@ from fusechat.recipe.pinned import recipe_of
 from fusechat.run.integrity import write_checked
 from fusechat.run.steps import FREED, MANIFEST, STARTED, Step
 
-STAGES = ("capture", "align")  # stages with large files that only fine-tuning needs
+STAGES = ("capture", "align", "rounds")  # stages with large files that only fine-tuning needs
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def parts(workdir: Path) -> list[Part]:
         if not step.finished:
             raise WorkdirError(f"{workdir}: not finished: {step.label} is {step.state()[0]}; run the recipe first")
     found = [Part(step.label, sum(_bulk(step).values()), partial(_free, step)) for step in steps]
-    left = [*_left_over(workdir, steps), *sorted((workdir / "fuse").glob("*/checkpoints"))]
+    left = [*_left_over(workdir, steps), *_checkpoints(workdir)]
     found += [
         Part(f"{path.relative_to(workdir)} (left over)", _size(path), partial(shutil.rmtree, path)) for path in left
     ]
@@ -54,6 +54,11 @@ def _free(step: Step) -> None:
     write_checked(step.directory / MANIFEST, {**manifest, FREED: sorted({*names, *manifest.get(FREED, ())})})
     for name in names:
         (step.directory / name).unlink(missing_ok=True)
+
+
+def _checkpoints(workdir: Path) -> list[Path]:
+    """Of trainings that a killed run finished."""
+    return sorted([*(workdir / "fuse").glob("*/checkpoints"), *(workdir / "rounds").glob("*/*/trained/checkpoints")])
 
 
 def _left_over(workdir: Path, steps: list[Step]) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from typing import Any
 from fusechat.data.distributions import open_distributions
 from fusechat.errors import ModelError, RecipeError
 from fusechat.fuse.teacher_selection import COMPARING
+from fusechat.recipe.rounds import training_of
 from fusechat.recipe.schema import PIVOT, Recipe
 from fusechat.recipe.training_arguments import counted
 from fusechat.run import ranks
@@ -114,7 +115,10 @@ def check(recipe: Recipe, *, here: bool = True) -> None:
     from fusechat.models.load import choose_device
 
     device = str(choose_device(recipe.device))
-    arguments = training_arguments(recipe.fuse.training, output=Path("unused"), seed=recipe.seed, device=device)
+    how: dict[str, Any] = {"output": Path("unused"), "seed": recipe.seed, "device": device}
+    arguments = training_arguments(recipe.fuse.training, **how)
+    if recipe.rounds is not None:
+        check_reporting(training_arguments(training_of(recipe), key="rounds.training", **how))
     check_reporting(arguments)
     if here:
         check_packages(arguments)

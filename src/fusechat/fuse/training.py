@@ -91,9 +91,9 @@ class PlacedArguments(TrainingArguments):
 
 
 def training_arguments(
-    training: Mapping[str, Any], *, output: Path, seed: int, device: str, name: str = ""
+    training: Mapping[str, Any], *, output: Path, seed: int, device: str, name: str = "", key: str = "fuse.training"
 ) -> TrainingArguments:
-    """TrainingArguments from the recipe's `fuse.training`. Raises RecipeError for a value that Transformers refuses."""
+    """TrainingArguments from the recipe's `key`. Raises RecipeError for a value that Transformers refuses."""
     given: dict[str, Any] = {
         "report_to": "none",
         "logging_steps": 1,
@@ -114,7 +114,7 @@ def training_arguments(
             **given,
         )
     except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"fuse.training: {first_line(error)}") from error
+        raise RecipeError(f"{key}: {first_line(error)}") from error
     found.put_on(torch.device(device))
     return found
 

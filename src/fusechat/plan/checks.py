@@ -196,7 +196,12 @@ def of_processes(recipe: Any, names: Iterable[str], processes: int) -> list[str]
         return []
     found = []
     inside = inside_vllm(recipe, names)
-    if inside:
+    if inside and recipe.rounds is not None:
+        found.append(
+            f"{', '.join(inside)}: capture.backend: vllm starts the processes for its GPUs itself, and rounds run models between "
+            "their trainings: take transformers, or run without torchrun"
+        )
+    elif inside:
         found.append(
             f"{', '.join(inside)}: capture.backend: vllm starts the processes for its GPUs itself: run the recipe without torchrun "
             "first, as far as --until align (fusechat run RECIPE --until align), and then this again; or give capture.url"

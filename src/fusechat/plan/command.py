@@ -55,6 +55,8 @@ _unread = lru_cache(maxsize=None)(WithoutWeights.of)
 def make_plan(recipe: Recipe, workdir: Path, device: Device, *, conversations: int | None = None) -> Plan:
     """What `recipe` takes on `device`. `conversations`: as if the training sets had so many together, of the same kind. Raises
     FuseChatError with all models and data sets of which nothing can be known."""
+    if recipe.rounds is not None:
+        raise RecipeError("rounds: cannot be planned yet; --set rounds=null plans what comes before them")
     recipe = of_day(recipe, workdir)
     planned = _Planned.model_construct(**{name: getattr(recipe, name) for name in Recipe.model_fields})
     return _Planner(planned, workdir, device, conversations, _states(recipe, workdir)).plan()

@@ -12,11 +12,20 @@ from fusechat.models.load import check_causal, choose_device, read_configuration
 from fusechat.plan import checks
 from fusechat.plan.metadata import WithoutWeights
 from fusechat.plan.shapes import on_meta
+from fusechat.recipe.rounds import taught_targets
 from fusechat.recipe.schema import PIVOT
 from fusechat.run import ranks
 from fusechat.run.steps import Step
 
-_RUNS = ("generate", "capture", "fuse", "evaluate")  # stages that run models
+_RUNS = ("generate", "capture", "fuse", "rounds", "evaluate")  # stages that run models
+_TRAINS = ("fuse", "rounds")
+
+
+def _in_rounds(recipe: Any, waiting: Sequence[Step]) -> set[str]:
+    """The models that run in the rounds of waiting targets; the target has the pivot's settings."""
+    targets = {step.name.partition("/")[0] for step in waiting if step.stage == "rounds"}
+    teachers = {name for target, names in taught_targets(recipe).items() if target in targets for name in names}
+    return {PIVOT, *teachers} if targets else set()
 
 
 def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
@@ -24,9 +33,10 @@ def check_settings(recipe: Any, waiting: Sequence[Step]) -> None:
     found: list[Callable[[], object]] = []
     if any(step.stage in _RUNS for step in waiting):
         found.append(lambda: choose_device(recipe.device))
-    if any(step.stage == "fuse" for step in waiting):
+    if any(step.stage in _TRAINS for step in waiting):
         found.append(lambda: fuse.check(recipe, here=True))
     run = dict.fromkeys(step.name.partition("/")[0] for step in waiting if step.stage in ("generate", "capture"))
+    run |= dict.fromkeys(_in_rounds(recipe, waiting))
     captured = [name for name in (PIVOT, *recipe.models) if name in run]
     found.append(lambda: _refuse(checks.of_backend(recipe, captured, devices=_gpus(), here=True)))
     if any(step.stage == "generate" for step in waiting):
@@ -42,7 +52,8 @@ def check_models(recipe: Any, waiting: Sequence[Step]) -> None:
     """Raises a FuseChatError, with all that is wrong, for models that the waiting steps could not use."""
     names = {step.name.partition("/")[0] for step in waiting if step.stage in ("generate", "prepare", "capture")}
     names |= {name for step in waiting if step.stage == "align" for name in (PIVOT, step.name)}
-    trained = any(step.stage == "fuse" for step in waiting)
+    names |= _in_rounds(recipe, waiting)
+    trained = any(step.stage in _TRAINS for step in waiting)
     found: list[Callable[[], object]] = [
         lambda name=name: _check_model(recipe, name)  # type: ignore[misc]
         for name in (PIVOT, *recipe.models)

@@ -92,6 +92,11 @@ def problems(recipe: Any) -> Iterator[tuple[tuple[str, ...], str]]:
         yield place, f"{teacher}: answers have authors where the recipe has a section generate; or name a source"
     elif not taught_targets(recipe):
         yield place, f"{teacher}: nobody who answers can teach"
+    if recipe.capture.backend == "vllm" and recipe.capture.url is not None:
+        yield (
+            ("rounds",),
+            "capture.url serves the pivot, not the target as it is in a round; give sources their own capture.url",
+        )
     where = ("rounds", "training")
     if training.get("train_sampling_strategy") == "batch_rebalance":
         yield where, "train_sampling_strategy: batch_rebalance does not know in which round a conversation is"

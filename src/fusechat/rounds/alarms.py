@@ -30,8 +30,9 @@ def of_answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def alarms(now: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
-    """A line for each figure that is wrong: against the `first` round's, rows kept, length and share that ends by half, length
-    also by twice, repetition and the commonest answer by 0.2, nats per byte under the teachers by half as much again and 0.1."""
+    """A line for each figure that is wrong, against those of the `first` round: rows kept and answers that end less than half as
+    often, length less than half or more than twice, repetition or the commonest answer 0.2 more, nats per byte under the teachers
+    more than twice."""
     if not now.get("kept"):
         return [NOTHING]
     found = []
@@ -45,7 +46,7 @@ def alarms(now: Mapping[str, Any], first: Mapping[str, Any]) -> list[str]:
         if _value(now, key) > _value(first, key) + 0.2:
             found.append(f"{what}: {_value(now, key):.0%}, {_value(first, key):.0%} in round 1")
     nats, before = _value(now, "nats_per_byte"), _value(first, "nats_per_byte")
-    if nats > 1.5 * before + 0.1:
+    if nats > 2 * before:
         found.append(f"nats per byte of the answers under their teachers: {nats:.2f}, {before:.2f} in round 1")
     return found
 

@@ -105,11 +105,12 @@ def student_rows(
     rows: Sequence[Row],
     number: int,
 ) -> dict[str, Any]:
-    """Writes the answers as the target's own tokens."""
-    reader = Reader(student, max_length=recipe.data.max_length)
+    """Writes the answers as the target's own tokens. Where there are none there may be no such model."""
 
     def made() -> Iterator[Prepared]:
+        reader = Reader(student, max_length=recipe.data.max_length) if rows else None
         for row in rows:
+            assert reader is not None
             found = reader.read(asked(recipe, prompts[row["id"]], number), row, identity_of(row, number)).rows
             assert found is not None
             yield found

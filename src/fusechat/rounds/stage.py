@@ -50,8 +50,7 @@ class Parts:
 
 def step(recipe: Recipe, workdir: Path, target: str, fused: Step, chosen: Step | None, parts: Parts) -> Step:
     """The step that ends a target's rounds. `fused`: its first training; `chosen`: what chose its answers."""
-    rounds = _Rounds(recipe, workdir, target, fused, chosen, parts)
-    return rounds.sound()
+    return _Rounds(recipe, workdir, target, fused, chosen, parts).sound()
 
 
 class _Rounds:
@@ -222,11 +221,8 @@ class _Rounds:
 
     def _train(self, number: int) -> Step:
         recipe, before, kept = self.recipe, self.trained[-1], self.kept[-1]
-        training, aligned = training_of(recipe), {}
-        for key, step in kept.upstream.items():
-            name, _, part = key.rpartition("/")
-            if part in ("source", "capture"):
-                aligned[f"{name}/{part}"] = step
+        training = training_of(recipe)
+        aligned = {key: step for key, step in kept.upstream.items() if key.endswith(("/source", "/capture"))}
         settings = {
             "training": training,
             "loss": self.how.loss,
