@@ -386,6 +386,7 @@ def test_status_clean_and_what_goes_stale(whole: Path, tmp_path: Path) -> None:
     stale = {row["step"] for row in told if row["state"] == "stale"}
     assert "rounds answers/1/kept" in stale
     assert "rounds answers/1/answers" not in stale
+    assert run(load_recipe(directory / "recipe.yaml"), work) == 1, "the page names where the data are"
     assert runs.here("clean", work, "--yes").returncode == 0
     assert not list((work / "rounds").rglob("checkpoint-*/*"))
     assert not [file for name in ("shard-*.arrow", "aligned.arrow") for file in (work / "rounds").rglob(name)]
