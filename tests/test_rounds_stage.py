@@ -21,6 +21,7 @@ from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.data.prompts import read_prompts
 from fusechat.errors import DataError
+from fusechat.fuse.lora import with_adapters
 from fusechat.fuse.part import Part
 from fusechat.fuse.training import train
 from fusechat.pipeline import build_steps, load_recipe
@@ -28,7 +29,7 @@ from fusechat.rounds import alarms
 from fusechat.rounds.prompts import of_round, sets_of, taught_prompts
 from fusechat.rounds.sound import sound_round, why_stopped
 from test_rounds_rows import naive
-from training import fusion_data, silent, trainer_of, weighted
+from training import StopError, fusion_data, silent, stop_at, trainer_of, weighted
 
 FUSE = {
     "sft_weight": 0.5,
@@ -191,21 +192,36 @@ def test_a_steps_loss_is_the_naive_one(taught: dict[str, Path], tmp_path: Path, 
     assert entry["loss"] == pytest.approx(total / len(rows), rel=1e-4)
 
 
-def test_parts_of_a_training_are_the_whole_training(models: dict[str, Path], single: Path, tmp_path: Path) -> None:
-    """On the same data: bit for bit, and also where a part was stopped and went on."""
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.3, "target_modules": "all-linear"}
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_parts_of_a_training_are_the_whole_training(
+    models: dict[str, Path], single: Path, tmp_path: Path, lora: dict[str, Any] | None
+) -> None:
+    """On the same data: bit for bit, and also where a part was stopped between its checkpoints and went on."""
     data = weighted(fusion_data(single / "work", "mistral", function="source"), 1.2)  # twelve conversations an epoch
     settings = {"max_steps": -1, "num_train_epochs": 3, "per_device_train_batch_size": 4, "logging_steps": 2}
 
-    def trained(output: Path, part: Part | None, **more: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    def trained(
+        output: Path, part: Part | None, stop: int = 0, **more: Any
+    ) -> tuple[list[Any], dict[str, torch.Tensor]]:
         model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+        model = with_adapters(model, lora, seed=3) if lora else model
         trainer = trainer_of(model, data, output, sft_weight=(0.0, 0.0), **settings, **more)
+        if stop:
+            stop_at(trainer, stop)
+            with pytest.raises(StopError):
+                train(trainer, silent, part=part)
+            return [], {}
         return train(trainer, silent, part=part), model.state_dict()
 
     _, expected = trained(tmp_path / "whole", None)
     begin, entries = None, []
     for number in (1, 2, 3):
-        part = Part(number, 3, 3, begin)
-        log, found = trained(tmp_path / str(number), part)
+        part, saved = Part(number, 3, 3, begin), {"save_strategy": "steps", "save_steps": 2}
+        trained(tmp_path / str(number), part, 3 * number - 1, **saved)
+        log, found = trained(tmp_path / str(number), part, **saved)
         entries += log
         begin = tmp_path / str(number) / str(part.checkpoint)
     assert part.checkpoint is None

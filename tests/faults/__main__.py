@@ -31,13 +31,24 @@ import fusechat.generate.chosen
 import fusechat.merge.standalone
 import fusechat.models.generator
 import fusechat.pipeline
-import fusechat.report.page  # noqa: F401
+import fusechat.report.page
+import fusechat.rounds.kept  # noqa: F401
 from faults import beside, damage, disks, figures, kills
 from faults.place import LAUNCHES, LOST, Place, fused
 from fusechat.recipe.schema import STAGES
 
 ONE, TWO = LAUNCHES
-KILLED = {"generate": 8, "prepare": 3, "capture": 10, "align": 3, "fuse": 25, "merge": 15, "evaluate": 3, "report": 2}
+KILLED = {
+    "generate": 8,
+    "prepare": 3,
+    "capture": 10,
+    "align": 3,
+    "fuse": 25,
+    "rounds": 20,
+    "merge": 15,
+    "evaluate": 3,
+    "report": 2,
+}
 
 
 def plan(place: Place, *, quick: bool) -> dict[str, Callable[[], None]]:

@@ -14,7 +14,7 @@ from faults.children import At, Run, later
 from faults.place import LAUNCHES, LOST, Fault, Place
 from fusechat.recipe.schema import STAGES
 
-WEIGHTS = (2, 1, 2, 1, 4, 2, 1, 1)  # of the stages: a killed fine-tuning has most to continue from
+WEIGHTS = (2, 1, 2, 1, 4, 4, 2, 1, 1)  # of the stages: a killed fine-tuning has most to continue from
 
 
 def series(place: Place, launch: str, number: int, stages: Sequence[str]) -> None:

@@ -26,6 +26,8 @@ TRAINING = runs.TRAINING | {
 # Models that know nothing end no answer; drawn letters end most of theirs. All sources teach on the chosen answers.
 GENERATE = {"max_new_tokens": 40, "temperature": 1.0, "samples": 2, "targets": "each"}
 STOP = [*"aeioun", " "]
+# One of the two targets has rounds; what models that know nothing answer is no alarm.
+ROUNDS = {"count": 2, "max_new_tokens": 10, "teacher": {"source": "mistral"}, "stop_on_alarm": False}
 MERGE = {"method": "sce", "select_topk": 0.5, "granularity": "layer"}
 
 
@@ -66,7 +68,7 @@ class Place:
             "mistral": {"model": str(models["mistral"]), "stop": STOP},
             "gemma": {"model": str(models["gemma"]), "chat_template": tiny.TEMPLATE, "stop": STOP},
         }
-        changes = {"fuse": fuse, "merge": MERGE, "generate": GENERATE, "sources": sources}
+        changes = {"fuse": fuse, "merge": MERGE, "generate": GENERATE, "rounds": ROUNDS, "sources": sources}
         self.recipe = runs.write_recipe(self.scratch, models, **changes)
         self.references = {launch: self._reference(launch) for launch in LAUNCHES}
 

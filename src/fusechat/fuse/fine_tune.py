@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fusechat.fuse.dataset import FusionData
-from fusechat.fuse.part import Part
-from fusechat.fuse.stage import LOSSES, MODEL
+from fusechat.fuse.part import CHECKPOINTS, LOSSES, MODEL, Part
 from fusechat.fuse.validation import Validation
 from fusechat.models.chat_files import write_chat_files
 from fusechat.models.chat_model import ChatModel
@@ -17,8 +16,6 @@ from fusechat.run.files import atomic_directory, write_text
 from fusechat.run.integrity import record
 from fusechat.run.progress import progress
 from fusechat.run.steps import SEALED
-
-CHECKPOINTS = "checkpoints"
 
 
 def fine_tune(

@@ -1,7 +1,9 @@
-"""A part of a training's steps, done in a step of the run by itself."""
+"""What a training writes, and a part of its steps, done in a step of the run by itself."""
 
 from dataclasses import dataclass
 from pathlib import Path
+
+MODEL, LOSSES, CHECKPOINTS = "model", "losses.jsonl", "checkpoints"
 
 
 @dataclass(frozen=True)

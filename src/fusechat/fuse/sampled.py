@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINING_ARGS_NAME
+
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
-from fusechat.fuse.fine_tune import CHECKPOINTS, fine_tune
-from fusechat.fuse.part import Part
-from fusechat.fuse.stage import LOSSES, MODEL
+from fusechat.fuse.fine_tune import fine_tune
+from fusechat.fuse.part import CHECKPOINTS, LOSSES, MODEL, Part
 from fusechat.fuse.teacher_selection import SelectionRule
 from fusechat.fuse.training import total_steps, training_arguments
 from fusechat.models.chat_model import ChatModel
@@ -111,5 +112,7 @@ def _keep_last(directory: Path, part: Part) -> None:
     """The checkpoint that the next part begins with, of all that there are."""
     name = part.checkpoint
     if name is not None and not (directory / name).is_dir():
-        (directory / CHECKPOINTS / name).rename(directory / name)
+        last = directory / CHECKPOINTS / name
+        (last / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # says where it was written, which is in no other run so
+        last.rename(directory / name)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fusechat.data.distributions import open_distributions
 from fusechat.errors import ModelError, RecipeError
+from fusechat.fuse.part import CHECKPOINTS, LOSSES, MODEL
 from fusechat.fuse.teacher_selection import COMPARING
 from fusechat.recipe.rounds import training_of
 from fusechat.recipe.schema import PIVOT, Recipe
@@ -19,7 +20,7 @@ from fusechat.run.manifests import which_device
 from fusechat.run.progress import log
 from fusechat.run.steps import SEALED, Step
 
-MODEL, LOSSES, FORMAT = "model", "losses.jsonl", 2
+FORMAT = 2
 ONE_PROCESS = "fuse.training.fsdp: shards the model over the processes of torchrun, and there is only one"
 
 
@@ -173,7 +174,7 @@ def _fuse(
         _train(directory, logs, target, data, held_out, recipe, own_prompt=own_prompt)
     if not ranks.is_first():  # the first process returns the counts
         return {}
-    shutil.rmtree(directory / "checkpoints", ignore_errors=True)
+    shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)
     entries = [json.loads(line) for line in (directory / LOSSES).read_text().splitlines()]
     steps = max((entry["step"] for entry in entries), default=0)
     return {

@@ -196,6 +196,8 @@ class _Rounds:
                 for name, steps in judged.items()
             }
             found = keep(directory, places, rows_of(answers.directory), self.how.until_wrong)
+            lost = [_counts(answers)["left_out"], *(_counts(steps["source"])["rejected"] for steps in judged.values())]
+            found["left_out"] = dict(sum(map(Counter, lost), Counter[str]()))
             if _counts(answers).get(STOPPED):
                 return {**found, STOPPED: True, "alarms": []}
             lines = alarms(found, _counts(first) if first is not None else found)
