@@ -196,16 +196,11 @@ def of_processes(recipe: Any, names: Iterable[str], processes: int) -> list[str]
         return []
     found = []
     inside = inside_vllm(recipe, names)
-    if inside and recipe.rounds is not None:
-        found.append(
-            f"{', '.join(inside)}: capture.backend: vllm starts the processes for its GPUs itself, and rounds run models between "
-            "their trainings: take transformers, or run without torchrun"
-        )
-    elif inside:
-        found.append(
-            f"{', '.join(inside)}: capture.backend: vllm starts the processes for its GPUs itself: run the recipe without torchrun "
-            "first, as far as --until align (fusechat run RECIPE --until align), and then this again; or give capture.url"
-        )
+    if inside:
+        first = "run without torchrun first, as far as --until align (fusechat run RECIPE --until align), and then this again"
+        rounds = "rounds run models between their trainings, so take transformers, or run without torchrun"
+        instead = rounds if recipe.rounds else f"{first}; or give capture.url"
+        found.append(f"{', '.join(inside)}: capture.backend: vllm starts the processes for its GPUs itself: {instead}")
     if recipe.device is not None and torch.device(recipe.device).index is not None:
         found.append(
             f"device: {recipe.device} is one GPU, and there are {processes} processes, each of which has one of its own: leave "

@@ -8,7 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
-from fusechat.errors import FuseChatError
+from fusechat.errors import FuseChatError, RecipeError
 from fusechat.fuse import stage as fuse
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.gguf_parallel import convert_together
