@@ -249,7 +249,7 @@ def test_a_bad_change_on_the_command_line(tmp_path: Path, change: str, expected:
         (
             "--until",
             "preapre",
-            "no such stage; choose one of generate, prepare, capture, align, fuse, merge, evaluate, report",
+            "no such stage; choose one of generate, prepare, capture, align, fuse, rounds, merge, evaluate, report",
         ),
         ("--only", "mistrall", "the recipe has no such source or target; it has mistral, gemma"),
     ],

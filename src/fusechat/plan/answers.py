@@ -17,12 +17,12 @@ import numpy as np
 from fusechat.data.conversations import Conversation
 from fusechat.generate.backends import BEYOND_SERVERS, beyond_servers
 from fusechat.generate.score import answered, distinct
-from fusechat.generate.shards import Row, Shards
 from fusechat.models.answers import Missing, Prompt
 from fusechat.models.asking import Asking
 from fusechat.plan.sampling import SAMPLE, Texts
 from fusechat.recipe.generate import Generate
 from fusechat.run.files import read_json
+from fusechat.run.shards import Row, Shards
 
 Origin = Literal["disk", "file", "assumed"]
 
