@@ -1,7 +1,9 @@
 """The stage `rounds` on tiny models: what its steps write, one training over all rounds, when it stops, what is the target then."""
 
+import html
 import json
 import math
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,7 @@ from fusechat.pipeline import build_steps, load_recipe
 from fusechat.rounds import alarms
 from fusechat.rounds.prompts import of_round, sets_of, taught_prompts
 from fusechat.rounds.sound import sound_round, why_stopped
+from fusechat.run.units import percent
 from test_rounds_rows import naive
 from training import StopError, fusion_data, silent, stop_at, trainer_of, weighted
 
@@ -412,6 +415,25 @@ def test_status_clean_and_what_goes_stale(whole: Path, tmp_path: Path) -> None:
     assert equal(
         weights(work / "rounds/answers/2/trained/model"), weights(whole / "work/rounds/answers/2/trained/model")
     )
+
+
+def test_the_report_has_curves_over_rounds_and_one_prompts_answers(whole: Path) -> None:
+    work = whole / "work"
+    page = (work / "report/index.html").read_text(encoding="utf-8")
+    section = re.sub(r"\s+", " ", page.split('<section id="rounds">')[1].split("</section>")[0])
+    assert "The target is the model of the last round, of 2." in section
+    for number, place in ((1, "round 1"), (2, "round 2"), (3, "afterwards")):
+        figures = counts(work, f"rounds/answers/{number}/kept")
+        assert f'<td class="left">{place}</td><td>6</td><td>{percent(figures["share_kept"])}</td>' in section
+    first, texts = rows(work / "rounds/answers/1/answers")[0], []
+    for number in (1, 2, 3):
+        texts += [row["text"] for row in rows(work / f"rounds/answers/{number}/answers") if row["id"] == first["id"]]
+    shown = re.findall(r'<div class="said" dir="auto">(.*?)</div>', section)
+    assert [html.unescape(text) for text in shown] == [re.sub(r"\s+", " ", text) for text in texts]
+    drawn = page.split('<script type="application/json" id="figures">')[1].split("</script>")[0]
+    (plot,) = [one for one in json.loads(drawn) if one["name"] == "rounds-0"]
+    assert plot["data"][0]["x"] == ["round 1", "round 2", "afterwards"]
+    assert "answers, rounds: fusion term" in drawn
 
 
 def test_other_commands_on_such_a_recipe(taught: dict[str, Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from fusechat.report.costs import StageCost, together
 from fusechat.report.generated import Generated
 from fusechat.report.plots import loss_figures
 from fusechat.report.results import INTERVAL, ResultTable
+from fusechat.report.rounds import Rounds, round_figures
 from fusechat.report.samples import Sample
 from fusechat.report.scripts import scripts
 from fusechat.report.summary import Answer
@@ -68,12 +69,14 @@ class Contents:
     notes: Sequence[tuple[str, str]] = ()
     how_to_ask: str | None = None  # the fused model, where its template alone does not see to it
     generated: Generated | None = None
+    rounds: Sequence[Rounds] = ()
 
 
 def render_page(contents: Contents) -> str:
     """The page as HTML. Every text in it is escaped; the only scripts that its policy lets run are ours and Plotly."""
     losses, merging, made = loss_figures(contents.losses), heat_maps(contents.merged), contents.generated
     best = author_figures(made.places, made.unit) if made else []
+    rounds = round_figures(contents.rounds)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([_HERE, _HERE.parent]),  # show/passage.html.j2 too
         autoescape=True,
@@ -103,10 +106,11 @@ def render_page(contents: Contents) -> str:
         ),
         losses=losses,
         best=best,
+        rounds=rounds,
         marks=marks(list(made.places[0].authors)) if made else {},
         merging=merging,
         total=together("all", [stage.total for stage in contents.costs]),
-        scripts=scripts([*best, *losses, *merging]),
+        scripts=scripts([*best, *losses, *rounds, *merging]),
     )
 
 

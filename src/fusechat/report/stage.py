@@ -18,12 +18,12 @@ from fusechat.run.progress import in_bytes, log
 from fusechat.run.steps import Step, with_upstream
 
 PAGE, LIMIT = "index.html", 5_000_000  # bytes that the page should not pass
-FORMAT = 4  # 2: more sections, Plotly packed; 3: the summary; 4: answers of the models
+FORMAT = 5  # 2: more sections, Plotly packed; 3: the summary; 4: answers of the models; 5: rounds
 
 
 def step(recipe: Recipe, workdir: Path, upstream: dict[str, Step]) -> Step:
-    """Writes the page. `upstream`: `align/<source>`, `fuse/<target>`, `merge`; `evaluate` where something was measured,
-    `answers/<model>` where models answered, `overlap` where there are evaluation texts."""
+    """Writes the page. `upstream`: `align/<source>`, `fuse/<target>`, `merge`; `rounds/<target>` where there are rounds, `evaluate`
+    where something was measured, `answers/<model>` where models answered, `overlap` where there are evaluation texts."""
 
     def work(directory: Path) -> dict[str, Any]:
         return _write(directory, recipe, upstream)
@@ -39,12 +39,13 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
     from fusechat.report.generated import generated
     from fusechat.report.page import Contents, render_page
     from fusechat.report.results import result_tables
+    from fusechat.report.rounds import losses_of
     from fusechat.report.summary import summarise
     from fusechat.report.teaching import choice_rows
 
     evaluated = upstream.get("evaluate")
     results = read_json(evaluated.directory / "results.json") if evaluated else None
-    fused, aligned = _named(upstream, "fuse"), _named(upstream, "align")
+    fused, aligned, rounds = (_named(upstream, stage) for stage in ("fuse", "align", "rounds"))
     answers = {name: read_json(step.directory / "answers.json") for name, step in _named(upstream, "answers").items()}
     every = sorted(with_upstream(list(upstream.values())), key=lambda step: STAGES.index(step.stage))
     made = generated(recipe, directory.parent)
@@ -58,7 +59,8 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
             left_out=[found for step in every if (found := left_out(step)) is not None],
             notes=[(step.name, line) for step in every for line in notes(step)],
             overlap=(upstream["overlap"].manifest() or {})["counts"]["pairs"] if "overlap" in upstream else [],
-            losses={name: _losses(step) for name, step in fused.items()},
+            losses={name: _losses(step) for name, step in fused.items()}
+            | {f"{name}, rounds": losses_of(step) for name, step in rounds.items()},
             alignment={name: _alignment(step) for name, step in aligned.items()},
             samples=_samples(recipe, directory.parent, aligned),
             choices=choice_rows(
@@ -73,6 +75,7 @@ def _write(directory: Path, recipe: Recipe, upstream: dict[str, Step]) -> dict[s
             ),
             seed=recipe.seed,
             generated=made,
+            rounds=_rounds(recipe, rounds),
             how_to_ask=(upstream["merge"].manifest() or {})["counts"].get("how_to_ask"),
             versions={
                 **(upstream["merge"].manifest() or {})["versions"],
@@ -200,6 +203,18 @@ def _samples(recipe: Recipe, workdir: Path, aligned: dict[str, Step]) -> dict[st
             for name, step in here.items()
         }
     )
+
+
+def _rounds(recipe: Recipe, steps: dict[str, Step]) -> list[Any]:
+    from fusechat.data.prompts import read_prompts
+    from fusechat.report.rounds import rounds_of
+    from fusechat.rounds.prompts import sets_of
+
+    found = []
+    for name, step in steps.items():
+        prompts = read_prompts(sets_of(recipe, name)).conversations
+        found.append(rounds_of(name, step, {one.id: one.messages[-1].content for one in prompts}))
+    return found
 
 
 def _losses(step: Step) -> list[dict[str, float]]:
