@@ -36,15 +36,14 @@ class Reader:
     def __init__(self, student: ChatModel, *, max_length: int) -> None:
         self._asking, self._max_length = Asking(student), max_length
         self._table = token_bytes(self._asking.tokenizer)
+        self._opening = Opening.of(self._asking.template)
 
     def read(self, asked: Prompt, row: Row, identity: str) -> Sampled:
-        assert asked.about is not None
         prompt = self._asking.encode(asked)
         if isinstance(prompt, Missing):
             return Sampled(None)
-        opening = Opening.of(asked.about, self._asking.template)
         how: dict[str, Any] = {"max_length": self._max_length}
-        return sampled(identity, prompt, row["tokens"], row["end"], self._table, opening, **how)
+        return sampled(identity, prompt, row["tokens"], row["end"], self._table, self._opening, **how)
 
 
 def asked(recipe: Recipe, one: Conversation, number: int) -> Prompt:

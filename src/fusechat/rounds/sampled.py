@@ -25,10 +25,11 @@ class Opening:
     template: int = 0
 
     @classmethod
-    def of(cls, prompt: Conversation, template: Any) -> "Opening":
-        """As the template writes a plain answer to the prompt."""
+    def of(cls, template: Any) -> "Opening":
+        """As the template writes a plain answer to a plain question: of every answer, then."""
         table = token_bytes(template.tokenizer)
-        rows, _ = prepare_conversation(answered(prompt, _CONTENT), template, max_length=1 << 30)
+        plain = answered(Conversation((Message("user", "Hello."),), ""), _CONTENT)
+        rows, _ = prepare_conversation(plain, template, max_length=1 << 30)
         data = b"".join(table[token] for token in rows.gold[~rows.end_of_turn].tolist())
         at = data.find(_CONTENT.encode())
         return cls(data[:at], max(0, -int(rows.begin[0]))) if at > 0 else cls()
