@@ -7,11 +7,8 @@ import numpy as np
 import pytest
 
 import tiny
-from fusechat.align.aligner import Pair, Side, Strategy
-from fusechat.align.check import check_conversation
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import ROWS, Prepared
-from fusechat.errors import WorkdirError
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.reference import Reference
 from fusechat.models.token_bytes import token_bytes
@@ -141,24 +138,6 @@ def test_a_conversation_with_the_kept_rows_alone() -> None:
     assert (kept.id, kept.gold.tolist()) == ("one", rows.gold[[0, 2]].tolist())
     assert len(kept.input_ids) == kept.position[-1] + 1
     assert kept.content_bytes.tolist() == [9]
-
-
-def test_kept_rows_with_gaps_are_no_other_text(models: dict[str, Path]) -> None:
-    """The map is counted on them, beside a source's whole answer; a gap is no sign of another text."""
-    sides, each = [], []
-    for kind in ("llama", "mistral"):
-        template = template_of(models, kind)
-        gold, _ = prepare_conversation(answered(PROMPT, "Paris, a city of light."), template, max_length=512)
-        each.append(gold)
-        sides.append(Side.of(token_bytes(template.tokenizer), template.end_of_turn))
-    pair = Pair(sides[0], sides[1], Strategy())
-    how: dict[str, Any] = {"names": ("a", "b"), "sizes": (1000, 1000)}
-    kept = np.ones(len(each[0]), bool)
-    kept[2] = False
-    check_conversation(take_rows(each[0], kept), each[1], None, pair=pair, **how)
-    other, _ = prepare_conversation(answered(PROMPT, "Rome, a city."), template_of(models, "mistral"), max_length=512)
-    with pytest.raises(WorkdirError, match="is not of the same text for both"):
-        check_conversation(each[0], other, None, pair=pair, **how)
 
 
 def test_figures_of_answers() -> None:

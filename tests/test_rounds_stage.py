@@ -18,9 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import runs
 from answering import counts, gemma, refused, rows, write_prompts, write_recipe
+from fusechat.align import stage as align
+from fusechat.align.blocks import Blocks, Conversations
 from fusechat.commands.run import run
 from fusechat.data.distributions import open_distributions
-from fusechat.data.prepared import PreparedSet
+from fusechat.data.prepared import FILE, PreparedSet, write_prepared
 from fusechat.data.prompts import read_prompts
 from fusechat.errors import DataError
 from fusechat.fuse.lora import with_adapters
@@ -28,6 +30,7 @@ from fusechat.fuse.part import Part
 from fusechat.fuse.training import train
 from fusechat.pipeline import build_steps, load_recipe
 from fusechat.rounds import alarms
+from fusechat.rounds.cut import take_rows
 from fusechat.rounds.prompts import of_round, sets_of, taught_prompts
 from fusechat.rounds.sound import sound_round, why_stopped
 from fusechat.run.units import percent
@@ -159,6 +162,22 @@ def test_the_map_is_counted_further_by_the_kept_rows_alone(whole: Path) -> None:
     assert upstream["counted/prepared/1"] == "answers/1/teachers/mistral/prepared"
     assert {"counted/pivot/answers-mistral", "counted/mistral/answers-mistral"} <= upstream.keys()
     assert not any("/2/" in name for key, name in upstream.items() if key.startswith("counted"))
+
+
+def test_a_map_is_counted_on_rows_with_gaps(whole: Path, tmp_path: Path) -> None:
+    """A kept answer may begin late, for its first row had no target: that is no sign of another text."""
+    recipe, own = load_recipe(whole / "recipe.yaml"), whole / "work/rounds/answers/1"
+    pair, _, about = align.models(recipe, "gemma")
+    kept = [one for one in PreparedSet(own / "teachers/gemma/student") if len(one) > 2]
+    assert kept
+    late = [take_rows(one, np.arange(len(one)) != at % 2) for at, one in enumerate(kept)]
+    write_prepared(tmp_path / FILE, late)
+    data = Conversations([tmp_path], [own / "teachers/gemma/prepared"], [], checked=True, **about)
+    with Blocks(pair, data) as blocks:
+        found = blocks.count(silent)
+    whole_rows = Conversations([own / "teachers/gemma/student"], [own / "teachers/gemma/prepared"], [], **about)
+    with Blocks(pair, whole_rows) as blocks:
+        assert 0 < found.count.sum() < blocks.count(silent).count.sum()
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "reverse_kl", "jsd"])

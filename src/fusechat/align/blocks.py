@@ -33,7 +33,8 @@ class Conversations:
     """Two models' data of the same conversations: one directory for each set, opened by each process for itself.
 
     `pivot`, `source`: prepared conversations. `captured`: the source's distributions. `fill`: the pivot's own, if needed.
-    `names`: the models' names in errors. `sizes`: both vocabulary sizes, padding included. `without`: ids to leave out.
+    `names`: the models' names in errors. `sizes`: both vocabulary sizes, padding included. `without`: ids to leave out. `checked`:
+    what is stored is known to fit together, or rows are left out, so that texts cannot be compared.
     """
 
     def __init__(
@@ -46,12 +47,13 @@ class Conversations:
         sizes: tuple[int, int],
         fill: Sequence[Path] = (),
         without: Iterable[str] = (),
+        checked: bool = False,
     ) -> None:
         self._places = pivot, source, captured, fill
-        self.names, self.sizes, self.without = names, sizes, frozenset(without)
+        self.names, self.sizes, self.without, self.checked = names, sizes, frozenset(without), checked
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("_places", "names", "sizes", "without")}
+        return {key: self.__dict__[key] for key in ("_places", "names", "sizes", "without", "checked")}
 
     @cached_property
     def pivot(self) -> PreparedSet:
@@ -197,7 +199,7 @@ def _joined(data: Conversations, block: list[str]) -> Iterator[ConversationBatch
 def _count(state: tuple[Pair, Conversations], block: list[str]) -> Counts:
     pair, data = state
     survey = Survey(pair)
-    for identity in block:
+    for identity in block if not data.checked else ():
         captured = data.captured[identity] if data.captured else None
         check_conversation(*data.pair(identity), captured, pair=pair, names=data.names, sizes=data.sizes)
     for joined in _joined(data, block):

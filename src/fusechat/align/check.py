@@ -48,8 +48,7 @@ def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool
     """The first byte of a response that a model has, the text from there by its tokens' bytes, and whether that is all.
 
     It is not if the last token continues after the content, or the end was truncated. The template's own words are left out.
-    None if the tokens' bytes do not match their spans (a tokenizer that changes the text, a dummy prefix), one is special, or some
-    are left out.
+    None if the tokens' bytes do not match their spans (a tokenizer that changes the text, a dummy prefix), or one is special.
     """
     mine = rows.response == response
     which = np.flatnonzero(mine & ~rows.end_of_turn & ~rows.lead & (rows.begin < WORDS))
@@ -57,7 +56,7 @@ def content(rows: Prepared, side: Side, response: int) -> tuple[int, bytes, bool
     lengths = side.spelling.lengths
     width = np.where(tokens < len(lengths), lengths[np.minimum(tokens, len(lengths) - 1)], 0)
     exact = width == end - begin
-    if not len(which) or not exact[:-1].all() or (begin[1:] > end[:-1]).any():
+    if not len(which) or not exact[:-1].all():
         return None
     data = b"".join([side.tokens[token] for token in tokens[: None if exact[-1] else -1].tolist()])
     is_whole = bool(exact[-1]) and bool((mine & rows.end_of_turn).any())

@@ -123,7 +123,7 @@ def _align(
             if counted is None:
                 vocabulary_map, is_open = blocks.build_map(back_off, advance)
             else:
-                others = Conversations(counted["pivot"], counted["source"], [], **about)
+                others = Conversations(counted["pivot"], counted["source"], [], checked=True, **about)
                 before = opened.enter_context(Blocks(pair, others, **options)).see(lambda amount=1, note="": None)
                 vocabulary_map, is_open = blocks.build_further(before, back_off, advance)
         vocabulary_map.save(directory / "vocabulary_map.arrow")
