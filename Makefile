@@ -92,7 +92,7 @@ bench-plan: install
 	$(BIN)/python benchmarks/plan.py measure
 	$(BIN)/python benchmarks/plan.py paper $(SHARED)
 
-# The paper in miniature, from scratch: two hours or three the first time, then only what is missing. Figures need a browser.
+# The paper in miniature, from scratch: four to five hours the first time, then only what is missing. Figures need a browser.
 miniature: develop browser
 	PYTHONPATH=benchmarks $(BIN)/python -m miniature --docs docs
 

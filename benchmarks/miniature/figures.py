@@ -68,15 +68,14 @@ def _curves(table: Table, scores: Scores) -> dict[str, Any]:
         place = {"xref": f"x{number} domain", "yref": f"y{number}", "x0": 0, "x1": 1, "y0": pivot, "y1": pivot}
         shapes.append({"type": "line", **place, "line": {"color": GREY, "dash": "dot", "width": 1.5}})
         for way, colour in zip(ways, COLOURS[: len(ways)], strict=True):
-            there = [place for place in places if f"{place}: {way}" in table.rows]
-            found = [scores.mean(table.rows[f"{place}: {way}"], table.seeds, metric) for place in there]
+            found = [scores.mean(table.rows[f"{place}: {way}"], table.seeds, metric) for place in places]
             data.append(
                 {
                     "type": "scatter",
                     "mode": "lines+markers",
                     "name": way,
                     "showlegend": number == 1,
-                    "x": there,
+                    "x": places,
                     "y": [scale * one.mean for one in found],
                     "error_y": {"array": [scale * (one.half or 0) for one in found], "thickness": 1.2, "width": 3},
                     "line": {"color": colour, "width": 2},

@@ -23,8 +23,14 @@ NOT_YET = "(not computed yet)"
 
 
 def done(table: Table, place: Place) -> Table:
-    """The table with the rows that are measured, for as many seeds as all of them have."""
+    """The table with the rows that are measured, for as many seeds as all of them have; of a scale, the places with all rows.
+    Without any row where there would be one alone."""
     rows = {label: row for label, row in table.rows.items() if row(0).done(place)}
+    if table.x:
+        lacking = {label.partition(": ")[0] for label in table.rows if label not in rows}
+        rows = {label: row for label, row in rows.items() if label.partition(": ")[0] not in lacking}
+    if len({label.partition(": ")[0] for label in rows}) < 2:
+        rows = {}
     beside = [PIVOT_ROW, table.gold]
     if not rows or not all(row(0).done(place) for row in beside):
         return replace(table, rows={})
