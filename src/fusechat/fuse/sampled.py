@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer import TRAINING_ARGS_NAME
-
 from fusechat.data.distributions import open_distributions
 from fusechat.data.prepared import PreparedSet
 from fusechat.fuse.dataset import FusionData, Teacher, TeachingSet
 from fusechat.fuse.fine_tune import fine_tune
 from fusechat.fuse.part import CHECKPOINTS, LOSSES, MODEL, Part
 from fusechat.fuse.teacher_selection import SelectionRule
+from fusechat.fuse.trainer import without_place
 from fusechat.fuse.training import total_steps, training_arguments
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.load import choose_device
@@ -113,6 +112,6 @@ def _keep_last(directory: Path, part: Part) -> None:
     name = part.checkpoint
     if name is not None and not (directory / name).is_dir():
         last = directory / CHECKPOINTS / name
-        (last / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # says where it was written, which is in no other run so
+        without_place(last)
         last.rename(directory / name)
     shutil.rmtree(directory / CHECKPOINTS, ignore_errors=True)

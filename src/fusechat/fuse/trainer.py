@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
 from fusechat.errors import TrainingError
@@ -236,6 +237,15 @@ def mark_complete(checkpoint: Path, shape: dict[str, int]) -> None:
     for file in files.values():
         flush(file)
     write_sealed(checkpoint / COMPLETE, {**shape, "files": {name: digest(file) for name, file in files.items()}})
+
+
+def without_place(checkpoint: Path) -> None:
+    """Removes what a complete checkpoint says of where it was written, so that it is the same wherever that was."""
+    complete = read_sealed(checkpoint / COMPLETE)
+    if complete is not None and TRAINING_ARGS_NAME in complete["files"]:
+        del complete["files"][TRAINING_ARGS_NAME]
+        write_sealed(checkpoint / COMPLETE, complete)
+    (checkpoint / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
 
 def last_checkpoint(directory: Path) -> Path | None:
