@@ -263,6 +263,9 @@ def test_prompts_of_a_round_go_on_where_the_last_stopped(taught: dict[str, Path]
     assert each[2] == each[0]
     assert each != [[one.id for one, _ in of_round(every, 0.5, number, seed=1)] for number in (1, 2, 3)]
     assert len(of_round(every, 0.01, 1, seed=0)) == 1
+    few = [[one.id for one, _ in of_round(every, 1.0, 2, seed=seed, most=2)] for seed in range(9)]
+    assert all(len(one) == 2 for one in few)
+    assert len({tuple(one) for one in few}) > 3, "a few of all prompts, not the first of the file"
     assert of_round([], 0.5, 1, seed=0) == []
 
 

@@ -57,10 +57,12 @@ def _teacher(line: dict[str, Any], rule: str, may_teach: Sequence[str]) -> str |
     return min(known, key=lambda name: known[name]) if known else None
 
 
-def of_round(prompts: Sequence[Taught], share: float, number: int, *, seed: int) -> list[Taught]:
-    """The prompts of round `number`, from 1 on, in the files' order: each round goes on in one shuffled order of all prompts where
-    the one before stopped, and begins again at its end."""
+def of_round(
+    prompts: Sequence[Taught], share: float, number: int, *, seed: int, most: int | None = None
+) -> list[Taught]:
+    """The prompts of round `number`, from 1 on, in the files' order, `most` of them at most: each round goes on in one shuffled order
+    of all prompts where the one before stopped, and begins again at its end."""
     size = max(1, math.floor(share * len(prompts) + 0.5)) if prompts else 0
     order = sorted(range(len(prompts)), key=lambda at: hashlib.sha256(f"{seed} {prompts[at][0].id}".encode()).digest())
-    places = {order[at % len(prompts)] for at in range((number - 1) * size, number * size)}
-    return [prompts[place] for place in sorted(places)]
+    turn = [order[at % len(prompts)] for at in range((number - 1) * size, number * size)]
+    return [prompts[place] for place in sorted(set(turn[:most]))]

@@ -112,8 +112,8 @@ class _Rounds:
         from fusechat.rounds.prompts import of_round, taught_prompts
 
         every, left_out = taught_prompts(self.recipe, self.target, self.chosen.directory if self.chosen else None)
-        found = of_round(every, self.how.prompts, number, seed=self.recipe.seed)
-        return (found if number <= self.how.count else found[:CHECKED]), left_out
+        most = CHECKED if number > self.how.count else None
+        return of_round(every, self.how.prompts, number, seed=self.recipe.seed, most=most), left_out
 
     def _answers(self, number: int) -> Step:
         from fusechat.rounds.prompts import sets_of
