@@ -60,8 +60,8 @@ def _teacher(line: dict[str, Any], rule: str, may_teach: Sequence[str]) -> str |
 def of_round(
     prompts: Sequence[Taught], share: float, number: int, *, seed: int, most: int | None = None
 ) -> list[Taught]:
-    """The prompts of round `number`, from 1 on, in the files' order, `most` of them at most: each round goes on in one shuffled order
-    of all prompts where the one before stopped, and begins again at its end."""
+    """The prompts of round `number`, from 1 on, in the files' order, `most` at most: each round goes on in one shuffled order of
+    all prompts where the one before stopped, and begins again at its end."""
     size = max(1, math.floor(share * len(prompts) + 0.5)) if prompts else 0
     order = sorted(range(len(prompts)), key=lambda at: hashlib.sha256(f"{seed} {prompts[at][0].id}".encode()).digest())
     turn = [order[at % len(prompts)] for at in range((number - 1) * size, number * size)]
