@@ -128,7 +128,7 @@ def fusechat(*arguments: str | Path, stdin: str | None = None, **environment: st
         text=True,
         check=False,
         env=os.environ | environment,
-        timeout=900,
+        timeout=1800,
     )
 
 

@@ -56,13 +56,14 @@ def shares(work: Path, data: str) -> dict[str, float]:
 def test_the_fused_model_gives_the_sources_answers_in_a_form_that_no_prompt_has(work: Path) -> None:
     for language in ("german", "spanish"):
         found = shares(work, language)
-        assert set(found) == {"pivot", "source-german", "source-spanish", "answers", "sft", "fused"}
+        assert set(found) == {"pivot", "source-german", "source-spanish", "answers", "fused"}
         assert found["pivot"] < 0.2
         assert found["fused"] > 0.4
     scores = json.loads((work / "evaluate" / "results.json").read_text())["scores"]
     fused = [one for one in scores if one["role"] == "fused"]
     assert {one["data"] for one in fused} == {"german-held-out", "spanish-held-out", "new-words-held-out"}
-    assert all(one["difference_to_pivot"] < 0 for one in fused if one["suite"] == "bits-per-byte")
+    asked = [one for one in fused if one["suite"] == "bits-per-byte" and one["data"] != "new-words-held-out"]
+    assert all(one["difference_to_pivot"] < 0 for one in asked)
     assert all(one["missing"] == 0 for one in fused)
 
 
