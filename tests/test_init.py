@@ -134,6 +134,30 @@ def test_without_held_out_conversations_recipe_and_terminal_say_what_is_not_meas
     assert [data.path for data in load_recipe(Path("recipe.yaml")).validation_sets()] == [str(place / "held out.jsonl")]
 
 
+def test_for_prompts_without_answers_the_sources_answer(place: Path) -> None:
+    """Of a file with answers, a comment says how."""
+    (place / "prompts.jsonl").write_text('{"prompt": "What is 1 + 2?"}\n{"prompt": "What is 2 + 2?"}\n')
+    given = ("--pivot", "my models/llama", "--source", "my models/mistral")
+    found = {}
+    for name in ("prompts", "train"):
+        begun = runs.here("init", *given, "--data", f"{name}.jsonl", "--out", f"{name}.yaml")
+        assert begun.returncode == 0, begun.stderr
+        found[name] = load_recipe(Path(f"{name}.yaml"))
+    assert found["train"].generate is None
+    assert (found["train"].fuse.sft_weight, found["prompts"].fuse.sft_weight) == (0.9, 0.3)
+    assert found["prompts"].generate is not None
+    assert found["prompts"].generate.max_new_tokens == 512
+    text = (
+        Path("train.yaml").read_text().replace("# generate:", "generate:").replace("sft_weight: 0.9", "sft_weight: 0.3")
+    )
+    assert load_recipe_text(place, text).generate == found["prompts"].generate
+
+
+def load_recipe_text(place: Path, text: str) -> Any:
+    (place / "changed.yaml").write_text(text)
+    return load_recipe(place / "changed.yaml")
+
+
 def test_sources_without_a_name_get_valid_ones_that_differ(place: Path) -> None:
     references = {
         "org/Model": "Model",

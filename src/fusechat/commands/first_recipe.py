@@ -29,11 +29,13 @@ data:
 {validation}
   max_length: 2048  # tokens of a conversation; fewer take less memory
 
+{generate}
+
 # auto: bfloat16 where the device has arithmetic for it, else float32, which is several times faster there.
 capture: {{dtype: auto}}
 
 fuse:
-  sft_weight: 0.9  # the rest, 0.1, is the weight of the sources' distributions
+  sft_weight: {sft_weight}  # the rest is the weight of the sources' distributions
   training:  # any of Transformers' TrainingArguments
     num_train_epochs: 1
     learning_rate: 2.0e-5  # 5.0e-6 for a pivot of 7B parameters
@@ -51,6 +53,9 @@ evaluate: {{dtype: auto}}
 """
 _HELD_OUT = "  validation: {path}  # all models are measured on it"
 _UNMEASURED = "  # validation: held-out.jsonl  # without it, nothing is measured"
+_GENERATE = "generate: {max_new_tokens: 512}  # "
+_ANSWERED = "the sources answer the prompts; the best answers are learned: docs/answers.md"
+_INSTEAD = "the sources answer the prompts, instead of the answers in the file: docs/answers.md"
 
 
 def recipe_text(
@@ -61,8 +66,10 @@ def recipe_text(
     *,
     name: str | None,
     base: Path,
+    prompts: bool = False,
 ) -> str:
-    """The text of a recipe in the directory `base`. Sources and recipes without a name are named after their model."""
+    """The text of a recipe in the directory `base`. Sources and recipes without a name are named after their model. `prompts`: the
+    data has no answers, so that the sources answer."""
     teachers = _named_apart(sources)
     return _RECIPE.format(
         label=_derived(pivot.label),
@@ -71,6 +78,8 @@ def recipe_text(
         pivot=_scalar(_model_path(pivot, base)),
         sources="\n".join(f"  {_scalar(one)}: {_scalar(_model_path(model, base))}" for one, model in teachers.items()),
         train=_scalar(_data_path(data, base)),
+        generate=_GENERATE + _ANSWERED if prompts else f"# {_GENERATE}{_INSTEAD}",
+        sft_weight=0.3 if prompts else 0.9,
         validation=_HELD_OUT.format(path=_scalar(_data_path(validation, base))) if validation else _UNMEASURED,
     )
 

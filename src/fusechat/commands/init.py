@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from fusechat.commands.first_recipe import recipe_text
 from fusechat.commands.run import check_workdir
-from fusechat.data.conversations import DataSet
+from fusechat.data.conversations import DataSet, Read, read_records
 from fusechat.errors import FuseChatError, PlanError, RecipeError, StorageError, storage_error
 from fusechat.models.reference import Reference
 from fusechat.pipeline import load_recipe
@@ -193,4 +194,13 @@ def _checked(
     wrong += [f"--source: {own}: two sources have this name" for own in times if times[own] > 1]
     if wrong:
         raise RecipeError(*wrong)
-    return recipe_text(models[0], given, training[0], held_out[0], name=name, base=base)
+    prompts = _are_prompts(training[0])
+    return recipe_text(models[0], given, training[0], held_out[0], name=name, base=base, prompts=prompts)
+
+
+def _are_prompts(data: DataSet) -> bool:
+    """Whether the first record of a file that can be read has no answer."""
+    if data.is_hub:
+        return False
+    read = next((one for one in read_records(replace(data, prompts=True)) if isinstance(one, Read)), None)
+    return read is not None and not (read.whole.is_answered and read.whole.messages[-1].content)
