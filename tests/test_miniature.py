@@ -125,9 +125,10 @@ def test_the_quick_form_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     first = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=900)
     assert first.returncode == 0, first.stderr
     page = (tmp_path / "docs" / "results.md").read_text()
-    for row in ("source solar", "many-to-one", "target mixtral", "fused, SCE; τ", "SFT twice, linear", "0.5: λ 0.9"):
+    chosen = ("chosen answers, plain", "chosen answers, their authors", "likelihood", "random", "4: chosen answers")
+    for row in ("source solar", "gold, all right", "many-to-one", "fused, SCE; τ", *chosen):
         assert f"| {row}" in page
-    assert {path.name for path in (tmp_path / "docs" / "results").glob("*.svg")} == {"main.svg", "wrong.svg"}
+    assert {path.name for path in (tmp_path / "docs" / "results").glob("*.svg")} == {"main.svg", "choice.svg", "prompts.svg"}
     drawn = (tmp_path / "docs" / "results" / "main.svg").read_bytes()
     assert b"exact match" in drawn
 

@@ -25,7 +25,7 @@ from miniature import figures, page, rows  # noqa: E402
 from miniature.jobs import Place  # noqa: E402
 from miniature.scores import Scores  # noqa: E402
 
-QUICK_STEPS, QUICK_QUESTIONS = 15, 3
+QUICK_STEPS, QUICK_QUESTIONS = 80, 3
 
 
 def main() -> None:
