@@ -128,7 +128,11 @@ def test_the_quick_form_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
     chosen = ("chosen answers, plain", "chosen answers, their authors", "likelihood", "random", "4: chosen answers")
     for row in ("source solar", "gold, all right", "many-to-one", "fused, SCE; τ", *chosen):
         assert f"| {row}" in page
-    assert {path.name for path in (tmp_path / "docs" / "results").glob("*.svg")} == {"main.svg", "choice.svg", "prompts.svg"}
+    assert {path.name for path in (tmp_path / "docs" / "results").glob("*.svg")} == {
+        "main.svg",
+        "choice.svg",
+        "prompts.svg",
+    }
     drawn = (tmp_path / "docs" / "results" / "main.svg").read_bytes()
     assert b"exact match" in drawn
 
