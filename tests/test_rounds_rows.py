@@ -9,13 +9,14 @@ import pytest
 import tiny
 from fusechat.data.conversations import Conversation, Message
 from fusechat.data.prepared import ROWS, Prepared
+from fusechat.data.prompts import answered
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.reference import Reference
 from fusechat.models.token_bytes import token_bytes
 from fusechat.models.tokenise import prepare_conversation
 from fusechat.rounds.alarms import NOTHING, alarms, of_answers, repetition
 from fusechat.rounds.cut import kept_rows, take_rows
-from fusechat.rounds.sampled import Opening, Sampled, answered, sampled
+from fusechat.rounds.sampled import Opening, Sampled, sampled
 from fusing import prepared as made
 from fusing import sparse
 

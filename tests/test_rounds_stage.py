@@ -107,6 +107,18 @@ def test_answers_are_kept_as_they_were_sampled(whole: Path) -> None:
     assert texts[0] != texts[1], "each round draws others"
 
 
+def test_what_is_left_out_is_said(taught: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Prompts of which no answer was kept, and answers that are no conversation for their teacher."""
+    generate = {"keep": 0.5, "max_new_tokens": 12}
+    rounds = {**ROUNDS, "count": 1, "temperature": 3.0}
+    recipe = load_recipe(write_recipe(tmp_path, taught, fuse=FUSE, generate=generate, rounds=rounds))
+    with caplog.at_level("WARNING", logger="fusechat"):
+        run(recipe, tmp_path / "work", until="rounds")
+    assert caplog.messages.count("rounds answers: round 1: 3 prompts are not asked: it has no chosen answer") == 1
+    for reason, number in counts(tmp_path / "work", "rounds/answers/1/kept")["left_out"].items():
+        assert f"rounds answers: round 1: {number} answers teach nothing: {reason}" in caplog.messages
+
+
 def test_rows_up_to_the_first_wrong_one_are_learnt(whole: Path) -> None:
     own, cut = whole / "work/rounds/answers", 0
     for number in (1, 2, 3):

@@ -1,10 +1,10 @@
 """The prompts that models answer: in the order of their files, each once."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fusechat.data.conversations import Conversation, DataSet, Malformed, read_records
+from fusechat.data.conversations import Conversation, DataSet, Malformed, Message, read_records
 from fusechat.data.records import reference_of
 from fusechat.errors import DataError
 from fusechat.run.progress import log
@@ -34,6 +34,11 @@ class Prompts:
             log.info("generate: %d records repeat a prompt, which is asked once", self.repeated)
         if self.unused and unused:
             log.warning("generate: keys of the records that nothing reads: %s", ", ".join(self.unused))
+
+
+def answered(prompt: Conversation, text: str) -> Conversation:
+    """The conversation in which `text` is the answer; nothing else is learnt of it."""
+    return replace(prompt, messages=(*prompt.messages, Message("assistant", text)))
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from fusechat.data.conversations import Conversation
-from fusechat.data.prompts import read_prompts
-from fusechat.generate.score import answered, distinct
+from fusechat.data.prompts import answered, read_prompts
+from fusechat.generate.score import distinct
 from fusechat.models.chat_model import ChatModel
 from fusechat.models.templates import UnrenderableError
 from fusechat.recipe.schema import Recipe

@@ -7,15 +7,14 @@ its nll nor its byte.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fusechat.data.conversations import Conversation, Message
+from fusechat.data.conversations import Conversation
 from fusechat.data.prepared import Prepared
-from fusechat.data.prompts import read_prompts
+from fusechat.data.prompts import answered, read_prompts
 from fusechat.generate.backends import Nll, open_scorer, share
 from fusechat.models.tokenise import RejectedError, prepare_conversation
 from fusechat.recipe.schema import Recipe
@@ -31,11 +30,6 @@ def distinct(rows: Sequence[Row]) -> list[Row]:
         if not row["why"]:
             found.setdefault((row["id"], row["text"]), row)
     return list(found.values())
-
-
-def answered(prompt: Conversation, text: str) -> Conversation:
-    """The conversation in which `text` is the answer; nothing else is learnt of it."""
-    return replace(prompt, messages=(*prompt.messages, Message("assistant", text)))
 
 
 def scores(

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import numpy as np
 
 from fusechat.data.conversations import Conversation
+from fusechat.data.prompts import answered
 from fusechat.generate.backends import BEYOND_SERVERS, beyond_servers
-from fusechat.generate.score import answered, distinct
+from fusechat.generate.score import distinct
 from fusechat.models.answers import Missing, Prompt
 from fusechat.models.asking import Asking
 from fusechat.plan.sampling import SAMPLE, Texts

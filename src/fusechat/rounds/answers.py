@@ -14,6 +14,7 @@ from typing import Any
 
 from fusechat.data.conversations import Conversation
 from fusechat.data.prepared import FILE, Prepared, write_prepared
+from fusechat.data.prompts import answered
 from fusechat.models.answers import Missing, Prompt
 from fusechat.models.asking import Asking
 from fusechat.models.chat_model import ChatModel
@@ -21,7 +22,7 @@ from fusechat.models.token_bytes import token_bytes
 from fusechat.models.tokenise import RejectedError, prepare_conversation
 from fusechat.recipe.schema import Recipe
 from fusechat.rounds.prompts import Taught
-from fusechat.rounds.sampled import EMPTY, Opening, Sampled, answered, sampled
+from fusechat.rounds.sampled import EMPTY, Opening, Sampled, sampled
 from fusechat.run import ranks
 from fusechat.run.progress import progress
 from fusechat.run.shards import Row, Shards, slices

@@ -2,13 +2,14 @@
 again, with byte spans from the tokens' own bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fusechat.data.messages import Conversation, Message
 from fusechat.data.prepared import Prepared
+from fusechat.data.prompts import answered
 from fusechat.models.token_bytes import TokenBytes, token_bytes
 from fusechat.models.tokenise import prepare_conversation
 
@@ -33,11 +34,6 @@ class Opening:
         data = b"".join(table[token] for token in rows.gold[~rows.end_of_turn].tolist())
         at = data.find(_CONTENT.encode())
         return cls(data[:at], max(0, -int(rows.begin[0]))) if at > 0 else cls()
-
-
-def answered(prompt: Conversation, text: str) -> Conversation:
-    """The conversation in which `text` is the answer; nothing else is learnt of it."""
-    return replace(prompt, messages=(*prompt.messages, Message("assistant", text)))
 
 
 @dataclass(frozen=True)

@@ -173,15 +173,11 @@ class _Rounds:
             work_of("teacher_rows", lambda: chat_model),
             upstream=above,
         )
-        captured = self._moved(self.parts.capture(chat_model, source), self._place(number, *where, "captured"))
+        stage, label, directory = self._place(number, *where, "captured")
+        captured = replace(self.parts.capture(chat_model, source), stage=stage, name=label, directory=directory)
         found = {"pivot": student, "source": source, "capture": captured}
         place = self._place(number, *where, "aligned")
         return {**found, "aligned": self.parts.align(name, place, found, self.counted[name])}
-
-    @staticmethod
-    def _moved(step: Step, place: tuple[str, str, Path]) -> Step:
-        stage, name, directory = place
-        return replace(step, stage=stage, name=name, directory=directory)
 
     def _kept(self, number: int, answers: Step, judged: Mapping[str, Mapping[str, Step]]) -> Step:
         first = self.kept[0] if self.kept else None
@@ -201,7 +197,7 @@ class _Rounds:
             if _counts(answers).get(STOPPED):
                 return {**found, STOPPED: True, "alarms": []}
             lines = alarms(found, _counts(first) if first is not None else found)
-            self._tell(number, found, lines)
+            self._tell(number, found, _counts(answers)["without_teacher"], lines)
             return {**found, "alarms": lines}
 
         upstream: dict[str, Step] = {"answers": answers}
@@ -211,10 +207,13 @@ class _Rounds:
         settings = {"until_wrong": self.how.until_wrong}
         return self._step(self._place(number, "kept"), settings, work, upstream=upstream, bulk="*.arrow")
 
-    def _tell(self, number: int, found: Mapping[str, Any], lines: list[str]) -> None:
-        what = (
-            f"rounds {self.target}: round {number}" if number <= self.how.count else f"rounds {self.target}: afterwards"
-        )
+    def _tell(self, number: int, found: Mapping[str, Any], untaught: Mapping[str, int], lines: list[str]) -> None:
+        what = f"rounds {self.target}: " + (f"round {number}" if number <= self.how.count else "afterwards")
+        if number == 1:  # the same prompts in every round
+            for reason, count in untaught.items():
+                log.warning("%s: %d prompts are not asked: %s", what, count, reason)
+        for reason, count in found["left_out"].items():
+            log.warning("%s: %d answers teach nothing: %s", what, count, reason)
         share = found["share_kept"] or 0.0
         numbers = found["kept"], found["rows"], found["answers"], 100 * share
         log.info("%s: %d of %d rows of %d answers are kept (%.0f%%)", what, *numbers)
