@@ -9,19 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-import naive_merges
 from cases import each
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-from miniature import corpus, merging, scores, skills  # noqa: E402
+from miniature import corpus, scores, skills  # noqa: E402
+from miniature.answered import Worth, worth  # noqa: E402
+from miniature.jobs import Base, Place  # noqa: E402
 
 
 def right(skill: str, question: str, turns: tuple[str, ...]) -> str | None:
@@ -79,25 +76,24 @@ def test_a_lesson_has_as_many_wrong_and_rare_ones_as_it_was_asked_for() -> None:
     assert corpus.lesson(1, a_skill=40, wrong=0.0, rare=1.0) != clean
 
 
-@given(st.integers(2, 5), st.integers(1, 40), st.floats(0.05, 1.0), st.integers(0, 1000))
-def test_sce_with_all_its_steps_is_that_of_the_package(targets: int, size: int, topk: float, seed: int) -> None:
-    """The one for the ablation against `tests/naive_merges.py`, which the package is tested against too."""
-    rng = np.random.default_rng(seed)
-    updates = (rng.integers(-40, 40, (targets, size)) * rng.integers(0, 2, (targets, size)) / 8).astype(np.float32)
-    base, others = torch.zeros(size), [torch.from_numpy(update) for update in updates]
-    eta = naive_merges.shares(naive_merges.squares(base, others, topk))
-    expected = naive_merges.sce(base, others, topk, eta).numpy()
-    assert merging.sce(updates, topk, []) == pytest.approx(expected, abs=1e-12)
-
-
-def test_sce_without_a_step() -> None:
-    """By hand: two targets, four positions."""
-    updates = np.array([[1.0, 2.0, -1.0, 0.0], [3.0, 2.0, 2.0, 0.0]])
-    shares = np.array([6, 17]) / 23
-    assert merging.sce(updates, 1.0, ["calculate", "erase"]) == pytest.approx([2, 2, 0.5 / 1, 0])
-    assert merging.sce(updates, 1.0, ["calculate"]) == pytest.approx([2, 2, 2, 0])
-    without_erase = [shares @ [1, 3], 2, shares @ [-1, 2], 0]
-    assert merging.sce(updates, 1.0, ["erase"]) == pytest.approx(without_erase)
+@each("way,scored", [("self", 7 + 9), ("likelihood", 7 + 8 + 9 + 10)])
+def test_what_a_choice_was_worth(tmp_path: Path, way: str, scored: int) -> None:
+    """By hand: of all prompts one has a wrong answer, and one none. Of `self` nobody scores what others say."""
+    changes = {"conversations": {"a_skill": 2}, "sources": ["solar", "mixtral"], "generate": {"choose": way}}
+    place, base = Place(tmp_path), Base(changes, 0)
+    _, second, *others = base.train(place).read_text().splitlines()
+    wrong = {"messages": [*json.loads(second)["messages"][:-1], {"role": "assistant", "content": "wrong"}]}
+    work = base.directory(place) / "generate"
+    (work / "chosen").mkdir(parents=True)
+    (work / "chosen" / "conversations.jsonl").write_text("\n".join([json.dumps(wrong), *others]) + "\n")
+    manifests = {"solar/answers": {"tokens": 100}, "mixtral/answers": {"tokens": 50}}
+    pairs = ("solar/scores/solar", "solar/scores/mixtral", "mixtral/scores/mixtral", "mixtral/scores/solar")
+    manifests |= {pair: {"scored": count} for pair, count in zip(pairs, (7, 8, 9, 10), strict=True)}
+    for name, counts in manifests.items():
+        (work / "models" / name).mkdir(parents=True)
+        (work / "models" / name / "manifest.json").write_text(json.dumps({"counts": counts}))
+    prompts = len(others) + 2
+    assert worth(changes, place) == Worth((prompts - 2) / prompts, (prompts - 1) / prompts, 150, scored)
 
 
 def test_intervals_are_students() -> None:

@@ -196,7 +196,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Merged:
-    """Tunings as one model: by `fusechat merge`'s configuration, or where `sce` is given, by SCE with a step left out."""
+    """Tunings as one model, by the parameters of a method of `fusechat merge`."""
 
     tunings: tuple[Tuning, ...]
     config: dict[str, Any] = field(hash=False)
