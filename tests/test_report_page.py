@@ -112,6 +112,14 @@ def test_a_loss_that_is_no_number_is_a_gap() -> None:
     assert figure.data[0]["y"] == [None, 1.0]
 
 
+def test_the_first_answers_of_each_set_are_open() -> None:
+    """Of one set the first three."""
+    for sets, expected in (("aaaa", "aaa-"), ("aaabb", "aa-b-"), ("aabbccdd", "a-b-c---")):
+        entry = {"prompt": [{"role": "user", "content": "q"}], "text": "x", "complete": True}
+        found = cards({"pivot": [{**entry, "data": f"{name}-held-out"} for name in sets]}, {})
+        assert "".join(card.data if card.is_open else "-" for card in found) == expected
+
+
 def test_answers_stand_in_order_and_long_ones_are_cut() -> None:
     def said(text: str) -> list[dict[str, object]]:
         prompt = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Why?"}]

@@ -1,10 +1,12 @@
 """What pivot, sources and the fused model answered to the same prompts, side by side."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 LONGEST = 6000  # characters of an answer or a message; what is longer is cut, and says so
+_OPEN = 3  # cards that are shown without a click
 _ALL, _SHORTEST = 500_000, 300  # characters on the page: what its size allows; with many answers each is cut earlier
 
 
@@ -22,11 +24,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Card:
-    """A prompt, all messages before the answer, and what each model said."""
+    """A prompt, all messages before the answer, and what each model said. `is_open`: shown without a click."""
 
     data: str
     prompt: tuple[tuple[str, str], ...]
     answers: tuple[Answer, ...]
+    is_open: bool = False
 
 
 def cards(found: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str, str]) -> list[Card]:
@@ -51,7 +54,17 @@ def cards(found: Mapping[str, Sequence[Mapping[str, Any]]], labels: Mapping[str,
             answers.append(_answer("reference", "held-out answer", first["reference"], room, complete=True))
         prompt = tuple((message["role"], cut(message["content"], room)[0]) for message in first["prompt"])
         result.append(Card(first["data"].removesuffix("-held-out"), prompt, tuple(answers)))
-    return result
+    return _opened(result)
+
+
+def _opened(found: Sequence[Card]) -> list[Card]:
+    """The cards, of which a few are open: the first one of each data set, then the second ones."""
+    before, turns = Counter[str](), list[int]()
+    for card in found:
+        turns.append(before[card.data])
+        before[card.data] += 1
+    shown = sorted(range(len(found)), key=lambda place: (turns[place], place))[:_OPEN]
+    return [replace(card, is_open=place in shown) for place, card in enumerate(found)]
 
 
 def _answer(kind: str, name: str, text: str, room: int, *, complete: bool) -> Answer:
